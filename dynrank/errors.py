@@ -33,22 +33,6 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
-# The packages of the extra "train", as they are imported.
-TRAIN_PACKAGES = frozenset(
-    {
-        "datasets",
-        "hydra",
-        "jinja2",
-        "lightning",
-        "omegaconf",
-        "rich",
-        "torchmetrics",
-        "tqdm",
-        "transformers",
-        "typer",
-        "yaml",
-    }
-)
 # {an argument of PEFT's configs: what it is called here}, for whoever types the former.
 PEFT_NAMES = {
     "r": "rank",
@@ -121,8 +105,6 @@ def train_packages(user: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in TRAIN_PACKAGES:
-            raise
         raise ConfigurationError(f"{user} needs the package {package}: pip install 'dynrank[train]'") from error
 
 

@@ -18,9 +18,6 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 
-# The leaves of nested containers, including transformers' output classes.
-from torch.utils._pytree import tree_leaves as tree_leaves
-
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_add_ = torch._foreach_add_
 foreach_mul_ = torch._foreach_mul_

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_adapter, fill_length
 from dynrank.runs.overrides import usage_errors
-from dynrank.runs.sweep.runs import run_in_sweep, table_at_end
+from dynrank.runs.sweep import run_in_sweep
 
 # torchrun, srun and Lightning set these.
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
@@ -34,7 +33,7 @@ def _train(config: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     with usage_errors(), _removed_if_empty(folder):
         fill_adapter(config, hydra_config.overrides.task)
-    record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
+    record = partial(_record, folder)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
@@ -62,14 +61,11 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def _record(config: Any, folder: Path) -> None:
+def _record(folder: Path) -> None:
     """Write .hydra/ here, because Hydra would overwrite an earlier run's before that folder is refused."""
-    where = folder / ".hydra"
-    where.mkdir(exist_ok=True)
     hydra_config = HydraConfig.get()
-    contents = {"config": config, "hydra": OmegaConf.create({"hydra": hydra_config})}
-    for name, content in {**contents, "overrides": hydra_config.overrides.task}.items():
-        OmegaConf.save(content, where / f"{name}.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), folder / ".hydra" / "hydra.yaml")
+    OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
 
 
 def _is_another_process() -> bool:
@@ -98,7 +94,7 @@ def main() -> None:
         begun.append(config)
         return _train(config)
 
-    with usage_errors(), table_at_end():
+    with usage_errors():
         try:
             train()
             sys.stdout.flush()

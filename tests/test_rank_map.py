@@ -316,10 +316,3 @@ def test_load_rank_map_stays_small_and_fast_for_a_hostile_file(written):
     with pytest.raises(ConfigurationError) as caught:
         resolve_rank_map(SHAPES, rules, rank=2, alpha=4)
     assert len(str(caught.value)) < 10_000
-
-
-def test_load_rank_map_names_a_missing_file(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml.*No such file.*file"):
-        load_rank_map(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigurationError, match="Is a directory"):
-        load_rank_map(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.ollama import modelfile
@@ -44,7 +44,7 @@ def base_source(adapter: Adapter, given: str | None) -> str:
     return model_source(stored_source(base), "--model")
 
 
-def on_base(adapter: Adapter, origin: str) -> Any:
+def on_base(adapter: Adapter, origin: str) -> PreTrainedModel:
     """The model at ``origin`` with ``adapter``, and with the label names in the adapter's folder."""
     return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
 
@@ -89,7 +89,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     return merged
 
 
-def _base_model(origin: str, adapter: Adapter) -> Any:
+def _base_model(origin: str, adapter: Adapter) -> PreTrainedModel:
     """The model that the adapter was trained on, with all its weights.
 
     Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
@@ -124,7 +124,7 @@ def _base_model(origin: str, adapter: Adapter) -> Any:
     )
 
 
-def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
+def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[PretrainedConfig], nn.Module]]:
     """The classes to try in order: the adapter's, those in the model's config, the usual ones."""
     mapping = adapter.config.auto_mapping
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None

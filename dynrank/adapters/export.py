@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from dynrank.adapters.base import base_source
 from dynrank.adapters.config import adapter_folder
@@ -139,7 +140,9 @@ def export_adapter(
         return Exported(out, dict(adapter.layers), rank, size, line)
 
 
-def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: Any) -> None:
+def check_served(
+    to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: PretrainedConfig | None
+) -> None:
     """Refuse an adapter that a server would read only in part or wrongly.
 
     ``layers`` is {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}. ``others``
@@ -184,7 +187,7 @@ def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factor
     return F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing)), scaling
 
 
-def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
+def _to_gguf(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig | None) -> Exported:
     base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
     with new_file(out) as part:
         write_gguf(part, adapter, config)
@@ -192,7 +195,7 @@ def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
     return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
 
 
-def _to_ollama(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
+def _to_ollama(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig | None) -> Exported:
     """A folder with the GGUF file and a Modelfile, from which ``ollama create`` makes a model."""
     source = Path(adapter.source)
     text = modelfile(base_of_ollama(origin), read_inputs(source))

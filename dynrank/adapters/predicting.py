@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedModel
 
 from dynrank.adapters.base import base_source, on_base
 from dynrank.adapters.read import Adapter
@@ -13,7 +14,7 @@ from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.errors import ConfigurationError, shown
 from dynrank.models.pretrained import load_tokenizer
 
-# Rows as dynrank.tasks.data.rows makes them: with text and optionally text_pair, with prompt, or with messages.
+# Rows as dynrank.tasks.data.rows makes them: with text, with prompt, or with messages.
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -48,9 +49,9 @@ class Answerer:
     @torch.no_grad()
     def labels(self, rows: Rows) -> list[list[tuple[str, float]]]:
         """For each row of a batch all labels with their probabilities, the most likely first."""
-        texts = [[row[name] for row in rows] for name in ("text", "text_pair") if name in rows[0]]
+        texts = [row["text"] for row in rows]
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        made = self.tokenizer(*texts, **options, return_token_type_ids=len(texts) > 1).to(self.model.device)
+        made = self.tokenizer(texts, **options, return_token_type_ids=False).to(self.model.device)
         logits = self.model(**made).logits.float()
         names = self.model.config.id2label
         found = []
@@ -89,7 +90,7 @@ class Answerer:
         return prompt
 
 
-def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
+def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]:
     """(the base model with ``adapter``, ready to answer; the folder or name of its tokenizer).
 
     ``base`` is the name of the base model; None: as the adapter names it. A tokenizer and label names in the adapter's

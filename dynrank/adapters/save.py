@@ -5,7 +5,6 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -105,19 +104,13 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        weights = whole_file(folder / WEIGHTS_FILE)
-        settings_file = whole_file(folder / CONFIG_FILE)
-        with weights as weights_part, settings_file as config_part, os_errors(folder):
-            config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(dict(tensors), weights_part, metadata={"format": "pt"})
-            # By default only the owner can read a file of safetensors.
-            weights_part.chmod(config_part.stat().st_mode)
-    except OSError:
-        # A folder with an earlier adapter is not empty, so rmdir() fails and keeps it.
-        with suppress(OSError):
-            folder.rmdir()
-        raise
+    weights = whole_file(folder / WEIGHTS_FILE)
+    settings_file = whole_file(folder / CONFIG_FILE)
+    with weights as weights_part, settings_file as config_part, os_errors(folder):
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors), weights_part, metadata={"format": "pt"})
+        # By default only the owner can read a file of safetensors.
+        weights_part.chmod(config_part.stat().st_mode)
 
 
 def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:

@@ -40,7 +40,12 @@ DIFFUSERS = "lora_adapter_metadata"
 _FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A)|up|B)(?:\.default)?(?:\.weight)?")
 # Differences that a file adds to a layer's weight and bias; they do not depend on the factors.
 _BESIDE = (".diff", ".diff_b")
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+# Entries of kohya's metadata that other factors make wrong: the ranks, and hashes of the content. Tools read the ranks
+# from the tensors, and compute the hashes where a file has none.
+_STALE = (
+    *("ss_network_dim", "ss_network_alpha", "ss_network_args"),
+    *("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ def open_file(path: Path) -> Iterator[SingleFile]:
 
 
 def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -> None:
-    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept, except ranks and hashes.
+    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept.
 
+    Ranks and hashes that kohya's tools have written into the metadata are left out.
     All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
     it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
     smallest of all layers, so that this factor is at least 1, which is safer in half precision.
@@ -130,10 +136,9 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
             tensors[key] = factor.to(old.dtype).reshape(sizes).contiguous()
             if not finite(tensors[key]):
                 raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
-    # Tools compute these hashes of the content where a file has none.
-    metadata = {key: text for key, text in file.metadata.items() if key not in _HASHES}
-    new = _kohya_metadata(file, ranks, alpha) | _diffusers_metadata(file, ranks)
-    metadata |= {key: text for key, text in new.items() if key in metadata}
+    metadata = {key: text for key, text in file.metadata.items() if key not in _STALE}
+    if file.configs:
+        metadata[DIFFUSERS] = _diffusers_metadata(file, ranks)
     with os_errors(path):
         save_file(tensors, path, metadata=metadata or None)
 
@@ -188,31 +193,11 @@ def _alpha(tensor: Tensor) -> float:
     return alpha
 
 
-def _diffusers_metadata(file: SingleFile, ranks: Mapping[str, int]) -> dict[str, str]:
+def _diffusers_metadata(file: SingleFile, ranks: Mapping[str, int]) -> str:
     values: dict[str, Any] = {}
     for prefix, config in file.configs.items():
         inner = _inside(prefix, ranks)
         settings = config.model_dump(exclude_unset=True)
         settings |= peft_ranks({name: (ranks[layer], ranks[layer]) for name, layer in inner.items()}) if inner else {}
         values |= {f"{prefix}.{key}" if prefix else key: value for key, value in settings.items()}
-    return {DIFFUSERS: json.dumps(values, indent=2, sort_keys=True)}
-
-
-def _kohya_metadata(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
-    """Kohya's metadata of ranks: "Dynamic" if ranks differ; convolutions with kernels above 1 have separate keys."""
-    kinds: dict[bool, set[int]] = {}
-    for name, rank in ranks.items():
-        kinds.setdefault(any(size > 1 for size in file.layers[name].kernel), set()).add(rank)
-    dim, conv_dim = (
-        str(*kinds[of_filters]) if len(kinds.get(of_filters, ())) == 1 else "Dynamic" for of_filters in (False, True)
-    )
-    text = f"{alpha:g}" if file.alphas else dim
-    values = {"ss_network_dim": dim, "ss_network_alpha": text}
-    try:
-        arguments = json.loads(file.metadata.get("ss_network_args", ""))
-    except (ValueError, RecursionError):
-        return values
-    if True in kinds and isinstance(arguments, dict) and "conv_dim" in arguments:
-        arguments |= {"conv_dim": conv_dim, "conv_alpha": text if file.alphas else conv_dim}
-        values["ss_network_args"] = json.dumps(arguments)
-    return values
+    return json.dumps(values, indent=2, sort_keys=True)

@@ -14,7 +14,7 @@ from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
-from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer, one_thread
+from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer
 from dynrank.change.resize import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, stacked, truncate_product
@@ -69,7 +69,7 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
     >>> [(layer.layer, layer.rank, layer.singular_values, layer.effective_rank) for layer in inspect(folder)]
     [('0', 2, (3.0, 3.0), 2.0)]
     """
-    with open_stored(adapter_folder(Path(path))) as adapter, one_thread():
+    with open_stored(adapter_folder(Path(path))) as adapter:
         spectra = []
         for name, stored in adapter.layers.items():
             values = tuple(adapter.singular_values(name).tolist())
@@ -185,7 +185,6 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     return target
 
 
-@one_thread()
 def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Keep the directions with the largest singular values; one layer is in memory at a time."""
     factors = {}

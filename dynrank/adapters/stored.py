@@ -107,17 +107,6 @@ class StoredAdapter:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread inside the block: more gain little for thin factors, and slow down if other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
 def readable(what: str) -> Iterator[None]:
     """Turn an error of reading ``what`` within the block, a file or a text in one, into a ConfigurationError."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,12 +66,6 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make checkpoints safe against interruption, and loadable without a base."""
-        for other in trainer.checkpoint_callbacks:
-            if isinstance(other, ModelCheckpoint) and not isinstance(other, AdapterCheckpoint):
-                raise ConfigurationError(
-                    f"beside AdapterCheckpoint, {type(other).__name__} would write checkpoints without the base, too; "
-                    "take one of the two out, or make both AdapterCheckpoint"
-                )
         strategy: Any = trainer.strategy
         if private.saves_in_parts(strategy):
             raise ConfigurationError(
@@ -178,19 +173,19 @@ class SafeCheckpointIO(TorchCheckpointIO):
     SafeCheckpointIO())])`` uses it in the background.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if _is_remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             write_checkpoint(checkpoint, path)
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if _is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return read_checkpoint(path, weights_only=weights_only is not False)
 
 
-def _is_remote(path: Any) -> bool:
+def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -24,11 +23,10 @@ from dynrank.output.whole_file import whole_file
 class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
-    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. Each change also logs
-    ``rank/predicted_error`` and ``rank/predicted_error_max``. All loggers except the CSVLogger, where each name would
-    be a column, get ``rank/layer/NAME``. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's
-    ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in
-    every step.)
+    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. All loggers except the
+    CSVLogger, where each name would be a column, get ``rank/layer/NAME``. Each step logs its learning rates as
+    ``lr/NAME``; NAME is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs;
+    RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
@@ -66,21 +64,18 @@ class RankMonitor(Callback):
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._named(event)
         self._write_history(trainer)
-        self._log_change(trainer, event)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
             print_table(event.table(self._ranks(pl_module)))
-
-    def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
-        errors = torch.tensor([layer.predicted_error for layer in event.layers])
-        totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
-        _log(trainer, totals, {})
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._ranks(pl_module)
         if ranks:
             totals = {"rank/mean": mean(ranks.values()), "rank/max": float(max(ranks.values()))}
-            _log(trainer, totals, {f"rank/layer/{name}": float(rank) for name, rank in ranks.items()})
+            by_layer = {f"rank/layer/{name}": float(rank) for name, rank in ranks.items()}
+            for logger in trainer.loggers:
+                shown = totals if isinstance(logger, CSVLogger) else totals | by_layer
+                logger.log_metrics(shown, step=trainer.global_step)
 
     def _ranks(self, pl_module: LightningModule) -> dict[str, int]:
         return {name.removeprefix(self.prefix): layer.rank for name, layer in lora_layers(pl_module)}
@@ -135,8 +130,3 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
         kept = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         brought = ["" if value is None else f"{value:.6g}" for value in (la.brought, la.brought_error)]
         yield event.step, la.layer, la.rank_before, la.rank_after, *kept, event.account, *brought
-
-
-def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(totals if isinstance(logger, CSVLogger) else totals | by_layer, step=trainer.global_step)

@@ -13,6 +13,7 @@ from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_o
 from dynrank.callbacks.lightning.ending import end_in_full
 from dynrank.callbacks.lightning.strategies import check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
+from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
@@ -51,8 +52,6 @@ class RankScheduler(Callback):
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks; then a
             cut after the last step is in no checkpoint.
-        check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
-            checks only at the start, and before each change.
         measure: validate directly before and after each change, on a share of the data that costs under 2% of the run,
             and put the ``check_monitor`` of the stage's How into the event.
 
@@ -70,11 +69,10 @@ class RankScheduler(Callback):
         self,
         schedule: Schedule,
         *,
-        check_every: int | None = None,
         keep_best_before: bool = False,
         measure: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule, check_every=check_every, measure=measure)
+        self.driver = RankDriver(schedule, measure=measure)
         self.keep_best_before = keep_best_before
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
@@ -206,6 +204,8 @@ class LightningTraining(Training):
         sets_rates = is_overridden("optimizer_step", pl_module)
         schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
         super().__init__(pl_module, trainer.optimizers, trainer.global_step, schedulers)
+        # The trainer's model is wrapped by DDP.
+        self.ddp = ddp_modules(trainer.strategy.model or pl_module)
         self.trainer = trainer
         self.pl_module = pl_module
 
@@ -246,21 +246,14 @@ class LightningTraining(Training):
 
 def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
     """The length of the run; call it after the data are loaded."""
-    # Under manual optimization only the module knows how many steps an epoch has.
-    if not pl_module.automatic_optimization:
+    # Under manual optimization only the module knows how many steps an epoch has. Lightning's own estimate takes the
+    # number of batches in a step for constant.
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if varies or not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     total = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    factors = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
-    if not factors or batches == float("inf"):
-        per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-        # Lightning returns -1 if an epoch has unknown length.
-        return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)
-    # Lightning's own estimate takes the number of batches in a step for constant.
-    epochs = trainer.max_epochs or 0
-    steps = [-(-int(batches) // factors[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs)]
-    most = trainer.max_steps if trainer.max_steps > 0 else None
-    if epochs > 0:
-        most = min(sum(steps), most or sum(steps))
-    return Run(most, steps[0] if len({*steps}) == 1 else None)
+    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+    # Lightning returns -1 if an epoch has unknown length.
+    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

@@ -123,7 +123,8 @@ def _check_others(adapters: Adapters, names: Iterable[str]) -> None:
 def _others_with_state(factors: Mapping[nn.Parameter, str], passed: Iterable[Optimizer]) -> list[str]:
     """Kind and first layer of each living optimizer, other than ``passed``, that has tensors for a factor."""
     known = {id(optimizer) for optimizer in passed}
-    # isinstance() would ask proxies for the class of what they stand for.
+    # Neither torch nor a parameter knows the optimizers, and those of a model of PEFT may have stepped before dynrank
+    # was imported, so nobody could hand them over. isinstance() would ask proxies for the class of what they stand for.
     alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
     others = {id(inner): inner for inner in map(unwrapped_optimizer, alive) if id(inner) not in known}
     found = []

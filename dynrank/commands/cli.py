@@ -170,10 +170,7 @@ def train(overrides: Overrides = None) -> None:
 def plan(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Hydra overrides, as for dynrank-train; also base, batch_size, sequence_length, ranks=[4,8], "
-            "budget=24GiB"
-        ),
+        typer.Argument(help="Hydra overrides, as for dynrank-train; also ranks=[4,8], budget=24GiB"),
     ] = None,
     config_dir: ConfigDir = None,
 ) -> None:
@@ -373,7 +370,7 @@ def sweep(
             f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; the command that makes one "
             "is dynrank-train --multirun, with the same overrides"
         )
-    from dynrank.runs.sweep.table import show_sweep
+    from dynrank.runs.sweep import show_sweep
 
     show_sweep(folder, plot=plot)
 

@@ -1,7 +1,6 @@
 """The output of ``dynrank inspect``: a table of an adapter's layers, and a picture of their singular values."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | 
     With ``examples``, the arguments of :class:`dynrank.commands.gates.Gated`, the table also shows the ranks after a
     squeeze by gates.
     """
-    if plot is not None and find_spec("matplotlib") is None:
-        raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers = inspect(folder)
     kept = dict[float, dict[str, int]]()
     if examples is not None:

@@ -142,7 +142,7 @@ class Questions:
                 self.count += not row["fault"]
                 faults += [(row["place"], row["fault"])] if row["fault"] else []
             if faults and not skip:
-                refuse(part.where, faults, "correct")
+                refuse(part.where, faults)
             if faults:
                 print_facts({"left out": f"{len(faults):,} rows that cannot be used"})
         if not self.count:

@@ -18,9 +18,9 @@ def dynrank_train() -> None:
 
 def _start(command: str, module: str) -> None:
     try:
-        # A command imports more when it is called.
         with train_packages(command):
-            import_module(module).main()
+            started = import_module(module)
+        started.main()
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""What accelerate is set to, in transformers' Trainer or a plain loop, for sharding by FSDP2.
+"""What accelerate is set to, in transformers' Trainer or a plain loop: FSDP2, and what is refused.
 
 accelerate is imported inside the functions, because it is installed only if it is used.
 """
@@ -6,11 +6,14 @@ accelerate is imported inside the functions, because it is installed only if it 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dynrank.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def fsdp_plugin() -> Any:
@@ -46,6 +49,30 @@ def fsdp_settings(model: nn.Module) -> dict[str, Any]:
         "ignored_params": get_parameters_from_modules(plugin.ignored_modules, model, state.device),
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse what copies the model, or shards adapters, from arguments, accelerate's configuration or environment."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
+
+    asked = {"DEEPSPEED": args.deepspeed, "MEGATRON_LM": None}
+    ways = [name for name, given in asked.items() if given or parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
+    plugin = fsdp_plugin()
+    if plugin is not None and args.load_best_model_at_end and "SHARDED" in str(plugin.state_dict_type):
+        # transformers looks for the folder of the best checkpoint before it is there in all processes.
+        ways.append("load_best_model_at_end with SHARDED_STATE_DICT (set state_dict_type to FULL_STATE_DICT)")
+    if plugin is not None and getattr(args, "use_vllm", False):
+        # TRL merges adapters before each generation, and PEFT cannot add a whole matrix to a shard.
+        ways.append("use_vllm with FSDP2 (set use_vllm=False)")
+    if ways:
+        raise ConfigurationError(
+            f"RankTrainerCallback changes ranks on one device, under DDP or under FSDP2; this Trainer was set to "
+            f"{ways[0]}: change that in its arguments, accelerate's configuration and the environment "
+            "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (conf/README.md)"
+        )
+    check_accelerate(AcceleratorState())
 
 
 def check_accelerate(state: Any) -> None:

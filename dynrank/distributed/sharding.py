@@ -1,6 +1,5 @@
 """FSDP2 with LoRA: the frozen base is sharded, and trained parameters stay whole, so that their rank can change."""
 
-import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -86,15 +85,7 @@ def shard_frozen(
     first_lacks, *others_lack = from_all(any(parameter.is_meta for parameter in model.parameters()))
     if lacks_adapter:
         raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ConfigurationError(f"FSDP2 with LoRA needs torch >= 2.7, got {torch.__version__}")
     blocks = list(blocks if blocks is not None else _transformer_blocks(model))
-    inside = {id(part) for layer in layers.values() for part in layer.module.modules() if part is not layer.module}
-    for block in blocks:
-        if id(block) in inside:
-            raise ConfigurationError(
-                f"blocks must be whole layers of the model, got {type(block).__name__}, a part of a LoRA layer"
-            )
     device = torch.device(mesh.device_type)
     whole = {*trained, *options.pop("ignored_params", ())}
     whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}

@@ -35,7 +35,7 @@ class Contribution(NamedTuple):
 
 
 class Brought:
-    """Sums the decrease of the loss by layer and by factor; all sums are float64 on the device of the first layer.
+    """Sums the decrease of the loss by layer; all sums are float64 on the device of the first layer.
 
     Args:
         layers: name -> layer, at the start of the run or as in the checkpoint.
@@ -44,8 +44,7 @@ class Brought:
     def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
         self._layers = dict(layers)
         device = next((layer.lora_A.device for layer in layers.values()), None)
-        # For lora_A, lora_B and both together: (3, layers).
-        self._sums = torch.zeros(3, len(layers), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(layers), dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._sums)
         # By layer, because optimizers may step in turn.
         self._steps = torch.zeros(len(layers), dtype=torch.float64, device=device)
@@ -87,8 +86,7 @@ class Brought:
         ]
         if any(product is not None for product in products):
             zero = self._sums.new_zeros(())
-            terms = -torch.stack([zero if product is None else product for product in products]).view(-1, 2).mT
-            terms = torch.cat([terms, terms.sum(0, keepdim=True)])
+            terms = -torch.stack([zero if product is None else product for product in products]).view(-1, 2).sum(1)
             # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
             is_known = terms.isfinite().all()
             terms = torch.where(is_known, terms, 0.0)
@@ -104,15 +102,14 @@ class Brought:
         for now, before in zip(factors, self._before, strict=True):
             before.copy_(now)
 
-    def contributions(self, factor: str = "both") -> dict[str, Contribution]:
-        """{layer: its part of the decrease}, of ``lora_A``, ``lora_B`` or both; empty before the second step."""
+    def contributions(self) -> dict[str, Contribution]:
+        """{layer: its part of the decrease}; empty before the second step."""
         steps = self._steps.tolist()
         if not any(steps):
             return {}
-        row = ("lora_A", "lora_B", "both").index(factor)
         found = {}
-        sums = self._sums[row].tolist()
-        squares = self._squares[row].tolist()
+        sums = self._sums.tolist()
+        squares = self._squares.tolist()
         for name, value, square, count in zip(self._layers, sums, squares, steps, strict=True):
             # The standard deviation of a step's term, times the root of the number of steps.
             spread = max(square - value**2 / max(count, 1.0), 0.0)

@@ -153,8 +153,11 @@ def _faults(
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})} (lora.rank)"]
 
 
-def check_training(training: Training, stages: Collection[Stage]) -> None:
-    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
+def check_training(training: Training, stages: Collection[Stage], *, measure: bool = False) -> None:
+    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations.
+
+    ``measure``: whether changes are validated that no check asks for.
+    """
     factors = adapter_parameters(training.model)
     if stages:
         check_whole(training.model)
@@ -173,6 +176,11 @@ def check_training(training: Training, stages: Collection[Stage]) -> None:
                 f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
                 f"none: {training.validate_by}, or set schedule.how.max_regression=null"
             )
+    if measure and not training.validates:
+        raise ConfigurationError(
+            f"measure=True validates before and after each change; this run has no validation: {training.validate_by}, "
+            "or set measure=False"
+        )
 
 
 # The metrics that a schedule reads, by the names that the user gives

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -20,14 +20,12 @@ from dynrank.driver.check import (
     observed_metrics,
 )
 from dynrank.driver.event import Decision, Progress, RankEvent
-from dynrank.driver.measure import Measurement, batches_to_measure, check_measured
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
-from dynrank.driver.undo import RegressionTest, Undo
+from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.base import params_per_rank
-from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import Schedule, Stage
 from dynrank.schedules.presets import stages_of
@@ -70,15 +68,13 @@ class RankDriver:
     rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
     """
 
-    def __init__(self, schedule: Schedule, *, check_every: int | None = None, measure: bool = False) -> None:
-        if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
-            raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
+    def __init__(self, schedule: Schedule, *, measure: bool = False) -> None:
         self.stages = stages_of(schedule)
-        self.check_every = check_every
         self.measure = measure
         self.progress = Progress()
         self._run = Run(None)
-        self._clock = Clock([], self._run)
+        # For each stage the step at which it acts at the latest; None: it has no deadline.
+        self._planned: list[int | None] = []
         # What layers have brought; None before start() and after the last stage.
         self._brought: Brought | None = None
         self.rate_factor = 1.0
@@ -130,14 +126,11 @@ class RankDriver:
             )
         self._run = run
         self._ended_step = training.step
-        self._clock = Clock(self.stages, run)
+        self._planned = [stage.planned_step(run) for stage in self.stages]
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
-            warn_of_pefts_frozen(training.model)
-        check_training(training, self.stages)
-        if self.measure:
-            check_measured(training)
+        check_training(training, self.stages, measure=self.measure)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
@@ -161,8 +154,12 @@ class RankDriver:
     def advance(self, training: Training) -> None:
         """Decide which stage is due, and change ranks if one is."""
         self._follow_clock(training)
-        if self.progress.pending is not None:
-            self._change(training, self.progress.pending)
+        if self.progress.pending is None:
+            return
+        made = len(self.history)
+        self._change(training, self.progress.pending)
+        if len(self.history) > made and not self.history[-1].undone:
+            warn_of_low_rate(training)
 
     def end_step(self, training: Training) -> None:
         """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
@@ -171,8 +168,6 @@ class RankDriver:
             if self._brought is not None:
                 taken = [rates.take_stepped() for rates in self._rates]
                 self._brought.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
-            if self.check_every and training.step % self.check_every == 0:
-                check_processes(training.model, training.optimizers, f"after step {training.step}")
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -203,7 +198,7 @@ class RankDriver:
             )
 
     def abort(self) -> None:
-        """Restore the rates, after an error."""
+        """Remove what raises the rates within steps, after an error."""
         self._remove_rates()
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,13 +257,19 @@ class RankDriver:
             self.progress.pending = Decision(stage, self.stages[stage].when.reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
-        """Decide the stage that is due by time."""
-        due = self._clock.due(self.progress.stage, training.step, ended=ended)
-        if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
-            when = self.stages[due].when
-            deadline = self.stages[due].deadline
-            reason = when.reason if isinstance(when, At) else f"deadline at {deadline:.3g} of the run"
-            self.progress.pending = Decision(due, reason)
+        """Decide the last stage that is due by time, which replaces those before it.
+
+        ``ended``: training is over, perhaps before its planned end.
+        """
+        first = self.progress.stage if self.progress.pending is None else self.progress.pending.stage + 1
+        for index in reversed(range(first, len(self.stages))):
+            stage = self.stages[index]
+            planned = self._planned[index]
+            if (planned is not None and planned <= training.step) or (ended and stage.when == At(fraction=1.0)):
+                is_time = isinstance(stage.when, At)
+                reason = stage.when.reason if is_time else f"deadline at {stage.deadline:.3g} of the run"
+                self.progress.pending = Decision(index, reason)
+                return
 
     # Acting
 
@@ -282,40 +283,38 @@ class RankDriver:
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
         brought = self._brought.contributions() if self._brought is not None else {}
-        measurement = None
-        if stage.how.max_regression is None:
-            change = self._planned_change(training, index, directions, brought)
-            event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
-            event = _with_contributions(event, brought)
-            measurement = self._measurement(training, stage) if event is not None else None
-            # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
-            with uninterrupted():
-                if event is not None:
-                    training.put(change.put)
-                self._end_stage(training, index, event)
-        else:
-            undo = Undo(training)
-            # Twice, because Ctrl-C may interrupt the first exit.
-            with undo, undo:
-                if stage.search:
-                    began_with = self._parameters_at_start(training)
-                    event = cut_to_smallest(training, undo, stage, reason, directions, brought, began_with)
-                else:
-                    event = self._try(training, undo, index, reason, directions, brought)
-                event = _with_contributions(event, brought)
-                with uninterrupted():
-                    undo.keep()
-                    self._end_stage(training, index, event)
-        if event is None:
-            return
+        event = None
         try:
-            if measurement is not None:
-                self.history[-1] = event = replace(event, measured=measurement.end())
+            if stage.how.max_regression is None:
+                change = self._planned_change(training, index, directions, brought)
+                event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
+                event = _with_contributions(event, brought)
+                measurement = self._measurement(training, stage) if event is not None else None
+                # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
+                with uninterrupted():
+                    if event is not None:
+                        training.put(change.put)
+                    self._end_stage(training, index, event)
+                if event is not None and measurement is not None:
+                    self.history[-1] = event = replace(event, measured=measurement.measure())
+                    self._record(training, measurement)
+            else:
+                undo = Undo(training)
+                # Twice, because Ctrl-C may interrupt the first exit.
+                with undo, undo:
+                    if stage.search:
+                        began_with = self._parameters_at_start(training)
+                        event = cut_to_smallest(training, undo, stage, reason, directions, brought, began_with)
+                    else:
+                        event = self._try(training, undo, index, reason, directions, brought)
+                    event = _with_contributions(event, brought)
+                    with uninterrupted():
+                        undo.keep()
+                        self._end_stage(training, index, event)
         finally:
-            # The change is made, also if this validation fails.
-            training.tell(event)
-        if not event.undone and training.step < (self._run.total_steps or float("inf")):
-            warn_of_low_rate(training)
+            # Also if Ctrl-C was pressed during the change, or its measurement has failed.
+            if event is not None and self.history and self.history[-1] is event:
+                training.tell(event)
 
     def _planned_change(
         self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Contribution]
@@ -344,21 +343,32 @@ class RankDriver:
         change = self._planned_change(training, index, directions, brought)
         if not change.reports:
             return None
-        metrics = self.progress.metrics if self.progress.observed_step == training.step else {}
-        test = RegressionTest(training, self.stages[index].how, metrics or None)
+        test = self._test(training, self.stages[index])
         training.put(change.put)
-        failure = test.failure()
-        if failure is not None:
+        measured = test.measure()
+        if not test.allows(measured.after):
             undo.restore()
-            return RankEvent(training.step, f"{failure} ({reason})", tuple(change.reports), undone=True)
-        for observed in test.observed:
-            training.record(observed)
-        return RankEvent(training.step, reason, tuple(change.reports), measured=test.measured)
+            return RankEvent(training.step, f"undone: {measured} ({reason})", tuple(change.reports), undone=True)
+        self._record(training, test)
+        return RankEvent(training.step, reason, tuple(change.reports), measured=measured)
 
-    def _measurement(self, training: Training, stage: Stage) -> Measurement | None:
-        """The measurement of a change that is about to be made; None: none is wanted, or it would take too long."""
-        batches = batches_to_measure(training, self.stages, self._run) if self.measure else 0
-        return None if batches == 0 else Measurement(training, stage.how.check_monitor, batches)
+    @staticmethod
+    def _record(training: Training, test: RegressionTest) -> None:
+        """Log the validations of a change that was kept."""
+        for metrics in test.observed:
+            training.record(metrics)
+
+    def _test(self, training: Training, stage: Stage) -> RegressionTest:
+        """The test of a change that is about to be made; the run may have validated these weights already."""
+        is_validated = self.progress.observed_step == training.step and stage.how.check_monitor in self.progress.metrics
+        return RegressionTest(training, stage.how, self.progress.metrics if is_validated else None)
+
+    def _measurement(self, training: Training, stage: Stage) -> RegressionTest | None:
+        """As :meth:`_test`, of a change that nothing checks; None: none is wanted, or it would take too long."""
+        batches = batches_to_measure(training, len(self.stages), self._run) if self.measure else 0
+        if batches is None:
+            return self._test(training, stage)
+        return RegressionTest(training, stage.how, None, batches) if batches else None
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
         """Go to the stage after ``index``, whose change was made, undone, or (None) changes no rank."""
@@ -366,7 +376,7 @@ class RankDriver:
         self.progress.stage = index + 1
         for later in self.stages[index + 1 :]:
             if isinstance(later.when, Trigger):
-                later.when.reset(training.step)
+                later.when.reset()
         if event is not None:
             self.history.append(event)
         if self.finished:
@@ -401,26 +411,3 @@ def _with_contributions(event: RankEvent | None, brought: Mapping[str, Contribut
     shares = [(each, brought[each.layer]) for each in event.layers]
     layers = [replace(each, brought=share.value, brought_error=share.error) for each, share in shares]
     return replace(event, layers=tuple(layers))
-
-
-class Clock:
-    """The step by which each stage acts at the latest."""
-
-    def __init__(self, stages: Sequence[Stage], run: Run) -> None:
-        self._stages = stages
-        self._planned = [stage.planned_step(run) for stage in stages]
-
-    def has_come(self, index: int, step: int) -> bool:
-        """Whether the latest time of stage ``index`` is ``step`` or earlier."""
-        planned = self._planned[index]
-        return planned is not None and planned <= step
-
-    def due(self, first: int, step: int, *, ended: bool) -> int | None:
-        """Index of the last due stage, from ``first`` on; it replaces the stages before it. None if no stage is due.
-
-        ``ended``: training is over, perhaps before its planned end.
-        """
-        for index in reversed(range(first, len(self._stages))):
-            if self.has_come(index, step) or (ended and self._stages[index].when == At(fraction=1.0)):
-                return index
-        return None

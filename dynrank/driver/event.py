@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynrank.change.resize import LayerReport
-from dynrank.errors import read_as
 from dynrank.output.ranks import change_table, ranks_in_words
 
 if TYPE_CHECKING:
@@ -98,11 +97,6 @@ class RankEvent:
     def lowers(self) -> bool:
         """Whether the change was made and has lowered a rank."""
         return not self.undone and any(layer.rank_after < layer.rank_before for layer in self.layers)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> RankEvent:
-        """The event whose ``dataclasses.asdict`` is ``state``; ConfigurationError if ``state`` is damaged."""
-        return read_as(cls, state, "ckpt_path")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
 from dynrank.change.resize import LayerDirections, LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.brought import Contribution
@@ -47,13 +45,11 @@ def cut_to_smallest(
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
-    found = search.refusal_without_adapter() if steps == 0 else None
-    if found is None:
-        found = search.result(steps, parameters_before)
-        if search.passes(steps):
-            change = training.compute(lambda: search.ranks(steps), directions, stage.how)
-            training.put(change.put)
-            return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
+    found = search.result(steps, parameters_before)
+    if search.passes(steps):
+        change = training.compute(lambda: search.ranks(steps), directions, stage.how)
+        training.put(change.put)
+        return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
     return RankEvent(training.step, f"undone: {found} ({reason})", tuple(search.trials[steps].reports), undone=True)
 
 
@@ -132,25 +128,6 @@ class Search:
             self._undo.restore()
             self.trials[steps] = Trial(self._test.value(metrics), change.reports)
         return self.trials[steps]
-
-    def refusal_without_adapter(self) -> str | None:
-        """Why the lowest ranks do not count as enough: without any adapter the metric is within the tolerance, too."""
-        with torch.no_grad():
-            for layer in self._layers.values():
-                layer.lora_B.zero_()
-        metrics = validate(self._training)
-        self._undo.restore()
-        value = self._test.value(metrics)
-        if not self._test.allows(value):
-            return None
-        monitor = self._how.check_monitor
-        before = self._test.before
-        self._training.warn(
-            f"{monitor} is {before:.4g}, and {value:.4g} without any adapter: a tolerance of "
-            f"{self._how.max_regression:g} is more than the adapter has learned, so the ranks stay as they are; train "
-            "longer, or set schedule.tolerance lower"
-        )
-        return f"{monitor} {before:.4g} → {value:.4g} without any adapter is within the tolerance, too"
 
     def result(self, steps: int, parameters_before: int) -> str:
         """The text about a cut to so many steps for a run's history."""

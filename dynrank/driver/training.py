@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.change.resize import Adapters, Change, LayerDirections, compute, uninterrupted
-from dynrank.distributed.wrappers import pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
+from dynrank.distributed.wrappers import ddp_modules, pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.errors import for_its_reader
 from dynrank.schedules import How
@@ -22,10 +22,12 @@ from dynrank.schedules import How
 class Training:
     """A training run. A plain loop can use this class; override a method that the schedule or a trainer needs.
 
-    Models and optimizers may be wrapped by DDP, Lightning Fabric or accelerate. DDP modules follow every change.
+    Models and optimizers are passed as DDP, Lightning Fabric or accelerate has wrapped them. DDP modules follow every
+    change.
 
     Args:
-        model: contains the LoRA layers; their names are relative to it, without wrappers.
+        model: contains the LoRA layers; their names are relative to it, without wrappers. A model that DDP has wrapped
+            does not know of it, so pass what DDP has returned.
         optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
         schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
@@ -54,9 +56,9 @@ class Training:
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
     def __post_init__(self) -> None:
+        self.ddp = ddp_modules(self.model)
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
-        self._paused_ddp: list[tuple[Any, dict[str, Any]]] = []
 
     @property
     def validates(self) -> bool:
@@ -80,7 +82,7 @@ class Training:
         raise NotImplementedError
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a validation that was made to check a change, if the change was kept."""
+        """Log the metrics of a validation that was made for a change, if the change was kept."""
 
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
@@ -98,18 +100,11 @@ class Training:
     def put(self, assign: Callable[[], None]) -> None:
         """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""
         with uninterrupted():
-            self.before_resize()
-            assign()
-            self.after_resize()
-
-    def before_resize(self) -> None:
-        """Remove objects that depend on the factors' shapes; called before every change and before one is undone."""
-        self._paused_ddp = self._paused_ddp or pause_ddp(self.model)
-
-    def after_resize(self) -> None:
-        """Rebuild these objects for the new shapes; called after every change and after one is undone."""
-        resume_ddp(self._paused_ddp)
-        self._paused_ddp = []
+            paused = pause_ddp(self.ddp)
+            try:
+                assign()
+            finally:
+                resume_ddp(paused)
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

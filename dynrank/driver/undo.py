@@ -14,6 +14,11 @@ from dynrank.driver.check import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
 from dynrank.driver.training import Training
 from dynrank.schedules import How
+from dynrank.triggers import Run
+
+# How many changes may be measured however short the run is, and by how many batches in all.
+_FEW = 2
+_SMALL = 4
 
 
 class Undo:
@@ -45,36 +50,40 @@ class Undo:
 
 
 class RegressionTest:
-    """Decides whether a change worsens the validated metric by more than the user allows.
+    """Measures what a change costs, and decides whether that is more than the user allows.
 
     Args:
         training: the run before the change.
         how: names the metric, and the largest relative worsening.
         validated: metrics of these weights; None: they are validated here.
+        batches: about how many batches a validation takes; None: all.
 
     Attributes:
         before: the metric before the change.
         most: largest worsening that is allowed.
-        observed: metrics of the validations made for this test: before the change, and after it.
-        measured: what the change cost, once it is made.
+        observed: metrics of the validations of all data that were made for this test: before the change, and after it.
     """
 
-    def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
+    def __init__(
+        self, training: Training, how: How, validated: Mapping[str, float] | None, batches: int | None = None
+    ) -> None:
         self._training = training
         self._how = how
-        before = validate(training) if validated is None else validated
-        self.observed = [before] if validated is None else []
-        self.before = self.value(before)
+        self._batches = batches
+        self.observed: list[Mapping[str, float]] = []
+        self.before = self.value(self._validate() if validated is None else validated)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
-    measured: Measured | None = None
+    def measure(self) -> Measured:
+        """Validate the changed weights."""
+        after = self.value(self._validate())
+        return Measured(self._how.check_monitor, self.before, after, whole=self._batches is None)
 
-    def failure(self) -> str | None:
-        """Validate the changed weights; return why the change has to be undone, or None."""
-        metrics = validate(self._training)
-        self.observed.append(metrics)
-        self.measured = Measured(self._how.check_monitor, self.before, self.value(metrics))
-        return None if self.allows(self.measured.after) else f"undone: {self.measured}"
+    def _validate(self) -> Mapping[str, float]:
+        metrics = validate(self._training, self._batches)
+        if self._batches is None:
+            self.observed.append(metrics)
+        return metrics
 
     def allows(self, after: float) -> bool:
         """Whether the metric may change from ``before`` to ``after``; never if one of the two is not finite."""
@@ -84,6 +93,21 @@ class RegressionTest:
     def value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
         return metric_value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
+
+
+def batches_to_measure(training: Training, changes: int, run: Run) -> int | None:
+    """How many batches each validation may take, so that all measurements cost under 2% of the run; None: all of them.
+
+    A validation of a batch is counted as 4/3 of a training step: it is a third of the work, and batches of dynrank's
+    tasks have four times as many texts. One or two changes get a few batches in any run. 0: there are too many changes.
+    """
+    there = training.validation_batches
+    if there is None or run.total_steps is None:
+        return None
+    most = run.total_steps // (150 * changes)
+    if changes <= _FEW:
+        most = max(most, _SMALL // changes)
+    return most if there > most else None
 
 
 def validate(training: Training, most: int | None = None) -> Mapping[str, float]:

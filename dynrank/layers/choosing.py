@@ -14,7 +14,6 @@ from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
-from dynrank.layers.peft_layers import peft_layers
 from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
 
 PRESETS = ("attention", "all-linear")
@@ -67,7 +66,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
         raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
     if "all-linear" in targets:
         stacks = [module for module in map(modules.get, chosen) if isinstance(module, ExpertStack)]
-        warn_of_frozen(model, [stack.weight for stack in stacks], skipped)
+        _warn_of_frozen(model, [stack.weight for stack in stacks], skipped)
     return chosen
 
 
@@ -125,29 +124,20 @@ def _output_heads(model: nn.Module) -> Iterator[int]:
             yield from (id(getattr(module, name)) for name in _CLASSIFIERS if hasattr(module, name))
 
 
-def warn_of_pefts_frozen(model: nn.Module) -> None:
-    """Warn about the share of a model wrapped by PEFT that is in experts without LoRA; PEFT's all-linear skips most."""
-    layers = peft_layers(model).values()
-    if layers:
-        warn_of_frozen(
-            model, [getattr(layer.base, layer.module.parameter_name) for layer in layers if layer.of_parameter]
-        )
-
-
-def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module] | None = None) -> None:
+def _warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module]) -> None:
     """Warn about the share of the model in linear layers that have no LoRA and stay frozen.
 
     ``adapted`` are the stacked weights (of experts) that have LoRA. ``skipped`` are linear layers without it, by name.
     """
     trained = {id(weight) for weight in adapted}
     stacks = {
-        f"{name.replace('.base_layer', '')}.{leaf}": parameter.numel()
+        f"{name}.{leaf}": parameter.numel()
         for name, module in named_modules(model)
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d | ParametrizationList)
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and len(parameter) > 1 and id(parameter) not in trained
     }
-    others = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (skipped or {}).items()}
+    others = {name: sum(weight.numel() for weight in module.parameters()) for name, module in skipped.items()}
     if stacks or others:
         share = sum([*stacks.values(), *others.values()]) / sum(parameter.numel() for parameter in model.parameters())
         kinds = [f"{len(stacks)} parameters that stack layers, such as {next(iter(stacks))!r}"] if stacks else []

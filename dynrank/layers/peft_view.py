@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from dynrank.layers.base import note, noted, put_factors
+from dynrank.layers.base import put_factors
 from dynrank.linalg import products
-
-V = TypeVar("V")
-
-
-class _Note(Generic[V]):
-    """An attribute of :class:`PeftLayer` that is stored on PEFT's module, separately for each adapter."""
-
-    def __init__(self, default: V) -> None:
-        self.default = default
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, layer: PeftLayer, owner: type) -> V:
-        value: V = noted(layer.module, (layer.adapter, self.name), self.default)
-        return value
-
-    def __set__(self, layer: PeftLayer, value: V) -> None:
-        note(layer.module, (layer.adapter, self.name), value)
 
 
 class PeftLayer:
@@ -36,9 +17,13 @@ class PeftLayer:
     module, so two views of one adapter are equivalent.
     """
 
-    final_rank = _Note[int | None](None)
-    highest = _Note[int | None](None)
-    pinned = _Note(False)
+    # So that nobody sets an attribute on a view, which is made anew each time.
+    __slots__ = ("adapter", "module")
+
+    # A rank map, which gives single layers bounds of their own, belongs to add_lora.
+    final_rank: int | None = None
+    highest: int | None = None
+    pinned = False
 
     def __init__(self, module: Any, adapter: str) -> None:
         self.module = module

@@ -109,12 +109,6 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
                 f"{name!r} shares a weight with another module, so it cannot be in modules_to_save; adapt it with LoRA "
                 "(lora.target_modules), or untie the weight first"
             )
-        taken = [other for other in modules if other.endswith(name) and other not in names]
-        # PEFT compares the end of a name and not whole parts of it.
-        if taken:
-            raise ConfigurationError(
-                f"PEFT would also train {taken[0]!r}, because it ends in {name!r} (modules_to_save); rename one of them"
-            )
 
 
 def make_layer(base: nn.Module, **options: Any) -> LoRALayer:

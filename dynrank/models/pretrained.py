@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -104,9 +103,8 @@ def load_classifier(
         misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
-    tokenizer = load_tokenizer(name, key, settings)
-    # Decoders classify by the last token before the padding.
-    model.config.pad_token_id = tokenizer.pad_token_id
+    # Decoders classify by the last token before the padding. Without weights any token serves, and no file is needed.
+    model.config.pad_token_id = 0 if on_meta else load_tokenizer(name, key, settings).pad_token_id
     # The head is trained, so it needs float32 even if the frozen base has fewer bits.
     for head in head_names(model):
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
@@ -152,14 +150,6 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     return model, info
 
 
-def meta_model(config: PretrainedConfig, settings: ModelSettings = _PLAIN, key: str = "task.model") -> PreTrainedModel:
-    """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
-        named = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    return cast(PreTrainedModel, _on_meta(named, config, key, settings))
-
-
 def enable_checkpointing(model: Any) -> None:
     """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
     if not model.supports_gradient_checkpointing:
@@ -186,10 +176,7 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
     options = _options(config, settings)
     try:
         with torch.device("meta"):
-            if not issubclass(cls, PreTrainedModel):
-                model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
-            else:
-                model = cls._from_config(config, **options)
+            model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error

@@ -1,9 +1,9 @@
-"""The ranks of a model's LoRA layers as a table, which prints and becomes a DataFrame."""
+"""The ranks of a model's LoRA layers as a table, which prints; pandas makes a DataFrame of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,7 +15,6 @@ from dynrank.output.console import empty_table, span, table_console
 from dynrank.output.ranks import layer_kinds, slot_line
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.table import Table
 
 
@@ -57,15 +56,6 @@ class RankTable(tuple[LayerRank, ...]):
         """Parameters of all LoRA factors, which are what an adapter trains."""
         return sum(layer.parameters for layer in self)
 
-    def frame(self) -> pd.DataFrame:
-        """A DataFrame of pandas with a row for each layer, and a column for each attribute of :class:`LayerRank`."""
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ConfigurationError("a DataFrame needs pandas: pip install pandas") from error
-
-        return pd.DataFrame([asdict(layer) for layer in self])
-
     def table(self) -> Table:
         """A table of rich, with a line for each kind of layer and one for all; for ``rich.print``."""
         table = empty_table("LoRA layers", "layers", "count", "rank", "mean rank", "alpha", "parameters")
@@ -99,7 +89,7 @@ def _cells(layers: RankTable | list[LayerRank]) -> tuple[str, ...]:
 
 
 def ranks(model: nn.Module) -> RankTable:
-    """The LoRA layers of ``model`` with their ranks: a table that prints, and a DataFrame by ``frame()``.
+    """The LoRA layers of ``model`` with their ranks: a table that prints, and ``pandas.DataFrame(table)`` takes.
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's; it may be in training.
@@ -112,7 +102,8 @@ def ranks(model: nn.Module) -> RankTable:
     >>> table = dynrank.ranks(model)
     >>> [(layer.layer, layer.rank) for layer in table], table.parameters
     ([('0', 4), ('1', 2)], 88)
-    >>> print(table.frame()[["layer", "rank", "parameters"]])
+    >>> import pandas
+    >>> print(pandas.DataFrame(table)[["layer", "rank", "parameters"]])
       layer  rank  parameters
     0     0     4          64
     1     1     2          24

@@ -1,7 +1,7 @@
 """``dynrank plan``: the trained parameters and the bytes of a run by rank, from its configuration only."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,10 +13,8 @@ from transformers import PreTrainedModel
 
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import adapter_parameters, own_layers
-from dynrank.layers.placing import add_lora
-from dynrank.models.names import ModelSettings
-from dynrank.models.pretrained import meta_model, read_config, storage_bytes, storage_key, tensors_of
-from dynrank.output.console import empty_table, print_table, span
+from dynrank.models.pretrained import storage_bytes, tensors_of
+from dynrank.output.console import empty_table, print_facts, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.planner.step import count_forward, token_batch, without_values
 from dynrank.private import FakeTensorMode
@@ -38,12 +36,13 @@ _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
 
 @dataclass(frozen=True)
 class Need:
-    """What training at one rank needs, in bytes except for the first three.
+    """What training at one rank needs, in bytes except for the first four.
 
     Attributes:
         rank: rank of the layers that no rule sets.
         ranks: (lowest, highest) rank of all layers.
         parameters: number of parameters of all LoRA layers.
+        of: number of parameters of the model without LoRA.
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained without LoRA.
         activations: the tensors that the forward saves for the backward.
@@ -54,6 +53,7 @@ class Need:
     rank: int
     ranks: tuple[int, int]
     parameters: int
+    of: int
     weights: int
     adapter: int
     optimizer: int
@@ -67,64 +67,33 @@ class Need:
         return self.weights + self.adapter + self.optimizer + self.activations + max(self.gradients, self.logits)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The needs of a model and a batch.
-
-    Attributes:
-        model: name and class of the model.
-        parameters: number of parameters of the model without LoRA.
-        head_parameters: how many of these are in modules that are trained without LoRA.
-        weights: dtype of the frozen base, or its packing, nf4 or int8.
-        layers: names of the layers that have LoRA.
-        batch: (sequences, tokens per sequence).
-        budget: available bytes; None if not given.
-        needs: one for each rank, ascending.
-    """
-
-    model: str
-    parameters: int
-    head_parameters: int
-    weights: str
-    layers: tuple[str, ...]
-    batch: tuple[int, int]
-    optimizer: str
-    budget: int | None
-    needs: tuple[Need, ...]
-
-
 def show_plan(config: DictConfig) -> None:
-    """Print the plan of ``config``."""
-    plan = make_plan(config)
-    kinds = dict.fromkeys(layer_kinds(plan.layers).values())
-    print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")
-    print(f"LoRA             {len(plan.layers)} layers: {', '.join(kinds)}")
-    if plan.head_parameters:
-        unknown = ", a head of two classes: data.train is not set" if config.base is None and lacks_data(config) else ""
-        print(f"trained whole    {plan.head_parameters:,} parameters{unknown}")
-    print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    print_table(_table(plan))
+    """Print what the run of ``config`` needs at each rank, and what fits the budget."""
+    facts, needs = make_plan(config)
+    budget = _asked(config).budget
+    print_facts(facts)
+    print_table(_table(needs, budget))
     print("total            weights + adapter + optimizer + activations + the larger of the last two: the gradients of")
     print("                 the logits (two, in float32) when the backward begins, those of the adapter when it ends")
-    if plan.budget is not None:
-        fit = [need.rank for need in plan.needs if need.total <= plan.budget]
-        lacking = plan.needs[0].total - plan.budget
-        said = f"none of these fits; rank {plan.needs[0].rank} lacks {_mebibytes(lacking)} MiB"
+    if budget is not None:
+        fit = [need.rank for need in needs if need.total <= budget]
+        lacking = needs[0].total - budget
+        said = f"none of these fits; rank {needs[0].rank} lacks {_mebibytes(lacking)} MiB"
         if fit:
             said = f"rank {max(fit)} is the highest of these that fits"
-        print(f"budget           {_mebibytes(plan.budget)} MiB: {said}")
+        print(f"budget           {_mebibytes(budget)} MiB: {said}")
 
 
-def _table(plan: Plan) -> Table:
-    more = [] if plan.budget is None else ["fits"]
+def _table(needs: Sequence[Need], budget: int | None) -> Table:
+    more = [] if budget is None else ["fits"]
     table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *_PARTS, "total", *more)
-    for need in plan.needs:
+    for need in needs:
         # Layers of a rank map may have other ranks.
         of_others = "" if need.ranks == (need.rank, need.rank) else f" ({span(need.ranks)})"
-        cells = [f"{need.rank}{of_others}", f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
+        cells = [f"{need.rank}{of_others}", f"{need.parameters:,}", f"{need.parameters / need.of:.2%}"]
         cells += [_mebibytes(getattr(need, part)) for part in (*_PARTS, "total")]
-        if plan.budget is not None:
-            cells.append("yes" if need.total <= plan.budget else "no")
+        if budget is not None:
+            cells.append("yes" if need.total <= budget else "no")
         table.add_row(*cells)
     return table
 
@@ -133,63 +102,52 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
+def _asked(config: DictConfig) -> PlanKeys:
+    return PlanKeys(**{field.name: plain(config[field.name]) for field in fields(PlanKeys)})
+
+
 @configured()
-def make_plan(config: DictConfig) -> Plan:
-    """The plan of the run of ``config`` (composed from ``conf/plan.yaml``), made without any weights."""
+def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
+    """What the run of ``config`` (composed from ``conf/plan.yaml``) trains, in words, and its need at each rank.
+
+    Both are made without any weights; ranks ascend.
+    """
     asked = _asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
-    settings = ModelSettings(**plain(config.model))
-    size = asked.batch_size
-    length = asked.sequence_length
-    ranks = asked.ranks
-    if size is None or length is None or ranks is None:
-        raise ConfigurationError("the task has no batch_size or no max_length; set batch_size and sequence_length")
-    batch = size, length
+    rows, length = (argument(config.task, name) for name in ("batch_size", "max_length"))
+    if rows is None or length is None:
+        raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
     needs = []
-    for rank in sorted(set(ranks)):
-        model = _model(config, asked.base, settings, rank)
+    for rank in sorted(set(asked.ranks)):
+        model = _model(config, rank)
         for parameter in model.parameters() if dtype is not None else ():
             parameter.data = parameter.data.to(dtype)
         factors = set(adapter_parameters(model))
-        parameters = model.num_parameters() - sum(factor.numel() for factor in factors)
         head = [p for p in model.parameters() if p.requires_grad and p not in factors]
         state = _optimizer_state_bytes(factors, head, plain(config.optimizer))
-        needs.append(_need(model, rank, batch, autocast, state))
-    kind = str(model.dtype).removeprefix("torch.")
-    name = asked.base or config.task.get("model") or type(model).__name__
-    return Plan(
-        model=f"{name} ({type(model).__name__})",
-        parameters=parameters,
-        head_parameters=sum(parameter.numel() for parameter in head),
-        weights=kind if settings.quantization == "none" else settings.quantization,
-        layers=tuple(own_layers(model)),
-        batch=batch,
-        optimizer=config.optimizer.name,
-        budget=asked.budget,
-        needs=tuple(needs),
-    )
+        needs.append(_need(model, rank, (rows, length), autocast, state))
+    name = config.task.get("model") or type(model).__name__
+    packing = config.model.quantization
+    base = str(model.dtype).removeprefix("torch.") if packing == "none" else packing
+    layers = own_layers(model)
+    facts = {
+        "model": f"{name} ({type(model).__name__}), {needs[-1].of:,} parameters, base in {base}",
+        "LoRA": f"{len(layers)} layers: {', '.join(dict.fromkeys(layer_kinds(layers).values()))}",
+    }
+    if head:
+        unknown = ", a head of two classes: data.train is not set" if lacks_data(config) else ""
+        facts["trained whole"] = f"{sum(parameter.numel() for parameter in head):,} parameters{unknown}"
+    facts["batch"] = f"{rows} x {length} tokens; optimizer {config.optimizer.name}"
+    return facts, needs
 
 
-def _asked(config: DictConfig) -> PlanKeys:
-    values = {field.name: plain(config[field.name]) for field in fields(PlanKeys)}
-    for name, of_task in (("batch_size", "batch_size"), ("sequence_length", "max_length")):
-        if values[name] is None:
-            values[name] = argument(config.task, of_task)
-    ranks = values["ranks"] if values["ranks"] is not None else config.lora.rank
-    values["ranks"] = ranks if isinstance(ranks, list) else [ranks]
-    return PlanKeys(**values)
-
-
-def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: int) -> PreTrainedModel:
-    """The model with its LoRA layers, on the meta device."""
-    lora = {**lora_arguments(config), "rank": rank}
+def _model(config: DictConfig, rank: int) -> PreTrainedModel:
+    """The model of the task with its LoRA layers, on the meta device."""
     # Every backend saves the same tensors, and torch's can run on tensors without values.
-    lora["backend"] = "torch"
-    if base is not None:
-        return add_lora(meta_model(read_config(base, "base", settings), settings, "base").train(), **lora)
+    lora = {**lora_arguments(config), "rank": rank, "backend": "torch"}
     task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()
@@ -200,6 +158,7 @@ def _need(
 ) -> Need:
     """The need of a model with its LoRA layers; ``optimizer`` is the bytes of the optimizer's state."""
     ranks = [layer.rank for layer in own_layers(model).values()]
+    parameters = sum(factor.numel() for factor in adapter_parameters(model))
     if hasattr(model.config, "use_cache"):
         # A training step does not need the cache of keys and values.
         model.config.use_cache = False
@@ -214,7 +173,8 @@ def _need(
     return Need(
         rank=rank,
         ranks=(min(ranks), max(ranks)),
-        parameters=sum(factor.numel() for factor in adapter_parameters(model)),
+        parameters=parameters,
+        of=model.num_parameters() - parameters,
         weights=weights,
         adapter=adapter,
         optimizer=optimizer,
@@ -229,9 +189,8 @@ def _optimizer_state_bytes(
 ) -> int:
     """The bytes of the optimizer's state after a step, by the shapes and dtypes of the parameters.
 
-    The step runs on zeros, with at most two parameters of each shape and dtype. State that both share (the tables of
-    an 8-bit optimizer) counts once, all other state once for each parameter. The arguments are those of
-    :func:`dynrank.tasks.optimizers.make_optimizer`.
+    The step runs on zeros, with one parameter of each shape and dtype. A table that an 8-bit optimizer shares among its
+    parameters counts for each. The arguments are those of :func:`dynrank.tasks.optimizers.make_optimizer`.
     """
     of_adapter = _stand_ins(adapter)
     of_head = _stand_ins(head)
@@ -243,20 +202,18 @@ def _optimizer_state_bytes(
         raise ConfigurationError(
             f"optimizer.name={options['name']} cannot make a step: {error}; set optimizer"
         ) from error
-    stand_ins = of_adapter | of_head
-    tensors = {p: [value for value in optimizer.state[p].values() if isinstance(value, Tensor)] for p in stand_ins}
-    holders = Counter(key for held in tensors.values() for key in {storage_key(tensor) for tensor in held})
-    shared = storage_bytes(t for held in tensors.values() for t in held if holders[storage_key(t)] > 1)
-    own = {p: storage_bytes(t for t in held if holders[storage_key(t)] == 1) for p, held in tensors.items()}
-    return shared + round(sum(count * own[p] for p, count in stand_ins.items()))
+    total = 0
+    for parameter, count in (of_adapter | of_head).items():
+        state = optimizer.state[parameter].values()
+        total += count * storage_bytes(value for value in state if isinstance(value, Tensor))
+    return total
 
 
-def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
-    """At most two new parameters of each shape and dtype -> how many of ``parameters`` each represents."""
+def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
+    """A new parameter of each shape and dtype -> how many of ``parameters`` it represents."""
     made = {}
     for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
-        for _ in range(min(count, 2)):
-            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
-            parameter.grad = torch.zeros_like(parameter)
-            made[parameter] = count / min(count, 2)
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        made[parameter] = count
     return made

@@ -21,8 +21,6 @@ from dynrank.private import DataDependentOutputException, DynamicOutputShapeExce
 # The name in transformers' registry of experts_forward, which can run without values.
 _COUNTED_EXPERTS = "dynrank"
 
-_WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
-
 
 def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all parameters and buffers, in place, by fake CPU tensors of the same shapes and dtypes.
@@ -100,26 +98,24 @@ def count_forward(model: nn.Module, batch: Mapping[str, Tensor], autocast: torch
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(
             f"{type(model).__name__} needs tensors' values, so its bytes cannot be counted from its config ({error}); "
-            "set base or task.model"
+            "set task.model"
         ) from error
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise ConfigurationError(
             f"{type(model).__name__} cannot be run on a batch of {[*next(iter(batch.values())).shape]} ({error}); "
-            "set base, batch_size or sequence_length"
+            "set task.model, task.batch_size or task.max_length"
         ) from error
     return sum(storage.nbytes() for storage in saved.values()), 0 if logits is None else logits.numel()
 
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
-    """A batch of full sequences: int64 ``input_ids`` and, if the model computes a loss, ``labels``."""
+    """A batch of full sequences: int64 ``input_ids``, and ``labels`` for a classifier or a causal language model."""
     name = type(model).__name__
     config = model.config
-    if getattr(model, "main_input_name", None) != "input_ids":
-        raise ConfigurationError(f"{name} does not read tokens (input_ids); set base or task.model")
     batch = {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}
     if name.endswith("ForSequenceClassification"):
         config.problem_type = "single_label_classification"  # type: ignore[union-attr]
         batch["labels"] = torch.zeros(batch_size, dtype=torch.long)
-    elif name.endswith(_WITH_LOSS):
+    elif name.endswith(("ForCausalLM", "LMHeadModel")):
         batch["labels"] = torch.zeros(batch_size, length, dtype=torch.long)
     return batch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from torch import nn
 
-from dynrank.adapters.squeeze import inspect
+from dynrank.adapters.squeeze import LayerSpectrum, inspect
 from dynrank.change.resize import LayerDirections
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
@@ -46,16 +46,6 @@ class Picture(Figure):
         return content.getvalue()
 
 
-class Spectrum(Protocol):
-    """A layer and the singular values of its update, as of :func:`dynrank.inspect`."""
-
-    @property
-    def layer(self) -> str: ...
-
-    @property
-    def singular_values(self) -> Sequence[float]: ...
-
-
 class Run(Protocol):
     """A finished run, as of :func:`dynrank.read_run`."""
 
@@ -63,7 +53,7 @@ class Run(Protocol):
     def metrics(self) -> Mapping[str, Series]: ...
 
     @property
-    def layers(self) -> Mapping[str, Spectrum]: ...
+    def layers(self) -> Mapping[str, LayerSpectrum]: ...
 
     def change_texts(self) -> Mapping[int, str]: ...
 
@@ -190,7 +180,7 @@ def _draw_cells(
 
 
 def spectra(
-    of: nn.Module | Run | str | Path | Iterable[Spectrum] | Mapping[str, Sequence[float]],
+    of: nn.Module | Run | str | Path | Iterable[LayerSpectrum] | Mapping[str, Sequence[float]],
     title: str = "singular values of the updates",
 ) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
@@ -275,16 +265,10 @@ def _some(found: Mapping[str, T]) -> Mapping[str, T]:
 def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """A panel for each quantity: a dot per run, and per arm the mean and, of several runs, the standard deviation.
 
-    ``settings`` has the settings of each arm: single numbers give a numeric axis, anything else equal distances. The
-    axis has the title ``name``. ``panels`` are {quantity: for each arm, the values of its runs}.
+    ``settings`` has the settings of each arm, which stand at equal distances; the axis has the title ``name``.
+    ``panels`` are {quantity: for each arm, the values of its runs}.
     """
-    try:
-        places = [float(text) for (text,) in settings]
-        line = "-"
-    except ValueError:
-        # No value lies between two names, so no line connects the points.
-        places = [float(number) for number in range(len(settings))]
-        line = "none"
+    places = range(len(settings))
     texts = ["\n".join(setting) for setting in settings]
     crowded = max(map(len, texts)) * len(texts) > 40
     across = min(3, len(panels))
@@ -297,7 +281,7 @@ def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequ
         known = [(place, values) for place, values in zip(places, arms, strict=True) if values]
         dots = [(place, value) for place, values in known for value in values]
         axes.plot([place for place, _ in dots], [value for _, value in dots], "o", alpha=0.35, markersize=4)
-        axes.plot([p for p, _ in known], [fmean(v) for _, v in known], color="tab:blue", marker="_", linestyle=line)
+        axes.plot([p for p, _ in known], [fmean(v) for _, v in known], color="tab:blue", marker="_", linestyle="none")
         several = [(place, fmean(values), stdev(values)) for place, values in known if len(values) > 1]
         if several:
             axes.errorbar(*zip(*several, strict=True), color="tab:blue", capsize=3, linestyle="none")

@@ -67,20 +67,14 @@ def _with_unit(size: object) -> object:
 
 @validated("plan")
 class PlanKeys:
-    """The keys of ``dynrank plan`` in addition to a run's; None: the run's own value.
+    """The keys of ``dynrank plan`` in addition to a run's.
 
     Attributes:
-        base: a model other than the task's: llama-2-7b, ... (dynrank/models), a folder, a config.json, ORG/NAME.
-        batch_size: sequences.
-        sequence_length: tokens of each.
         ranks: ranks of layers that no rule of rank_map sets.
-        budget: memory to fit into, such as 24GiB.
+        budget: memory to fit into, such as 24GiB; None: no budget.
     """
 
-    base: Name | None = None
-    batch_size: Count | None = None
-    sequence_length: Count | None = None
-    ranks: Annotated[list[Count], Field(min_length=1)] | None = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    ranks: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None = None
 
 

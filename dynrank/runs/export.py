@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,14 +15,12 @@ from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.pretrained import storage_bytes
 from dynrank.output.whole_file import whole_file
-from dynrank.private import tree_leaves
 from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.runs.command import command
 from dynrank.runs.folder import drop_repeated_rows
 from dynrank.runs.report.page import write_card, write_report
 from dynrank.runs.summary import Summary, print_summary, write_summary
-from dynrank.tasks.account import SplitAccount
-from dynrank.tasks.by_class import ClassResult
+from dynrank.tasks.account import ClassResult, SplitAccount
 
 # Prefix of the metrics that a test measures on training and validation data.
 _FINAL = "final/"
@@ -69,20 +67,18 @@ def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
     """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
     for event in reversed([event for event in history if not event.undone]):
         if event.measured is not None:
-            # The end is measured on all validation data.
-            known = event.measured.whole and event.measured.metric in final
-            now = f", {final[event.measured.metric]:.4g} now" if known else ""
+            now = f", {final[event.measured.metric]:.4g} now" if event.measured.metric in final else ""
             return f"{event.cost} at step {event.step:,}{now}"
     return ""
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
     """Bytes of the LoRA factors, of the gradients of all trained parameters, and of the optimizer state, as of now."""
-    state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
         "adapter": sum(factor.nbytes for factor in adapter_parameters(model)),
         "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
-        "optimizer": storage_bytes(value for value in state if isinstance(value, Tensor)),
+        "optimizer": storage_bytes(value for state in states for value in state.values() if isinstance(value, Tensor)),
     }
 
 
@@ -105,5 +101,5 @@ def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: 
     with whole_file(folder / "final_ranks.yaml") as part:
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
-    report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
+    report = write_report(folder) if config.plots else None
     print_summary(summary, folder, report)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +49,7 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise ConfigurationError(
             f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
@@ -61,14 +59,10 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise ConfigurationError(
-                f"{str(folder)!r} is in use by {file.read() or 'another process'}; wait for its end, or set "
-                "hydra.run.dir (of a sweep hydra.sweep.dir) to another folder"
+                f"{str(folder)!r} is in use by another process; wait for its end, or set hydra.run.dir (of a sweep "
+                "hydra.sweep.dir) to another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         _make_ready(folder, resumed)
         try:
             yield

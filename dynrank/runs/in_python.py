@@ -1,11 +1,9 @@
 """A run from Python: what :func:`dynrank.compose` returns is trained as ``dynrank-train`` trains it."""
 
-import copy
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dynrank.runs import job
 from dynrank.runs.report.record import RunRecord, read_run
@@ -33,12 +31,5 @@ def run(config: DictConfig, folder: str | Path | None = None) -> RunRecord:
         dynrank.plot.ranks(run).savefig("ranks.png")
     """
     folder = Path("outputs", f"{datetime.now():%Y-%m-%d/%H-%M-%S}") if folder is None else Path(folder)
-    # The run changes some values of its configuration.
-    job.run(copy.deepcopy(config), folder, record=partial(_record, config, folder))
+    job.run(config, folder)
     return read_run(folder)
-
-
-def _record(config: DictConfig, folder: Path) -> None:
-    """Write the configuration where ``dynrank-train`` writes it, so that reports and a resume find it."""
-    (folder / ".hydra").mkdir(exist_ok=True)
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")

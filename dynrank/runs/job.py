@@ -1,17 +1,19 @@
-"""One run from its composed configuration: build, train, test, export."""
+"""One run from its composed configuration: check, build, train, test, export."""
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
@@ -19,22 +21,32 @@ from dynrank.adapters.read import open_adapter
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.driver.check import checked_metrics
-from dynrank.errors import ConfigurationError, Count, configured, read_as
+from dynrank.errors import ConfigurationError, Count, Positive, configured, read_as, validated_call
 from dynrank.layers.finding import lora_layers
+from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.runs.config import check_run_keys, make, plain, rank_pattern
 from dynrank.runs.export import export, held_bytes, summarise
 from dynrank.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
-from dynrank.runs.preflight import check_checkpoint, check_metrics, check_run
+from dynrank.runs.overrides import unknown_key
 from dynrank.runs.stopping import stoppable
 from dynrank.runs.summary import Summary
-from dynrank.runs.trainer import add_to_metrics, check_loggers, finished, make_trainer, quiet_training
+from dynrank.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training
 from dynrank.schedules.stage import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
 
 VAL_LOSS = "val/loss"
+# Parts that a checkpoint must have to resume from it.
+_PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
 
 
 @dataclass
@@ -51,10 +63,12 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
     With several processes, process 0 writes the files. With ``ckpt_path=last`` the interrupted run in ``folder`` is
-    resumed. ``record`` is called by process 0 after all checks.
+    resumed. ``config`` is written into the folder and not changed; ``record`` then writes more, if it is given.
     """
     start = time.perf_counter()
     quiet_training()
+    given = config
+    config = config.copy()
     resumed = config.ckpt_path == "last"
     checkpoint = checkpoint_of(folder, config.ckpt_path)
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
@@ -65,6 +79,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     first = trainer.is_global_zero
     lock = locked(folder, resumed=resumed) if first else nullcontext()
     with finished(), lock, stoppable(trainer, checkpoint, folder):
+        if first:
+            _write_config(given, folder)
         if first and record is not None:
             record()
         place = config.lora.get("from")
@@ -72,8 +88,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             ranks = span([layer.rank for _, layer in lora_layers(job.module)])
             print(f"goes on from     the adapter {place}, at rank {ranks}")
         if first and checkpoint is not None:
-            step, ranks = _reached(checkpoint, job.module)
-            print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
+            step = read_checkpoint(checkpoint)["global_step"]
+            print(f"goes on from     step {step}, {checkpoint}")
             if resumed:
                 # There the n-th step has number n - 1.
                 drop_rows_after(folder / METRICS, step)
@@ -97,6 +113,11 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     return summary
 
 
+def _write_config(config: DictConfig, folder: Path) -> None:
+    (folder / ".hydra").mkdir(exist_ok=True)
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+
+
 @configured()
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
@@ -104,8 +125,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     lora = lora_arguments(config)
     # add_lora checks it, too, but only when the model is loaded.
     read_as(Count, plain(config.lora.rank), "lora.rank")
-    check_run(config)
-    check_loggers(config)
+    _check_run(config)
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
@@ -118,14 +138,14 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     # A task of your own need not log what is measured.
     measured = checked_metrics(scheduler.driver.stages, measure=True)
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
-    check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
+    _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if config.lora.get("from") is not None and not on_meta:
         # The factors of a checkpoint replace these.
         start_from(module.model, adapter_folder(Path(config.lora["from"])))
     scheduler.driver.check_model(module.model, run)
     if checkpoint is not None and not on_meta:
-        check_checkpoint(config, checkpoint, module)
+        _check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
 
 
@@ -177,10 +197,74 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
     return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
 
 
-def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:
-    """The step of a checkpoint of ``module``, and the lowest and the highest rank of its LoRA layers."""
-    saved = read_checkpoint(checkpoint)
-    experts = {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
-    state = saved["state_dict"]
-    ranks = [len(state[name]) // experts[p] for name, p in module.named_parameters() if p in experts and name in state]
-    return saved["global_step"], span(ranks)
+def _check_run(config: DictConfig) -> None:
+    """Refuse values of the trainer."""
+    trainer = plain(config.trainer)
+    for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
+        raise ConfigurationError(unknown_key(f"trainer.{name}", config))
+    _check_trainer(**trainer)
+
+
+@validated_call("trainer")
+def _check_trainer(
+    *,
+    max_steps: Annotated[int, Field(ge=-1)] = -1,
+    accumulate_grad_batches: Count = 1,
+    val_check_interval: Positive | None = None,
+    devices: Any = 1,
+    strategy: Any = "auto",
+    **_: Any,
+) -> None:
+    """Refuse values that Lightning does not refuse before training."""
+    if devices is None:
+        raise ConfigurationError(
+            "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
+            "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
+        )
+    if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
+        raise ConfigurationError(
+            f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"
+        )
+
+
+def _check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:
+    """Refuse what the task never measures: a schedule's ``monitors`` in training, an ``objective`` at the end."""
+    unknown = [name for name in monitors if name not in logged]
+    if unknown:
+        raise ConfigurationError(
+            f"a schedule must watch a logged metric, got {unknown}; logged: {sorted(logged)}; "
+            "set schedule.trigger.monitor or schedule.how.check_monitor"
+        )
+    if objective is not None and objective not in final:
+        raise ConfigurationError(f"objective must be null or one of {sorted(final)}, got {objective!r}")
+
+
+def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ."""
+    path = config.ckpt_path
+    wrong = sorted(name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind))
+    if wrong:
+        raise ConfigurationError(f"the checkpoint {path!r} lacks {wrong}, or holds something else there; set ckpt_path")
+    stored = checkpoint["state_dict"]
+    try:
+        optimizer = checkpoint["hyper_parameters"]["optimizer"]["name"]
+    except (KeyError, TypeError):
+        optimizer = "unknown"
+    if optimizer != config.optimizer.name:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
+            "set ckpt_path or optimizer"
+        )
+    mine = module.state_dict()
+    absent = left_out(stored)
+    shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
+    # bitsandbytes stores a packed weight under keys of its own beside the weight's.
+    beside = tuple(f"{name}." for name in absent)
+    wrong = sorted((shapes.keys() | absent) ^ {name for name in mine if not name.startswith(beside)})
+    wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
+    if wrong:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} is of another model: {wrong[:3]} differ; "
+            "set ckpt_path, task or lora.target_modules"
+        )
+    check_base(module, stored)

@@ -10,8 +10,7 @@ from pydantic.dataclasses import dataclass
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import print_facts, span
 from dynrank.output.whole_file import whole_file
-from dynrank.tasks.account import SplitAccount
-from dynrank.tasks.by_class import ClassResult, print_classes
+from dynrank.tasks.account import ClassResult, SplitAccount, print_classes
 
 SUMMARY = "summary.json"
 

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,6 @@ from dynrank.output.whole_file import whole_file
 from dynrank.runs.config import make, plain
 from dynrank.runs.folder import HISTORY, METRICS, last_checkpoint
 from dynrank.runs.stopping import STOP_SIGNALS
-
-# The choices of the group ``logger`` are also the names of the extras that install them.
-_PACKAGES = ("tensorboard", "wandb", "mlflow")
-
-
-def check_loggers(config: DictConfig) -> None:
-    """Refuse a logger whose package is not installed."""
-    for name in config.logger or ():
-        # A folder wandb/ in the current directory looks like a package, but has no file of origin.
-        if name in _PACKAGES and getattr(find_spec(name), "origin", None) is None:
-            raise ConfigurationError(f"logger={name} needs {name}: pip install 'dynrank[{name}]', or set logger=csv")
 
 
 def make_trainer(

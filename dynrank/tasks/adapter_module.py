@@ -14,7 +14,7 @@ from dynrank.distributed.sharding import shard_frozen
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names
-from dynrank.tasks.by_class import ClassResult, class_results
+from dynrank.tasks.account import ClassResult, class_results
 from dynrank.tasks.optimizers import make_optimizer
 
 # The label of a token without a loss; torch has the same default.

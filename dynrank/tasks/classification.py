@@ -39,14 +39,14 @@ _WHOLE = re.compile("0|-?[1-9][0-9]*")
 
 
 class Classification(TextTask):
-    """Texts and their classes as a task (see :class:`dynrank.tasks.task.Task`).
+    """Texts and their classes as a task.
 
     A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
     each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
-        data: rows with a text, optionally a text_pair, and a label or a list of labels; see
+        data: rows with a text, and a label or a list of labels; see
             :func:`dynrank.tasks.data.splits.rows_by_split`. Labels are texts or ints.
         batch_size: training texts per batch of each process; evaluation takes four times as many.
         max_length: longer texts are cut to this many tokens.
@@ -115,15 +115,12 @@ class Classification(TextTask):
     def recipe(self, split: str) -> Recipe:
         label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
         ids = datasets.Sequence(datasets.Value("int32"))
-        kinds = datasets.Sequence(datasets.Value("int8"))
         features = {"input_ids": ids, "label": label, "length": datasets.Value("int32"), "cut": datasets.Value("int32")}
-        pairs = {"token_type_ids": kinds} if "text_pair" in self.rows["train"].column_names else {}
         options = {"max_length": self.max_length, "labels": self.labels}
-        return Recipe(_make_examples, datasets.Features(features | pairs), options)
+        return Recipe(_make_examples, datasets.Features(features), options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
-        padded = self.tokenizer.pad({name: [e[name] for e in examples] for name in names}, return_tensors="pt")
+        padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
         labels = torch.tensor([example["label"] for example in examples])
         return {**padded, "labels": labels.float() if self.several else labels}
 
@@ -131,15 +128,15 @@ class Classification(TextTask):
 def _make_examples(
     rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, labels: list[str]
 ) -> dict[str, list[Any]]:
-    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
-    options = {"return_token_type_ids": len(texts) > 1, "return_attention_mask": False}
-    made = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    texts = rows["text"]
+    options = {"return_token_type_ids": False, "return_attention_mask": False}
+    made = tokenizer(texts, truncation=True, max_length=max_length, **options)
     full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
     # Of the examples of full length, some were cut; a tokenizer in Python does not say which, so it runs again.
     if made.is_fast:
         longer = {i for i in full if made[i].overflowing}
     else:
-        longer = {i for i in full if len(tokenizer(*(text[i] for text in texts), verbose=False).input_ids) > max_length}
+        longer = {i for i in full if len(tokenizer(texts[i], verbose=False).input_ids) > max_length}
     index = {label: i for i, label in enumerate(labels)}
     values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
     cut = [i in longer for i in range(len(values))]

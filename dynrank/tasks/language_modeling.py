@@ -23,7 +23,7 @@ from dynrank.tasks.text_task import Recipe, TextTask
 
 
 class LanguageModeling(TextTask):
-    """Prompts with answers, chats or texts as a task (see :class:`dynrank.tasks.task.Task`).
+    """Prompts with answers, chats or texts as a task.
 
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
     positions without a loss. In packed rows, position_ids start again at 0 with each example. Examples of more than

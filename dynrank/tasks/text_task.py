@@ -20,7 +20,7 @@ from dynrank.models.pretrained import load_tokenizer
 from dynrank.tasks.account import SplitAccount, print_account
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.splits import Checked, rows_by_split
-from dynrank.tasks.data.stored import column_of, counted, filling, processes, system_prompt
+from dynrank.tasks.data.stored import column_of, counted, processes, quiet, system_prompt
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
@@ -119,7 +119,7 @@ class TextTask(LightningDataModule):
         rows = rows if several else spread(rows, self.limit)
         how = (recipe.make.__qualname__, recipe.options)
         key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, *how)
-        with filling():
+        with quiet():
             made = rows.map(
                 recipe.make,
                 batched=True,

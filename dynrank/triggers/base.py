@@ -1,7 +1,7 @@
-"""The base class of triggers that observe training: warm-up, cooldown, and state that a change of rank resets."""
+"""The base class of triggers that observe training: warm-up, and state that a change of rank resets."""
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from dynrank.errors import Steps, validated
@@ -16,7 +16,6 @@ class Trigger(ABC):
 
     Args:
         warmup_steps: the trigger observes nothing before this optimizer step.
-        cooldown_steps: the trigger observes nothing for this many optimizer steps after a change of rank.
 
     >>> class Below(Trigger):
     ...     monitors = ("val/loss",)
@@ -28,9 +27,6 @@ class Trigger(ABC):
     """
 
     warmup_steps: Steps = 0
-    cooldown_steps: Steps = 0
-    # Observations before this step are ignored. Saved checkpoints hold the name.
-    _ignore_until: int = field(default=0, init=False, repr=False)
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -47,15 +43,14 @@ class Trigger(ABC):
         """Record one observation, the values of :attr:`monitors`, and say whether ranks should change now."""
 
     def observe(self, step: int, *values: Any) -> bool:
-        """The result of :meth:`fires` after optimizer step ``step``; False in the warm-up and the cooldown."""
-        return step >= max(self.warmup_steps, self._ignore_until) and self.fires(*values)
+        """The result of :meth:`fires` after optimizer step ``step``; False in the warm-up."""
+        return step >= self.warmup_steps and self.fires(*values)
 
-    def reset(self, step: int) -> None:
-        """Reset the state after a change of rank at ``step``, and start the cooldown."""
+    def reset(self) -> None:
+        """Reset the state after a change of rank."""
         for part in self._state_fields():
             default = part.default if part.default_factory is MISSING else part.default_factory()
             setattr(self, part.name, default)
-        self._ignore_until = step + self.cooldown_steps
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in values that ``torch.load(weights_only=True)`` can load."""

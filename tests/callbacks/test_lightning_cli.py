@@ -1,6 +1,5 @@
 """LightningCLI builds every schedule and trigger from YAML, equal to what Hydra makes of conf/."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -60,26 +59,3 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
     assert scheduler.driver.stages[0].deadline == 0.5
     assert scheduler.driver.stages[0].to.rank == 2
     assert scheduler.driver.stages[0].how.lr_factor == "sqrt"
-
-
-ANNEAL = {"schedule": {"class_path": "dynrank.schedules.anneal", "init_args": {"final_rnk": 2}}}
-
-
-@pytest.mark.parametrize(
-    ("ranks", "key", "among_callbacks"), [({"schedul": 4}, "schedul", False), (ANNEAL, "final_rnk", True)]
-)
-def test_wrong_key_is_named(ranks, key, among_callbacks, regression, tmp_path, monkeypatch, capsys):
-    """Among ``trainer.callbacks``, or as an argument of its own, which conf/README.md shows."""
-    from lightning.pytorch.cli import LightningCLI
-
-    class Ours(LightningCLI):
-        def add_arguments_to_parser(self, parser):
-            parser.add_lightning_class_args(RankScheduler, "ranks")
-
-    callback = {"class_path": "dynrank.callbacks.RankScheduler", "init_args": ranks}
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}} if among_callbacks else {"ranks": ranks}))
-    monkeypatch.setattr(sys, "argv", ["fit.py", "--config", str(file)])
-    with pytest.raises(SystemExit):
-        (LightningCLI if among_callbacks else Ours)(regression[0], run=False, save_config_callback=None)
-    assert re.search(f"ption '{key}'", capsys.readouterr().err)

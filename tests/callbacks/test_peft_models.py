@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from trained import ranks
 
 import dynrank
 from dynrank.callbacks import RankScheduler
@@ -12,10 +13,6 @@ from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import How, Stage, after_convergence
 from dynrank.targets import Budget
 from dynrank.triggers import At, Plateau, Run
-
-
-def ranks_of(model):
-    return {layer.rank for _, layer in dynrank.lora_layers(model)}
 
 
 def schedule(**options):
@@ -55,7 +52,7 @@ def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_c
     scheduler = schedule(lr_factor=2.0)
     reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
     assert [event.step for event in scheduler.history] == [6]
-    assert ranks_of(reference) == {3}
+    assert ranks(reference) == {3}
     # The steps are before the decision, between it and the change, and after both.
     for step in (5, 6, 11):
         again = schedule(lr_factor=2.0)
@@ -69,11 +66,11 @@ def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_c
 def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, fit, module_class, tmp_path):
     module, trainer = fit(schedule(), module=module_class(), saved=tmp_path, max_steps=12)
     x = torch.randn(5, 12)
-    for step, ranks in ((3, {6, 5}), (12, {3})):
+    for step, expected_ranks in ((3, {6, 5}), (12, {3})):
         file = tmp_path / f"step={step}.ckpt"
         fresh = module_class.load_from_checkpoint(file, weights_only=True)
         trainer.test(module, regression[1]()[1], ckpt_path=file, verbose=False)
-        assert ranks_of(fresh) == ranks_of(module) == ranks
+        assert ranks(fresh) == ranks(module) == expected_ranks
         expected = fresh.net.eval()(x)
         assert torch.equal(module.net.eval()(x), expected)
         module.net.save_pretrained(tmp_path / f"{step}")

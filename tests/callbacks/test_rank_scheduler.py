@@ -3,14 +3,9 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
-import copy
-import itertools
-from statistics import stdev
-
 import lightning
 import pytest
 import torch
-from by_hand import ByHand
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -19,13 +14,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
+from trained import ranks
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
-from dynrank.targets import Budget, Rank
+from dynrank.targets import Rank
 from dynrank.tasks.loader import ResumableLoader
 from dynrank.triggers import At, Plateau
 
@@ -43,10 +39,6 @@ def plateau(**how):
     """This loss never halves between two validations: it fires at the third one after the warm-up."""
     trigger = Plateau(patience=2, min_delta=0.5, warmup_steps=5)
     return RankScheduler(after_convergence(3, trigger, shared=False, deadline=None, how=How(**how)))
-
-
-def ranks(module):
-    return {layer.rank for _, layer in dynrank.lora_layers(module)}
 
 
 def test_second_scheduler_of_a_derived_class_is_refused(fit):
@@ -75,34 +67,6 @@ def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
             state = trainer.optimizers[0].state[parameter]
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
             assert state["step"] == 24
-
-
-def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression):
-    """Two batches a step, clipped: as Lightning documents it."""
-    make, data, _ = regression
-    scheduler = RankScheduler(at(8, Budget(share=0.5)))
-    module = make()
-    module.net[1].p = 0.0
-    other = copy.deepcopy(module)
-    fit(scheduler, module=module, accumulate_grad_batches=2, gradient_clip_val=0.5, max_steps=9, val_check_interval=1.0)
-    ((optimizer,), (schedule,)) = other.configure_optimizers()
-    hand = ByHand(other.net)
-    batches = itertools.chain.from_iterable(itertools.repeat(data()[0]))
-    for _ in range(8):
-        for batch in itertools.islice(batches, 2):
-            (other.training_step(batch, 0) / 2).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in other.parameters() if p.requires_grad], 0.5)
-        optimizer.step()
-        schedule["scheduler"].step()
-        hand.end_step()
-        optimizer.zero_grad()
-    reports = scheduler.history[0].layers
-    assert reports
-    for report in reports:
-        terms = hand.terms(report.layer.removeprefix("net."))
-        assert report.brought == pytest.approx(sum(terms), rel=1e-3)
-        # The standard error of a sum.
-        assert report.brought_error == pytest.approx(stdev(terms) * len(terms) ** 0.5, rel=1e-3)
 
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
@@ -250,36 +214,6 @@ def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regressio
     assert stop.stopped_epoch == 0
 
 
-def test_validations_of_a_change_leave_training_as_without_them(regression, assert_same):
-    """Dropout, shuffled validation data and validations that draw: all from torch's one generator."""
-    module_class, data, trainer = regression
-    seen = []
-
-    class Module(module_class):
-        def validation_step(self, batch, batch_idx):
-            seen.append((self.global_step, batch_idx, torch.rand(()).item(), batch[0].sum().item()))
-            # Worse every time, so the change is undone.
-            self.log("val/loss", float(len(seen)))
-
-    def trained(stages):
-        torch.manual_seed(1)
-        module = Module()
-        train, val = data()
-        scheduler = RankScheduler(stages)
-        val = DataLoader(val.dataset, batch_size=40, shuffle=True)
-        made = trainer(max_steps=12, val_check_interval=5, num_sanity_val_steps=0, callbacks=[scheduler])
-        made.fit(module, train, val)
-        assert all(event.undone for event in scheduler.history)
-        return module
-
-    plain = trained([])
-    seen.clear()
-    checked = trained(at(7, Rank(1), max_regression=0.0))
-    assert_same(checked, plain)
-    of_the_change = [numbers for step, *numbers in seen if step == 7]
-    assert of_the_change == of_the_change[:2] * 2
-
-
 @pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
 def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, fit, tmp_path, kind):
     module_class = regression[0]
@@ -309,14 +243,18 @@ class Lengthening(GradientAccumulationScheduler):
         super().__init__({0: 1, 2: 4})
 
 
-def test_run_whose_steps_become_longer_has_its_number_of_steps(regression):
-    """Of 10 batches: two epochs of 10 steps, and two of 3."""
+def test_share_of_a_run_whose_steps_become_longer_needs_its_number_of_steps(regression):
     module_class, data, trainer = regression
-    scheduler = RankScheduler([Stage(Plateau(patience=99), Rank(3), deadline=0.75)])
-    made = trainer(callbacks=[scheduler, Lengthening()], max_epochs=4, num_sanity_val_steps=0)
-    made.fit(module_class(), *data())
-    assert made.global_step == 26
-    assert [event.step for event in scheduler.history] == [20]
+
+    def fitted(**options):
+        scheduler = RankScheduler([Stage(Plateau(patience=99), Rank(3), deadline=0.75)])
+        made = trainer(callbacks=[scheduler, Lengthening()], num_sanity_val_steps=0, **options)
+        made.fit(module_class(), *data())
+        return [event.step for event in scheduler.history]
+
+    assert fitted(max_steps=24, max_epochs=-1) == [18]
+    with pytest.raises(ConfigurationError, match="needs a run of known length; set max_steps"):
+        fitted(max_epochs=4)
 
 
 def watching(**options):
@@ -359,12 +297,3 @@ def test_check_without_validation_is_refused(fit):
     scheduler = RankScheduler(at(5, Rank(3), max_regression=0.1))
     with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data, or set max_regression=None$"):
         fit(scheduler, limit_val_batches=0, max_steps=10)
-
-
-def test_check_without_any_validation_batch_names_the_metric(regression):
-    module_class, data, trainer = regression
-    train, _ = data()
-    nothing = DataLoader(torch.utils.data.Subset(train.dataset, []), batch_size=4)
-    made = trainer(callbacks=[RankScheduler(at(4, Rank(2), max_regression=0.1))], max_steps=6, num_sanity_val_steps=0)
-    with pytest.raises(ConfigurationError, match="check_monitor .* must name a metric that is logged, got 'val/loss'"):
-        made.fit(module_class(), train, nothing)

@@ -133,46 +133,42 @@ RUNS = {
     "ddp, accumulation and clipping": Run(
         HALF, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
-    "ddp, budget": Run(HALF),
     "ddp, auto": Run(auto(0.05, at=0.5)),
     "ddp, growth at random, then shrink": Run([Stage(At(step=6), GrowTo(9)), Stage(At(step=CHANGE), Rank(2))]),
     "ddp, undone": Run(UNDONE, ddp={"static_graph": True}),
-    "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
-    "ddp, peft": Run(model={"peft": True}),
     "ddp, experts": Run(HALF, model={"experts": True}),
     "ddp, peft, experts": Run(HALF, model={"experts": True, "peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
-    "fsdp2, budget": Run(HALF, ddp=None),
     "fsdp2, auto": Run(auto(0.05, at=0.5), ddp=None),
     "fsdp2, undone": Run(UNDONE, ddp=None),
     "fsdp2, experts": Run(HALF, model={"experts": True}, ddp=None),
 }
 
-# Each has a run, what else its strategy is told, and the kind of its checkpoints.
+ONE_FILE = {"save_distributed_checkpoint": False}
+# Steps whose checkpoints are resumed from: before the change, at it and after it.
+BEFORE = CHANGE - 2
+AT = CHANGE
+AFTER = CHANGE + 2
+PLATEAU = Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)
+# Each has a run, those steps, what else its strategy is told, and the kind of its checkpoints.
 RESUMED = {
-    "resume ddp": (RUNS["ddp, budget"], {}),
-    "resume ddp, peft": (RUNS["ddp, peft"], {}),
-    "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
-    "resume fsdp2, one file": (RUNS["fsdp2, budget"], {"save_distributed_checkpoint": False}),
-    "resume fsdp2, a folder": (RUNS["fsdp2, budget"], {"save_distributed_checkpoint": True}),
-    "resume fsdp2, without the base": (
-        RUNS["fsdp2, budget"],
-        {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
-    ),
-    "resume fsdp2, peft": (
-        Run(model={"peft": True}, ddp=None),
-        {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
-    ),
+    "ddp, budget": (Run(HALF), (BEFORE, AT, AFTER), {}),
+    "ddp, peft": (Run(model={"peft": True}), (AFTER,), {}),
+    "ddp, plateau": (Run(PLATEAU), (BEFORE,), {"kind": AdapterCheckpoint}),
+    "fsdp2, budget": (Run(HALF, ddp=None), (BEFORE, AT, AFTER), ONE_FILE),
+    "fsdp2, a folder": (Run(HALF, ddp=None), (AT,), {"save_distributed_checkpoint": True}),
+    "fsdp2, without the base": (Run(HALF, ddp=None), (BEFORE, AFTER), ONE_FILE | {"kind": AdapterCheckpoint}),
+    "fsdp2, peft": (Run(model={"peft": True}, ddp=None), (AFTER,), ONE_FILE | {"kind": AdapterCheckpoint}),
 }
 
 # One run takes place in different processes; each has what it is there, and the folder of its checkpoints.
 CROSSED = {
-    "one process": (RUNS["ddp, budget"], "one process"),
-    "ddp": (RUNS["ddp, budget"], "resume ddp"),
-    "fsdp2": (RUNS["fsdp2, budget"], "resume fsdp2, one file"),
+    "one process": (RESUMED["ddp, budget"][0], "one process"),
+    "ddp": (RESUMED["ddp, budget"][0], "ddp, budget"),
+    "fsdp2": (RESUMED["fsdp2, budget"][0], "fsdp2, budget"),
 }
 # Before the change and after it.
-CROSSINGS = [CHANGE - 2, CHANGE + 2]
+CROSSINGS = [BEFORE, AFTER]
 
 
 def strategy_of(run: Run, **options: Any) -> Any:
@@ -196,7 +192,7 @@ def fit(
 ) -> tuple[Model, lightning.Trainer, RankScheduler]:
     """One training of ``run``."""
     model = Model(**run.model)
-    scheduler = RankScheduler(run.stages, check_every=options.pop("check_every", 5))
+    scheduler = RankScheduler(run.stages)
     settings: dict[str, Any] = {
         "accelerator": "cpu", "devices": devices, "strategy": strategy, "max_steps": STEPS, "logger": False,
         "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,

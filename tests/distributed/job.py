@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-import traceback
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from distributed_runs import (
     saving,
     strategy_of,
 )  # fmt: skip
+from ends import keep
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 from wrapped_loops import WAYS, ended
@@ -47,15 +47,15 @@ class Spoil(lightning.Callback):
             (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
 
 
-def whole(run: Run, **strategy: Any) -> Any:
-    return outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2))
+def whole(run: Run) -> Any:
+    return outcome(*fit(run, strategy=strategy_of(run), devices=2))
 
 
-def resumed(run: Run, folder: Path, *, kind: Any = ModelCheckpoint, **strategy: Any) -> Any:
-    """The run that nothing stops, and what its checkpoints before, at and after the change lead to."""
+def resumed(run: Run, steps: Sequence[int], folder: Path, *, kind: Any = ModelCheckpoint, **strategy: Any) -> Any:
+    """The run that nothing stops, and what its checkpoints of these steps lead to."""
     options = saving(folder, kind)
     ends = {"whole": outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2, **options))}
-    for step in (CHANGE - 2, CHANGE, CHANGE + 2):
+    for step in steps:
         again = {"strategy": strategy_of(run, **strategy), "ckpt_path": saved(folder, step)}
         ends[f"step {step}"] = outcome(*fit(run, devices=2, **again))
     return ends
@@ -110,38 +110,25 @@ def another_base(run: Run, folder: Path) -> str:
 def main(place: str) -> None:
     folder = Path(place)
     checks = {name: partial(whole, run) for name, run in RUNS.items()}
-    for name, (run, strategy) in RESUMED.items():
-        checks[name] = partial(resumed, run, folder / name, **strategy)
+    for name, (run, steps, strategy) in RESUMED.items():
+        checks[f"resume {name}"] = partial(resumed, run, steps, folder / name, **strategy)
     for to in ("ddp", "fsdp2"):
         for source, (_, name) in CROSSED.items():
             if source != to:
                 checks[f"{to} from {source}"] = partial(crossed, CROSSED[to][0], folder / name)
     for what in ("weights", "optimizer state"):
-        checks[f"other {what}"] = partial(refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=CHANGE)
-        checks[f"other {what}, found by the change"] = partial(
-            refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=None
-        )
+        checks[f"other {what}"] = partial(refusal, RUNS["ddp"], callbacks=[Spoil(what)])
     for error in (KeyError("key"), KeyboardInterrupt("stop"), ConfigurationError("bad"), Unpicklable("a", "b")):
         checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
     checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
     checks["a folder without the base"] = partial(
         refusal, RUNS["fsdp2"], callbacks=[AdapterCheckpoint(folder / "shards")], enable_checkpointing=True
     )
-    checks["another base"] = partial(another_base, RUNS["fsdp2"], folder / "resume fsdp2, without the base")
+    checks["another base"] = partial(another_base, RUNS["fsdp2"], folder / "fsdp2, without the base")
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
     process = int(os.environ["RANK"])
-    results = {}
     for way in WAYS:
         checks[f"loop, {way}"] = partial(ended, way, process, 2)
-    for name, check in checks.items():
-        start = time.perf_counter()
-        try:
-            results[name] = check()
-        # The other checks have to run, too.
-        except Exception:
-            results[name] = traceback.format_exc()
-            print(name, results[name])
-        print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
-        torch.save(results, folder / f"{process}.pt")
+    keep(checks, folder / f"{process}.pt", {})
     distributed.destroy_process_group()

@@ -3,11 +3,11 @@
 import functools
 import itertools
 
-import forked
 import lightning
 import pytest
 import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
+from ends import assert_same_bits, found, of_pair
 from torch.testing import assert_close
 from wrapped_loops import WAYS, ended
 
@@ -34,34 +34,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """[what process 0 found, what process 1 found], by check; see job.py."""
-    children = forked.pair("import sys, job; job.main(sys.argv[1])", folder, cwd=folder)
-    assert forked.end(children) == [0, 0], forked.printed(folder)[-5000:]
-    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+    return of_pair("import sys, job; job.main(sys.argv[1])", folder)
 
 
 @functools.cache
 def alone(name):
     """What one process comes to."""
-    return outcome(*fit(RUNS[name]))
+    return outcome(*fit(RUNS[name] if name in RUNS else RESUMED[name][0]))
 
 
-def found(results, name):
-    first, second = (result[name] for result in results)
-    assert not isinstance(first, str), first
-    assert not isinstance(second, str), second
-    return first, second
-
-
-def assert_same_bits(one, other):
-    assert one["events"] == other["events"]
-    assert one["brought"] == other["brought"]
-    for kind in ("weights", "state"):
-        assert_close(one[kind], other[kind], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *RESUMED])
 def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
-    first, second = found(results, name)
+    first, second = found(results, f"resume {name}" if name in RESUMED else name)
+    if name in RESUMED:
+        first, second = first["whole"], second["whole"]
     assert_same_bits(first, second)
     assert bool(first["shards"]) == name.startswith("fsdp2")
     expected = alone(name)
@@ -70,14 +56,13 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
     # PEFT adds a batch's updates up in the weights of all experts, which rounds more.
     assert_close(first["weights"], expected["weights"], rtol=0, atol=2e-5 if name == "ddp, peft, experts" else 1e-6)
     assert_close(first["predicted"], expected["predicted"], rtol=1e-4, atol=1e-6)
-    assert first["brought"] == second["brought"]
     assert_close(first["brought"], expected["brought"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
-    for ends in found(results, name):
-        assert len(ends) == 4
+    for ends in found(results, f"resume {name}"):
+        assert len(ends) == 1 + len(RESUMED[name][1])
         for end in ends.values():
             assert_same_bits(end, ends["whole"])
 
@@ -128,15 +113,11 @@ def test_run_goes_on_from_the_checkpoint_of_other_processes(results, folder, to,
         assert_close(end["weights"], expected["weights"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "when"),
-    [("other {}", "after step 12"), ("other {}, found by the change", "before the change of rank at step 12")],
-)
 @pytest.mark.parametrize("what", ["weights", "optimizer state"])
-def test_processes_that_differ_are_found_in_all_of_them(results, name, when, what):
+def test_processes_that_differ_are_found_in_all_of_them(results, what):
     for result in results:
-        message = result[name.format(what)]
-        assert when in message
+        message = result[f"other {what}"]
+        assert "before the change of rank at step 12" in message
         assert f"'net.2' ({what}: processes [1] differ from process 0)" in message
         assert "'net.0'" not in message
 
@@ -153,14 +134,8 @@ def test_sharded_factors_are_refused(results):
         assert "dynrank.distributed.sharding.shard_frozen" in result["sharded"]
 
 
-SPLIT = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [(name, r"start_method=.*set trainer\.strategy=ddp") for name in ("ddp_spawn", "ddp_fork", "ddp_notebook")],
-)
-def test_strategies_that_lose_results_are_refused(strategy, message):
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_strategies_that_lose_results_are_refused(strategy):
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=r"start_method=.*set trainer\.strategy=ddp"):
         check_strategy(trainer)

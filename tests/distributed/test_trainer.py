@@ -3,15 +3,15 @@
 import functools
 from types import SimpleNamespace
 
-import forked
 import pytest
 import torch
 import wrapped_loops
 from accelerate.utils import DistributedType
+from ends import assert_same_bits, found, of_pair
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from trainer_runs import RESUMED, RUNS, STEPS, loaded, outcome, save_base, trained
+from trainer_runs import IN_ONE, RESUMED, RUNS, STEPS, loaded, outcome, save_base, trained
 
 import dynrank
 from dynrank.distributed.accelerated import check_accelerate
@@ -36,9 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """[what process 0 found, what process 1 found], by check; see trainer_job.py."""
-    children = forked.pair("import sys, trainer_job; trainer_job.main(sys.argv[1])", folder, cwd=folder)
-    assert forked.end(children) == [0, 0], forked.printed(folder)[-5000:]
-    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+    return of_pair("import sys, trainer_job; trainer_job.main(sys.argv[1])", folder)
 
 
 @functools.cache
@@ -46,20 +44,6 @@ def alone(folder, name):
     """What one process comes to, with both their batches."""
     run = RUNS[name] if name in RUNS else RESUMED[name][0]
     return outcome(*trained(run, folder / "base", folder / "alone"))
-
-
-def found(results, name):
-    first, second = (result[name] for result in results)
-    assert not isinstance(first, str), first
-    assert not isinstance(second, str), second
-    return first, second
-
-
-def assert_same_bits(one, other):
-    assert one["events"] == other["events"]
-    assert one["brought"] == other["brought"]
-    for kind in ("weights", "state"):
-        assert_close(one[kind], other[kind], rtol=0, atol=0)
 
 
 def assert_same_run(one, expected):
@@ -94,7 +78,7 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
             assert_same_bits(end, ends["whole"])
 
 
-@pytest.mark.parametrize("name", ["peft", "own, shards"])
+@pytest.mark.parametrize("name", IN_ONE)
 def test_one_process_goes_on_from_a_checkpoint_of_two(results, folder, name):
     end = results[0][f"in one, {name}"]
     assert not isinstance(end, str), end

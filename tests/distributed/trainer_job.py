@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +14,11 @@ from typing import Any
 import as_gpus
 import torch
 import wrapped_loops
+from ends import keep
 from forked import free_port
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from trainer_runs import CHANGE, RESUMED, RUNS, SAVED, SCORED, SHARDS, Run, outcome, trained, trainer_of
+from trainer_runs import CHANGE, IN_ONE, RESUMED, RUNS, SAVED, SCORED, SHARDS, Run, outcome, trained, trainer_of
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -134,23 +133,10 @@ def main(place: str) -> None:
     checks["refused, FSDP1 in a loop"] = partial(refused, by_fsdp1)
     checks["refused, accelerate alone"] = partial(refused, by_accelerate_alone)
     results: dict[str, Any] = {}
-
-    def find(checks: Mapping[str, Any]) -> None:
-        for name, check in checks.items():
-            start = time.perf_counter()
-            try:
-                results[name] = check()
-            # The other checks have to run, too.
-            except Exception:
-                results[name] = traceback.format_exc()
-                print(name, results[name])
-            print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
-            torch.save(results, folder / f"{process}.pt")
-
-    find(checks)
+    keep(checks, folder / f"{process}.pt", results)
     distributed.destroy_process_group()
     if process == 0:
         os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": free_port()}
-        several = {name: run for name, (run, steps) in RESUMED.items() if steps == SAVED}
-        find({f"in one, {n}": partial(in_one, run, base, folder / f"resume {n}") for n, run in several.items()})
+        one = {f"in one, {n}": partial(in_one, RESUMED[n][0], base, folder / f"resume {n}") for n in IN_ONE}
+        keep(one, folder / "0.pt", results)
         distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.schedules import How, Stage, auto
+from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At
 
@@ -79,7 +79,6 @@ RUNS = {
         HALF,
         trainer={"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "gradient_checkpointing": True},
     ),
-    "auto": Run(own, auto(0.05, at=0.5)),
     "undone": Run(stages=Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.001))),
     "kept gathered": Run(own, HALF, fsdp={"reshard_after_forward": False}),
     "nf4 in bytes": Run(stages=HALF, base=nf4(torch.uint8)),
@@ -91,10 +90,12 @@ RUNS = {
 # Those whose checkpoints are resumed from, by the kind of these; and from which ones.
 RESUMED = {
     "peft": (Run(), SAVED),
-    "own, shards": (Run(own, fsdp=SHARDS), SAVED),
-    "own": (Run(own), SAVED[1:2]),
-    "peft, shards": (Run(fsdp=SHARDS), SAVED[1:2]),
+    "own, shards": (Run(own, fsdp=SHARDS), SAVED[1:2]),
+    "own": (Run(own), SAVED[2:]),
+    "peft, shards": (Run(fsdp=SHARDS), SAVED[:1]),
 }
+# Those of which one process goes on from the last checkpoint.
+IN_ONE = ("peft", "own, shards")
 SCORED = {
     "metric_for_best_model": "score",
     "greater_is_better": True,

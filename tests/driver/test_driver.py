@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 from contextlib import nullcontext
 from functools import partial
 
@@ -294,3 +295,35 @@ def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
     with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):
         drive(driver, folder=tmp_path, start=10)
     assert trajectory(driver) == [(3, 6, 5), (14, 5, 3), (20, 3, 1)]
+
+
+class Pressing(Plateau):
+    """Ctrl-C is pressed when the trigger is reset, which is at the end of the change before it."""
+
+    def reset(self):
+        super().reset()
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("how", [How(), How(max_regression=1e3)], ids=["unchecked", "checked"])
+def test_change_that_ctrl_c_could_not_stop_is_told(how):
+    loop = Loop(6, torch.optim.AdamW)
+    driver = RankDriver([Stage(At(step=0), Rank(2), how=how), Stage(Pressing("val/loss"), Rank(1))])
+    driver.start(loop, Run(total_steps=9))
+    with pytest.raises(KeyboardInterrupt):
+        driver.advance(loop)
+    assert [layer.rank for _, layer in dynrank.lora_layers(loop.model)] == [2, 2]
+    assert [event for event, _ in loop.told] == driver.history
+
+
+def test_low_rate_is_no_matter_for_a_change_after_an_early_end(recwarn):
+    loop = Loop(6, torch.optim.AdamW)
+    driver = RankDriver(Stage(At(fraction=1.0), Rank(2)))
+    driver.start(loop, Run(total_steps=100))
+    (group,) = loop.optimizers[0].param_groups
+    group["initial_lr"] = group["lr"]
+    group["lr"] *= 1e-6
+    loop.step = 50
+    driver.finish(loop)
+    assert driver.history
+    assert not [warning for warning in recwarn if "too low to recover" in str(warning.message)]

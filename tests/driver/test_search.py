@@ -144,15 +144,6 @@ def test_larger_is_better_where_the_mode_says_so():
     assert training.ranks == {"0": 3, "1": 1}
 
 
-def test_tolerance_above_what_was_learned_leaves_the_ranks_and_says_so():
-    """By the wrong mode a lost share is a gain."""
-    for tolerance, metric in ((1e9, None), (0.0005, lambda _, loss: 10 - loss)):
-        with pytest.warns(UserWarning, match="more than the adapter has learned, so the ranks stay"):
-            training, (refused,) = searched(smallest(tolerance), Planted(metric=metric))
-        assert set(training.ranks.values()) == {FULL}
-        assert refused.undone
-
-
 def test_interrupted_search_leaves_the_uncut_model_and_starts_again():
     def interrupt(number, loss):
         if number == 4:

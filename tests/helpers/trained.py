@@ -16,6 +16,11 @@ def updated(model, std=1.0):
     return model
 
 
+def ranks(model):
+    """The set of the ranks of its layers."""
+    return {layer.rank for _, layer in dynrank.lora_layers(model)}
+
+
 def drive(schedule, loop, steps, loss, backward=torch.Tensor.backward):
     """The driver that has taken ``loop`` (a Training) through so many steps on ``loss()``."""
     driver = RankDriver(schedule)

@@ -114,10 +114,9 @@ def test_inductor_computes_the_same_as_plain_operations():
     assert_close(compiled, step(plain, plain), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [whole, blocks])
-def test_layers_are_named_and_resized_as_in_the_model_itself(wrap):
+def test_layers_are_named_and_resized_as_in_the_model_itself():
     plain = adapted()
-    model = wrap(adapted())
+    model = both(adapted())
     assert [name for name, _ in dynrank.lora_layers(model)] == [name for name, _ in dynrank.lora_layers(plain)]
     for one in (plain, model):
         dynrank.resize(one, {"blocks.0.up": 1})
@@ -170,9 +169,8 @@ def test_model_of_peft_keeps_its_config_in_step(tmp_path):
     assert_close(outputs(PeftModel.from_pretrained(base(), tmp_path).eval()), outputs(compiled))
 
 
-@pytest.mark.parametrize("wrap", [whole, blocks])
-def test_a_state_dict_without_its_base_loads_at_its_ranks(wrap):
-    model, fresh = (nn.ModuleDict({"net": wrap(adapted(seed, rank))}) for seed, rank in ((1, 8), (2, 3)))
+def test_a_state_dict_without_its_base_loads_at_its_ranks():
+    model, fresh = (nn.ModuleDict({"net": both(adapted(seed, rank))}) for seed, rank in ((1, 8), (2, 3)))
     state = without_base(model, model.state_dict(), trained=())
     assert not any(name.endswith("base.weight") for name in state)
     fresh.load_state_dict(state)

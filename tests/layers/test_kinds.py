@@ -185,28 +185,16 @@ class NamedLinear(nn.Linear):
     """A subclass that computes what its parent does."""
 
 
-def own_linear(forward):
-    """A layer of a subclass of nn.Linear with a forward of its own."""
-    return type("OwnLinear", (nn.Linear,), {"forward": forward})(3, 3)
+class ScaledLinear(nn.Linear):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_layer_class_takes_subclasses_that_compute_the_plain_linear_layer(device):
-    forward = nn.Linear.forward
-    with torch.device(device):
-        plain = [cls(30, 20, bias=bias).bfloat16() for cls in (NamedLinear, FalconLinear) for bias in (True, False)]
-        scaled = own_linear(lambda layer, x: 2 * forward(layer, x))
-        noisy = own_linear(lambda layer, x: forward(layer, x) + (torch.randn(()) if layer.training else 0)).eval()
-        # This layer is plain until its gate is trained.
-        gated = own_linear(lambda layer, x: layer.gate * forward(layer, x))
-        gated.gate = nn.Parameter(torch.ones(()))
-        several = own_linear(lambda layer, x: (forward(layer, x), None))
-    other = [scaled, noisy, gated, several]
-    state = torch.get_rng_state()
-    assert [layer_class(base) for base in plain] == [LoRALinear] * 4
-    assert [layer_class(base) for base in other] == [None] * 4
-    assert [base.training for base in other] == [True, False, True, True]
-    assert torch.equal(torch.get_rng_state(), state)
+def test_layer_class_takes_subclasses_that_compute_the_plain_linear_layer():
+    for cls, expected in ((NamedLinear, LoRALinear), (FalconLinear, LoRALinear), (ScaledLinear, None)):
+        assert layer_class(cls(30, 20)) is expected
 
 
 def test_layer_class_takes_no_other_module():

@@ -1,7 +1,6 @@
 """Experts that PEFT adapts as one tensor: each against its own dense SVD, and PEFT reading its own files."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.change.resize import Snapshot
 from dynrank.layers.base import max_rank, params_per_rank
-from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 
 # For these models PEFT's all-linear means experts and routers, too.
@@ -143,24 +141,6 @@ def test_an_expert_that_no_token_has_reached_can_still_learn_after_the_cut(wrapp
     lora_B, lora_A = layer.products()[2]
     assert not lora_B.any()
     assert_close(lora_A, rows[:2])
-
-
-@pytest.mark.parametrize(("targets", "frozen"), [(None, 4), (["experts.gate_up_proj"], 2), (list(TENSORS), 0)])
-def test_a_run_says_which_share_of_a_wrapped_model_lies_in_frozen_experts(targets, frozen, tiny_moe):
-    """PEFT's all-linear leaves the experts of gpt-oss out."""
-    model = tiny_moe("GptOss")
-    left = [
-        p.numel() for n, p in model.named_parameters() if p.ndim == 3 and not any(n.endswith(t) for t in targets or ())
-    ]
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
-    model = get_peft_model(model, config)
-    share = f"{sum(left) / sum(p.numel() for p in model.parameters()):.0%}"
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        warn_of_pefts_frozen(model)
-    assert [str(warning.message).partition(",")[0] for warning in said] == (
-        [f"{share} of the model stays frozen: {frozen} parameters that stack layers"] if frozen else []
-    )
 
 
 def test_a_rank_above_the_layers_shape_shrinks_exactly():

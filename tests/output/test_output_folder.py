@@ -67,19 +67,6 @@ def test_check_free_names_a_folder_that_is_taken(tmp_path):
     check_free(tmp_path / "new", tmp_path / "used")
 
 
-def test_a_folder_that_somebody_else_has_filled_meanwhile_stays_as_it_is(tmp_path):
-    def write_late():
-        with whole_or_nothing(tmp_path / "out") as folder:
-            (folder / "file").write_text("late")
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "file").write_text("mine")
-
-    with pytest.raises(ConfigurationError, match="cannot write to out .*Directory not empty"):
-        write_late()
-    assert (tmp_path / "out" / "file").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
     with whole_or_nothing(tmp_path / "out") as folder:
         (folder / "file").write_text("first")

@@ -1,5 +1,6 @@
 """The table of a model's ranks says what the model has, printed and as a DataFrame."""
 
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_a_row_for_each_layer_with_its_rank_scaling_and_parameters(by):
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down", "head"], rank_pattern={"head": 2})
         model = peft.inject_adapter_in_model(config, blocks())
     table = dynrank.ranks(model)
-    frame = table.frame()
+    frame = pd.DataFrame(table)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert table.parameters == frame["parameters"].sum() == trained
     by_kind = frame.groupby("kind")[["layer", "rank", "d_out", "d_in"]].agg(

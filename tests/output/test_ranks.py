@@ -25,17 +25,6 @@ def cells(table):
     return [[cell.strip() for cell in line] for line in lines]
 
 
-def test_table_has_a_line_for_each_kind_and_one_for_all():
-    layers = change("h.0.q", "h.1.q", "head")
-    table = change_table("change", layers, dict.fromkeys(["h.0.q", "h.1.q", "head"], 4))
-    assert table.caption is None
-    assert cells(table) == [
-        ["q", "2", "8 → 4", "0.900 (0.900)", "40"],
-        ["head", "1", "8 → 4", "0.900 (0.900)", "20"],
-        ["all", "3", "8 → 4", "0.900 (0.900)", "60"],
-    ]
-
-
 def test_table_counts_unchanged_layers_and_the_slot_holds_them():
     ranks = {"h.0.q": 4, "h.1.q": 8, "head": 4, "pooler": 13}
     table = change_table("change", change("h.0.q", "head"), ranks)

@@ -14,8 +14,8 @@ import dynrank
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
-from dynrank.models.names import ModelSettings, shipped_configs
-from dynrank.models.pretrained import meta_model, read_config, storage_bytes, tensors_of
+from dynrank.models.names import shipped_configs
+from dynrank.models.pretrained import read_config, storage_bytes, tensors_of
 from dynrank.planner.plan import make_plan, show_plan
 from dynrank.runs.config import plain
 from dynrank.runs.job import lora_arguments
@@ -24,28 +24,28 @@ from dynrank.tasks.optimizers import make_optimizer
 SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SMALL, **HEADS, "intermediate_size": 96, "num_key_value_heads": 2}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 TINY = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "sliding_window": 16},
-    "bert": {**SMALL, **HEADS, "intermediate_size": 96},
     "bloom": {"hidden_size": 64, "vocab_size": 200, "n_layer": 3, "n_head": 4, "hidden_dropout": 0.1},
     "gpt2": {"n_embd": 64, "vocab_size": 200, "n_positions": 64, "n_layer": 3, "n_head": 4},
-    "t5": {**T5, "vocab_size": 200, "decoder_start_token_id": 0},
 }
-CLASSES = {"bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel"}
-
-
 MOE = {
     "mixtral": {**LLAMA, "num_local_experts": 4},
     "qwen3_moe": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
     "gpt_oss": {**LLAMA, "num_local_experts": 4, "head_dim": 16},
 }
-CLASSES |= {"qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 
 
 def plan_of(*overrides):
-    return make_plan(dynrank.compose(overrides, "plan"))
+    """The need at each rank."""
+    return make_plan(dynrank.compose(overrides, "plan"))[1]
+
+
+def batch_of(file, rows, length):
+    """The overrides that name a model by its config.json, and a batch."""
+    return ["task=completion", f"task.model={file}", f"task.batch_size={rows}", f"task.max_length={length}"]
 
 
 @pytest.fixture
@@ -114,14 +114,13 @@ def counted(need):
     [
         *((kind, "bfloat16", False) for kind in TINY),
         ("llama", "bfloat16", True),
-        ("t5", "bfloat16", True),
         *((kind, "float32", False) for kind in ("llama", *MOE)),
     ],
 )
 def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, config_file):
     file, cls = config_file(kind)
-    options = [f"base={file}", "batch_size=3", "sequence_length=24", f"model.dtype={dtype}", "ranks=[4]"]
-    (need,) = plan_of(*options, f"model.gradient_checkpointing={checkpointing}").needs
+    options = [*batch_of(file, 3, 24), f"model.dtype={dtype}", "ranks=[4]"]
+    (need,) = plan_of(*options, f"model.gradient_checkpointing={checkpointing}")
     model = real_model(cls, file, getattr(torch, dtype))
     dynrank.add_lora(model, rank=4)
     if checkpointing:
@@ -132,10 +131,9 @@ def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, conf
     assert counted(need) == (pytest.approx(real, rel=1e-4) if kind in MOE else real)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_peak_of_a_step_is_that_of_torchs_own_allocator(kind, config_file):
-    file, cls = config_file(kind, vocab_size=3000)
-    (need,) = plan_of(f"base={file}", "batch_size=3", "sequence_length=24", "ranks=[4]").needs
+def test_peak_of_a_step_is_that_of_torchs_own_allocator(config_file):
+    file, cls = config_file("llama", vocab_size=3000)
+    (need,) = plan_of(*batch_of(file, 3, 24), "ranks=[4]")
     model = dynrank.add_lora(real_model(cls, file), rank=4)
     ids = torch.randint(3000, (3, 24))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -152,11 +150,14 @@ def test_peak_of_a_step_is_that_of_torchs_own_allocator(kind, config_file):
 def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
     # Only factors above 4,096 numbers have states of 8 bits.
     file, cls = config_file("llama", intermediate_size=2048)
-    need = plan_of(f"base={file}", f"optimizer={optimizer}", "sequence_length=8", "batch_size=1", "ranks=[8]").needs[0]
+    need = plan_of(*batch_of(file, 1, 8), f"optimizer={optimizer}", "ranks=[8]")[0]
     model = dynrank.add_lora(real_model(cls, file), rank=8)
     ids = torch.randint(200, (1, 8))
     real = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids], optimizer)
-    assert need.optimizer == real[2]
+    factors = len([p for p in model.parameters() if p.requires_grad])
+    # Two tables of 256 numbers in float32, which the parameters share, count for each.
+    tables = 2 * 4 * 256 * factors if optimizer == "adamw8bit" else 0
+    assert real[2] <= need.optimizer <= real[2] + tables
 
 
 CHECKPOINTING = "model.gradient_checkpointing=true"
@@ -187,7 +188,7 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, 
     file.write_text(json.dumps([{names.get(k, k): v[i] for k, v in rows.items()} for i in range(90)]))
     model = tiny_llama if task == "completion" else tiny_bert
     options = [f"task={task}", f"task.model={model}", f"data.train={file}", "lora.rank=4", *MODES[mode]]
-    need = plan_of(*options, "ranks=null", "batch_size=8", "sequence_length=32").needs[0]
+    need = plan_of(*options, "ranks=[4]", "task.batch_size=8", "task.max_length=32")[0]
     config = dynrank.compose(options)
     module = instantiate(config.task, _convert_="all").module(lora_arguments(config), plain(config.optimizer))
     assert {layer.lora_A.dtype for layer in own_layers(module.model).values()} == {torch.float32}
@@ -206,7 +207,7 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_precision_of_the_trainer_counts(precision, tiny_bert):
     options = [f"task.model={tiny_bert}", "task.batch_size=4", "ranks=[4]"]
-    need, full = (plan_of(*options, f"trainer.precision={p}").needs[0] for p in (precision, "32-true"))
+    need, full = (plan_of(*options, f"trainer.precision={p}")[0] for p in (precision, "32-true"))
     share = 0.5 if precision == "bf16-true" else 1
     assert need.adapter == share * full.adapter
     assert need.weights == pytest.approx(share * full.weights, rel=0.01)
@@ -228,14 +229,16 @@ PUBLISHED = {
 
 def test_experts_without_lora_are_counted_too(config_file):
     file, _ = config_file("mixtral")
-    options = [f"base={file}", "batch_size=3", "sequence_length=24", "model.dtype=float32", "ranks=[4]"]
-    (need,), (all_linear,) = (plan_of(*options, *more).needs for more in (["lora.target_modules=attention"], []))
+    options = [*batch_of(file, 3, 24), "model.dtype=float32", "ranks=[4]"]
+    (need,), (all_linear,) = (plan_of(*options, *more) for more in (["lora.target_modules=attention"], []))
     assert 0 < need.activations < all_linear.activations
 
 
 def test_shipped_configs_have_the_published_number_of_parameters():
-    settings = ModelSettings(dtype="auto")
-    assert {name: meta_model(read_config(name), settings).num_parameters() for name in shipped_configs()} == PUBLISHED
+    configs = {name: read_config(name) for name in shipped_configs()}
+    with torch.device("meta"):
+        made = {name: getattr(transformers, config.architectures[0])(config) for name, config in configs.items()}
+    assert {name: model.num_parameters() for name, model in made.items()} == PUBLISHED
 
 
 @pytest.mark.parametrize("kind", ["bloom-7b1", "qwen2.5-7b"])
@@ -244,15 +247,15 @@ def test_shipped_configs_can_be_run(kind, tmp_path):
     values = json.loads(shipped.read_text())
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = 1
     (tmp_path / "config.json").write_text(json.dumps(values))
-    options = [f"base={tmp_path}", "ranks=[4]", "sequence_length=8", "batch_size=1"]
-    keeping, again = (plan_of(*options, f"model.gradient_checkpointing={on}").needs[0] for on in (False, True))
+    options = [*batch_of(tmp_path, 1, 8), "ranks=[4]"]
+    keeping, again = (plan_of(*options, f"model.gradient_checkpointing={on}")[0] for on in (False, True))
     assert again.activations < keeping.activations
 
 
 def test_a_run_on_a_gpu_is_planned_without_one(config_file):
     file, _ = config_file("llama")
-    options = [f"base={file}", "ranks=[4]", "sequence_length=8"]
-    (there,), (here,) = (plan_of(*options, *backend).needs for backend in (["lora.backend=triton"], []))
+    options = [*batch_of(file, 8, 8), "ranks=[4]"]
+    (there,), (here,) = (plan_of(*options, *backend) for backend in (["lora.backend=triton"], []))
     assert there == here
 
 
@@ -260,38 +263,39 @@ def test_a_rank_map_holds_in_every_row(config_file, capsys):
     file, _ = config_file("llama")
     (file.parent / "ranks.yaml").write_text("rank_pattern: {q_proj: 2, 'layers\\.0\\..*up_proj': 16}")
     rules = f"rank_map.file={file.parent / 'ranks.yaml'}"
-    plan = plan_of(f"base={file}", rules, "ranks=[4,8]", "sequence_length=8", "lora.target_modules=[q_proj,up_proj]")
-    assert [need.parameters for need in plan.needs] == [
+    plan = plan_of(*batch_of(file, 8, 8), rules, "ranks=[4,8]", "lora.target_modules=[q_proj,up_proj]")
+    assert [need.parameters for need in plan] == [
         3 * 2 * (64 + 64) + 16 * (64 + 96) + 2 * rank * (64 + 96) for rank in (4, 8)
     ]
-    assert {need.ranks for need in plan.needs} == {(2, 16)}
-    show_plan(dynrank.compose([f"base={file}", rules, "ranks=[4]", "sequence_length=8"], "plan"))
+    assert {need.ranks for need in plan} == {(2, 16)}
+    show_plan(dynrank.compose([*batch_of(file, 8, 8), rules, "ranks=[4]"], "plan"))
     assert "4 (2-16)" in capsys.readouterr().out
 
 
 def test_a_head_tied_to_the_embedding_is_held_once(config_file):
     file, _ = config_file("bloom")
-    options = [f"base={file}", "ranks=[4]", "sequence_length=8"]
-    with_head = plan_of(*options, "lora.target_modules=[lm_head,query_key_value]").needs[0]
-    without = plan_of(*options, "lora.target_modules=[query_key_value]").needs[0]
+    options = [*batch_of(file, 8, 8), "ranks=[4]"]
+    with_head = plan_of(*options, "lora.target_modules=[lm_head,query_key_value]")[0]
+    without = plan_of(*options, "lora.target_modules=[query_key_value]")[0]
     assert with_head.weights == without.weights
     assert with_head.parameters - without.parameters == 4 * (64 + 200)
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5GB", 1_500_000_000)])
-def test_a_budget_is_a_size_with_its_unit(text, size, config_file):
+def test_a_budget_is_a_size_with_its_unit(text, size, config_file, capsys):
     file, _ = config_file("llama")
-    assert plan_of(f"base={file}", "ranks=[4]", "sequence_length=8", f"budget={text}").budget == size
+    show_plan(dynrank.compose([*batch_of(file, 8, 8), "ranks=[4]", f"budget={text}"], "plan"))
+    assert f"budget           {size / 2**20:,.1f} MiB: " in capsys.readouterr().out
 
 
 @pytest.fixture
 def tiny(config_file):
-    """The override that names the config.json of a small model."""
-    return f"base={config_file('llama')[0]}"
+    """The overrides that name the config.json of a small model."""
+    return batch_of(config_file("llama")[0], 2, 8)
 
 
 def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
-    show_plan(dynrank.compose([tiny, "ranks=[4]", "sequence_length=8", "budget=1MiB"], "plan"))
+    show_plan(dynrank.compose([*tiny, "ranks=[4]", "budget=1MiB"], "plan"))
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
     ((*_, fits),) = rows
@@ -314,8 +318,8 @@ def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, 
 
 
 def test_budget_names_the_highest_rank_that_fits_or_the_lacking_bytes(tiny, capsys):
-    options = [tiny, "ranks=[16,4,8]", "batch_size=2", "sequence_length=8"]
-    totals = {need.rank: need.total for need in make_plan(dynrank.compose(options, "plan")).needs}
+    options = [*tiny, "ranks=[16,4,8]"]
+    totals = {need.rank: need.total for need in plan_of(*options)}
     for budget, said in (
         (totals[8], "rank 8 is the highest of these that fits"),
         (totals[8] - 1, "rank 4 is the highest of these that fits"),
@@ -331,7 +335,8 @@ def test_budget_names_the_highest_rank_that_fits_or_the_lacking_bytes(tiny, caps
         (["budget=lots"], ["budget", "'lots'", "24GiB"]),
         (["ranks=[]"], ["ranks", "[]"]),
         (["ranks=[4,65]", "lora.target_modules=[q_proj]"], ["min(d_in, d_out) = 64", "got 65"]),
-        (["base=lama-2-7b"], ["base", "'lama-2-7b'", "llama-2-7b"]),
+        (["task.model=lama-2-7b"], ["task.model", "'lama-2-7b'", "llama-2-7b"]),
+        (["task.max_length=0"], ["task.max_length", "got 0"]),
         (["trainer.precision=64-true"], ["trainer.precision", "64-true"]),
         (["optimizer.name=LBFGS"], ["optimizer", "LBFGS"]),
     ],
@@ -339,12 +344,12 @@ def test_budget_names_the_highest_rank_that_fits_or_the_lacking_bytes(tiny, caps
 )
 def test_what_cannot_be_used_is_named(tiny, overrides, words):
     with pytest.raises(ConfigurationError) as caught:
-        make_plan(dynrank.compose([tiny, "sequence_length=8", "ranks=[4]", *overrides], "plan"))
+        make_plan(dynrank.compose([*tiny, "ranks=[4]", *overrides], "plan"))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model_type": "llama", "hidden_size": "wide"}'])
 def test_a_file_that_is_no_config_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigurationError, match=f"base={tmp_path}"):
-        make_plan(dynrank.compose([f"base={tmp_path}"], "plan"))
+    with pytest.raises(ConfigurationError, match=f"task.model={tmp_path}"):
+        make_plan(dynrank.compose(["task=completion", f"task.model={tmp_path}"], "plan"))

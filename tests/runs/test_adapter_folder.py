@@ -32,11 +32,6 @@ ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word
 ROWS += [f"c number {i},so-so" for i in range(30)]
 TEXTS = ["a number 3", "something else entirely, and longer", "c"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
-
 
 def made(folder, *overrides):
     run(dynrank.compose([*SMALL, *overrides]), folder)
@@ -104,7 +99,7 @@ def test_report_and_summary_have_the_result_of_each_class(classifier):
     assert sum(found["texts"] for found in classes.values()) == summary["data"]["test"]["rows"]
     right = sum(found["answers"].get(name, 0) for name, found in classes.items())
     assert summary["test"]["test/accuracy"] == pytest.approx(right / summary["data"]["test"]["rows"])
-    page = write_report(run_folder, "{}").read_text()
+    page = write_report(run_folder).read_text()
     (table,) = re.findall(r"<caption>Confusion matrix.*?</table>", page, flags=re.DOTALL)
     heads, *rows = (
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
@@ -161,8 +156,6 @@ def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
         assert (code, error.count("error")) == (2, 1)
         return error
 
-    (tmp_path / "rows.csv").write_text("note\na\n")
-    assert "give --columns text=NAME" in said(classifier, "rows.csv")
     assert "No such file" in said(classifier, "rows.txt")
     assert "row 2 has an empty text" in said(classifier, "a", " ")
     assert "--chat" in said(classifier, "a", "--chat")

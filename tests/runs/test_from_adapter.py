@@ -16,11 +16,6 @@ from dynrank.runs.job import build, run
 SMALL = ["debug=smoke", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
 IDS = torch.tensor([[5, 9, 30, 41, 7]])
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
-
 
 @pytest.fixture(scope="module")
 def task(tiny_llama, tmp_path_factory):

@@ -21,8 +21,8 @@ SIZES = {"batch_size": 8, "max_length": 16, "limit": 40}
 
 
 @pytest.fixture(scope="module")
-def task():
-    made = Classification("minilm", icd10_terms([1], 3, 10, seed=0), **SIZES)
+def task(tiny_bert):
+    made = Classification(str(tiny_bert), icd10_terms([1], 3, 10, seed=0), **SIZES)
     made.setup("fit")
     return made
 
@@ -44,8 +44,8 @@ def test_batches_are_padded_to_their_longest_text_and_have_its_class(task):
     assert [classes[text] for text in texts] == batch["labels"].tolist()
 
 
-def test_final_metrics_are_those_of_a_plain_evaluation(task, optimizer, regression):
-    made = Classifier("minilm", task.labels, {**LORA, "dropout": 0.5}, optimizer, label_smoothing=0.5)
+def test_final_metrics_are_those_of_a_plain_evaluation(task, optimizer, regression, tiny_bert):
+    made = Classifier(str(tiny_bert), task.labels, {**LORA, "dropout": 0.5}, optimizer, label_smoothing=0.5)
     results = regression[2]().test(made, task, verbose=False)
     metrics = {name: value for of_loader in results for name, value in of_loader.items()}
     assert {name for name in metrics if name.startswith("final/")} == {f"final/{name}" for name in task.final}
@@ -64,10 +64,10 @@ def test_final_metrics_are_those_of_a_plain_evaluation(task, optimizer, regressi
             assert metrics[f"{name}/accuracy"] == pytest.approx(sum(right) / len(right))
 
 
-def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
+def test_training_is_smoothed_and_with_dropout(task, module, optimizer, tiny_bert):
     assert all(part.training for part in module.model.modules())
     batch = next(iter(task.train_dataloader()))
-    smoothed = Classifier("minilm", task.labels, LORA, optimizer, label_smoothing=0.5)
+    smoothed = Classifier(str(tiny_bert), task.labels, LORA, optimizer, label_smoothing=0.5)
     smoothed.load_state_dict(module.state_dict())
     smoothed.eval()
     logits = smoothed.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -75,8 +75,8 @@ def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
     assert torch.equal(smoothed.training_step(batch, 0), F.cross_entropy(logits, batch["labels"], label_smoothing=0.5))
 
 
-def test_results_of_each_class_are_those_of_scikit_learn(task, optimizer, regression):
-    made = Classifier("minilm", task.labels, LORA, optimizer)
+def test_results_of_each_class_are_those_of_scikit_learn(task, optimizer, regression, tiny_bert):
+    made = Classifier(str(tiny_bert), task.labels, LORA, optimizer)
     trainer = regression[2]()
     for _ in range(2):
         trainer.test(made, task, verbose=False)

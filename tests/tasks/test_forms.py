@@ -1,4 +1,4 @@
-"""Chats, packed texts, pairs and several labels: what is learned of them."""
+"""Chats, packed texts and several labels: what is learned of them."""
 
 import json
 import re
@@ -105,10 +105,10 @@ ROWS = {
     "chat": [{"messages": turns(f"item {i}" * (1 + i % 3 * 9), WORDS[i % 3], "more", WORDS[i % 6])} for i in range(90)],
     "text": [{"text": f"def item{i}():\n    return {i}\n" * (1 + i % 5)} for i in range(90)],
     "completion": [{"prompt": f"item {i}:", "answer": " " + WORDS[i % 3]} for i in range(90)],
-    "pair": [{"text": f"one {i}", "text_pair": f"two {i % 7}", "label": "ab"[i % 2]} for i in range(90)],
+    "one": [{"text": f"one {i}", "label": "ab"[i % 2]} for i in range(90)],
     "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
 }
-LABELLED = {"pair", "several"}
+LABELLED = {"one", "several"}
 LENGTH = 100
 
 
@@ -190,19 +190,14 @@ def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
         check_packing(hf.AutoModelForCausalLM.from_config(hf.BloomConfig(hidden_size=32, **SIZE)))
 
 
-def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
-    batch = next(iter(task_of("pair").train_dataloader()))
-    for ids, kinds, mask in zip(*(batch[n] for n in ("input_ids", "token_type_ids", "attention_mask")), strict=True):
-        # The second text begins behind the first [SEP].
-        second = ids.tolist().index(102) + 1
-        assert kinds.tolist() == [0] * second + [1] * (int(mask.sum()) - second) + [0] * int((mask == 0).sum())
+def test_several_labels_are_ones(task_of):
     task = task_of("several")
     assert task.labels == ["a", "b", "c"]
     for row, example in zip(task.rows["train"], task.examples["train"], strict=True):
         assert example["label"] == [label in row["label"] for label in "abc"]
 
 
-@pytest.mark.parametrize("form", ["chat", "text", "pair"])
+@pytest.mark.parametrize("form", ["chat", "text", "one"])
 def test_account_says_what_became_of_every_row(form, task_of, capsys):
     """Beside the rows, tokenised whole."""
     task = task_of(form)

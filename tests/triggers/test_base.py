@@ -1,4 +1,4 @@
-"""What holds for every trigger: warm-up, cooldown, a history that a change clears, state, and wrong values."""
+"""What holds for every trigger: warm-up, a history that a change clears, state, and wrong values."""
 
 import io
 from dataclasses import dataclass, field
@@ -33,15 +33,6 @@ def test_warmup_hides_what_lies_before_it():
     assert (trigger.reason, trigger.monitors) == ("WhenTold", ())
 
 
-@pytest.mark.parametrize(("step", "warmup", "cooldown", "first"), [(4, 0, 3, 7), (1, 8, 2, 8), (4, 0, 0, 4)])
-def test_reset_forgets_and_starts_a_cooldown_that_never_shortens_the_warmup(step, warmup, cooldown, first):
-    trigger = WhenTold(warmup_steps=warmup, cooldown_steps=cooldown)
-    trigger._observed = 5
-    trigger.reset(step)
-    assert trigger._observed == 0
-    assert fired(trigger, step, 12)[0] == first
-
-
 LOSSES = [9.0, 8.0, 7.0, 7.0, 7.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0]
 ALL = {Plateau: ({"patience": 2}, LOSSES), Gap: ({"window": 2, "threshold": 0.1}, [(5.0, loss) for loss in LOSSES])}
 
@@ -52,14 +43,14 @@ def run(trigger, seen, first=0, *, changes=True):
     for step, value in enumerate(seen, first):
         answers.append(trigger.observe(step, *(value if isinstance(value, tuple) else (value,))))
         if answers[-1] and changes:
-            trigger.reset(step)
+            trigger.reset()
     return answers
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_state_of_a_checkpoint_goes_on_as_if_uninterrupted(kind):
     options, seen = ALL[kind]
-    options = {**options, "warmup_steps": 2, "cooldown_steps": 2}
+    options = {**options, "warmup_steps": 2}
     whole = run(kind(**options), seen)
     assert sum(whole) >= 2
     for cut in range(1, len(seen)):
@@ -75,12 +66,12 @@ def test_state_of_a_checkpoint_goes_on_as_if_uninterrupted(kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_change_starts_the_history_anew(kind):
-    """After a reset a trigger says what a new one would, later by the cooldown."""
+    """After a reset a trigger says what a new one would."""
     options, seen = ALL[kind]
-    used = kind(**options, cooldown_steps=4)
+    used = kind(**options)
     run(used, seen[:6])
-    used.reset(6)
-    fresh = run(kind(**options, warmup_steps=10), seen[6:], 6, changes=False)
+    used.reset()
+    fresh = run(kind(**options), seen[6:], 6, changes=False)
     assert any(fresh)
     assert run(used, seen[6:], 6, changes=False) == fresh
 

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import CombinedLoader
 
@@ -80,12 +81,12 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-def last_saved(callback: Any) -> str:
+def last_saved(callback: ModelCheckpoint) -> str:
     """Path of the last checkpoint that a checkpoint callback has written; "" if there is none."""
     return str(callback._last_checkpoint_saved)
 
 
-def save_now(callback: Any, trainer: Trainer) -> None:
+def save_now(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``."""
     metrics = callback._monitor_candidates(trainer)
     callback._save_topk_checkpoint(trainer, metrics)
@@ -111,11 +112,6 @@ def average_model(callback: Callback) -> Any:
 def start_method(strategy: DDPStrategy) -> str:
     """How DDP starts its processes."""
     return strategy._start_method
-
-
-def communication_state(strategy: DDPStrategy) -> Any:
-    """The state of DDP's communication hook; None without one."""
-    return strategy._ddp_comm_state
 
 
 def tensor_parallel_size(strategy: ModelParallelStrategy) -> Any:

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from dynrank.callbacks.lightning import private
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import take_saved_ranks, trains_shards
-from dynrank.distributed.wrappers import check_hooks, unwrapped_optimizer
+from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.rates import mark
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
@@ -35,7 +35,6 @@ def check_strategy(trainer: Trainer) -> None:
                 "of its processes, such as the history of ranks; set trainer.strategy=ddp, and start the program from "
                 "a file"
             )
-        check_hooks([private.communication_state(strategy)])
     if isinstance(strategy, ModelParallelStrategy):
         _check_fsdp2(trainer, strategy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from dynrank.output.console import one_line, span
 from dynrank.output.ranks import layer_kinds, slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.private import source_of
-from dynrank.runs.report.next_commands import next_commands
+from dynrank.runs.command import command
 from dynrank.runs.report.record import RunRecord, read_run
 from dynrank.runs.summary import Summary, read_summary
 
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_report(folder: Path, config: str | None = None, against: Sequence[Path] = ()) -> Path:
+def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` of the run in ``folder`` from its files, and pictures into ``plots/``; returns the page.
 
     Without matplotlib the page has no pictures, and says so. It compares the run with those in the folders ``against``.
-    For ``config`` see :func:`dynrank.runs.report.record.read_run`.
     """
-    run = read_run(folder, config)
+    run = read_run(folder)
     results = _results(run.summary)
     rivals = {_run_name(other): _results(_read_rival(other)) for other in against}
     file = folder / "report.html"
@@ -42,7 +42,7 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
         page = template("page.html.jinja").render(
             run=run,
             title=f"dynrank run {_run_name(folder)}",
-            results={"steps": f"{run.last_step:,}"} | results | _from_start_to_end(run),
+            results={"steps": f"{run.last_step:,}"} | results,
             compared=_compared([results, *rivals.values()]),
             rivals=list(rivals),
             pictures=_draw(run),
@@ -132,17 +132,6 @@ def _results(summary: Summary) -> dict[str, str]:
     }
 
 
-def _from_start_to_end(run: RunRecord) -> dict[str, str]:
-    """Ranks and parameters of the adapter before the first change and after the last; empty if no rank changed."""
-    if not run.made:
-        return {}
-    first, last = ({ranks[index] for ranks in run.ranks().values()} for index in (0, -1))
-    return {
-        "rank": f"{span(first)} → {span(last)}",
-        "adapter parameters": f"{run.parameters_at_start:,} → {run.summary.parameters['adapter']:,}",
-    }
-
-
 def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """{name: its value in each of ``runs``}; "–" means not measured."""
     names = dict.fromkeys(name for results in runs for name in results)
@@ -193,3 +182,42 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     yield "ranks", caption, plot.ranks(run)
     caption = f"Singular values of {len(run.layers)} updates at the end, relative to the largest of each."
     yield "spectra", caption, plot.spectra(run, "at the end")
+
+
+def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
+    """(reason, command) for each run that is worth trying next, and for uses of this one."""
+    if run.overrides is not None:
+        for why, changes, without in _variations(run):
+            yield why, str(command(run.folder, *changes, without=("ckpt_path", *without)))
+    yield "use the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
+    yield (
+        "compare the run with others on this page",
+        shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"]),
+    )
+
+
+def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
+    """(reason, overrides to add, groups to leave out) of each variation of the run."""
+    ranks = run.summary.final_ranks.values()
+    middle = round(sum(ranks) / len(ranks))
+    schedule = run.config["schedule"]
+    how = schedule.get("how")
+    if run.made:
+        yield (
+            "compare with a run that has the final rank from the start",
+            [f"lora.rank={middle}", "schedule=fixed"],
+            ("schedule",),
+        )
+        if how and how.get("max_regression") is None:
+            yield "measure what a change costs, and undo one that costs much", ["schedule.how.max_regression=0.01"], ()
+        if "final_rank" in schedule and middle > 1:
+            yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
+    if len({*ranks}) == 1:
+        yield (
+            "give all layers one budget, not one rank",
+            [f"lora.rank={2 * middle}", "schedule=early_budget"],
+            ("schedule",),
+        )
+    if run.summary.gap is not None and not run.config["lora"].get("dropout"):
+        yield "regularise, if the gap is wide", ["lora.dropout=0.1"], ()
+    yield "measure how much runs differ by chance", ["--multirun", "seed=1,2,3"], ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dynrank.adapters.squeeze import LayerSpectrum, inspect
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError
 from dynrank.output.console import span
 from dynrank.runs.command import read_overrides
 from dynrank.runs.folder import HISTORY, METRICS
@@ -32,8 +31,6 @@ class LayerChange:
     layer: str
     rank_before: int
     rank_after: int
-    energy_kept: float
-    predicted_error: float
     reason: str
     brought: float | Literal[""] = ""
     brought_error: float | Literal[""] = ""
@@ -63,17 +60,6 @@ class Change:
         before, after = ({getattr(la, name) for la in self.layers.values()} for name in ("rank_before", "rank_after"))
         return f"{span(before)} → {span(after)}"
 
-    @property
-    def energy_kept(self) -> str:
-        """The mean share of the energy that the change kept in its layers, and the smallest."""
-        shares = [layer.energy_kept for layer in self.layers.values()]
-        return f"{sum(shares) / len(shares):.3f} ({min(shares):.3f})"
-
-    @property
-    def predicted_error(self) -> float:
-        """The error of all layers together: the root of the sum of squares."""
-        return float(sum(layer.predicted_error**2 for layer in self.layers.values()) ** 0.5)
-
 
 @dataclass(frozen=True, repr=False)
 class RunRecord:
@@ -84,7 +70,6 @@ class RunRecord:
         config: the whole configuration, ``config["lora"]["rank"]``. References such as ``${lora.rank}`` stand as they
             are written; ``OmegaConf.create(run.config)`` follows them.
         yaml: the same as the text of the file.
-        settings: {``group.key``: its value}.
         overrides: those of the command line; None: not recorded.
         summary: the contents of summary.json: test metrics, final ranks, parameters, seconds, …
         metrics: {metric: (optimizer steps, values)}, for example ``metrics["val/loss"]``.
@@ -96,7 +81,6 @@ class RunRecord:
     folder: Path
     config: dict[str, Any]
     yaml: str
-    settings: dict[str, Any]
     overrides: list[str] | None
     summary: Summary
     metrics: dict[str, Series]
@@ -137,24 +121,15 @@ class RunRecord:
             if layer.brought != "" and layer.brought_error != ""
         }
 
-    @property
-    def parameters_at_start(self) -> int:
-        """Parameters of the adapter before the first change."""
-        return sum(
-            layer.parameters // layer.rank * ranks[0]
-            for layer, ranks in zip(self.layers.values(), self.ranks().values(), strict=True)
-        )
 
-
-def read_run(folder: str | Path, config: str | None = None) -> RunRecord:
+def read_run(folder: str | Path) -> RunRecord:
     """The record of a run that has ended, from the files in its folder.
 
     Args:
-        folder: folder with summary.json, metrics.csv, rank_history.csv and adapter/, and optionally .hydra/.
-        config: the run's configuration as YAML, for a run that Hydra did not start; None: .hydra/config.yaml.
+        folder: folder with summary.json, metrics.csv, rank_history.csv, adapter/ and .hydra/.
 
     Raises:
-        ConfigurationError: if the folder is not that of a finished run, or a file in it is damaged.
+        ConfigurationError: if the folder is not that of a finished run.
 
     Example::
 
@@ -164,26 +139,19 @@ def read_run(folder: str | Path, config: str | None = None) -> RunRecord:
         dynrank.plot.loss(run).savefig("loss.png")
     """
     folder = Path(folder)
-    recorded = folder / ".hydra" / "config.yaml"
     try:
         summary = read_summary(folder)
-        if config is None or recorded.exists():
-            config = recorded.read_text(encoding="utf-8")
-        content = yaml.safe_load(config)
+        config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
         history = _changes(folder / HISTORY)
         metrics = read_metrics(folder / METRICS)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{str(recorded)!r} is not a configuration: {error}") from None
     layers = {layer.layer: layer for layer in inspect(folder / "adapter")}
-    groups = {name: values for name, values in content.items() if isinstance(values, dict)}
     trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
     return RunRecord(
         folder=folder,
-        config=content,
+        config=yaml.safe_load(config),
         yaml=config,
-        settings={f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
         overrides=read_overrides(folder),
         summary=summary,
         metrics=metrics,
@@ -197,33 +165,24 @@ def read_metrics(file: Path) -> dict[str, Series]:
     """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
     metrics: dict[str, Series] = {}
     with file.open(newline="", encoding="utf-8") as opened:
-        rows = csv.DictReader(opened)
-        try:
-            for row in rows:
-                step = int(row.pop("step"))
-                for name, cell in row.items():
-                    if cell:
-                        steps, values = metrics.setdefault(name, ([], []))
-                        steps.append(step)
-                        values.append(float(cell))
-        except (KeyError, TypeError, ValueError):
-            raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
+        for row in csv.DictReader(opened):
+            step = int(row.pop("step"))
+            for name, cell in row.items():
+                if cell:
+                    steps, values = metrics.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(float(cell))
     return metrics
 
 
 def _changes(file: Path) -> list[Change]:
     changes: list[Change] = []
-    for line in _layer_changes(file):
-        last = changes[-1] if changes else None
-        if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
-            changes.append(Change(line.step, line.reason))
-        changes[-1].layers[line.layer] = line
-    return changes
-
-
-def _layer_changes(file: Path) -> Iterator[LayerChange]:
     with file.open(newline="", encoding="utf-8") as opened:
-        rows = csv.DictReader(opened)
-        for row in rows:
-            cells = {name or "": cell for name, cell in row.items()}
-            yield read_as(LayerChange, cells, f"{file}, line {rows.line_num}")
+        for row in csv.DictReader(opened):
+            cells: dict[str, Any] = dict(row)
+            line = LayerChange(**cells)
+            last = changes[-1] if changes else None
+            if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
+                changes.append(Change(line.step, line.reason))
+            changes[-1].layers[line.layer] = line
+    return changes

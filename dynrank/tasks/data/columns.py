@@ -16,11 +16,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 # Optional columns of each form.
-_MORE = {"classification": ("text_pair",), "completion": ("input",), "chat": ("system",), "text": ()}
+_MORE = {"classification": (), "completion": ("input",), "chat": ("system",), "text": ()}
 # Names in users' files, in lower case: our own, and those of LLaMA-Factory, axolotl and TRL.
 _USUAL = {
     "text": ("text", "sentence", "body", "content", "review", "document", "text1", "sentence1", "premise", "question"),
-    "text_pair": ("text_pair", "text2", "sentence2", "hypothesis"),
     "label": ("label", "labels", "class", "category", "topic", "target", "intent", "sentiment", "tags"),
     "prompt": ("prompt", "instruction", "question", "input", "query"),
     "answer": ("answer", "completion", "response", "output", "generation", "target", "summary"),

@@ -11,7 +11,7 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.columns import Columns, Form, Given, Theirs, find_columns, form_of
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.splits import SPLITS, Checked, number_of, within_classes
-from dynrank.tasks.data.stored import class_of_rows, column_of, rows_of_shared_labels
+from dynrank.tasks.data.stored import class_of_rows, column_of
 
 
 @validated_call("data")
@@ -50,10 +50,6 @@ def from_files(
         if split == "train" or name:
             parts[split], unusable[split], used = _read(name, split, columns, form, skip_unusable)
             found.columns = found.columns or used.names
-    if form == "classification":
-        shared = rows_of_shared_labels(parts["train"], f"data.train={train}", skip=skip_unusable)
-        unusable["train"] += len(parts["train"]) - len(shared)
-        parts["train"] = shared
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     numbers = _numbers(parts["train"], digests["train"], form, seed)
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}

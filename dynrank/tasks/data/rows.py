@@ -20,8 +20,6 @@ def features_of(columns: Columns) -> datasets.Features:
     made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
     if columns.form == "chat":
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
-    if "text_pair" in columns.names:
-        made["text_pair"] = _TEXT
     if columns.several:
         made["label"] = datasets.List(_TEXT)
     return datasets.Features(
@@ -74,7 +72,7 @@ def _fault(value: Any, name: str) -> str:
 
 
 def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
-    fault = next(filter(None, (_fault(row[name], name) for name in ("text", "text_pair") if name in row)), "")
+    fault = _fault(row["text"], "text")
     if columns.asked:
         return fault or row
     label = row["label"]

@@ -13,12 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.fingerprint import Hasher
-from datasets.packaged_modules.cache.cache import Cache
 from lightning.pytorch.utilities import rank_zero_only
 from pyarrow.csv import ConvertOptions, InvalidRow, ParseOptions, ReadOptions, open_csv
 
 from dynrank.errors import ConfigurationError, shown
-from dynrank.models.names import hub_is_known
 from dynrank.output.console import print_facts
 from dynrank.tasks.data.columns import SNIFFED, Columns
 from dynrank.tasks.data.rows import Numbered
@@ -61,8 +59,6 @@ class Source:
         with reading(self.where):
             if on_hub:
                 self.parts = [of_dataset(_from_hub(name, _THEIR_SPLITS[split]), self.where)]
-            elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-                self.parts = [of_dataset(_from_disk(path, _THEIR_SPLITS[split]), self.where)]
             elif path.is_file():
                 self.parts = [_from_file(path, self.where)]
             else:
@@ -75,7 +71,7 @@ class Source:
         self.types = self.parts[0].types
         if not self.sample:
             # Without a row, no column is known.
-            refuse(self.parts[0].where, [(number, str(fault)) for number, fault in first], "correct")
+            refuse(self.parts[0].where, [(number, str(fault)) for number, fault in first])
 
     def read(self, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
         """All rows and the number of those left out, as :func:`dynrank.tasks.data.stored.usable_rows` makes them."""
@@ -212,16 +208,4 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 
 def _from_hub(name: str, split: str) -> datasets.Dataset:
     with quiet():
-        if hub_is_known():
-            return datasets.load_dataset(name, split=split)
-        kept = Cache(repo_id=name, dataset_name=name.split("/")[-1], version="auto", hash="auto")
-        kept.download_and_prepare()
-        return kept.as_dataset(split=split)
-
-
-def _from_disk(folder: Path, split: str) -> datasets.Dataset:
-    """The rows that ``save_to_disk`` wrote; the split, if there are several."""
-    found = datasets.load_from_disk(folder)
-    if isinstance(found, datasets.DatasetDict) and split not in found:
-        raise ValueError(f"it has the splits {[*found]}, not {split}")
-    return found[split] if isinstance(found, datasets.DatasetDict) else found
+        return datasets.load_dataset(name, split=split)

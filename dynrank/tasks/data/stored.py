@@ -59,7 +59,7 @@ def usable_rows(rows: Rows, columns: Columns, *, skip: bool = False) -> tuple[da
     """
     key = Hasher.hash(str((READ, rows.key, columns)))
     features = features_of(columns)
-    with reading(rows.where), filling():
+    with reading(rows.where), quiet():
         made = datasets.Dataset.from_generator(
             lambda: checked_rows(rows.read(), columns), features=features, fingerprint=key
         )
@@ -67,32 +67,12 @@ def usable_rows(rows: Rows, columns: Columns, *, skip: bool = False) -> tuple[da
     wrong = np.flatnonzero(pc.is_valid(faults))
     if len(wrong) and not (skip and len(wrong) < len(made)):
         places = column_of(made, "place").take(wrong).to_pylist()
-        refuse(rows.where, zip(places, faults.take(wrong).to_pylist(), strict=True), "correct")
+        refuse(rows.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
     kept = made.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else made
     return kept.remove_columns("fault"), len(wrong)
 
 
-def rows_of_shared_labels(rows: datasets.Dataset, where: str, *, skip: bool) -> datasets.Dataset:
-    """The rows whose labels other rows have, too: a label of one row is either not learned or not tested.
-
-    With ``skip`` other rows are left out; otherwise one error lists them.
-    """
-    single = {label for label, count in counted(rows).items() if count == 1}
-    if not single:
-        return rows
-    alone = {i: single.intersection(_labels(labels)) for i, labels in enumerate(rows["label"])}
-    if not skip:
-        places = rows["place"]
-        said = ((places[i], f"alone has the label {label!r}") for i, labels in alone.items() for label in labels)
-        refuse(where, said, "add rows to, or remove,")
-    return rows.select([i for i, labels in alone.items() if not labels])
-
-
-def _labels(label: str | list[str]) -> list[str]:
-    return label if isinstance(label, list) else [label]
-
-
-def refuse(where: str, faults: Iterable[tuple[int, str]], advice: str) -> None:
+def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
     """Raise one error that lists all faults, each with the numbers of its rows."""
     places: dict[str, list[int]] = {}
     for place, fault in sorted(faults):
@@ -100,7 +80,7 @@ def refuse(where: str, faults: Iterable[tuple[int, str]], advice: str) -> None:
     said = [_said(fault, rows) for fault, rows in islice(places.items(), SHOWN)]
     said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
     count = sum(map(len, places.values()))
-    advice = f"{advice} {'it' if count == 1 else f'these {count:,}'}"
+    advice = f"correct {'it' if count == 1 else f'these {count:,}'}"
     # Only these keys have the other.
     advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
     advice += ", or give --skip-unusable" if where.startswith(("FILE", "TEXT")) else ""
@@ -185,20 +165,3 @@ def reading(where: str) -> Iterator[None]:
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error
-
-
-@contextmanager
-def filling() -> Iterator[None]:
-    """Silence ``datasets`` within the block, and turn errors of writing its cache into a ConfigurationError."""
-    try:
-        with quiet():
-            yield
-    except (OSError, DatasetGenerationError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        # Only errors of the system have a number; pyarrow's OSErrors about the content of a file have none.
-        if not isinstance(cause, OSError) or cause.errno is None:
-            raise
-        raise ConfigurationError(
-            f"the cache {str(datasets.config.HF_DATASETS_CACHE)!r} cannot be written to: {cause}; set the environment "
-            "variable HF_HOME to a folder that can be, with room for the data and their tokens"
-        ) from cause

@@ -6,16 +6,12 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from trained import ranks
 
-import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
-
-
-def ranks(module):
-    return {layer.rank for _, layer in dynrank.lora_layers(module)}
 
 
 @pytest.fixture

@@ -79,20 +79,6 @@ def test_adapters_in_float16_are_refused(fit):
         fit(RankScheduler(list(STAGES)), precision="16-true")
 
 
-def test_compiled_model_uses_the_new_factors(regression, fit):
-    plain, compiled = (without_dropout(regression[0]) for _ in range(2))
-    compiled.net.compile(backend="aot_eager")
-    first, second = (RankScheduler(list(STAGES)) for _ in range(2))
-    for scheduler, module in ((first, plain), (second, compiled)):
-        fit(scheduler, module=module, limit_val_batches=0, max_steps=10)
-    for name, value in plain.state_dict().items():
-        assert_close(compiled.state_dict()[name], value, msg=name)
-    for a, b in zip(first.history, second.history, strict=True):
-        assert [la.predicted_error for la in a.layers] == pytest.approx(
-            [la.predicted_error for la in b.layers], rel=1e-4
-        )
-
-
 def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
     """torch keeps 8 versions of a function; after that it would silently run eagerly."""
     ranks_compiled = []

@@ -35,10 +35,9 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
         brought = {name: [step / 100, 0.05] if "up" in name else ["", ""] for name in names if name != "head"}
         rows += [[step, name, now, to, 0.9, 0.1, reason, *brought[name]] for name in brought]
         now = now if taken_back else to
-    for name, layer in dynrank.lora_layers(model):
+    for _, layer in dynrank.lora_layers(model):
         nn.init.normal_(layer.lora_B)
-        if name != "head":
-            dynrank.resize(model, {name: now})
+    dynrank.resize(model, {name: now for name in names if name != "head"})
     folder.mkdir(parents=True, exist_ok=True)
     dynrank.save_adapter(model, folder / "adapter")
     metrics = [["step", "test/loss", "train/loss", "val/loss"]]
@@ -58,7 +57,8 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / ".hydra").mkdir(exist_ok=True)
-    (folder / ".hydra" / "config.yaml").write_text(f"lora:\n  rank: {rank}\nnote: {json.dumps(NASTY)}\n")
+    config = f"lora:\n  rank: {rank}\nschedule: {{}}\nnote: {json.dumps(NASTY)}\n"
+    (folder / ".hydra" / "config.yaml").write_text(config)
     (folder / ".hydra" / "overrides.yaml").write_text(f"- lora.rank={rank}\n- note={NASTY!r}\n")
     return folder
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 import dynrank
-from dynrank.runs.report.next_commands import next_commands
+from dynrank.runs.report.page import next_commands
 from dynrank.runs.report.record import read_run
 
 
@@ -29,10 +29,13 @@ def test_commands_compose(smoke_run):
 
 @pytest.mark.parametrize(
     ("setting", "reason"),
-    [({"schedule.how": {"max_regression": 0.1}}, "measure what a change costs"), ({"lora.dropout": 0.1}, "regularise")],
+    [
+        ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
+        ({"lora": {"dropout": 0.1}}, "regularise"),
+    ],
 )
 def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):
     run = read_run(smoke_run[0])
     assert any(why.startswith(reason) for why in trained(run))
-    run.settings.update(setting)
+    run.config.update(setting)
     assert not any(why.startswith(reason) for why in trained(run))

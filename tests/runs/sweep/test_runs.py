@@ -13,6 +13,7 @@ from dynrank import train
 from dynrank.errors import ConfigurationError
 from dynrank.runs import job
 from dynrank.runs.summary import read_summary
+from dynrank.runs.sweep import show_sweep
 
 SMALL = ["--multirun", "debug=smoke", "trainer.enable_progress_bar=false", "task.limit=32"]
 
@@ -42,7 +43,7 @@ def test_experiment_is_four_ranks_at_one_scaling():
     assert set(scalings) == {default.alpha / default.rank}
 
 
-def test_experiment_in_miniature_ends_in_a_table_of_what_its_runs_hold(sweep):
+def test_experiment_in_miniature_ends_in_a_table_of_its_runs_summaries(sweep):
     code, printed, said = sweep("experiment=medical_rank_sweep", "hydra.sweep.dir=s", "lora.rank=4,8", "seed=0")
     assert code == 0, said
     assert "adapter parameters" in printed
@@ -74,6 +75,7 @@ def fail(monkeypatch):
     def replace(error):
         def run(config, folder, *, record, **options):
             if not isinstance(error, ConfigurationError) or config.lora.rank != 4:
+                (folder / ".hydra").mkdir()
                 record()
                 (folder / "rank_history.csv").touch()
             if config.lora.rank == 4:
@@ -103,7 +105,7 @@ def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fai
     code, _, said = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
     assert (code, said.rpartition("error: ")[2]) == (2, "no rank of 4\n")
     assert "s/0: ConfigurationError: no rank of 4\n" in said
-    assert Path("s/sweep.png").exists()
+    show_sweep(Path("s"))
     assert [(row["runs"], row["without_result"]) for row in table("s")] == [("1", "0")]
 
 
@@ -113,10 +115,11 @@ def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, c
         sweep("sweep=rank", "lora.rank=4,8", "plots=false", "hydra.sweep.dir=s")
     # The traceback stands where it happened, as Hydra raises only the first error.
     assert "s/0: RuntimeError: out of memory\nTraceback" in capsys.readouterr().err
+    show_sweep(Path("s"), plot=False)
     assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
 
 
-def test_ctrl_c_says_how_to_get_the_table(sweep, fail):
+def test_a_sweep_that_ctrl_c_ends_has_said_how_to_get_the_table(sweep, fail):
     fail(KeyboardInterrupt())
-    code, _, said = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
-    assert (code, "dynrank sweep s" in said) == (130, True)
+    code, printed, _ = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
+    assert (code, "dynrank sweep s" in printed) == (130, True)

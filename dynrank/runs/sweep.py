@@ -1,18 +1,22 @@
-"""The table and the picture of a sweep, from the files in its runs' folders."""
+"""The runs of a sweep, and their table and picture from the files in the runs' folders."""
 
 import csv
 import re
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import empty_table, print_facts, print_table
+from dynrank.output.console import empty_table, print_facts, print_table, quiet_imports
 from dynrank.output.whole_file import whole_file
 from dynrank.runs.command import read_overrides
 from dynrank.runs.folder import HISTORY
@@ -96,8 +100,6 @@ def arms(runs: Sequence[SweepRun]) -> list[Arm]:
 def show_sweep(folder: Path, plot: bool = True) -> None:
     """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
     runs = read_sweep(folder)
-    if plot and find_spec("matplotlib") is None:
-        raise ConfigurationError("the picture needs matplotlib: pip install 'dynrank[plots]', or add --no-plot")
     names = list(dict.fromkeys(name for run in runs for name in run.results))
     if names:
         made = arms(runs)
@@ -187,3 +189,38 @@ def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
     settings = [list(arm.setting.values()) for arm in made]
     plot.arms(settings, ", ".join(made[0].setting), panels).savefig(file)
+
+
+def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
+    """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
+
+    ``record`` writes what Hydra was called with into the folder.
+    """
+    # This import loads torch and transformers, which takes seconds.
+    from dynrank.runs.job import run
+
+    try:
+        summary = run(config, folder, sweep=True, record=record)
+        return None if config.objective is None else summary.final[config.objective]
+    except Exception as error:
+        # Hydra raises only the first error of a sweep, after all runs.
+        print(f"no result        {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        if not isinstance(error, ConfigurationError):
+            traceback.print_exception(error)
+        raise
+
+
+class SweepTable(Callback):
+    """Says at the start of a sweep how to get its table, and prints the table at the end.
+
+    Hydra calls the end only if no run has failed.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        # Sweepers import libraries that print messages.
+        quiet_imports()
+        folder = config.hydra.sweep.dir
+        print_facts({"sweep": f"{folder}; the table of the runs so far, also if one fails: dynrank sweep {folder}"})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        show_sweep(Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True)))

@@ -1,0 +1,1 @@
+"""What the callback needs from transformers' Trainer."""

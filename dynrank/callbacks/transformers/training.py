@@ -1,0 +1,145 @@
+"""transformers' Trainer as a training run whose ranks change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Subset
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from dynrank.distributed.processes import process_count
+from dynrank.distributed.wrappers import ddp_modules
+from dynrank.driver.event import RankEvent
+from dynrank.driver.training import Training
+from dynrank.layers.finding import lora_layers
+
+
+class HFTraining(Training):
+    """The present state of a run of transformers' Trainer; made anew for each event.
+
+    Args:
+        trainer: the Trainer, during ``train``.
+        event: the arguments of the event by which the Trainer has called a callback.
+        evaluate: evaluates the present model; None: changes cannot be validated.
+        logged: the last value of every metric.
+        steps_uncounted: optimizer steps that the Trainer has made and not yet counted.
+    """
+
+    validate_by = "give the callback evaluate=lambda: trainer.evaluate()"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        event: Mapping[str, Any],
+        evaluate: Callable[[], Mapping[str, Any]] | None,
+        logged: Mapping[str, float],
+        steps_uncounted: int = 0,
+    ) -> None:
+        scheduler = event.get("lr_scheduler")
+        schedulers = None if scheduler is None else [scheduler]
+        step = trainer.state.global_step + steps_uncounted
+        super().__init__(event["model"], [event["optimizer"]], step, schedulers=schedulers)
+        self.ddp = ddp_modules(trainer.model_wrapped)
+        self.trainer = trainer
+        self._event = event
+        self._evaluate = evaluate
+        self._logged = logged
+
+    def logged(self) -> Mapping[str, float]:
+        return self._logged
+
+    @property
+    def validates(self) -> bool:
+        return self._evaluate is not None
+
+    def validate(self) -> Mapping[str, float]:
+        """Evaluate in addition to the run's own evaluations; no callback is called, and nothing is logged."""
+        # The driver checks `validates` first.
+        assert self._evaluate is not None
+        handler = self.trainer.callback_handler
+        history = self.trainer.state.log_history
+        present = handler.callbacks
+        handler.callbacks = []
+        logged = len(history)
+        control = dict(vars(self.trainer.control))
+        try:
+            return numbers(self._evaluate())
+        finally:
+            handler.callbacks = present
+            del history[logged:]
+            vars(self.trainer.control).update(control)
+
+    @property
+    def validation_batches(self) -> int | None:
+        """Of all the Trainer's evaluation sets; None if one of them has no length."""
+        sets = self._evaluation_sets()
+        if not sets or not all(map(has_length, sets.values())):
+            return None
+        size = int(self.trainer.args.eval_batch_size) * process_count()
+        return sum(-(-len(rows) // size) for rows in sets.values())
+
+    def validate_share(self, most: int) -> Mapping[str, float]:
+        """As :meth:`validate`, with a share of the rows of the Trainer's evaluation sets."""
+        whole = self.trainer.eval_dataset
+        assert self.validation_batches is not None
+        apart = -(-self.validation_batches // most)
+        few = {name: _every(rows, apart) for name, rows in self._evaluation_sets().items()}
+        self.trainer.eval_dataset = few if isinstance(whole, dict) else few[""]
+        try:
+            return self.validate()
+        finally:
+            self.trainer.eval_dataset = whole
+
+    def _evaluation_sets(self) -> dict[str, Any]:
+        """{name: the rows}; one set alone has the name ""."""
+        rows = self.trainer.eval_dataset
+        if isinstance(rows, dict):
+            return rows
+        return {} if rows is None else {"": rows}
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Log ``values`` as the Trainer logs its own."""
+        state = self.trainer.state
+        logs = {**values} if state.epoch is None else {**values, "epoch": state.epoch}
+        state.log_history.append({**logs, "step": self.step})
+        self.trainer.callback_handler.on_log(self.trainer.args, state, self.trainer.control, logs)
+
+    def tell(self, event: RankEvent) -> None:
+        """Call ``on_rank_change`` of every callback that defines it."""
+        trainer = self.trainer
+        for callback in trainer.callback_handler.callbacks:
+            hook = getattr(callback, "on_rank_change", None)
+            if hook is not None:
+                hook(trainer.args, trainer.state, trainer.control, event=event, **self._event)
+
+
+def _every(rows: Any, apart: int) -> Any:
+    """Each of the rows that are ``apart``; a Dataset of Hugging Face stays one, because the Trainer prepares it."""
+    chosen = range(0, len(rows), apart)
+    return rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+
+
+def calling_trainer() -> Trainer:
+    """The Trainer that is calling this event."""
+    # Neither an event's arguments nor any public method of a callback leads to the Trainer (transformers 5.24), and
+    # callbacks are made before it is. Without its list of callbacks, changes could not be logged or told to others.
+    for frame, *_ in inspect.stack(context=0):
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+    raise RuntimeError("the events of RankTrainerCallback have to be called by transformers' Trainer")
+
+
+def ranks_of(model: nn.Module) -> list[int]:
+    """The rank of each LoRA layer."""
+    return [layer.rank for _, layer in lora_layers(model)]
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``metrics``; eval_loss is val/loss, too."""
+    found = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return found | {f"val/{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}

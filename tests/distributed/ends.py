@@ -1,0 +1,48 @@
+"""What two processes come to: each check of a job with what it has found, or with its traceback."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import forked
+import torch
+from torch.testing import assert_close
+
+
+def keep(checks: Mapping[str, Callable[[], Any]], file: Path, results: dict[str, Any]) -> None:
+    """Make each check, and keep in the file what all have found so far."""
+    for name, check in checks.items():
+        start = time.perf_counter()
+        try:
+            results[name] = check()
+        # The other checks have to run, too.
+        except Exception:
+            results[name] = traceback.format_exc()
+            print(name, results[name])
+        print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
+        torch.save(results, file)
+
+
+def of_pair(program: str, folder: Path) -> list[dict[str, Any]]:
+    """[what process 0 has found, what process 1 has found] by a program that keeps it in ``folder``."""
+    assert forked.end(forked.pair(program, folder, cwd=folder)) == [0, 0], forked.printed(folder)[-5000:]
+    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+
+
+def found(results: list[dict[str, Any]], name: str) -> Any:
+    """What both processes have found by a check, which has not failed in either."""
+    first, second = (result[name] for result in results)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    return first, second
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in ("events", "brought"):
+        assert one[name] == other[name]
+    for kind in ("weights", "state"):
+        assert_close(one[kind], other[kind], rtol=0, atol=0)
