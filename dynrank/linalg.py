@@ -173,7 +173,7 @@ def keep_directions(lora_B: Tensor, lora_A: Tensor, directions: Directions, keep
     new_B = b_OR @ from_B_RK
     if len(chosen) < len(keep):
         idle = _complement(directions.from_A)
-        # In each of these directions the row or the column is zero, because their product is.
+        # In each of these directions the row or the column is zero, because their product is, if A has full rank.
         rows = idle.mT @ a_RI
         columns = b_OR @ idle
         in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()

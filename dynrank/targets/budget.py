@@ -73,19 +73,19 @@ class Budget(Target):
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         ranks = self.lowest_ranks(layers)
-        left = self.pool(layers)
+        unspent = self.pool(layers)
         least = self.floor_parameters(layers)
-        if self.share is None and left < least:
-            raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {left:,}")
-        left -= least
+        if self.share is None and unspent < least:
+            raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {unspent:,}")
+        unspent -= least
         ended = set()
         for name, rank in self.order(layers):
             size = (rank - ranks[name]) * layers[name].params_per_rank
-            if size > left:
+            if size > unspent:
                 ended.add(name)
             elif name not in ended:
                 ranks[name] = rank
-                left -= size
+                unspent -= size
         return ranks
 
     @property
