@@ -76,7 +76,9 @@ class Budget(Target):
         unspent = self.pool(layers)
         least = self.floor_parameters(layers)
         if self.share is None and unspent < least:
-            raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {unspent:,}")
+            raise ConfigurationError(
+                f"a budget must be at least {least:,} parameters, the lowest ranks', got {unspent:,}"
+            )
         unspent -= least
         ended = set()
         for name, rank in self.order(layers):
