@@ -61,8 +61,10 @@ class RankScheduler(Callback):
     Raises:
         ConfigurationError: if a value cannot be used.
 
-    >>> RankScheduler(4).driver.stages[0].to.final_rank
-    4
+    >>> from lightning import Trainer
+    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[RankScheduler(4)])
+    >>> trainer.callbacks[0].history
+    []
     """
 
     def __init__(

@@ -74,8 +74,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Raises:
         ConfigurationError: if a value cannot be used.
 
-    >>> RankTrainerCallback(4).driver.stages[0].to.final_rank
-    4
+    >>> from dynrank.schedules import auto
+    >>> RankTrainerCallback(auto()).driver.monitors
+    ['val/loss']
+
+    Example::
+
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RankTrainerCallback(4)])
     """
 
     def __init__(

@@ -75,7 +75,8 @@ def resize(
         dry_run: check and compute everything, but change nothing; optimizers need not be passed.
 
     Returns:
-        A report per changed layer, in model order; a layer that has its new rank already is left out.
+        A report per changed layer (``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …), in model order;
+        a layer that has its new rank already is left out.
 
     Raises:
         ConfigurationError: if there are no LoRA layers, a key or rank cannot be used, a factor holds NaN or inf (it
