@@ -109,7 +109,7 @@ def squeeze(
         way: chooses directions in another way than by singular values, for a target of type Rank or Budget.
 
     Returns:
-        A report for each layer, unchanged ones included (``layer``, ``rank_before``, ``rank_after``, ``energy_kept`` …).
+        A report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …
 
     Raises:
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
