@@ -87,6 +87,11 @@ def find_columns(
     ``given`` are the user's names of columns, ``types`` those of ``datasets``, if it has read the data. Rows that are
     ``asked`` need no label or answer. Errors name the data as ``where``.
     """
+    ours = sorted({*_USUAL, *(name for names in _MORE.values() for name in names)})
+    for name in given:
+        if name not in ours:
+            fix = f"data.columns.{name}" if where.startswith("data") else f"--columns {name}=…"
+            raise ConfigurationError(f"{fix} names no column that is read; those are {', '.join(ours)}")
     columns = _names_in(sample)
     names = _found(columns, given, form, asked)
     for ours, theirs in names.items():

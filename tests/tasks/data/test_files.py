@@ -334,6 +334,12 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
         read(file, columns={"text": "body"})
 
 
+def test_a_key_of_columns_that_nothing_reads_is_refused(tmp_path):
+    file = write(tmp_path / "a.csv", ROWS)
+    with pytest.raises(ConfigurationError, match="columns.text_pair names no column that is read; those are .*label"):
+        read(file, columns={"text_pair": "text"})
+
+
 UNREADABLE = {
     "": "is not set; set data.train to your rows: a file",
     "none.csv": "none.csv does not exist; set data.train to a file",
