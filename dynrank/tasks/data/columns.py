@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import datasets
@@ -16,7 +17,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 # Optional columns of each form.
-_MORE = {"classification": (), "completion": ("input",), "chat": ("system",), "text": ()}
+_MORE: dict[str, tuple[str, ...]] = {"classification": (), "completion": ("input",), "chat": ("system",), "text": ()}
 # Names in users' files, in lower case: our own, and those of LLaMA-Factory, axolotl and TRL.
 _USUAL = {
     "text": ("text", "sentence", "body", "content", "review", "document", "text1", "sentence1", "premise", "question"),
@@ -87,11 +88,11 @@ def find_columns(
     ``given`` are the user's names of columns, ``types`` those of ``datasets``, if it has read the data. Rows that are
     ``asked`` need no label or answer. Errors name the data as ``where``.
     """
-    ours = sorted({*_USUAL, *(name for names in _MORE.values() for name in names)})
-    for name in given:
-        if name not in ours:
-            fix = f"data.columns.{name}" if where.startswith("data") else f"--columns {name}=…"
-            raise ConfigurationError(f"{fix} names no column that is read; those are {', '.join(ours)}")
+    keys = sorted({*_USUAL, *chain(*_MORE.values())})
+    for key in given:
+        if key not in keys:
+            asked_by = f"data.columns.{key}" if where.startswith("data") else f"--columns {key}=…"
+            raise ConfigurationError(f"{asked_by} names no column that is read; those are {', '.join(keys)}")
     columns = _names_in(sample)
     names = _found(columns, given, form, asked)
     for ours, theirs in names.items():
