@@ -70,8 +70,8 @@ def resize(
         generator: generator of the random rows of a growth; torch's default generator when None.
         collective: whether every process of torch's default group makes this call. Process 0 computes, and all
             processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
-        balance: whether layers in ``target`` that keep their rank get balanced factors, too, if another layer is cut;
-            their update stays the same up to rounding. Pinned layers are left alone.
+        balance: whether layers in ``target`` that keep their rank get balanced factors, too, unless another layer
+            grows; their update stays the same up to rounding. Pinned layers are left alone.
         dry_run: check and compute everything, but change nothing; optimizers need not be passed.
 
     Returns:
@@ -378,7 +378,7 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
-    balance = balance and any(rank < layers[name].rank for name, rank in targets.items())
+    balance = balance and not any(rank > layers[name].rank for name, rank in targets.items())
     return {
         name: targets[name]
         for name, layer in layers.items()

@@ -247,12 +247,22 @@ def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
     assert all(torch.equal(value, untouched[key]) for key, value in net[0].state_dict().items())
 
 
-@pytest.mark.parametrize("target", [{"0": 8, "2": 6}, {"2": 6}])
-def test_balance_without_a_cut_changes_no_other_layer(trained, target):
+def test_balance_beside_a_growth_changes_no_other_layer(trained):
     net, optimizer = trained
     before = copy.deepcopy(net[2].state_dict())
-    resize(net, target, optimizers=[optimizer], balance=True)
+    resize(net, {"0": 8, "2": 6}, optimizers=[optimizer], balance=True)
     assert all(torch.equal(value, before[key]) for key, value in net[2].state_dict().items())
+
+
+def test_layers_are_balanced_at_their_own_ranks(trained):
+    net, optimizer = trained
+    layers = dict(dynrank.lora_layers(net))
+    updates = {name: layer.delta_weight().detach().clone() for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    assert not resize(net, ranks, optimizers=[optimizer], balance=True)
+    for name, layer in layers.items():
+        assert_close(layer.lora_A @ layer.lora_A.mT, layer.lora_B.mT @ layer.lora_B, rtol=1e-4, atol=1e-6)
+        assert_close(layer.delta_weight(), updates[name], rtol=1e-5, atol=1e-6)
 
 
 def test_peft_layer_of_a_rank_above_its_shape_may_keep_it_beside_a_cut():
