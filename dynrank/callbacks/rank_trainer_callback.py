@@ -66,7 +66,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             ``lambda: trainer.evaluate()``.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
-            stage's How) into the event.
+            stage's How) into the event. Of a long ``trainer.eval_dataset`` every n-th row is taken, so that this costs
+            under 2% of the run.
 
     Attributes:
         driver: carries out the schedule in the run.

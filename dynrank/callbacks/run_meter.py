@@ -1,8 +1,10 @@
 """Measuring a run: tokens and seconds of training, and the peak memory."""
 
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -80,4 +82,9 @@ def peak_memory_bytes() -> int:
     """The peak memory of this process so far in bytes: allocated on the GPU if there is one, otherwise resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if peak is not None:
+        return 1024 * int(peak[1])
+    # ru_maxrss survives exec, so it may be the peak of the program that ran before in this process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -156,9 +156,8 @@ class RankDriver:
         self._follow_clock(training)
         if self.progress.pending is None:
             return
-        made = len(self.history)
-        self._change(training, self.progress.pending)
-        if len(self.history) > made and not self.history[-1].undone:
+        event = self._change(training, self.progress.pending)
+        if event is not None and not event.undone:
             warn_of_low_rate(training)
 
     def end_step(self, training: Training) -> None:
@@ -273,8 +272,8 @@ class RankDriver:
 
     # Acting
 
-    def _change(self, training: Training, decided: Decision) -> None:
-        """Make the decided change, unless its check undoes it, and go to the next stage."""
+    def _change(self, training: Training, decided: Decision) -> RankEvent | None:
+        """Make the decided change, unless its check undoes it, and go to the next stage; None: no rank would change."""
         index = decided.stage
         stage = self.stages[index]
         reason = decided.reason
@@ -315,6 +314,7 @@ class RankDriver:
             # Also if Ctrl-C was pressed during the change, or its measurement has failed.
             if event is not None and self.history and self.history[-1] is event:
                 training.tell(event)
+        return event
 
     def _planned_change(
         self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Contribution]

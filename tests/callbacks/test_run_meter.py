@@ -1,5 +1,8 @@
 """Tokens and seconds of a run, and its peak memory."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +64,11 @@ def test_tokens_of_two_processes_count_once(monkeypatch):
 def test_peak_memory_is_at_least_a_block_of_this_process():
     block = torch.ones(2**26)
     assert peak_memory_bytes() > block.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="without /proc the peak of before counts, too")
+def test_peak_memory_is_not_that_of_the_program_before():
+    after = "from dynrank.callbacks.run_meter import peak_memory_bytes; print(peak_memory_bytes())"
+    before = f"import os, sys; b'1' * (2 << 30); os.execv(sys.executable, [sys.executable, '-c', {after!r}])"
+    done = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 2 << 30
