@@ -75,8 +75,8 @@ def resize(
         dry_run: check and compute everything, but change nothing; optimizers need not be passed.
 
     Returns:
-        A report per changed layer (``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …), in model order;
-        a layer that has its new rank already is left out.
+        A report per layer with new factors (``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …), in model
+        order; a layer that has its new rank already is left out, unless it was balanced.
 
     Raises:
         ConfigurationError: if there are no LoRA layers, a key or rank cannot be used, a factor holds NaN or inf (it
@@ -393,7 +393,7 @@ def _new_values(
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
 ) -> tuple[Values, list[LayerReport]]:
-    """The new values of the layers in ``ranks``, and reports of those whose rank changes."""
+    """The new values of the layers in ``ranks``, and their reports."""
     layers = adapters.layers
     values = Values({}, [{} for _ in adapters.optimizers])
     reports = []
@@ -403,9 +403,8 @@ def _new_values(
         values.factors[name] = change.lora_A, change.lora_B
         for optimizer, states in zip(adapters.optimizers, values.states, strict=True):
             states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
-        if rank != layer.rank:
-            spectrum = change.singular_values * layer.scaling
-            reports.append(report_of(name, rank, spectrum, params_per_rank(layer)))
+        spectrum = change.singular_values * layer.scaling
+        reports.append(report_of(name, rank, spectrum, params_per_rank(layer)))
     return values, reports
 
 

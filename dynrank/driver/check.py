@@ -22,7 +22,7 @@ from dynrank.layers.base import RankedLayer, max_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
-from dynrank.targets import Budget, LayerState, Target
+from dynrank.targets import Budget, LayerState, Target, Unchanged
 from dynrank.targets.base import UNBOUNDED
 from dynrank.triggers import Run, Trigger
 
@@ -144,7 +144,9 @@ def _faults(
         above = [name for name in free if wanted[name] > most[name]]
         if above:
             return [f"rank {wanted[name]} is above min(d_in, d_out) = {most[name]} of {name!r}" for name in above]
-    # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
+    if isinstance(stage.to, Unchanged):
+        return []
+    # Another target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
         after = stage.to.ranks(states_at(shifted))

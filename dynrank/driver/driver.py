@@ -273,7 +273,7 @@ class RankDriver:
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> RankEvent | None:
-        """Make the decided change, unless its check undoes it, and go to the next stage; None: no rank would change."""
+        """Make the decided change, unless its check undoes it, and go to the next stage; None: no layer gets new factors."""
         index = decided.stage
         stage = self.stages[index]
         reason = decided.reason
@@ -339,7 +339,7 @@ class RankDriver:
         directions: LayerDirections,
         brought: Mapping[str, Contribution],
     ) -> RankEvent | None:
-        """Make the change of stage ``index``, and undo it if it costs too much; None if no rank would change."""
+        """Make the change of stage ``index``, and undo it if it costs too much; None if no layer gets new factors."""
         change = self._planned_change(training, index, directions, brought)
         if not change.reports:
             return None
@@ -371,7 +371,7 @@ class RankDriver:
         return RegressionTest(training, stage.how, None, batches) if batches else None
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
-        """Go to the stage after ``index``, whose change was made, undone, or (None) changes no rank."""
+        """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors."""
         self.progress.pending = None
         self.progress.stage = index + 1
         for later in self.stages[index + 1 :]:

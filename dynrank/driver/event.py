@@ -40,7 +40,7 @@ class RankEvent:
     Attributes:
         step: optimizer steps made before the change.
         reason: why the change was made, or why it was undone.
-        layers: a report for each changed layer.
+        layers: a report for each layer with new factors; a cut balances those of layers that keep their rank, too.
         undone: whether the change cost too much and was undone; then the ranks are as before.
         measured: what the change cost; None: no validations were made directly before and after it.
 

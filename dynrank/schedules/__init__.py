@@ -10,6 +10,7 @@ from dynrank.schedules.presets import (
     fixed,
     grow,
     milestones,
+    rebalance,
     stages,
 )
 from dynrank.schedules.stage import How, Stage
@@ -26,5 +27,6 @@ __all__ = [
     "fixed",
     "grow",
     "milestones",
+    "rebalance",
     "stages",
 ]

@@ -15,7 +15,7 @@ from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
 from dynrank.schedules.stage import How, Stage
-from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards, Unchanged
 from dynrank.triggers import At, Plateau, Trigger
 
 # A function that returns stages, such as a preset, is a schedule too: LightningCLI builds these from YAML.
@@ -45,6 +45,24 @@ def fixed() -> list[Stage]:
     []
     """
     return []
+
+
+@validated_call("schedule")
+def rebalance(*, at: Time = 0.3333, how: How = PLAIN) -> list[Stage]:
+    """Every layer keeps its rank, and gets balanced factors once, early in the run; the update stays the same.
+
+    The two factors of each layer then have the same singular values, so an optimizer step changes the update about as
+    much through one as through the other. A cut does this, too.
+
+    Args:
+        at: share of the run after which it happens.
+        how: how the change is made.
+
+    >>> (stage,) = rebalance()
+    >>> stage.when, stage.to
+    (At(step=None, epoch=None, fraction=0.3333), Unchanged())
+    """
+    return [Stage(At(fraction=at), Unchanged(), how=how, key="schedule.at")]
 
 
 @validated_call("schedule")

@@ -2,6 +2,6 @@
 
 from dynrank.targets.base import LayerState, Target
 from dynrank.targets.budget import Budget
-from dynrank.targets.per_layer import Energy, GrowTo, Rank, Towards
+from dynrank.targets.per_layer import Energy, GrowTo, Rank, Towards, Unchanged
 
-__all__ = ["Budget", "Energy", "GrowTo", "LayerState", "Rank", "Target", "Towards"]
+__all__ = ["Budget", "Energy", "GrowTo", "LayerState", "Rank", "Target", "Towards", "Unchanged"]

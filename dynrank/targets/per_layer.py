@@ -60,6 +60,20 @@ class GrowTo(Target):
 
 
 @validated("schedule.target")
+class Unchanged(Target):
+    """The rank that each layer has, so that a change only balances the factors.
+
+    In the last stage, layers with a final rank in the rank map are cut to it.
+
+    >>> Unchanged().ranks({"layer": LayerState(rank=16)})
+    {'layer': 16}
+    """
+
+    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        return {name: layer.shrunk(layer.rank) for name, layer in layers.items()}
+
+
+@validated("schedule.target")
 class Towards(Target):
     """Step ``step`` of ``steps`` from the starting rank to ``rank``, by equal factors: 64, 32, 16, 8.
 

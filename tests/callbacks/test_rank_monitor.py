@@ -66,17 +66,17 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
 
 
 class First(Target):
-    """Only the first layer changes."""
+    """Only the first layer changes, and grows, so that no other layer is balanced."""
 
     def ranks(self, layers):
-        return {name: layer.shrunk(3) if name.endswith("0") else layer.rank for name, layer in layers.items()}
+        return {name: layer.grown(7) if name.endswith("0") else layer.rank for name, layer in layers.items()}
 
 
 def test_printed_table_knows_the_layers_that_did_not_change(changed, capsys):
     changed(RankMonitor(model_name="net"), stage=Stage(At(step=4), First()))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "│ all │ 1 of 2 │ 6 → 3 │" in printed
-    assert "highest rank 6, average 4.5" in printed
+    assert "│ all │ 1 of 2 │ 6 → 7 │" in printed
+    assert "highest rank 7, average 6.5" in printed
 
 
 class Taken(lightning.Callback):

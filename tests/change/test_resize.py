@@ -236,7 +236,7 @@ def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
     old = [(parameter * moment).sum().item() for parameter, moment in pair]
     untouched = copy.deepcopy(net[0].state_dict())
     reports = resize(net, {"0": 6, "2": 6, "4": 2}, optimizers=[optimizer], balance=True)
-    assert [report.layer for report in reports] == ["4"]
+    assert [(report.layer, report.rank_before, report.rank_after) for report in reports] == [("2", 6, 6), ("4", 6, 2)]
     lora_A = layers["2"].lora_A
     lora_B = layers["2"].lora_B
     assert_close(lora_A @ lora_A.mT, lora_B.mT @ lora_B, rtol=1e-4, atol=1e-6)
@@ -259,7 +259,9 @@ def test_layers_are_balanced_at_their_own_ranks(trained):
     layers = dict(dynrank.lora_layers(net))
     updates = {name: layer.delta_weight().detach().clone() for name, layer in layers.items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
-    assert not resize(net, ranks, optimizers=[optimizer], balance=True)
+    reports = resize(net, ranks, optimizers=[optimizer], balance=True)
+    assert {report.layer: report.rank_after for report in reports} == ranks
+    assert all(report.energy_kept == 1 for report in reports)
     for name, layer in layers.items():
         assert_close(layer.lora_A @ layer.lora_A.mT, layer.lora_B.mT @ layer.lora_B, rtol=1e-4, atol=1e-6)
         assert_close(layer.delta_weight(), updates[name], rtol=1e-5, atol=1e-6)
@@ -273,6 +275,6 @@ def test_peft_layer_of_a_rank_above_its_shape_may_keep_it_beside_a_cut():
     wide, other = layers
     update = (layers[wide].lora_B @ layers[wide].lora_A).detach()
     assert not resize(net, 12)
-    (report,) = resize(net, {wide: 12, other: 6}, balance=True)
-    assert (report.layer, report.rank_after) == (other, 6)
+    reports = resize(net, {wide: 12, other: 6}, balance=True)
+    assert {report.layer: report.rank_after for report in reports} == {wide: 12, other: 6}
     assert_close(layers[wide].lora_B @ layers[wide].lora_A, update, rtol=1e-4, atol=1e-5)

@@ -183,6 +183,9 @@ def expanded(name, options, total):
         bounds = {"lowest": options.get("lowest", 1), "highest": options.get("highest")}
         common |= {"planned": at(options.get("at", 0.3333)), "plateau": NO_PLATEAU} | bounds
         return [Stage("budget", options[size], size=size, **common)]
+    if name == "rebalance":
+        # Every rank is at most this one.
+        return [Stage("rank", math.inf, **common | {"planned": at(options["at"]), "plateau": NO_PLATEAU})]
     if name == "energy":
         return [Stage("energy", options["share"], lowest=options.get("lowest", 1), **common)]
     if name == "grow":
@@ -258,12 +261,15 @@ def draw_presets(draw, case):
     plateau = {"patience": draw.randint(1, 2), "min_delta": draw.choice([0.01, 0.1, 0.9])}
     by_time = {"fraction": draw.uniform(first, 0.8)}
     trigger = draw.choice([plateau, plateau, by_time]) if case.started else by_time
-    kind = draw.choice(["early", "early", "converged", "milestones", "anneal", "energy", "grow", "three"])
+    kinds = ["early", "early", "converged", "milestones", "anneal", "energy", "grow", "rebalance", "three"]
+    kind = draw.choice(kinds)
     size = draw.choice([{"final_rank": low}, {"share": draw.uniform(0.6, 0.9)}])
     size |= {"highest": draw.randint(3, 4)} if draw.random() < 0.3 else {}
     early = ("early_budget", {"at": draw.uniform(first, 0.7), **size, **how()})
     if kind == "early":
         return [early]
+    if kind == "rebalance":
+        return [("rebalance", {"at": draw.uniform(first, 0.7), **how()})]
     if kind == "converged":
         shared = {"shared": draw.random() < 0.6, "drops": draw.randint(1, 2), "deadline": draw.choice([0.75, 0.9])}
         return [("after_convergence", {"final_rank": low, "trigger": trigger, **shared, **how()})]

@@ -157,13 +157,12 @@ class Run:
     @torch.no_grad()
     def change(self, stage, step):
         ranks = self.new_ranks(stage)
-        if all(ranks[name] == layer.rank for name, layer in self.layers.items()):
-            return
+        grows = any(ranks[name] > layer.rank for name, layer in self.layers.items())
         maps = {}
         new = dict(self.layers)
         for name, layer in self.layers.items():
-            # In a cut, the layers that keep their rank are balanced, too.
-            if ranks[name] > layer.rank or (stage.kind != "grow" and not layer.pinned):
+            # Unless a layer grows, those that keep their rank are balanced, too.
+            if ranks[name] > layer.rank or not (grows or layer.pinned):
                 maps[name] = layer.maps_to(ranks[name])
                 factors = [by @ factor.data for by, factor in zip(maps[name], layer.factors, strict=True)]
                 if ranks[name] > layer.rank:

@@ -20,6 +20,7 @@ from dynrank.schedules import (
     fixed,
     grow,
     milestones,
+    rebalance,
     stages,
 )
 from dynrank.schedules.stage import check_schedule
@@ -85,6 +86,7 @@ PYTHON = {
     "early_budget": (lambda: early_budget(4), "final_rank=4"),
     "auto": (auto, ""),
     "grow": (lambda: grow(64), ""),
+    "rebalance": (lambda: rebalance(at=0.2), "at=0.2"),
     "stages": (lambda: stages([]), ""),
 }
 

@@ -20,6 +20,7 @@ GAP = "schedule/trigger=gap schedule.trigger.window=1 schedule.trigger.threshold
 # Each has the overrides of a run of 24 steps from rank 4, with validations after every fourth, and its changes.
 RUNS = {
     "no change": ("schedule=fixed", []),
+    "balance": ("schedule=rebalance schedule.at=0.25", [(6, 4, 4)]),
     "epochs": (
         "schedule=milestones schedule.ranks=[3,2] schedule.at=[0,1] schedule.unit=epoch",
         [(0, 4, 3), (10, 3, 2)],
