@@ -146,7 +146,7 @@ def _faults(
             return [f"rank {wanted[name]} is above min(d_in, d_out) = {most[name]} of {name!r}" for name in above]
     if isinstance(stage.to, Unchanged):
         return []
-    # Another target may name the ranks that layers have already. It must change them if they are higher or lower by one.
+    # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
         after = stage.to.ranks(states_at(shifted))

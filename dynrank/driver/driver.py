@@ -273,7 +273,7 @@ class RankDriver:
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> RankEvent | None:
-        """Make the decided change, unless its check undoes it, and go to the next stage; None: no layer gets new factors."""
+        """Make the decided change, unless its check undoes it, and go to the next stage; None: nothing would change."""
         index = decided.stage
         stage = self.stages[index]
         reason = decided.reason
@@ -339,7 +339,7 @@ class RankDriver:
         directions: LayerDirections,
         brought: Mapping[str, Contribution],
     ) -> RankEvent | None:
-        """Make the change of stage ``index``, and undo it if it costs too much; None if no layer gets new factors."""
+        """Make the change of stage ``index``, and undo it if it costs too much; None if nothing would change."""
         change = self._planned_change(training, index, directions, brought)
         if not change.reports:
             return None
