@@ -4,9 +4,10 @@ An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts 
 one budget by weight or by what layers have brought, early or late, with and without a higher rate of the adapter
 afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by a run or by the first
 gradients (GoRA); AdaLoRA; some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling.
-Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is trained
-at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at the rate
-with the best validation loss over these two (a table without these: over all), or at --rates as long as there is none.
+Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
+trained at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at
+the rate with the best validation loss over these two (a table without these: over all), or at --rates as long as there
+is none.
 
 The program adds a row to study.csv as soon as a run ends, draws study_TASK.png into scripts/results/, and prints the
 table. It may be interrupted: it makes no run again that the file holds. Several programs at once, for other seeds,
