@@ -12,9 +12,8 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from dynrank.adapters.load import load_adapter
-from dynrank.adapters.ollama import modelfile
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import input_files, read_inputs, with_labels
+from dynrank.adapters.sidecar_files import input_files, modelfile, read_inputs, with_labels
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge

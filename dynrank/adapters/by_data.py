@@ -47,13 +47,13 @@ def greedy(
     effects: Mapping[str, Tensor],
     terms: Tensor,
     widths: Mapping[str, int],
-    lowest: Mapping[str, int],
+    lowest: int,
     pool: int,
 ) -> dict[str, Tensor]:
     """{layer: the directions to keep, ascending} so that all layers have at most ``pool`` parameters together.
 
     The direction that adds least to the estimated loss per parameter (``widths``: those of a direction) is dropped
-    again and again. A layer keeps ``lowest`` directions in any case. Of equal candidates the smallest is dropped.
+    again and again. Every layer keeps ``lowest`` directions in any case. Of equal candidates the smallest is dropped.
     ``terms`` are the numbers of terms in the examples' losses, (examples,).
     """
     names = sorted(effects)
@@ -68,7 +68,7 @@ def greedy(
     total = int(sizes.sum())
     cost = 0.5 * roots.square().mean(0) - gradients.mean(0)
     kept = torch.ones(len(owners), dtype=torch.bool)
-    free = torch.tensor([left[name] > lowest[name] for name in owners])
+    free = torch.tensor([left[name] > lowest for name in owners])
     while total > pool and free.any():
         prices = torch.where(free, cost / sizes, torch.inf)
         gone = len(owners) - 1 - int(prices.flip(0).argmin())
@@ -77,6 +77,6 @@ def greedy(
         kept[gone] = free[gone] = False
         left[name] -= 1
         total -= widths[name]
-        if left[name] == lowest[name]:
+        if left[name] == lowest:
             free[slices[name]] = False
     return {name: kept[slices[name]].nonzero().flatten() for name in effects}

@@ -15,12 +15,10 @@ from transformers import PretrainedConfig
 from dynrank.adapters.base import base_source
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
-from dynrank.adapters.ollama import base_of_ollama, modelfile
-from dynrank.adapters.read import Adapter, open_adapter
+from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
-from dynrank.adapters.sidecar_files import new_adapter_folder, read_inputs
+from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer
-from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.linalg import finite
 from dynrank.models.names import model_source, public_name
@@ -116,7 +114,7 @@ def export_adapter(
         if to == "ollama":
             return _to_ollama(adapter, out, origin, config)
         rank = max(layer.rank for layer in adapter.layers.values())
-        factors = _one_scaling(adapter.all_factors())
+        factors = _one_scaling(adapter)
         stored = str(adapter.config.base_model_name_or_path or "BASE")
         base = public_name(model_source(model, "--model") if model else stored)
         name, place, base = (shlex.quote(text) for text in (out.name, str(out), base))
@@ -166,14 +164,17 @@ def check_served(
         gguf_names(config, layers)
 
 
-def _one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
     """The same updates, all with the smallest scaling, so that no number of lora_B underflows in half precision.
 
     A program that reads only the global ``lora_alpha / r`` gets this scaling, and so does one that reads patterns.
     """
-    scaling = min((own for *_, own in layers.values() if own), key=abs, default=1.0)
-    found = {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
-    for name, (_, lora_B, _) in found.items():
+    scaling = min((layer.scaling for layer in adapter.layers.values() if layer.scaling), key=abs, default=1.0)
+    found = {}
+    for name, layer in adapter.layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        lora_B = lora_B * (layer.scaling / scaling)
+        found[name] = lora_A, lora_B, scaling
         if not finite(lora_B):
             raise ConfigurationError(
                 f"{name!r} is too large for {lora_B.dtype} with the scaling of all layers, {scaling}"
@@ -197,8 +198,14 @@ def _to_gguf(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig 
 
 def _to_ollama(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig | None) -> Exported:
     """A folder with the GGUF file and a Modelfile, from which ``ollama create`` makes a model."""
+    # Names are of Ollama's own registry, not of the hub.
+    if not Path(origin).exists() or origin.endswith(".json"):
+        raise ConfigurationError(
+            f"Ollama needs the base as a folder or a GGUF file, got {origin!r}; hf download it with --local-dir DIR, "
+            "and give --model DIR"
+        )
     source = Path(adapter.source)
-    text = modelfile(base_of_ollama(origin), read_inputs(source))
+    text = modelfile(origin, read_inputs(source))
     check_free(out, source)
     with whole_or_nothing(out) as folder:
         write_gguf(folder / "adapter.gguf", adapter, config)

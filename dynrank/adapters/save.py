@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
-from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter
+from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter, wrapper_names
 from dynrank.adapters.stored import Factors
-from dynrank.adapters.wrappers import wrapper_names
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer

@@ -1,4 +1,4 @@
-"""The other files in an adapter's folder that its use needs: the tokenizer, the names of the labels, the inputs."""
+"""The other files in an adapter's folder that its use needs: tokenizer, names of labels, inputs, Ollama's Modelfile."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.adapters.stored import readable
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, read_as, shown
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
 
@@ -128,3 +128,31 @@ def input_files(origin: Path) -> list[Path]:
         if not file.resolve().is_relative_to(home):
             raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy the file there")
     return found
+
+
+def modelfile(base: str, inputs: Inputs, adapter: str | None = "./adapter.gguf") -> str:
+    """The text of a Modelfile for ``base`` with a GGUF file of an adapter (None: merged into it already).
+
+    A chat has the template of the base, which Ollama finds itself, and the system prompt that training learned. An
+    adapter that learned answers to plain prompts must get these without a template.
+    """
+    lines = [f"FROM {base}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    if inputs.form in ("completion", "text"):
+        lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
+    if inputs.system is not None:
+        lines.append(f"SYSTEM {_quoted(inputs.system)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A value of several lines, which Ollama ends at the next three quotes at the end of a line."""
+    # Ollama drops characters that cannot be printed.
+    strange = [char for char in text if not char.isprintable() and char not in "\n\r\t"]
+    if strange or '"""' in text:
+        what = f"characters that cannot be printed, {strange[:5]}" if strange else "three quotes"
+        raise ConfigurationError(
+            f"a Modelfile cannot hold a system prompt with {what}, got {shown(text)}; change it in {INPUTS_FILE}"
+        )
+    return f'"""{text}"""'

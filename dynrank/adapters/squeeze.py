@@ -1,13 +1,14 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import floor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.read import Adapter, open_stored
@@ -17,12 +18,9 @@ from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer
 from dynrank.change.resize import LayerReport, report_of
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import effective_rank, energy_rank, stacked, truncate_product
+from dynrank.linalg import effective_rank, energy_rank, products, stacked, truncate_product
 from dynrank.output.output_folder import new_file
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
-
-# ({layer: new factors}, a report for each layer).
-Squeezed = tuple[dict[str, Factors], list[LayerReport]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def squeeze(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
-    way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
@@ -106,7 +103,6 @@ def squeeze(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
-        way: chooses directions in another way than by singular values, for a target of type Rank or Budget.
 
     Returns:
         A report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …
@@ -121,34 +117,21 @@ def squeeze(
     >>> [(layer.rank_before, layer.rank_after) for layer in squeeze(f"{folder}/adapter", f"{folder}/small", rank=2)]
     [(4, 2)]
     """
-    source = adapter_folder(Path(source))
-    out = Path(out)
+    with open_stored(adapter_folder(Path(source))) as adapter:
+        kept = _largest(adapter, squeeze_target(adapter, rank, energy, budget))
+        return write_squeezed(adapter, kept, Path(out))
+
+
+def squeeze_target(
+    adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None
+) -> Target:
+    """The target that the options of :func:`squeeze` set for ``adapter``."""
     _check_options(rank, energy, budget)
-    if way is not None and energy is not None:
-        raise ConfigurationError(
-            f"--gates takes --rank or --budget, got --energy {energy}, a share of squared singular values"
-        )
-    with open_stored(source) as adapter:
-        target: Target
-        if rank is not None:
-            target = Rank(rank)
-        elif energy is not None:
-            target = Energy(energy)
-        else:
-            target = _budget(budget, adapter)
-        if isinstance(adapter, SingleFile):
-            if way is not None:
-                raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
-            if out.suffix != SUFFIX:
-                raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
-            with new_file(out) as file:
-                factors, reports = _squeezed(adapter, target)
-                rewrite_file(file, adapter, factors)
-            return reports
-        with new_adapter_folder(out, source) as folder:
-            factors, reports = (way or _squeezed)(adapter, target)
-            rewrite_adapter(folder, adapter, factors)
-        return reports
+    if rank is not None:
+        return Rank(rank)
+    if energy is not None:
+        return Energy(energy)
+    return _budget(budget, adapter)
 
 
 def _check_options(rank: int | None, energy: float | None, budget: int | float | str | None) -> None:
@@ -178,31 +161,55 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
         parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
     target = Budget(parameters, by="weight")
     layers = adapter.layers.items()
-    states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
+    states = {name: LayerState(layer.rank, *layer.shape, num_products=layer.experts) for name, layer in layers}
     least = target.floor_parameters(states)
     if parameters < least:
         raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
     return target
 
 
-def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
-    """Keep the directions with the largest singular values; one layer is in memory at a time."""
-    factors = {}
-    reports = []
+def _largest(adapter: StoredAdapter, target: Target) -> dict[str, Tensor]:
+    """{layer: the directions with the largest singular values}; one layer is in memory at a time."""
     states = {}
     for name, layer in adapter.layers.items():
         values = adapter.singular_values(name) if target.needs else None
-        states[name] = LayerState(layer.rank, *layer.shape, values=values, experts=layer.experts)
-    for name, rank in target.ranks(states).items():
+        states[name] = LayerState(layer.rank, *layer.shape, values=values, num_products=layer.experts)
+    return {name: torch.arange(rank) for name, rank in target.ranks(states).items()}
+
+
+def write_squeezed(adapter: Adapter | SingleFile, kept: Mapping[str, Tensor], out: Path) -> list[LayerReport]:
+    """Write ``adapter`` to ``out`` with the directions ``kept`` of each layer, ascending; returns a report for each."""
+    if not isinstance(adapter, SingleFile):
+        with new_adapter_folder(out, Path(adapter.source)) as folder:
+            factors, reports = _squeezed(adapter, kept)
+            rewrite_adapter(folder, adapter, factors)
+        return reports
+    if out.suffix != SUFFIX:
+        raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
+    with new_file(out) as file:
+        factors, reports = _squeezed(adapter, kept)
+        rewrite_file(file, adapter, factors)
+    return reports
+
+
+def _squeezed(adapter: StoredAdapter, kept: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[LayerReport]]:
+    """({layer: new factors}, a report for each layer); one pair of old factors is in memory at a time."""
+    factors = {}
+    reports = []
+    for name, keep in kept.items():
         layer = adapter.layers[name]
-        if rank < layer.rank:
-            change = stacked([truncate_product(b, a, rank) for b, a in adapter.products(name)])
+        lora_B, lora_A = adapter.factors(name)
+        if len(keep) < layer.rank:
+            pairs = products(lora_B, lora_A, layer.experts)
+            change = stacked([truncate_product(b, a, len(keep), keep=keep) for b, a in pairs])
             lora_B = change.lora_B
             lora_A = change.lora_A
-            values = change.singular_values * abs(layer.scaling)
+            dropped = torch.ones(layer.rank, dtype=torch.bool)
+            dropped[keep] = False
+            # A report takes the first values as those that are kept.
+            values = torch.cat([change.singular_values[keep], change.singular_values[dropped]]) * abs(layer.scaling)
         else:
-            lora_B, lora_A = adapter.factors(name)
             values = adapter.singular_values(name)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(report_of(name, rank, values, layer.params_per_rank))
+        reports.append(report_of(name, len(keep), values, layer.params_per_rank))
     return factors, reports

@@ -83,11 +83,6 @@ class StoredAdapter:
         change = stacked([truncate_product(*pair, layer.rank) for pair in pairs])
         return change.lora_B, change.lora_A
 
-    def all_factors(self) -> dict[str, Factors]:
-        """{layer: its stored factors and scaling}."""
-        pairs = {name: self.factors(name) for name in self.layers}
-        return {name: (lora_A, lora_B, self.layers[name].scaling) for name, (lora_B, lora_A) in pairs.items()}
-
     def products(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
         return products(*self.factors(name), self.layers[name].experts)

@@ -11,12 +11,9 @@ from dynrank.adapters.by_data import effects, greedy
 from dynrank.adapters.predicting import answering
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import label_names
-from dynrank.adapters.squeeze import Squeezed
-from dynrank.change.resize import report_of
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.linalg import pooled, stacked, truncate_product
 from dynrank.output.console import quiet_loading
 from dynrank.targets import Budget, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
@@ -50,14 +47,14 @@ class Gated:
         # A wrong column is reported before the model is loaded, which takes longer.
         source = Source(data, "--data", "train")
         form_of(source.sample, ("classification", *WRITTEN), columns, source.where)
-        self._model, tokenizer = answering(adapter, model)
-        self.examples = _examples(self._model, tokenizer, source, columns)
-        self._layers = dict(lora_layers(self._model))
-        self._widths = {name: params_per_rank(layer) for name, layer in self._layers.items()}
+        self.model, tokenizer = answering(adapter, model)
+        self.examples = _examples(self.model, tokenizer, source, columns)
+        layers = dict(lora_layers(self.model))
+        self._widths = {name: params_per_rank(layer) for name, layer in layers.items()}
         # transformers' losses of language models count the labels after the first position.
-        terms = [int((e["labels"][:, 1:] != IGNORED).sum()) if self._model.can_generate() else 1 for e in self.examples]
+        terms = [int((e["labels"][:, 1:] != IGNORED).sum()) if self.model.can_generate() else 1 for e in self.examples]
         self._terms = torch.tensor(terms)
-        self._effects = effects(self._layers, self._losses(), scale=1024 if self._model.dtype == torch.float16 else 1)
+        self._effects = effects(layers, self._losses(), scale=1024 if self.model.dtype == torch.float16 else 1)
 
     def kept(self, target: Target) -> dict[str, Tensor]:
         """{layer: the directions to keep, ascending} for a target of type Rank or Budget."""
@@ -68,38 +65,16 @@ class Gated:
         elif isinstance(target, Rank):
             assert isinstance(target.rank, int)
             lowest = target.rank
-        return greedy(self._effects, self._terms, self._widths, dict.fromkeys(self._layers, lowest), pool)
-
-    def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
-        """The factors and reports of ``squeeze``, in the dtypes of ``adapter``; the model changes with them."""
-        factors = {}
-        reports = []
-        for name, keep in self.kept(target).items():
-            layer = self._layers[name]
-            lora_B, lora_A = adapter.factors(name)
-            changes = [truncate_product(b, a, len(keep), keep=keep) for b, a in layer.products()]
-            values = pooled([change.singular_values for change in changes]) * abs(layer.scaling)
-            if len(keep) < layer.rank:
-                change = stacked(changes)
-                dropped = torch.ones(layer.rank, dtype=torch.bool)
-                dropped[keep] = False
-                # A report takes the first values as those that are kept.
-                values = torch.cat([values[~dropped], values[dropped]])
-                layer.set_factors(change.lora_A, change.lora_B)
-                lora_A = change.lora_A.to(lora_A)
-                lora_B = change.lora_B.to(lora_B)
-            factors[name] = lora_A, lora_B, layer.scaling
-            reports.append(report_of(name, len(keep), values, self._widths[name]))
-        return factors, reports
+        return greedy(self._effects, self._terms, self._widths, lowest, pool)
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss of the examples with the present factors."""
+        """The mean loss of the examples."""
         return sum(float(loss) for loss in self._losses()) / len(self.examples)
 
     def _losses(self) -> Iterator[Tensor]:
         for example in self.examples:
-            yield self._model(**{key: value.to(self._model.device) for key, value in example.items()}).loss
+            yield self.model(**{key: value.to(self.model.device) for key, value in example.items()}).loss
 
 
 def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, Theirs]) -> list[dict[str, Tensor]]:

@@ -4,11 +4,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import Adapter, open_stored
-from dynrank.adapters.squeeze import Squeezed, squeeze
+from dynrank.adapters.load import swap_adapter
+from dynrank.adapters.read import open_adapter, open_stored
+from dynrank.adapters.squeeze import squeeze, squeeze_target, write_squeezed
+from dynrank.change.resize import LayerReport
+from dynrank.errors import ConfigurationError
 from dynrank.output.console import print_facts, print_table
+from dynrank.output.output_folder import check_free
 from dynrank.output.ranks import change_table
-from dynrank.targets import Target
 
 
 def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, **options: Any) -> None:
@@ -18,18 +21,10 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     the singular values choose.
     """
     loss: dict[str, object] = {}
-
-    def by_gates(adapter: Adapter, target: Target) -> Squeezed:
-        # This slow import loads the training code, which a cut by weight does not need.
-        from dynrank.commands.gates import Gated
-
-        gated = Gated(adapter, **examples or {})
-        before = gated.loss()
-        squeezed = gated.squeeze(adapter, target)
-        loss["loss"] = f"{before:.4f} → {gated.loss():.4f}, on the {len(gated.examples)} examples that chose"
-        return squeezed
-
-    layers = squeeze(source, out, **options, way=None if examples is None else by_gates)
+    if examples is None:
+        layers = squeeze(source, out, **options)
+    else:
+        layers, loss["loss"] = _squeeze_by_gates(source, out, examples, **options)
     print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
     with open_stored(source) as adapter:
         before = sum(layer.parameters for layer in adapter.layers.values())
@@ -37,6 +32,29 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
     print_facts(facts | (_of_file(source, out, others) if source.is_file() else {"files": out}))
+
+
+def _squeeze_by_gates(
+    source: Path, out: Path, examples: Mapping[str, Any], *, rank: int | None, energy: float | None, budget: str | None
+) -> tuple[list[LayerReport], str]:
+    """(a report for each layer, what became of the loss of the examples)."""
+    if energy is not None:
+        raise ConfigurationError(
+            f"--gates takes --rank or --budget, got --energy {energy}, a share of squared singular values"
+        )
+    if source.is_file():
+        raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
+    check_free(out, source)
+    # This slow import loads the training code, which a cut by weight does not need.
+    from dynrank.commands.gates import Gated
+
+    with open_adapter(source) as adapter:
+        target = squeeze_target(adapter, rank, energy, budget)
+        gated = Gated(adapter, **examples)
+        before = gated.loss()
+        layers = write_squeezed(adapter, gated.kept(target), out)
+    swap_adapter(gated.model, out)
+    return layers, f"{before:.4f} → {gated.loss():.4f}, on the {len(gated.examples)} examples that chose"
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:

@@ -71,7 +71,7 @@ def _state(
         highest = layer.final_rank
     d_out = len(layer.lora_B)
     d_in = layer.lora_A[0].numel()
-    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.num_products}
+    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "num_products": layer.num_products}
     return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
 
 

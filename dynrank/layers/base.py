@@ -170,11 +170,6 @@ class LoRALayer(nn.Module):
         return self.scaling * self.rank
 
     @property
-    def drop_rate(self) -> float:
-        """The probability of dropout now: 0 outside of training."""
-        return self.dropout.p if self.training else 0.0
-
-    @property
     def module(self) -> nn.Module:
         """The module whose input and output are those of the layer: itself."""
         return self
@@ -212,32 +207,26 @@ class LoRALayer(nn.Module):
         return self._in_weight_shape(self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)))
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
-        return delta_OI.view_as(self.weight)
-
-    def _plain_base(self) -> nn.Module:
-        """The layer whose weight the update can be added to."""
-        return self.base
+        return delta_OI
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """The base with the update added to its weight, to replace the layer; do not use the layer afterwards.
 
-        If the weight was tied to another module, that module keeps the old weight. For a base that is packed into
-        4 bits the result is a plain layer.
+        If the weight was tied to another module, that module keeps the old weight.
         """
-        base = self._plain_base()
-        self._put_weight(base, nn.Parameter(self.merged_weight(base), requires_grad=False))
-        return base
+        self._put_weight(nn.Parameter(self.merged_weight(), requires_grad=False))
+        return self.base
 
-    def merged_weight(self, base: nn.Module) -> Tensor:
-        """The weight of ``base`` plus the update, in the dtype of the weight."""
-        old = base.get_parameter("weight")
+    def merged_weight(self) -> Tensor:
+        """The base's weight plus the update, in the dtype of the weight."""
+        old = self.weight
         delta = self.delta_weight()
         wide = torch.promote_types(old.dtype, delta.dtype)
         return (old.to(wide) + delta.to(wide)).to(old.dtype)
 
-    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
-        base.weight = weight
+    def _put_weight(self, weight: nn.Parameter) -> None:
+        self.base.weight = weight
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

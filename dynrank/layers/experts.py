@@ -58,9 +58,8 @@ class LoRAParameter(LoRALayer):
     # The class that replaces the parameter's owner.
     around: type[LoRAOwner]
 
-    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
-        assert isinstance(base, BareParameter)
-        setattr(base.owner, base.leaf, weight)
+    def _put_weight(self, weight: nn.Parameter) -> None:
+        setattr(self.base.owner, self.base.leaf, weight)
 
 
 def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAOwner]:
@@ -254,4 +253,4 @@ class LoRARouterWeight(LoRAParameter):
 
     def forward(self) -> Tensor:
         """``W + scaling * B A``, (d_out, d_in) in the dtype of W."""
-        return self.merged_weight(self.base)
+        return self.merged_weight()

@@ -13,7 +13,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
 from dynrank.layers.base import LoRALayer, imported
 from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
-from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
+from dynrank.layers.quantized import computes_in, is_quantized, unpacker
 
 
 class LoRALinear(LoRALayer):
@@ -51,7 +51,7 @@ class LoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             self.scaling,
-            self.drop_rate,
+            self.dropout.p if self.training else 0.0,
             backend=self.backend,
         )
 
@@ -94,12 +94,6 @@ class LoRAQuantizedLinear(LoRALinear):
         if torch.is_grad_enabled() and unpacker(self.base) is not None:
             return super().forward(x.to(computes_in(self.base, x))).to(x.dtype)
         return self.reference(x)
-
-    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
-        return delta_OI
-
-    def _plain_base(self) -> nn.Module:
-        return unpacked(self.base)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -150,6 +144,9 @@ class LoRAConv2d(LoRALayer):
                 )
         weight = base.get_parameter("weight")
         return weight.shape[0], weight[0].numel()
+
+    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
+        return delta_OI.view_as(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)

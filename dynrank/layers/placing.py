@@ -17,7 +17,7 @@ from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
+from dynrank.layers.quantized import is_quantized
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -168,11 +168,10 @@ def merge(model: M) -> M:
     """Add the update of every LoRA layer to its base and replace the layer by the base, in place.
 
     If a head is tied to an embedding, the head gets its own weight, because the update belongs to the head only; the
-    model's config then says that the two are not tied. A base that bitsandbytes has packed into 4 bits is unpacked.
-    Weights keep their dtype; the sum is computed in float32 or wider.
+    model's config then says that the two are not tied. Weights keep their dtype; sums are computed in float32 or wider.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is quantised.
 
     >>> import torch, dynrank
     >>> dynrank.merge(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4))
@@ -184,10 +183,12 @@ def merge(model: M) -> M:
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to merge")
-    packed = {name: layer.base for name, layer in layers.items() if is_quantized(layer.base)}
-    faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
-    if faults:
-        raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
+    packed = [name for name, layer in layers.items() if is_quantized(layer.base)]
+    if packed:
+        raise ConfigurationError(
+            f"the model cannot be merged: {packed[0]!r} and {len(packed) - 1} more of its layers are quantised; save "
+            "the adapter and merge it into the unquantised model (dynrank merge ADAPTER --model MODEL --out DIR)"
+        )
     tied = tied_weights(model)
     if any(id(layer.weight) in tied for layer in layers.values()):
         for module in model.modules():
@@ -198,5 +199,4 @@ def merge(model: M) -> M:
     for layer in layers.values():
         replace_modules(model, {id(layer): layer.merge()})
     replace_modules(model, {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)})
-    mark_unpacked(model)
     return model

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.errors import ConfigurationError
 from dynrank.layers.base import imported
-from dynrank.layers.compiled import named_modules
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -45,62 +43,6 @@ def computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which a packed layer that can be unpacked multiplies ``x``."""
     dtype = getattr(module, "compute_dtype", None) if getattr(module, "compute_type_is_set", False) else None
     return dtype if isinstance(dtype, torch.dtype) else x.dtype
-
-
-def unpack_fault(module: nn.Module) -> str | None:
-    """The reason why no plain layer can replace a quantised one; None if one can."""
-    if _computes_as(module, "Linear8bitLt") or _rounds_inputs(module):
-        return (
-            "the layer rounds its inputs as well as its weight, which no plain layer does; load the adapter into "
-            "the model before quantisation, and merge it there"
-        )
-    if _computes_as(module, "Linear4bit") and getattr(module.weight, "quant_state", None) is None:
-        return "its weight is not packed yet; move the model to its device first"
-    return None
-
-
-@torch.no_grad()
-def unpacked(module: nn.Module) -> nn.Linear:
-    """A frozen plain layer with the unpacked values of ``module``, in the dtype before packing."""
-    fault = unpack_fault(module)
-    if fault:
-        raise ConfigurationError(f"the layer cannot be merged: {fault}")
-    # state_dict() undoes the reordering of bits that bitsandbytes makes for some CPUs.
-    module.state_dict()
-    unpack = unpacker(module)
-    assert unpack is not None
-    values = unpack()
-    plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
-    plain.weight = nn.Parameter(values, requires_grad=False)
-    bias = module.bias
-    if isinstance(bias, nn.Parameter):
-        plain.bias = nn.Parameter(bias.detach().to(values.dtype), requires_grad=False)
-    return plain.train(module.training)
-
-
-def mark_unpacked(model: nn.Module) -> None:
-    """Write into the configs of transformers models in ``model`` which of their layers are still quantised.
-
-    So ``from_pretrained`` can load the saved model; if no layer is quantised, it loads as a plain model.
-    """
-    roots: dict[int, nn.Module] = {}
-    # The parts of a model share its config; setdefault keeps the whole model.
-    for module in model.modules():
-        roots.setdefault(id(getattr(module, "config", None)), module)
-    for root in roots.values():
-        config: Any = getattr(root, "config", None)
-        settings: Any = getattr(config, "quantization_config", None)
-        if getattr(settings, "quant_method", None) not in ("bitsandbytes", "torchao"):
-            continue
-        linear = {name: module for name, module in named_modules(root) if isinstance(module, nn.Linear)}
-        if any(is_quantized(module) for module in linear.values()):
-            plain = [name for name, module in linear.items() if not is_quantized(module)]
-            of_torchao = settings.quant_method == "torchao"
-            setattr(settings, "modules_to_not_convert" if of_torchao else "llm_int8_skip_modules", plain)
-            continue
-        del config.quantization_config
-        for leftover in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_4bit_serializable"):
-            vars(root).pop(leftover, None)
 
 
 def plain_values(weight: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class LayerState:
         brought: what the layer has brought: the decrease of the loss by its updates, at least 0, plus its standard
             error; None if unknown, or unless the target ``needs`` it.
         cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
-        experts: how many products of this shape and rank the layer stacks; 1 in a plain layer.
+        num_products: how many products of this shape and rank the layer stacks; 1 in a plain layer.
 
     >>> layer = LayerState(16, d_out=64, d_in=32, lowest=4)
     >>> layer.params_per_rank, layer.shrunk(2), layer.shrunk(20)
@@ -42,13 +42,13 @@ class LayerState:
     final_rank: int | None = None
     values: Tensor | None = None
     cap: int | None = None
-    experts: int = 1
+    num_products: int = 1
     brought: float | None = None
 
     @property
     def params_per_rank(self) -> int:
         """The parameters of one direction."""
-        return self.experts * (self.d_out + self.d_in)
+        return self.num_products * (self.d_out + self.d_in)
 
     def shrunk(self, rank: int) -> int:
         """``rank`` clipped to the bounds, and never above the rank now."""

@@ -117,13 +117,13 @@ def test_each_drop_is_the_cheapest_per_parameter_by_brute_force(seed):
             min(allowed, key=lambda i: (cost(rows, [*gone, i], terms) - cost(rows, gone, terms)) / widths[owner[i]])
         )
         total -= widths[owner[gone[-1]]]
-        assert dropped(greedy(given, terms, widths, {"a": 1, "b": 1}, total), [4, 5]) == set(gone)
+        assert dropped(greedy(given, terms, widths, 1, total), [4, 5]) == set(gone)
 
 
 def test_ranks_end_at_the_lowest_and_layers_below_it_keep_theirs():
     rows = torch.randn(20, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = {"b": rows[:, :4], "a": rows[:, 4:6], "c": rows[:, 6:]}
-    kept = greedy(given, torch.ones(20), dict.fromkeys(given, 5), dict.fromkeys(given, 3), 0)
+    kept = greedy(given, torch.ones(20), dict.fromkeys(given, 5), 3, 0)
     assert {name: len(keep) for name, keep in kept.items()} == {"b": 3, "a": 2, "c": 3}
 
 
@@ -131,7 +131,7 @@ def test_choice_does_not_depend_on_the_order_of_layers_also_with_ties():
     rows = torch.randn(6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
     given = {name: rows[:, 3 * i : 3 * i + 3] for i, name in enumerate("abcd")}
     ways = [
-        greedy({n: given[n] for n in order}, torch.ones(6), dict.fromkeys(given, 7), dict.fromkeys(given, 1), 42)
+        greedy({n: given[n] for n in order}, torch.ones(6), dict.fromkeys(given, 7), 1, 42)
         for order in ("abcd", "dbca")
     ]
     assert {n: k.tolist() for n, k in ways[0].items()} == {n: k.tolist() for n, k in ways[1].items()}
@@ -150,7 +150,7 @@ def test_budget_keeps_the_layer_that_the_loss_needs_and_weight_the_large_one(tmp
     large = layers["large"]
     losses = [large(0 * x).sum() - (small(x) - small.base(x)).square().sum() for x in torch.eye(6).double()]
     widths = dict.fromkeys(layers, 12)
-    by_data = greedy(effects(layers, losses), torch.ones(6), widths, dict.fromkeys(layers, 1), 60)
+    by_data = greedy(effects(layers, losses), torch.ones(6), widths, 1, 60)
     assert {name: len(keep) for name, keep in by_data.items()} == {"large": 1, "small": 4}
     dynrank.save_adapter(model, tmp_path / "adapter")
     by_weight = squeeze(tmp_path / "adapter", tmp_path / "small", budget=60)

@@ -11,8 +11,7 @@ import pytest
 import transformers as hf
 
 import dynrank
-from dynrank.adapters.ollama import base_of_ollama, modelfile
-from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
+from dynrank.adapters.sidecar_files import Inputs, modelfile, write_sidecar_files
 from dynrank.errors import ConfigurationError
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -98,7 +97,7 @@ def test_plain_prompts_are_sent_without_a_template(form, template):
     assert values == [("template", "{{ .Prompt }}")] * template
 
 
-def test_what_ollama_would_misread_is_refused_and_nothing_written(adapter, launch, tmp_path):
+def test_what_ollama_would_misread_is_refused_and_nothing_written(adapter, launch, tmp_path, monkeypatch):
     for prompt, what in (('a """ b', "three quotes"), ("a\u200bb", "cannot be printed")):
         with pytest.raises(ConfigurationError, match=what):
             modelfile("base", Inputs("chat", {}, prompt))
@@ -107,5 +106,6 @@ def test_what_ollama_would_misread_is_refused_and_nothing_written(adapter, launc
     code, _, said = launch("export", tmp_path / "adapter", "--to", "ollama", "--out", tmp_path / "out")
     assert (code, "inputs.json" in said) == (2, True)
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("dynrank.adapters.export.read_config", lambda *_: hf.LlamaConfig(**SIZES))
     with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*model DIR"):
-        base_of_ollama("org/model")
+        dynrank.export_adapter(adapter, tmp_path / "out", to="ollama", model="org/model")

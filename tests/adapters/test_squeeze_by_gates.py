@@ -138,7 +138,12 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
 
 
 @pytest.mark.parametrize("job", ["classification.csv"], indirect=True)
-def test_gates_refuse_an_energy(job, launch):
-    code, _, message = launch("squeeze", job[0], "--energy", 0.9, "--out", "small", "--gates", "--data", job[1])
-    assert (code, message.count("error:")) == (2, 1)
-    assert "--gates takes --rank or --budget, got --energy 0.9" in message
+def test_gates_refuse_an_energy_and_a_single_file(job, launch):
+    adapter, data, _ = job
+    for source, options, said in (
+        (adapter, ("--energy", 0.9), "--gates takes --rank or --budget, got --energy 0.9"),
+        (adapter / "adapter_model.safetensors", ("--rank", 1), "--gates takes the folder of a PEFT adapter, got the"),
+    ):
+        code, _, message = launch("squeeze", source, *options, "--out", "small", "--gates", "--data", data)
+        assert (code, message.count("error:")) == (2, 1)
+        assert said in message
