@@ -1,5 +1,6 @@
 """What several test files share: a small LightningModule of a user's, small models, one whole run, the commands."""
 
+import gc
 import resource
 import signal
 import sys
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)).startswith(QUICK):
             item.add_marker(pytest.mark.quick)
+
+
+def pytest_collection_finish():
+    """What tests have imported is never garbage; libraries look for garbage often, as after each of their runs."""
+    gc.collect()
+    gc.freeze()
 
 
 # Tests of commands, whose errors name keys of the configuration; elsewhere errors name arguments, as in Python.
@@ -193,7 +200,9 @@ ALIKE = ("schedule=after_convergence", "schedule.shared=false")
 def smoke_run(tmp_path_factory):
     """The folder of one short but whole run of the default task, to rank 16 in every layer, and what it printed."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
-    code, printed = forked.run(forked.TRAIN, "debug=smoke", *ALIKE, f"hydra.run.dir={folder}", cwd=folder.parent)
+    # 16 terms a split, since validations of more take most of the time.
+    arguments = ["debug=smoke", "task.limit=16", *ALIKE, f"hydra.run.dir={folder}"]
+    code, printed = forked.run(forked.TRAIN, *arguments, cwd=folder.parent)
     assert code == 0, printed
     return folder, printed
 

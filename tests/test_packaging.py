@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 import dynrank
 
 ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["debug=smoke", "task.limit=16", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     imported = launch(environment, "python", "-c", "import dynrank; print(dynrank.__file__)", cwd=tmp_path)
     assert str(environment) in imported.stdout
     assert launch(environment, "dynrank", "--version", cwd=tmp_path).stdout == f"dynrank {dynrank.__version__}\n"
-    done = launch(environment, "dynrank-train", "debug=smoke", "hydra.run.dir=run", cwd=tmp_path)
+    done = launch(environment, "dynrank-train", *SHORT, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
 

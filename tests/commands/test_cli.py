@@ -75,13 +75,6 @@ def test_ranks_counts_the_parameters_of_all_experts(table, tiny_moe, tiny_llama,
     assert cells["model.layers.0.mlp.experts.gate_up_proj"][1] == "4 x 24 x 16"
 
 
-def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):
-    folder, _ = smoke_run
-    *layers, _ = table(f"rank_map.file={folder / 'final_ranks.yaml'}", "schedule=fixed")
-    assert {(row[2], row[3], row[4], row[5]) for row in layers} == {("16", "16", "32", "2")}
-    assert all(row[8] == row[0] for row in layers)
-
-
 COMMANDS = [[], *([name] for name in ("ranks", "plan", "squeeze", "merge", "predict", "inspect", "report", "sweep"))]
 NO_TORCH = """
 import sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,11 @@ def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert one[name] == other[name]
     for kind in ("weights", "state"):
         assert_close(one[kind], other[kind], rtol=0, atol=0)
+
+
+def assert_resumed(found_by_both: Any, steps: Sequence[int]) -> None:
+    """The checkpoints of these steps have led to the bits of the whole run, in both processes."""
+    for ends in found_by_both:
+        assert ends.keys() == {"whole", *(f"step {step}" for step in steps)}
+        for end in ends.values():
+            assert_same_bits(end, ends["whole"])

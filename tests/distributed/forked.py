@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -79,6 +80,8 @@ def _run(program: str, arguments: list[str], cwd: Path, environment: dict[str, s
     with output(cwd).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # What was imported before the fork is never garbage, and each search through it would copy its pages.
+    gc.freeze()
     os.chdir(cwd)
     os.environ.update(environment)
     torch.set_num_threads(threads)

@@ -21,12 +21,8 @@ from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 
-pytestmark = [
-    # Lightning gives advice about small data.
-    pytest.mark.filterwarnings("ignore"),
-    # No more than two processes may run at a time.
-    pytest.mark.xdist_group("distributed"),
-]
+# Lightning gives advice about small data.
+pytestmark = pytest.mark.filterwarnings("ignore")
 SAVED = 7
 CHANGE = 9
 STEPS = 12

@@ -7,19 +7,15 @@ import lightning
 import pytest
 import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
-from ends import assert_same_bits, found, of_pair
+from ends import assert_resumed, assert_same_bits, found, of_pair
 from torch.testing import assert_close
 from wrapped_loops import WAYS, ended
 
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
-pytestmark = [
-    # Lightning gives advice about small data and logging.
-    pytest.mark.filterwarnings("ignore"),
-    # In one group the job is made once.
-    pytest.mark.xdist_group("distributed"),
-]
+# Lightning gives advice about small data and logging.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +57,7 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
-    for ends in found(results, f"resume {name}"):
-        assert len(ends) == 1 + len(RESUMED[name][1])
-        for end in ends.values():
-            assert_same_bits(end, ends["whole"])
+    assert_resumed(found(results, f"resume {name}"), RESUMED[name][1])
 
 
 @pytest.mark.parametrize("way", WAYS)

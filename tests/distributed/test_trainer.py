@@ -7,7 +7,7 @@ import pytest
 import torch
 import wrapped_loops
 from accelerate.utils import DistributedType
-from ends import assert_same_bits, found, of_pair
+from ends import assert_resumed, assert_same_bits, found, of_pair
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -17,12 +17,8 @@ import dynrank
 from dynrank.distributed.accelerated import check_accelerate
 from dynrank.errors import ConfigurationError
 
-pytestmark = [
-    # transformers gives advice about small models and settings.
-    pytest.mark.filterwarnings("ignore"),
-    # In one group the job is made once.
-    pytest.mark.xdist_group("trainer"),
-]
+# transformers gives advice about small models and settings.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +68,7 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
-    for ends in found(results, f"resume {name}"):
-        assert len(ends) == 1 + len(RESUMED[name][1])
-        for end in ends.values():
-            assert_same_bits(end, ends["whole"])
+    assert_resumed(found(results, f"resume {name}"), RESUMED[name][1])
 
 
 @pytest.mark.parametrize("name", IN_ONE)

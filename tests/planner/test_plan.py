@@ -161,33 +161,26 @@ def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
 
 
 CHECKPOINTING = "model.gradient_checkpointing=true"
+# Each has a task, and keys of the model.
 MODES = {
-    "as they are": [],
-    "nf4": ["model.quantization=nf4"],
-    "nf4, bfloat16, checkpoints": ["model.quantization=nf4", "model.dtype=bfloat16", CHECKPOINTING],
-    "int8": ["model.quantization=int8"],
-    "eager, bfloat16": ["model.attention=eager", "model.dtype=bfloat16"],
+    "as they are": ("completion", []),
+    "nf4": ("classification", ["model.quantization=nf4"]),
+    "nf4, bfloat16, checkpoints": ("completion", ["model.quantization=nf4", "model.dtype=bfloat16", CHECKPOINTING]),
+    "int8": ("completion", ["model.quantization=int8"]),
+    "eager, bfloat16": ("classification", ["model.attention=eager", "model.dtype=bfloat16"]),
 }
 
 
-@pytest.mark.parametrize(
-    ("mode", "task"),
-    [
-        ("as they are", "completion"),
-        ("nf4", "classification"),
-        ("nf4, bfloat16, checkpoints", "completion"),
-        ("int8", "completion"),
-        ("eager, bfloat16", "classification"),
-    ],
-)
-def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, tiny_bert, tiny_llama, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, tiny_bert, tiny_llama, tmp_path):
     """The weights are those that transformers and bitsandbytes have packed, and the step is a real one."""
+    task, keys = MODES[mode]
     rows = {"text": [f"text {i}" for i in range(90)], "label": ["a", "b", "c"] * 30}
     names = {"text": "prompt", "label": "answer"} if task == "completion" else {}
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{names.get(k, k): v[i] for k, v in rows.items()} for i in range(90)]))
     model = tiny_llama if task == "completion" else tiny_bert
-    options = [f"task={task}", f"task.model={model}", f"data.train={file}", "lora.rank=4", *MODES[mode]]
+    options = [f"task={task}", f"task.model={model}", f"data.train={file}", "lora.rank=4", *keys]
     need = plan_of(*options, "ranks=[4]", "task.batch_size=8", "task.max_length=32")[0]
     config = dynrank.compose(options)
     module = instantiate(config.task, _convert_="all").module(lora_arguments(config), plain(config.optimizer))

@@ -158,6 +158,8 @@ def jsonl(*rows, count=30, **shape):
 PROMPTED = {"prompt": "p NUMBER", "answer": "a"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TALKS = CHAT["messages"]
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+CALL = {"messages": [TALKS[0], CALLING]}
 LABELLED = b"text,label\nx,a\ny,a\n"
 # Each has a form, the name of the file, what is in it, and what the error says beside the file.
 BAD = {
@@ -182,6 +184,7 @@ BAD = {
     "a cell too few": ("classification", "a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has 1 cells.*each line is a row"),
     "the assistant first": ("chat", "a.jsonl", jsonl({"messages": TALKS[1:]}, **CHAT), "row 31 .*starts with the ass"),
     "nobody answers": ("chat", "a.jsonl", jsonl({"messages": TALKS[:1]}, **CHAT), "row 31 .*without a turn"),
+    "tool calls": ("chat", "a.jsonl", jsonl(CALL, CALL, **CHAT), "rows 31, 32: each has tool calls.*correct these 2"),
     "a silent user": ("chat", "a.jsonl", jsonl({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "row 31 .*user"),
 }  # fmt: skip
 
@@ -225,15 +228,6 @@ def test_unusable_rows_are_left_out_and_counted_on_request(tmp_path):
     assert found.unusable == {"train": 3}
     with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
         read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
-
-
-def test_rows_with_tool_calls_are_one_fault(tmp_path):
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    file = write(tmp_path / "a.jsonl", [{"messages": [TALKS[0], call]}] * 2 + [CHAT] * 9)
-    with pytest.raises(
-        ConfigurationError, match="rows 1, 2: each has tool calls, which are not learned; correct these 2"
-    ):
-        from_files(file, None, None, form="chat", columns={}, share=0.2, seed=0)
 
 
 def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
@@ -326,18 +320,16 @@ def test_a_column_that_is_known_and_not_used_is_said(tmp_path, capsys):
     assert "not used         messages.weight\n" in capsys.readouterr().out
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path):
-    file = write(tmp_path / "a.csv", ROWS)
-    with pytest.raises(
-        ConfigurationError, match=r"a\.csv has no column 'body'; it has .*; set data\.columns\.text to one of these"
-    ):
-        read(file, columns={"text": "body"})
-
-
-def test_a_key_of_columns_that_nothing_reads_is_refused(tmp_path):
-    file = write(tmp_path / "a.csv", ROWS)
-    with pytest.raises(ConfigurationError, match="columns.text_pair names no column that is read; those are .*label"):
-        read(file, columns={"text_pair": "text"})
+@pytest.mark.parametrize(
+    ("key", "column", "said"),
+    [
+        ("text", "body", r"a\.csv has no column 'body'; it has .*; set data\.columns\.text to one of these"),
+        ("text_pair", "text", "columns.text_pair names no column that is read; those are .*label"),
+    ],
+)
+def test_columns_that_are_not_there_or_that_nothing_reads_are_named(key, column, said, tmp_path):
+    with pytest.raises(ConfigurationError, match=said):
+        read(write(tmp_path / "a.csv", ROWS), columns={key: column})
 
 
 UNREADABLE = {
