@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynrank.layers.finding import lora_layers as lora_layers
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.layers.placing import merge as merge
-    from dynrank.output.rank_table import ranks as ranks
+    from dynrank.output.ranks import ranks as ranks
     from dynrank.runs.config import compose as compose
     from dynrank.runs.in_python import run as run
     from dynrank.runs.report.record import read_run as read_run
@@ -40,7 +40,7 @@ _HOMES = {
     "inspect": "dynrank.adapters.squeeze",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.placing",
-    "ranks": "dynrank.output.rank_table",
+    "ranks": "dynrank.output.ranks",
     "read_adapter": "dynrank.adapters.read",
     "read_run": "dynrank.runs.report.record",
     "resize": "dynrank.change.resize",

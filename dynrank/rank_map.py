@@ -115,7 +115,7 @@ def by_layer(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
 
 
 @dataclass(frozen=True)
-class LayerRank:
+class LayerValues:
     """The values of one layer, and ``rule``, the key that set them (None: the run's defaults)."""
 
     rank: int
@@ -177,20 +177,6 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
     return parse_rank_map(data["rank_pattern"], source=str(path))
 
 
-def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
-    """The text of an override file that gives each layer its rule; the keys are names of layers."""
-    import yaml
-
-    # A name also matches a longer one that ends with it, so the longer one comes first.
-    pattern = {
-        name: {
-            f.name: getattr(rules[name], f.name) for f in fields(RankRule) if getattr(rules[name], f.name) != f.default
-        }
-        for name in sorted(rules, key=len, reverse=True)
-    }
-    return yaml.safe_dump({"rank_pattern": pattern}, sort_keys=False)
-
-
 def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, RankRule]:
     """Checked rules from plain data: each value is an int (the rank), a mapping of :class:`RankRule` fields, or a rule.
 
@@ -242,7 +228,7 @@ def resolve_rank_map(
     rank: int,
     alpha: float,
     capped: bool = False,
-) -> dict[str, LayerRank]:
+) -> dict[str, LayerValues]:
     """The values of each LoRA layer by the first rule that matches it, as in PEFT; later rules change nothing there.
 
     ``shapes`` is {layer: (d_out, d_in)} of every layer that gets LoRA. A layer that no rule sets gets ``rank`` and
@@ -259,7 +245,7 @@ def resolve_rank_map(
         key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if capped else rank
-        layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
+        layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
         layers[name] = layer
     if faults:
@@ -267,7 +253,7 @@ def resolve_rank_map(
     return layers
 
 
-def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> list[str]:
+def _layer_faults(layer: LayerValues, rule: RankRule, d_out: int, d_in: int) -> list[str]:
     fix = f"fix the rule {layer.rule!r} (rank_map)"
     lower = "lower lora.rank, or set the rank of this layer in rank_map"
     faults = []

@@ -46,7 +46,7 @@ from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
 from dynrank.runs.overrides import usage_errors
-from dynrank.runs.stopping import STOP_SIGNALS, stoppable
+from dynrank.runs.trainer import STOP_SIGNALS, stoppable
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from dynrank.callbacks.best_weights import BestWeights as BestWeights
     from dynrank.callbacks.rank_monitor import RankMonitor as RankMonitor
-    from dynrank.callbacks.rank_monitor import RankProgressBar as RankProgressBar
     from dynrank.callbacks.rank_scheduler import RankScheduler as RankScheduler
     from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback as RankTrainerCallback
     from dynrank.callbacks.step_seed import StepSeed as StepSeed
@@ -22,7 +21,6 @@ _HOMES = {
     "BestWeights": "dynrank.callbacks.best_weights",
     "RankEvent": "dynrank.driver.event",
     "RankMonitor": "dynrank.callbacks.rank_monitor",
-    "RankProgressBar": "dynrank.callbacks.rank_monitor",
     "RankScheduler": "dynrank.callbacks.rank_scheduler",
     "RankTrainerCallback": "dynrank.callbacks.rank_trainer_callback",
     "StepSeed": "dynrank.callbacks.step_seed",

@@ -1,4 +1,4 @@
-"""Changes of rank: a table, rank_history.csv, numbers for the loggers, ranks in the progress bar."""
+"""Changes of rank: a table, rank_history.csv, numbers for the loggers and the progress bar."""
 
 import csv
 from collections.abc import Iterable
@@ -8,7 +8,6 @@ from statistics import mean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from dynrank.callbacks.rank_scheduler import RankScheduler
@@ -16,7 +15,7 @@ from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.errors import train_packages
 from dynrank.layers.finding import lora_layers
-from dynrank.output.console import print_table, span
+from dynrank.output.console import print_table
 from dynrank.output.whole_file import whole_file
 
 
@@ -25,8 +24,8 @@ class RankMonitor(Callback):
 
     Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. All loggers except the
     CSVLogger, where each name would be a column, get ``rank/layer/NAME``. Each step logs its learning rates as
-    ``lr/NAME``; NAME is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs;
-    RankProgressBar shows the ranks in every step.)
+    ``lr/NAME``; NAME is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs.)
+    A progress bar shows ``rank/mean`` in every step.
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
@@ -45,6 +44,8 @@ class RankMonitor(Callback):
             import rich  # noqa: F401
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
+        # The mean rank of the layers at present; None if there are none.
+        self._mean: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Written here so that a run without steps gets the file, too.
@@ -60,6 +61,8 @@ class RankMonitor(Callback):
         # An optimizer that computes its own rate may have None.
         rates = {group.get("name", number): group["lr"] for number, group in enumerate(groups)}
         pl_module.log_dict({f"lr/{name}": float(rate) for name, rate in rates.items() if rate is not None})
+        if self._mean is not None:
+            pl_module.log("rank/mean", self._mean, prog_bar=True, logger=False)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._named(event)
@@ -71,7 +74,8 @@ class RankMonitor(Callback):
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._ranks(pl_module)
         if ranks:
-            totals = {"rank/mean": mean(ranks.values()), "rank/max": float(max(ranks.values()))}
+            self._mean = float(mean(ranks.values()))
+            totals = {"rank/mean": self._mean, "rank/max": float(max(ranks.values()))}
             by_layer = {f"rank/layer/{name}": float(rank) for name, rank in ranks.items()}
             for logger in trainer.loggers:
                 shown = totals if isinstance(logger, CSVLogger) else totals | by_layer
@@ -91,38 +95,6 @@ class RankMonitor(Callback):
         """The event with the layers' names relative to the model."""
         layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
         return replace(event, layers=layers)
-
-
-class RankProgressBar(RichProgressBar):
-    """Shows ``rank: 16``, or ``rank: 4-32`` if layers differ; without max_epochs it shows no total of epochs.
-
-    >>> from lightning import Trainer
-    >>> trainer = Trainer(accelerator="cpu", max_steps=10, logger=False, callbacks=[RankProgressBar()])
-    >>> type(trainer.progress_bar_callback).__name__
-    'RankProgressBar'
-    """
-
-    _ranks: str | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._find_ranks(pl_module)
-        super().on_train_start(trainer, pl_module)
-
-    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        self._find_ranks(pl_module)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        return {"rank": self._ranks, **metrics} if self._ranks is not None else metrics
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        if trainer.max_epochs == -1 and self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
-
-    def _find_ranks(self, pl_module: LightningModule) -> None:
-        ranks = {layer.rank for _, layer in lora_layers(pl_module)}
-        self._ranks = span(ranks) if ranks else None
 
 
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:

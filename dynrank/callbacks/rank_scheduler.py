@@ -10,9 +10,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
-from dynrank.callbacks.lightning.ending import end_in_full
+from dynrank.callbacks.lightning.loops import end_in_full, run_missed_validation, validate_beside, validation_metrics
 from dynrank.callbacks.lightning.strategies import check_strategy, follow_sharded_checkpoint
-from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver

@@ -110,8 +110,8 @@ def dynrank(
     quiet_imports()
 
 
-@app.command()
-def ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+@app.command("ranks")
+def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
     from dynrank.runs.config import compose
 
@@ -124,38 +124,38 @@ def ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     from dynrank.driver.check import depends_on_data, final_ranks
-    from dynrank.layers.base import params_per_rank
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
-    from dynrank.output.ranks import slot_line
+    from dynrank.output.ranks import ranks, slot_line
     from dynrank.runs.job import build
 
     job = build(config, on_meta=True)
     model: Any = job.module.model
     stages = job.scheduler.driver.stages
-    layers = own_layers(model)
+    rules = {name: layer.rule for name, layer in own_layers(model).items()}
     final = final_ranks(model, stages)
     about = "about " if depends_on_data(stages) else ""
     headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
     table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
-    start = end = 0
-    for name, layer in layers.items():
-        width = params_per_rank(layer)
-        start += layer.rank * width
-        end += final[name] * width
+    layers = ranks(model)
+    end = 0
+    for layer in layers:
+        rank = final[layer.layer]
+        parameters = layer.parameters // layer.rank * rank
+        end += parameters
         table.add_row(
-            name,
-            shape_of_update(layer.num_products, len(layer.lora_B), layer.lora_A.shape[1]),
+            layer.layer,
+            shape_of_update(layer.experts, layer.d_out, layer.d_in),
             str(layer.rank),
-            f"{final[name]} (pinned)" if layer.pinned else f"{about}{final[name]}",
+            f"{rank} (pinned)" if layer.pinned else f"{about}{rank}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
-            f"{layer.rank * width:,}",
-            f"{final[name] * width:,}",
-            layer.rule or "lora.rank",
+            f"{layer.parameters:,}",
+            f"{parameters:,}",
+            rules[layer.layer] or "lora.rank",
         )
     table.add_section()
-    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", f"{end:,}", "")
+    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", f"{end:,}", "")
     table.caption = f"at the end, {about}{slot_line(final)}"
     print_table(table)
 
@@ -205,7 +205,7 @@ def squeeze(
 ) -> None:
     """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
     examples = _examples(gates, model=model, data=data, columns=columns)
-    from dynrank.commands.squeeze import print_squeeze
+    from dynrank.commands.adapters import print_squeeze
 
     print_squeeze(adapter, out, examples, rank=rank, energy=energy, budget=budget)
 
@@ -338,7 +338,7 @@ def inspect(
     With --gates also the rank that the layer would keep with half and with a quarter of all parameters.
     """
     examples = _examples(gates, model=model, data=data, columns=columns)
-    from dynrank.commands.inspect import show_adapter
+    from dynrank.commands.adapters import show_adapter
 
     show_adapter(adapter, plot, examples)
 

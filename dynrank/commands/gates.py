@@ -19,9 +19,8 @@ from dynrank.targets import Budget, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form, Theirs, form_of
-from dynrank.tasks.data.files import from_source
 from dynrank.tasks.data.source import Source
-from dynrank.tasks.data.splits import Checked
+from dynrank.tasks.data.splits import Checked, from_source
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread

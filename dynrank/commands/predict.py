@@ -1,20 +1,14 @@
 """``dynrank predict``: answers to texts, or to the rows of a file as training reads them, printed or in a file."""
 
-import fcntl
-import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow.csv import CSVWriter
+import datasets
 from tqdm import tqdm
 
 from dynrank.adapters.predicting import Answerer
@@ -24,23 +18,18 @@ from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import one_line, print_facts
 from dynrank.output.output_folder import new_file
-from dynrank.output.whole_file import PART
 from dynrank.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of
-from dynrank.tasks.data.rows import Numbered, checked_rows
+from dynrank.tasks.data.rows import Numbered
 from dynrank.tasks.data.source import READERS, Source
-from dynrank.tasks.data.stored import Rows, reading, refuse
+from dynrank.tasks.data.stored import RawRows, usable_rows
 
 # The forms of questions to a model that generates text; the first one whose columns the file has is used.
 _WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
 # How many labels are printed for each text.
 _SHOWN = 3
-# Batches that are sorted by length, and written, together.
+# Batches that are sorted by length, and kept if the command is interrupted, together.
 _TOGETHER = 8
-# Rows of a table that are written together.
-_ROWS = 10_000
-_TABLES: Mapping[str, Any] = {".csv": CSVWriter, ".parquet": pq.ParquetWriter, ".jsonl": None}
-
-Answers = list[dict[str, Any]]
+_KINDS = (".csv", ".parquet", ".jsonl")
 
 
 def predict(
@@ -57,33 +46,31 @@ def predict(
     max_new_tokens: int,
 ) -> None:
     """Print the answers to ``texts``, or write them to ``out``; see ``dynrank predict --help``."""
-    if out is not None and out.suffix not in _TABLES:
-        raise ConfigurationError(f"--out must end in one of {[*_TABLES]}, got {str(out)!r}")
+    if out is not None and out.suffix not in _KINDS:
+        raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
-    ask = partial(Questions, texts, learned=learned, columns=columns, skip=skip_unusable)
+    ask = partial(_questions, texts, learned=learned, columns=columns, skip=skip_unusable)
     system = learned.system if system is None else system
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
-        questions = ask(forms[0]) if forms else None
+        asked = ask(forms[0]) if forms else None
         answerer = Answerer(read_adapter(source), model, system=system, **options)
-        questions = questions or ask(None if answerer.writes else "classification")
-    form = questions.columns.form
+        rows, form = asked or ask(None if answerer.writes else "classification")
     if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
         raise ConfigurationError(
             "chats (--chat, --system) need a model that generates text, and a tokenizer with a chat template"
         )
     if (form == "classification") == answerer.writes:
         raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
-    answer = partial(_answers, answerer)
     if out is None:
-        rows = iter(questions)
-        while batch := [*islice(rows, batch_size)]:
+        for start in range(0, len(rows), batch_size):
+            batch = rows.select(range(start, min(start + batch_size, len(rows)))).to_list()
             for line in answerer.texts(batch) if answerer.writes else map(_ranked, answerer.labels(batch)):
                 print(one_line(line) if answerer.writes else line, flush=True)
         return
@@ -91,14 +78,14 @@ def predict(
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
     weights = (source / WEIGHTS_FILE).stat()
     how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
-    key = digest((*how, asdict(learned), str(questions.columns), questions.key, skip_unusable))[:8]
-    _write(questions, out, key, answer, batch_size, _schema(answerer))
+    key = digest((*how, asdict(learned), rows._fingerprint))
+    _write(rows, out, key, answerer, batch_size)
 
 
-class Questions:
-    """The rows to answer: of texts, of the lines of a text file, or of a table that training could read.
-
-    They are read once to check and count them, and again for each iteration, so they are never all in memory.
+def _questions(
+    texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
+) -> tuple[datasets.Dataset, str]:
+    """The rows to answer, with their form: of texts, of the lines of a text file, or of a table.
 
     Args:
         texts: texts, or the name of one file.
@@ -106,55 +93,29 @@ class Questions:
         learned: how training made its inputs; the columns that it used are used where the file has them.
         columns: the user's names of columns.
         skip: leave out rows that cannot be used; otherwise one error lists them.
-
-    Attributes:
-        columns: the columns that are used.
-        key: a text that changes with the rows.
-        count: number of usable rows.
     """
-
-    def __init__(
-        self, texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
-    ) -> None:
-        self._parts: Sequence[Rows]
-        file = Path(texts[0]) if len(texts) == 1 and _is_file(texts[0]) else None
-        if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
-            table = Source(str(file), "FILE", "test")
-            form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
-            self.columns = _columns(table, form, learned, columns)
-            self._parts = table.parts
-            print_facts({"columns": self.columns})
-        else:
-            form = form or "completion"
-            name = "prompt" if form == "chat" else COLUMNS[form][0]
-            if columns:
-                raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
-            self.columns = Columns(form, {name: name}, asked=True)
-            where = "TEXT" if file is None else f"FILE={file}"
-            read = partial(_named, name, texts if file is None else file)
-            stamp = "" if file is None or not file.exists() else str(file.stat().st_mtime_ns)
-            self._parts = [Rows(where, str((*texts, stamp)), read)]
-        self.key = str([part.key for part in self._parts])
-        self.count = 0
-        for part in self._parts:
-            faults = []
-            for row in self._read(part):
-                self.count += not row["fault"]
-                faults += [(row["place"], row["fault"])] if row["fault"] else []
-            if faults and not skip:
-                refuse(part.where, faults)
-            if faults:
-                print_facts({"left out": f"{len(faults):,} rows that cannot be used"})
-        if not self.count:
-            raise ConfigurationError(f"{self._parts[0].where} has no rows that can be used")
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for part in self._parts:
-            yield from (row for row in self._read(part) if not row["fault"])
-
-    def _read(self, part: Rows) -> Iterator[dict[str, Any]]:
-        with reading(part.where):
-            yield from checked_rows(part.read(), self.columns)
+    file = Path(texts[0]) if len(texts) == 1 and _is_file(texts[0]) else None
+    if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
+        table = Source(str(file), "FILE", "test")
+        form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
+        used = _columns(table, form, learned, columns)
+        print_facts({"columns": used})
+        rows, unusable = table.read(used, skip=skip)
+    else:
+        form = form or "completion"
+        name = "prompt" if form == "chat" else COLUMNS[form][0]
+        if columns:
+            raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
+        used = Columns(form, {name: name}, asked=True)
+        where = "TEXT" if file is None else f"FILE={file}"
+        read = partial(_named, name, texts if file is None else file)
+        stamp = "" if file is None or not file.exists() else str(file.stat().st_mtime_ns)
+        rows, unusable = usable_rows(RawRows(where, str((*texts, stamp)), read), used, skip=skip)
+        if not len(rows):
+            raise ConfigurationError(f"{where} has no rows")
+    if unusable:
+        print_facts({"left out": f"{unusable:,} rows that cannot be used"})
+    return rows, used.form
 
 
 def _is_file(text: str) -> bool:
@@ -189,86 +150,73 @@ def _ranked(labels: list[tuple[str, float]]) -> str:
     return "\t".join(f"{one_line(name)} {value:.4f}" for name, value in labels[:_SHOWN])
 
 
-def _answers(answerer: Answerer, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    """The cells of each row of a batch."""
-    if answerer.writes:
-        return [{"answer": text} for text in answerer.texts(rows)]
-    if not answerer.several:
-        return [{"label": name, "probability": value} for ((name, value), *_) in answerer.labels(rows)]
-    likely = [[pair for pair in labels if pair[1] >= 0.5] for labels in answerer.labels(rows)]
-    return [{"label": [name for name, _ in labels], "probability": [value for _, value in labels]} for labels in likely]
+def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int) -> None:
+    """Write the answers to ``out``; an interrupted command goes on with the parts that the cache of ``datasets`` has.
 
-
-def _schema(answerer: Answerer) -> pa.Schema:
-    cells: dict[str, Any] = {"answer": pa.string()}
-    if not answerer.writes:
-        cells = {"label": pa.string(), "probability": pa.float64()}
-    several = answerer.several and not answerer.writes
-    return pa.schema({"row": pa.int64(), **{name: pa.list_(kind) if several else kind for name, kind in cells.items()}})
-
-
-def _write(
-    questions: Questions,
-    out: Path,
-    key: str,
-    answer: Callable[[Sequence[Mapping[str, Any]]], Answers],
-    batch_size: int,
-    schema: pa.Schema,
-) -> None:
-    """Write the answers to ``out``, from a file of lines beside it, in which an interrupted command goes on.
-
-    ``key`` is in the name of this file, and changes with everything on which the answers depend.
+    ``key`` is in their fingerprints, and changes with everything on which the answers depend.
     """
-    part = out.with_name(f"{out.name}.{key}{PART}")
+    print_facts({"writing": f"{out}, {len(rows):,} rows; if it is interrupted, the same command goes on"})
+    # One bar shows all parts.
+    datasets.disable_progress_bars()
     together = _TOGETHER * batch_size
-    with _begun(part, together) as (lines, done):
-        begun = f"goes on after {done:,} rows" if done else f"{questions.count:,} rows"
-        print_facts({"writing": f"{out}, {begun}; if it is interrupted, the same command goes on from {part.name}"})
-        pause = 0.1 if sys.stderr.isatty() else 30
-        with tqdm(total=questions.count, initial=done, unit=" rows", mininterval=pause) as bar:
-            rows = islice(questions, done, None)
-            while chunk := [*islice(rows, together)]:
-                found: Answers = [{}] * len(chunk)
-                # Batches of texts with similar lengths need less padding.
-                order = sorted(range(len(chunk)), key=lambda i: len(str(chunk[i])))
-                for start in range(0, len(order), batch_size):
-                    batch = order[start : start + batch_size]
-                    for i, cells in zip(batch, answer([chunk[i] for i in batch]), strict=True):
-                        found[i] = {"row": chunk[i]["place"], **cells}
-                    bar.update(len(batch))
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-                lines.write(text.encode())
-                lines.flush()
-        with new_file(out) as whole:
-            _tabulate(part, whole, _TABLES[out.suffix], schema)
-    part.unlink()
+    parts = []
+    with tqdm(total=len(rows), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for start in range(0, len(rows), together):
+            part = rows.select(range(start, min(start + together, len(rows))))
+            parts.append(
+                part.map(
+                    _answers,
+                    batched=True,
+                    batch_size=together,
+                    fn_kwargs={"answerer": answerer, "batch_size": batch_size},
+                    remove_columns=rows.column_names,
+                    features=_features(answerer),
+                    new_fingerprint=digest((key, start)),
+                )
+            )
+            bar.update(len(part))
+    answers = datasets.concatenate_datasets(parts)
+    with new_file(out) as file:
+        if out.suffix == ".csv":
+            answers.to_csv(file)
+        elif out.suffix == ".jsonl":
+            answers.to_json(file, force_ascii=False)
+        else:
+            answers.to_parquet(file)
+    # Another command answers anew, because the base model may be another by then.
+    for stored in answers.cache_files:
+        Path(stored["filename"]).unlink(missing_ok=True)
 
 
-@contextmanager
-def _begun(part: Path, together: int) -> Iterator[tuple[IO[bytes], int]]:
-    """(the file of lines, to write to; how many lines are kept in it): only whole chunks, so batches are the same."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("a+b") as lines:
-        try:
-            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(f"another process is writing {str(part)!r}; wait for its end") from None
-        lines.seek(0)
-        kept = end = place = 0
-        for count, line in enumerate(lines, start=1):
-            place += len(line)
-            if count % together == 0 and line.endswith(b"\n"):
-                kept = count
-                end = place
-        lines.truncate(end)
-        yield lines, kept
+def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:
+    """The columns of the answers to rows, which are answered in batches of similar lengths."""
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    found: list[Any] = [None] * len(rows)
+    # Batches of texts with similar lengths need less padding.
+    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        asked = [rows[i] for i in batch]
+        for i, answer in zip(batch, answerer.texts(asked) if answerer.writes else answerer.labels(asked), strict=True):
+            found[i] = answer
+    if answerer.writes:
+        return {"row": columns["place"], "answer": found}
+    if not answerer.several:
+        best = [labels[0] for labels in found]
+        names = [name for name, _ in best]
+        return {"row": columns["place"], "label": names, "probability": [value for _, value in best]}
+    likely = [[pair for pair in labels if pair[1] >= 0.5] for labels in found]
+    return {
+        "row": columns["place"],
+        "label": [[name for name, _ in labels] for labels in likely],
+        "probability": [[value for _, value in labels] for labels in likely],
+    }
 
 
-def _tabulate(part: Path, whole: Path, table: Any, schema: pa.Schema) -> None:
-    """Write the rows in a file of lines as a table; without one, the lines themselves."""
-    if table is None:
-        shutil.copyfile(part, whole)
-        return
-    with part.open(encoding="utf-8") as lines, table(whole, schema) as writer:
-        while rows := [json.loads(line) for line in islice(lines, _ROWS)]:
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+def _features(answerer: Answerer) -> datasets.Features:
+    cells: dict[str, Any] = {"answer": datasets.Value("string")}
+    if not answerer.writes:
+        cells = {"label": datasets.Value("string"), "probability": datasets.Value("float64")}
+        if answerer.several:
+            cells = {name: datasets.List(kind) for name, kind in cells.items()}
+    return datasets.Features({"row": datasets.Value("int64"), **cells})

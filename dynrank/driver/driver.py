@@ -42,7 +42,7 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    ``schedule``, ``check_every``, ``measure`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
+    ``schedule``, ``measure`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: the stages of the schedule.

@@ -1,1 +1,1 @@
-"""Printed tables, pictures and files."""
+"""Printed tables, and files that are written whole."""

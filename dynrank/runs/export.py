@@ -1,4 +1,4 @@
-"""The files of a finished run: the adapter, its ranks as a rank map, summary.json and the report."""
+"""The files of a finished run: the adapter, summary.json and the report."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,8 +14,6 @@ from dynrank.callbacks import RankEvent
 from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.pretrained import storage_bytes
-from dynrank.output.whole_file import whole_file
-from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.runs.command import command
 from dynrank.runs.folder import drop_repeated_rows
 from dynrank.runs.report.page import write_card, write_report
@@ -89,17 +87,9 @@ def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: 
     inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
-    rslora = config.lora.rslora
     save_adapter(model, adapter)
     write_sidecar_files(adapter, model, tokenizer, inputs)
     write_card(adapter, model, summary, steps, command(folder))
-    rules = {
-        name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
-        for name, layer in lora_layers(model)
-    }
-    # This file starts another run at these ranks and scalings.
-    with whole_file(folder / "final_ranks.yaml") as part:
-        part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
     report = write_report(folder) if config.plots else None
     print_summary(summary, folder, report)

@@ -30,9 +30,8 @@ from dynrank.runs.config import check_run_keys, make, plain, rank_pattern
 from dynrank.runs.export import export, held_bytes, summarise
 from dynrank.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
 from dynrank.runs.overrides import unknown_key
-from dynrank.runs.stopping import stoppable
 from dynrank.runs.summary import Summary
-from dynrank.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training
+from dynrank.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training, stoppable
 from dynrank.schedules.stage import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run

@@ -1,9 +1,10 @@
-"""The lightning.Trainer of a run: its callbacks and loggers, and silence of libraries."""
+"""The lightning.Trainer of a run: its callbacks and loggers, its end by a signal, and silence of libraries."""
 
 import csv
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankProgressBar, RankScheduler, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.callbacks.progress_lines import ProgressLines
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading, table_console
 from dynrank.output.whole_file import whole_file
+from dynrank.runs.command import command, override
 from dynrank.runs.config import make, plain
 from dynrank.runs.folder import HISTORY, METRICS, last_checkpoint
-from dynrank.runs.stopping import STOP_SIGNALS
+
+# AdapterCheckpoint saves after the step in which one of them comes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def make_trainer(
@@ -42,7 +48,7 @@ def make_trainer(
     checkpoint.stop_signals = STOP_SIGNALS
     callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
     callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
-    callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
+    callbacks += [_Bar()] if config.trainer.enable_progress_bar else []
     callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)
@@ -69,6 +75,15 @@ def make_trainer(
     return trainer
 
 
+class _Bar(RichProgressBar):
+    """Shows no total of epochs in a run that has none, where Lightning would show -2."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.max_epochs == -1 and self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
+
+
 def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
     """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
     file = folder / METRICS
@@ -91,6 +106,39 @@ def finished() -> Iterator[None]:
         run = getattr(sys.modules.get("wandb"), "run", None)
         if run is not None:
             run.finish()
+
+
+@contextmanager
+def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path | None = None) -> Iterator[None]:
+    """Say how to resume a run that ends within the block by Ctrl-C, which is raised again, or by SIGTERM in training.
+
+    ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was
+    resumed.
+    """
+    saver: Any = trainer.checkpoint_callback
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Outside of training steps, Lightning turns Ctrl-C into exit code 1.
+        pressed = saver.stopped_by == signal.SIGINT or KeyboardInterrupt in (type(stop), type(stop.__context__))
+        if not pressed and not isinstance(stop, SIGTERMException):
+            raise
+        if trainer.is_global_zero:
+            saved = saver.last_saved or checkpoint
+            advice = _advice(str(saved), folder) if saved else "there is no checkpoint yet"
+            name = "Ctrl-C" if pressed else "SIGTERM"
+            print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
+        if pressed:
+            raise KeyboardInterrupt from stop
+        raise
+
+
+def _advice(saved: str, folder: Path | None) -> str:
+    """How to resume: a command to paste if the run was started by a command, otherwise a key."""
+    changes = [override("ckpt_path", saved)]
+    if folder is not None and saved == str(last_checkpoint(folder)):
+        changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
+    return f"go on with {(folder and command(folder, *changes)) or changes[0]}"
 
 
 def quiet_training() -> None:

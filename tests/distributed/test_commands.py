@@ -32,7 +32,7 @@ FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "adapter/labels.json",
     "adapter/inputs.json", "adapter/tokenizer.json", "adapter/tokenizer_config.json", "checkpoints/last.ckpt",
-    "final_ranks.yaml", "hparams.yaml", "metrics.csv", "rank_history.csv",
+    "hparams.yaml", "metrics.csv", "rank_history.csv",
     "summary.json", ".lock",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from dynrank.runs.job import build, make_scheduler
 
 FILES = [
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"),
-    *("checkpoints/last.ckpt", "summary.json", ".hydra/config.yaml", "final_ranks.yaml", "report.html"),
+    *("checkpoints/last.ckpt", "summary.json", ".hydra/config.yaml", "report.html"),
     *("plots/loss.png", "plots/quality.png", "plots/ranks.png", "plots/spectra.png"),
 ]
 

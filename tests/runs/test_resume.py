@@ -70,7 +70,7 @@ def assert_same(folder, whole):
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
     for index, state in states[1].items():
         assert all(torch.equal(states[0][index][key], value) for key, value in state.items())
-    for name in ("adapter/adapter_model.safetensors", "rank_history.csv", "final_ranks.yaml"):
+    for name in ("adapter/adapter_model.safetensors", "rank_history.csv"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dynrank.callbacks import AdapterCheckpoint
 from dynrank.runs.command import override
-from dynrank.runs.stopping import STOP_SIGNALS, stoppable
+from dynrank.runs.trainer import STOP_SIGNALS, stoppable
 
 
 class Saver(AdapterCheckpoint):

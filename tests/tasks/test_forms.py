@@ -1,4 +1,4 @@
-"""Chats, packed texts and several labels: what is learned of them."""
+"""Chats, texts and several labels: what is learned of them."""
 
 import json
 import re
@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 import transformers as hf
-from trained import updated
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
@@ -16,7 +15,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.runs import job
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.examples import check_packing, tokens_of_chat
+from dynrank.tasks.examples import tokens_of_chat
 from dynrank.tasks.language_modeling import LanguageModeling
 
 PLAIN = (
@@ -123,9 +122,9 @@ def made(form, model, folder):
 
 @pytest.fixture
 def task_of(chatty, tiny_bert, tmp_path):
-    def make(form):
+    def make(form, *overrides):
         model = tiny_bert if form in LABELLED else chatty(PLAIN)
-        config = dynrank.compose([*made(form, model, tmp_path), "plots=false"])
+        config = dynrank.compose([*made(form, model, tmp_path), "plots=false", *overrides])
         task = job.make(config.task, "task")
         task.setup("fit")
         return task
@@ -147,47 +146,17 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
 
 
-def test_packed_rows_hold_every_text_once_and_no_text_sees_another(task_of, optimizer):
-    task = task_of("text")
-    ids = {}
-    for split, rows in task.examples.items():
-        places = [[i for i, n in enumerate(row["lengths"]) for _ in range(n)] for row in rows]
-        pieces = [
-            [t for t, p in zip(row["input_ids"], place, strict=True) if p == i]
-            for row, place in zip(rows, places, strict=True)
-            for i in range(len(row["lengths"]))
-        ]
-        ids[split] = [token for piece in pieces for token in piece]
-        assert max(rows["length"]) <= LENGTH
-        wanted = [token for text in task.rows[split]["text"] for token in [*task.tokenizer(text)["input_ids"], 0]]
-        assert ids[split] == wanted
-    assert len(task.examples["train"]) < len(task.rows["train"])
-    module = task.module({"rank": 4, "alpha": 8}, optimizer).eval()
-    updated(module.model, std=0.1)
-    batch = task.collate([row for row in task.examples["train"] if len(row["lengths"]) > 1][:4])
-    logits, labels = module.predict(batch)
-    losses = []
-    for row, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
-        starts = [*(places == 0).nonzero().flatten().tolist(), len(row)]
-        for start, end in zip(starts, starts[1:], strict=False):
-            # Padding lies alone.
-            if end - start > 1:
-                alone = module.model(input_ids=row[start:end][None]).logits[0].double().log_softmax(-1)
-                losses += [-alone[i, row[start + i + 1]] for i in range(end - start - 1)]
-    assert int((labels != -100).sum()) == len(losses)
-    mean = torch.stack(losses).mean().detach()
-    assert float(module.loss(logits, labels).detach()) == pytest.approx(float(mean), rel=1e-5)
-
-
-SIZE = {"vocab_size": 50, "n_layer": 1, "n_head": 2}
-
-
-def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
-    check_packing(hf.AutoModelForCausalLM.from_config(hf.GPT2Config(n_embd=32, **SIZE)))
-    for kind in ("sdpa", "eager"):
-        check_packing(hf.LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=kind))
-    with pytest.raises(ConfigurationError, match=r"BloomForCausalLM .* attends to the other .* set task\.packed=false"):
-        check_packing(hf.AutoModelForCausalLM.from_config(hf.BloomConfig(hidden_size=32, **SIZE)))
+@pytest.mark.parametrize("packed", [True, False])
+def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of):
+    task = task_of("text", f"task.packed={packed}")
+    for split, examples in task.examples.items():
+        texts = [[*task.tokenizer(text)["input_ids"], 0] for text in task.rows[split]["text"]]
+        parts = [sum(texts, [])] if packed else texts
+        expected = [part[start : start + LENGTH] for part in parts for start in range(0, len(part), LENGTH)]
+        assert examples["input_ids"][:] == expected
+    batch = task.collate([*task.examples["train"]][-4:])
+    real = batch["attention_mask"].bool()
+    assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
 
 
 def test_several_labels_are_ones(task_of):
@@ -200,7 +169,7 @@ def test_several_labels_are_ones(task_of):
 @pytest.mark.parametrize("form", ["chat", "text", "one"])
 def test_account_says_what_became_of_every_row(form, task_of, capsys):
     """Beside the rows, tokenised whole."""
-    task = task_of(form)
+    task = task_of(form, *(["task.packed=false"] if form == "text" else []))
     printed = capsys.readouterr().out
     for split, rows in task.rows.items():
         account = task.account[split]
@@ -235,7 +204,12 @@ def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_
     assert (made["length"], made["cut"]) == ([15, 16, 16], [False, False, True])
 
 
-@pytest.mark.parametrize(("measure", "shape"), [("accuracy", {"form": "text"}), ("bleu", {"packed": True})])
-def test_answers_of_texts_and_of_packed_rows_cannot_be_measured(measure, shape, tiny_llama):
-    with pytest.raises(ConfigurationError, match=r"set task\.measures=\[perplexity\].*task\.packed=false"):
-        LanguageModeling(str(tiny_llama), {}, measures=[measure], **shape)
+@pytest.mark.parametrize("measure", ["accuracy", "bleu"])
+def test_answers_of_texts_cannot_be_measured(measure, tiny_llama):
+    with pytest.raises(ConfigurationError, match=r"set task\.measures=\[perplexity\]"):
+        LanguageModeling(str(tiny_llama), {}, measures=[measure], form="text")
+
+
+def test_only_texts_are_a_stream(tiny_llama):
+    with pytest.raises(ConfigurationError, match=r"task\.packed must go with task=text, got task\.form=chat"):
+        LanguageModeling(str(tiny_llama), {}, form="chat", packed=True)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.validation import run_validation
+from dynrank.callbacks.lightning.loops import run_validation
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import ranks_in_words

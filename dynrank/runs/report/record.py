@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
 import yaml
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -37,7 +38,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class Change:
+class RecordedChange:
     """The rows of rank_history.csv of one change of ranks, which may have been undone.
 
     Attributes:
@@ -85,7 +86,7 @@ class RunRecord:
     summary: Summary
     metrics: dict[str, Series]
     last_step: int
-    history: list[Change]
+    history: list[RecordedChange]
     layers: dict[str, LayerSpectrum]
 
     def __repr__(self) -> str:
@@ -96,7 +97,7 @@ class RunRecord:
         return f"<run {str(self.folder)!r}: {self.last_step:,} steps, {results}>"
 
     @property
-    def made(self) -> list[Change]:
+    def made(self) -> list[RecordedChange]:
         """The changes that were not undone."""
         return [change for change in self.history if not change.undone]
 
@@ -163,26 +164,18 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def read_metrics(file: Path) -> dict[str, Series]:
     """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
-    metrics: dict[str, Series] = {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        for row in csv.DictReader(opened):
-            step = int(row.pop("step"))
-            for name, cell in row.items():
-                if cell:
-                    steps, values = metrics.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(float(cell))
-    return metrics
+    columns = {str(name): column.dropna() for name, column in pd.read_csv(file, index_col="step").items()}
+    return {name: (column.index.tolist(), column.tolist()) for name, column in columns.items() if len(column)}
 
 
-def _changes(file: Path) -> list[Change]:
-    changes: list[Change] = []
+def _changes(file: Path) -> list[RecordedChange]:
+    changes: list[RecordedChange] = []
     with file.open(newline="", encoding="utf-8") as opened:
         for row in csv.DictReader(opened):
             cells: dict[str, Any] = dict(row)
             line = LayerChange(**cells)
             last = changes[-1] if changes else None
             if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
-                changes.append(Change(line.step, line.reason))
+                changes.append(RecordedChange(line.step, line.reason))
             changes[-1].layers[line.layer] = line
     return changes

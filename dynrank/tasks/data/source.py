@@ -20,7 +20,7 @@ from dynrank.errors import ConfigurationError, shown
 from dynrank.output.console import print_facts
 from dynrank.tasks.data.columns import SNIFFED, Columns
 from dynrank.tasks.data.rows import Numbered
-from dynrank.tasks.data.stored import Rows, of_dataset, quiet, reading, refuse, usable_rows
+from dynrank.tasks.data.stored import RawRows, of_dataset, quiet, reading, refuse, usable_rows
 
 # Only process 0 prints.
 say = rank_zero_only(print_facts)
@@ -89,12 +89,12 @@ def _kind(path: Path) -> str:
     return path.suffix.lower()
 
 
-def _from_file(path: Path, where: str) -> Rows:
+def _from_file(path: Path, where: str) -> RawRows:
     state = path.stat()
     say({"reading": f"{path}, {state.st_size / 1e6:,.1f} MB"})
     types = datasets.Features.from_arrow_schema(pq.read_schema(path)) if _kind(path) == ".parquet" else {}
     key = str((path.resolve(), state.st_mtime_ns, state.st_size))
-    return Rows(where, key, partial(READERS[_kind(path)], path), types)
+    return RawRows(where, key, partial(READERS[_kind(path)], path), types)
 
 
 def _csv(path: Path) -> Iterator[Numbered]:

@@ -26,7 +26,7 @@ _ENOUGH = 20_000
 SHOWN = 20
 
 
-class Rows(NamedTuple):
+class RawRows(NamedTuple):
     """Rows before they are checked.
 
     Attributes:
@@ -42,17 +42,17 @@ class Rows(NamedTuple):
     types: Mapping[str, Any] = {}
 
 
-def of_dataset(rows: datasets.Dataset, where: str) -> Rows:
+def of_dataset(rows: datasets.Dataset, where: str) -> RawRows:
     """The rows of a data set; pictures and sounds in them are not decoded."""
 
     def read() -> Iterator[Numbered]:
         batches = rows.with_format("arrow").iter(1000)
         return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
-    return Rows(where, rows._fingerprint, read, rows.features)
+    return RawRows(where, rows._fingerprint, read, rows.features)
 
 
-def usable_rows(rows: Rows, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
+def usable_rows(rows: RawRows, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
     """The rows, as :func:`dynrank.tasks.data.rows.checked_rows` makes them, and the number of those left out.
 
     Rows with a fault are left out with ``skip``; otherwise one error lists them.

@@ -9,7 +9,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.runs.job import build
 from dynrank.tasks.data.columns import form_of
-from dynrank.tasks.data.files import from_files
+from dynrank.tasks.data.splits import from_files
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
 

@@ -1,4 +1,4 @@
-"""Running Lightning's validation loop at any moment inside ``fit``.
+"""Lightning's loops inside ``fit`` when Lightning would not run them: a validation at any moment, a resumed run's end.
 
 Lightning itself skips one validation: a ModelCheckpoint of every n steps is written when the batch ends, before the
 validation that is due after that batch; on resume Lightning 2.6 counts this validation as done. A trigger would miss a
@@ -6,6 +6,7 @@ value of its metric.
 """
 
 import copy
+from math import inf
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -87,7 +88,38 @@ def is_due(trainer: Trainer) -> bool:
     every_n_batches = trainer.val_check_batch
     if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
         return False
-    if every_n_batches is None or every_n_batches == float("inf"):
+    if every_n_batches is None or every_n_batches == inf:
         return trainer.is_last_batch
     done = (trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx) + 1
     return done % every_n_batches == 0
+
+
+def end_in_full(trainer: Trainer) -> None:
+    """Call on_train_start and on_train_end also when a run is resumed after its last step; Lightning skips them.
+
+    Without them the work after the last step (a change of rank, putting an average into the model) would never be done
+    in a run that was killed between its last checkpoint and its end. If the checkpoint ends an epoch that was shorter
+    than now, as with more processes, Lightning would count empty epochs with a step each. Call this in ``setup``.
+    """
+    loop = trainer.fit_loop
+    if "run" in vars(loop):
+        return
+    run = loop.run
+
+    def run_in_full() -> None:
+        # If there is nothing left to train, run() would not set up the data.
+        loop.setup_data()
+        batches = loop.epoch_loop.batch_progress
+        if batches.current.ready < loop.max_batches < inf:
+            batches.is_last_batch = False
+        if loop.restarting and loop.max_batches and loop.done:
+            loop.reset()
+            loop.on_run_start()
+            if trainer.lightning_module.automatic_optimization:
+                private.number_steps_for_loggers(trainer)
+            loop.restarting = False
+            loop.on_run_end()
+        else:
+            run()
+
+    loop.run = run_in_full  # type: ignore[method-assign]
