@@ -43,13 +43,6 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert all(float(row["brought"]) and float(row["brought_error"]) > 0 for row in history)
 
 
-def test_final_ranks_of_a_run_are_a_rank_map(smoke_run):
-    map_of = f"rank_map.file={smoke_run[0] / 'final_ranks.yaml'}"
-    module = build(dynrank.compose([map_of, "schedule=fixed", "plots=false"]), on_meta=True).module
-    layers = dynrank.lora_layers(module.model)
-    assert {(layer.rank, layer.scaling, layer.rule == name) for name, layer in layers} == {(16, 2, True)}
-
-
 def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
     for text in ("rank change at step", "32 → 16", "attention.self.query", "675,840", "test/accuracy", "report.html"):
         assert text in smoke_run[1]
