@@ -122,7 +122,7 @@ ARMS = {
         *(Arm(low, "brought", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
         *(Arm(low, "brought", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
         *(Arm(4, by, rate=2**0.5) for by in ("uniform", "AdaLoRA's ranks", "AdaLoRA's bytes")),
-        *(Arm(2, by, rate=8**0.25) for by in ("uniform", "brought")),
+        *(Arm(2, by, rate=8**0.25) for by in ("uniform", "brought", "AdaLoRA's ranks", "AdaLoRA's bytes")),
         *(Arm(8, by, rate=2**0.25) for by in ("uniform", "brought")),
         # Every layer is balanced, and nothing is cut.
         Arm(HIGH, "uniform"),
