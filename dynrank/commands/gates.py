@@ -1,6 +1,6 @@
 """A stored adapter with the examples in a user's file, for --gates of ``dynrank squeeze`` and ``inspect``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,9 +18,9 @@ from dynrank.output.console import quiet_loading
 from dynrank.targets import Budget, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.data.columns import Form, Theirs, form_of
+from dynrank.tasks.data.columns import Columns, Form, Theirs, find_columns, form_of
 from dynrank.tasks.data.source import Source
-from dynrank.tasks.data.splits import Checked, from_source
+from dynrank.tasks.data.splits import Checked
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
@@ -45,7 +45,7 @@ class Gated:
         quiet_loading()
         # A wrong column is reported before the model is loaded, which takes longer.
         source = Source(data, "--data", "train")
-        form_of(source.sample, ("classification", *WRITTEN), columns, source.where)
+        _columns(source, ("classification", *WRITTEN), columns)
         self.model, tokenizer = answering(adapter, model)
         self.examples = _examples(self.model, tokenizer, source, columns)
         layers = dict(lora_layers(self.model))
@@ -76,16 +76,24 @@ class Gated:
             yield self.model(**{key: value.to(self.model.device) for key, value in example.items()}).loss
 
 
+def _columns(source: Source, forms: Sequence[Form], given: Mapping[str, Theirs]) -> Columns:
+    """The columns of the first of ``forms`` that the source has."""
+    form = form_of(source.sample, forms, given, source.where)
+    return find_columns(source.sample, given, form, source.where, source.types)
+
+
 def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, Theirs]) -> list[dict[str, Tensor]]:
     """Up to ``EXAMPLES`` batches of one example each, with labels."""
     if model.config.is_encoder_decoder:
         raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")
-    rows, form = from_source(source, WRITTEN if model.can_generate() else ("classification",), columns)
-    options: Any = {"model": tokenizer, "data": Checked(train=spread(rows, EXAMPLES)), "max_length": LENGTH}
-    if form == "classification":
+    found = _columns(source, WRITTEN if model.can_generate() else ("classification",), columns)
+    rows, _ = source.read(found)
+    rows = spread(rows.remove_columns(["digest", "place"]), EXAMPLES)
+    options: Any = {"model": tokenizer, "data": Checked(train=rows), "max_length": LENGTH}
+    if found.form == "classification":
         task: TextTask = _named(Classification(**options), model, source.where)
     else:
-        task = LanguageModeling(**options, form=form)
+        task = LanguageModeling(**options, form=found.form)
     # Decoders classify by the last token that is not padding.
     model.config.pad_token_id = task.tokenizer.pad_token_id
     examples = spread(task.examples_of(task.rows["train"], "--data"), EXAMPLES)

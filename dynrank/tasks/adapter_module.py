@@ -1,9 +1,8 @@
 """A transformers model with LoRA as a LightningModule: its optimizer, its loss and its metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,7 +13,6 @@ from dynrank.distributed.sharding import shard_frozen
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names
-from dynrank.tasks.account import ClassResult, class_results
 from dynrank.tasks.optimizers import make_optimizer
 
 # The label of a token without a loss; torch has the same default.
@@ -31,12 +29,8 @@ class AdapterModule(LightningModule):
 
     A head of ``model`` with new random weights is trained whole. ``lora`` are arguments of :func:`dynrank.add_lora`,
     ``optimizer`` those of :func:`dynrank.tasks.optimizers.make_optimizer`. ``quality`` is {``val``, ``test`` or
-    ``final/val``: metrics of logits and labels to log with the loss}. ``class_weights`` weight the classes in the
-    training loss. ``by_class`` are metrics of each of the classes ``labels``, whose results for the test are in
-    ``class_results`` after it.
+    ``final/val``: metrics of logits and labels to log with the loss}.
     """
-
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -44,38 +38,29 @@ class AdapterModule(LightningModule):
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         quality: Mapping[str, MetricCollection],
-        label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | None = None,
-        by_class: MetricCollection | None = None,
-        labels: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_options = optimizer
-        self.label_smoothing = label_smoothing
         add_lora(model.train(), modules_to_save=head_names(model), **lora)
         self.quality = nn.ModuleDict(quality)
-        weights = torch.tensor(class_weights) if class_weights is not None else None
-        # A checkpoint has these among its hyperparameters.
-        self.register_buffer("class_weights", weights, persistent=False)
-        self.by_class = by_class
-        self.labels = labels
-        self.class_results: dict[str, ClassResult] = {}
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss."""
         raise NotImplementedError
 
-    def loss(
-        self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
-    ) -> Tensor:
-        """The mean cross-entropy over all labels that are not ``IGNORED``, weighted by class with ``weights``."""
-        options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing, "weight": weights}
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy over all labels that are not ``IGNORED``."""
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
-    def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictions and targets for the metrics."""
-        return logits, labels
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a training step."""
+        return self.loss(logits, labels)
+
+    def measure(self, split: str, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch to the metrics of ``split``."""
+        quality: Any = self.quality[split]
+        quality.update(logits, labels)
 
     def configure_model(self) -> None:
         # Only ModelParallelStrategy has a device mesh; load_from_checkpoint calls this method, too.
@@ -88,7 +73,7 @@ class AdapterModule(LightningModule):
         return make_optimizer(adapter_parameters(self.model), head, steps, **self.optimizer_options)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(*self.predict(batch), self.label_smoothing, self.class_weights)
+        loss = self.training_loss(*self.predict(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -98,15 +83,6 @@ class AdapterModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluate(batch, TESTED[dataloader_idx])
 
-    def on_test_epoch_start(self) -> None:
-        if self.by_class is not None:
-            self.by_class.reset()
-
-    def on_test_epoch_end(self) -> None:
-        if self.by_class is not None:
-            found = {name: value.tolist() for name, value in self.by_class.compute().items()}
-            self.class_results = class_results(found, self.labels)
-
     def evaluate(self, batch: dict[str, Tensor], split: str) -> None:
         """Log the loss of a batch, and the metrics of ``split``."""
         logits, labels = self.predict(batch)
@@ -115,9 +91,6 @@ class AdapterModule(LightningModule):
         shown = not split.startswith("final/")
         self.log(f"{split}/loss", self.loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         if split in self.quality:
+            self.measure(split, logits, labels)
             quality: Any = self.quality[split]
-            measured = self.measured(logits, labels)
-            quality.update(*measured)
             self.log_dict(quality, **options)
-            if split == "test" and self.by_class is not None:
-                self.by_class.update(*measured)

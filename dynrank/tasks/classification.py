@@ -15,22 +15,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-    MultilabelAccuracy,
-    MultilabelConfusionMatrix,
-    MultilabelF1Score,
-    MultilabelPrecision,
-    MultilabelRecall,
-)
+from torchmetrics.classification import Accuracy, ConfusionMatrix, F1Score, Precision, Recall
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_classifier
+from dynrank.tasks.account import ClassResult, class_results
 from dynrank.tasks.adapter_module import AdapterModule
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.text_task import Recipe, TextTask
@@ -58,6 +48,7 @@ class Classification(TextTask):
         settings: how the model is loaded: fields of :class:`dynrank.models.names.ModelSettings`.
     """
 
+    evaluation_factor = 4
     metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
 
     @validated_call("task")
@@ -74,9 +65,8 @@ class Classification(TextTask):
         limit: Annotated[int, Field(ge=1)] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes = {"batch_size": batch_size, "evaluation_size": 4 * batch_size}
-        super().__init__(model, data, "classification", **sizes, seed=seed, limit=limit, settings=settings)
-        self.max_length = max_length
+        sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
+        super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
 
@@ -112,12 +102,12 @@ class Classification(TextTask):
             raise ConfigurationError(f"{few}{only}; set data")
         return sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
 
-    def recipe(self, split: str) -> Recipe:
+    @property
+    def recipe(self) -> Recipe:
         label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
         ids = datasets.Sequence(datasets.Value("int32"))
         features = {"input_ids": ids, "label": label, "length": datasets.Value("int32"), "cut": datasets.Value("int32")}
-        options = {"max_length": self.max_length, "labels": self.labels}
-        return Recipe(_make_examples, datasets.Features(features), options)
+        return Recipe(_make_examples, datasets.Features(features), {"labels": self.labels})
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
@@ -148,8 +138,11 @@ class Classifier(AdapterModule):
 
     All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
     are those of :class:`Classification` and :class:`AdapterModule`, and ``labels``, the names of the classes. With
-    ``several``, a text may have several labels, so each class is a separate yes or no.
+    ``several``, a text may have several labels, so each class is a separate yes or no. After a test, ``class_results``
+    has the result of each class.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -163,23 +156,37 @@ class Classifier(AdapterModule):
         class_weights: Sequence[float] | None = None,
         on_meta: bool = False,
     ) -> None:
-        labels, lora, optimizer, count = list(labels), dict(lora), dict(optimizer), len(labels)
-        accuracy: Any = (MultilabelAccuracy if several else MulticlassAccuracy)(count, average="micro")
-        f1: Any = (MultilabelF1Score if several else MulticlassF1Score)(count, average="macro")
-        quality = {
-            split: MetricCollection({"accuracy": accuracy, "macro_f1": f1}).clone(prefix=f"{split}/")
-            for split in ("val", "test", "final/val")
-        }
-        classifier: Any = load_classifier(model, count, settings=ModelSettings(**settings or {}), on_meta=on_meta)
+        labels = list(labels)
+        lora = dict(lora)
+        optimizer = dict(optimizer)
+        kind: Any = {"task": "multiclass", "num_classes": len(labels)}
+        if several:
+            kind = {"task": "multilabel", "num_labels": len(labels)}
+        shares: Any = {"accuracy": Accuracy(**kind, average="micro"), "macro_f1": F1Score(**kind, average="macro")}
+        splits = ("val", "test", "final/val")
+        quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
+        classifier: Any = load_classifier(model, len(labels), settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
         if several:
             # This problem type makes probabilities sigmoids.
             classifier.config.problem_type = "multi_label_classification"
-        of_classes: Any = {"class_weights": class_weights, "by_class": _class_metrics(count, several)}
-        super().__init__(classifier, lora, optimizer, quality, label_smoothing, **of_classes, labels=labels)
+        super().__init__(classifier, lora, optimizer, quality)
         names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
         self.save_hyperparameters(*names)
+        self.labels = labels
+        self.label_smoothing = label_smoothing
         self.several = several
+        weights = torch.tensor(class_weights) if class_weights is not None else None
+        # A checkpoint has these among its hyperparameters.
+        self.register_buffer("class_weights", weights, persistent=False)
+        of_each: Any = {
+            "precision": Precision(**kind, average=None),
+            "recall": Recall(**kind, average=None),
+            "f1": F1Score(**kind, average=None),
+            "confusion": ConfusionMatrix(**kind),
+        }
+        self.by_class = MetricCollection(of_each)
+        self.class_results: dict[str, ClassResult] = {}
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -189,28 +196,22 @@ class Classifier(AdapterModule):
         self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
     ) -> Tensor:
         if not self.several:
-            return super().loss(logits, labels, label_smoothing, weights)
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
         wanted = labels * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
 
-    def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (logits.sigmoid(), labels.int()) if self.several else (logits, labels)
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(logits, labels, self.label_smoothing, self.class_weights)
 
+    def measure(self, split: str, logits: Tensor, labels: Tensor) -> None:
+        found = (logits.sigmoid(), labels.int()) if self.several else (logits, labels)
+        super().measure(split, *found)
+        if split == "test":
+            self.by_class.update(*found)
 
-def _class_metrics(count: int, several: bool) -> MetricCollection:
-    """Metrics of each of ``count`` classes; with ``several``, a text may have several labels."""
-    options: Any = {"average": None}
-    metrics: dict[str, Any] = {
-        "precision": MulticlassPrecision(count, **options),
-        "recall": MulticlassRecall(count, **options),
-        "f1": MulticlassF1Score(count, **options),
-        "confusion": MulticlassConfusionMatrix(count),
-    }
-    if several:
-        metrics = {
-            "precision": MultilabelPrecision(count, **options),
-            "recall": MultilabelRecall(count, **options),
-            "f1": MultilabelF1Score(count, **options),
-            "confusion": MultilabelConfusionMatrix(count),
-        }
-    return MetricCollection(metrics)
+    def on_test_epoch_start(self) -> None:
+        self.by_class.reset()
+
+    def on_test_epoch_end(self) -> None:
+        found = {name: value.tolist() for name, value in self.by_class.compute().items()}
+        self.class_results = class_results(found, self.labels)

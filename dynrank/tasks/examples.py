@@ -29,7 +29,7 @@ class Example(NamedTuple):
     If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included.
     """
 
-    ids: list[int]
+    input_ids: list[int]
     learned: list[bool]
     prompt: str = ""
     answer: str = ""
@@ -38,22 +38,19 @@ class Example(NamedTuple):
 
 
 def make_examples(
-    rows: Mapping[str, list[Any]], *, tokenizer: Any, form: str, max_length: int, packed: bool, texts: bool
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, form: str, packed: bool
 ) -> dict[str, list[Any]]:
     """Columns of :data:`FEATURES` for a batch of rows; examples with more than ``max_length`` tokens are left out.
 
-    If ``packed``, texts are one stream of tokens that is cut into examples, as in transformers' run_clm. ``texts``:
-    whether to keep the texts of prompts and answers.
+    If ``packed``, texts are one stream of tokens that is cut into examples, as in transformers' run_clm.
     """
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     found = _of_texts(rows, tokenizer, max_length, packed) if form == "text" else _OF[form](rows, tokenizer)
     for example in found:
-        if len(example.ids) > max_length:
-            continue
-        kept = (example.prompt, example.answer) if texts else ("", "")
-        values = (example.ids, example.learned, len(example.ids), example.cut, *kept, example.prompt_length)
-        for name, value in zip(FEATURES, values, strict=True):
-            made[name].append(value)
+        row = {**example._asdict(), "length": len(example.input_ids)}
+        if row["length"] <= max_length:
+            for name in FEATURES:
+                made[name].append(row[name])
     return made
 
 

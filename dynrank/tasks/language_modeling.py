@@ -102,6 +102,7 @@ class LanguageModeling(TextTask):
         settings: how the model is loaded: fields of :class:`dynrank.models.names.ModelSettings`.
     """
 
+    evaluation_factor = 2
     final = ("train/loss", "val/loss")
 
     @validated_call("task")
@@ -124,10 +125,9 @@ class LanguageModeling(TextTask):
         limit: Count | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
-        super().__init__(model, data, form, **sizes, seed=seed, limit=limit, settings=settings)
+        sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit, "val_examples": val_examples}
+        super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
         self.packed = packed
-        self.max_length = max_length
         self.measures = list(measures)
         self.val_generate = val_generate
         self.generate = generate
@@ -156,9 +156,9 @@ class LanguageModeling(TextTask):
             _ = self.rows
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
-    def recipe(self, split: str) -> Recipe:
-        options = {"form": self.form, "max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
-        return Recipe(make_examples, FEATURES, options)
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(make_examples, FEATURES, {"form": self.form, "packed": self.packed})
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]

@@ -24,7 +24,7 @@ from dynrank.tasks.data.stored import column_of, counted, processes, quiet, syst
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 3
+CACHED = 4
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class Recipe:
     """How rows become examples.
 
     Attributes:
-        make: function of a batch of rows (a mapping of columns), ``tokenizer`` and ``options``; returns examples.
+        make: function of a batch of rows (a mapping of columns), ``tokenizer``, ``max_length`` and ``options``; returns
+            examples.
         features: features of the examples. ``length`` is the number of tokens, ``cut`` whether a text was cut there.
-        options: everything except the rows and the tokenizer that changes the examples; ``max_length`` is one.
+        options: everything except the rows, the tokenizer and ``max_length`` that changes the examples.
     """
 
     make: Callable[..., Any]
@@ -47,13 +48,16 @@ class TextTask(LightningDataModule):
 
     Training draws them by :class:`dynrank.tasks.loader.ResumableLoader`. A validation and a test use each example
     once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
-    Subclasses define :meth:`recipe` and :meth:`collate`, and describe the arguments; ``evaluation_size`` is the largest
-    number of examples per batch of a validation or test. Data and examples from files are memory-mapped.
+    Subclasses define :attr:`recipe` and :meth:`collate`, and describe the arguments. Data and examples from files are
+    memory-mapped.
 
     Attributes:
+        evaluation_factor: how many times as many examples a batch of a validation or test has at most as in training.
         examples: {split: its examples}, once they are made.
         account: {split: its counts}.
     """
+
+    evaluation_factor: int
 
     def __init__(
         self,
@@ -62,10 +66,10 @@ class TextTask(LightningDataModule):
         form: Form,
         *,
         batch_size: int,
-        evaluation_size: int,
+        max_length: int,
         seed: int,
+        limit: int | None,
         val_examples: int | None = None,
-        limit: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -74,15 +78,16 @@ class TextTask(LightningDataModule):
         self.data = data
         self.form = form
         self.batch_size = batch_size
-        self.evaluation_size = evaluation_size
+        self.max_length = max_length
         self.seed = seed
         self.val_examples = val_examples
         self.limit = limit
         self.examples: Mapping[str, datasets.Dataset] = {}
         self.account: dict[str, SplitAccount] = {}
 
-    def recipe(self, split: str) -> Recipe:
-        """The recipe that makes a split's examples from its rows."""
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that makes examples from rows."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ class TextTask(LightningDataModule):
         rows = self.rows
         columns = {ours: theirs if isinstance(theirs, str) else [*theirs] for ours, theirs in rows.columns.items()}
         system = system_prompt(rows["train"]) if self.form == "chat" else None
-        return Inputs(self.form, columns, system, self.recipe("train").options["max_length"])
+        return Inputs(self.form, columns, system, self.max_length)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -112,18 +117,19 @@ class TextTask(LightningDataModule):
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """The examples of a split's rows, from the cache on disk if they were made before."""
         # Reading self.tokenizer sets its hash.
-        recipe = self.recipe(split)
+        recipe = self.recipe
+        options = {"max_length": self.max_length, **recipe.options}
         tokenizer = self.tokenizer
         if self.form == "classification":
             # Each row becomes an example, so the others need none.
             rows = spread(rows, self.limit)
-        how = (recipe.make.__qualname__, recipe.options)
+        how = (recipe.make.__qualname__, options)
         key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, *how)
         with quiet():
             made = rows.map(
                 recipe.make,
                 batched=True,
-                fn_kwargs={"tokenizer": tokenizer, **recipe.options},
+                fn_kwargs={"tokenizer": tokenizer, **options},
                 remove_columns=rows.column_names,
                 features=recipe.features,
                 keep_in_memory=not rows.cache_files,
@@ -132,15 +138,14 @@ class TextTask(LightningDataModule):
                 desc=f"tokenising {split}",
             )
         if not len(made):
-            long = f"no example of {split} has at most {recipe.options['max_length']} tokens"
-            raise ConfigurationError(f"{long}; set task.max_length")
+            raise ConfigurationError(f"no example of {split} has at most {self.max_length} tokens; set task.max_length")
         whole = made
         made = spread(made, self.limit)
         self.account[split] = SplitAccount(
             rows=len(rows),
             examples=len(made),
             tokens=int(_lengths(made).sum()),
-            max_length=recipe.options["max_length"],
+            max_length=self.max_length,
             # Texts are cut instead.
             left_out=len(rows) - len(whole) if self.form != "text" else 0,
             cut=int(column_of(whole, "cut").to_numpy().sum()),
@@ -182,7 +187,7 @@ class TextTask(LightningDataModule):
         """A loader of each example once, sorted by length; ``collate`` may make other batches than in training."""
         # Batches of texts with similar lengths need less padding.
         ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))
-        batches = evaluation_batches(len(ordered), self.evaluation_size, self.share)
+        batches = evaluation_batches(len(ordered), self.evaluation_factor * self.batch_size, self.share)
         return DataLoader(ordered, batch_sampler=batches, collate_fn=collate or self.collate)
 
 

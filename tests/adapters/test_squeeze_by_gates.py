@@ -126,7 +126,7 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
         ("--gates", "--data", "none.csv"): "--data=none.csv does not exist",
         ("--gates", "--data", bare): "text and label, or messages, or prompt and answer, or text, with usual names;",
         # This is said before a model is loaded, which would fail too.
-        ("--gates", "--data", file, "--columns", "text=body", "--model", "none"): "got text=body",
+        ("--gates", "--data", file, "--columns", "text=body", "--model", "none"): "no column 'body'",
         ("--gates", "--data", few): "must have at least 32 examples, got 31",
         ("--gates", "--data", other): "must be the adapter's, ['so-so', 'bad', 'good'], got ['fine']",
         ("--gates", "--data", file, "--model", tiny_llama): "was not trained on --model",

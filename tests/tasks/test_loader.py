@@ -44,14 +44,11 @@ def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
     assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
 
 
-def test_loader_order_depends_on_the_seed_alone():
-    assert stream(loader(1), 12) == stream(loader(1), 12) != stream(loader(2), 12)
-
-
-def test_loader_gives_an_epoch_of_full_batches():
+def test_loader_gives_epochs_of_full_batches_in_the_order_of_the_seed():
     batches = list(loader())
     assert len(batches) == len(loader()) == 50 // 8
     assert {len(batch[0]) for batch in batches} == {8}
+    assert stream(loader(1), 12) == stream(loader(1), 12) != stream(loader(2), 12)
 
 
 def test_loader_batches_hold_similar_lengths():
@@ -62,11 +59,6 @@ def test_loader_batches_hold_similar_lengths():
 
 def test_loader_uses_every_example_in_time():
     assert {i for batch in stream(loader(), CHUNK * 10) for i in batch} == set(range(50))
-
-
-def test_loader_refuses_fewer_examples_than_a_batch():
-    with pytest.raises(ConfigurationError, match="at most the 2 training examples, got 8"):
-        ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +75,10 @@ def test_evaluation_takes_each_example_once_in_equally_many_batches(count, proce
     assert all(max(map(len, share)) - min(map(len, share)) <= 1 for share in shares)
 
 
-def test_evaluation_refuses_fewer_examples_than_processes():
-    with pytest.raises(ValueError, match="2 examples .* 3 processes"):
+def test_fewer_examples_than_a_batch_or_processes_are_refused():
+    with pytest.raises(ConfigurationError, match="at most the 2 training examples, got 8"):
+        ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
+    with pytest.raises(ConfigurationError, match="2 examples .* 3 processes"):
         evaluation_batches(2, 4, (0, 3))
 
 

@@ -58,7 +58,7 @@ class Columns:
         asked: whether the rows are questions, without label or answer.
     """
 
-    form: str
+    form: Form
     names: Mapping[str, Theirs]
     unused: Sequence[str] = ()
     several: bool = False
@@ -77,7 +77,7 @@ def each(theirs: Theirs) -> tuple[str, ...]:
 def find_columns(
     sample: Sample,
     given: Given,
-    form: str,
+    form: Form,
     where: str,
     types: Mapping[str, Any] | None = None,
     *,
@@ -140,11 +140,6 @@ def form_of(
 ) -> Form:
     """The first of ``forms`` whose columns the data have, by the user's names (``given``) or by usual names."""
     columns = _names_in(sample)
-    places = {name for form in forms for name in (*COLUMNS[form], *_MORE[form])}
-    for ours, theirs in given.items():
-        if ours not in places or not {*each(theirs)} <= {*columns}:
-            allowed = f"OURS one of {sorted(places)} and THEIRS one of {columns} in {where}"
-            raise ConfigurationError(f"--columns must be OURS=THEIRS, {allowed}; got {ours}={','.join(each(theirs))}")
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
         if _fits(columns, form, given, asked):
             prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]

@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, shown, validated_call
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, form_of
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
 
@@ -74,7 +74,7 @@ def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str
     return found[text]
 
 
-def rows_by_split(data: Any, form: str) -> Checked:
+def rows_by_split(data: Any, form: Form) -> Checked:
     """The rows of train, val and test with our names of columns (see :data:`dynrank.tasks.data.columns.COLUMNS`).
 
     Args:
@@ -91,7 +91,7 @@ def rows_by_split(data: Any, form: str) -> Checked:
     return Checked({split: _rows(splits[split], form, f"data, {split}") for split in SPLITS})
 
 
-def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
+def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
@@ -105,7 +105,7 @@ def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
     return made.remove_columns(["digest", "place"])
 
 
-def _named(row: Any, form: str) -> Mapping[str, Any] | str:
+def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
     names = COLUMNS[form]
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
         return dict(zip(names, row, strict=True))
@@ -168,17 +168,7 @@ def from_files(
     return found
 
 
-def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, Theirs]) -> tuple[datasets.Dataset, Form]:
-    """All rows of a source with the columns of the first of ``forms`` that it has, and this form.
-
-    ``columns`` are {our name of a column: its name in the source} where a name is unusual.
-    """
-    form = form_of(source.sample, forms, columns, source.where)
-    rows, _ = source.read(find_columns(source.sample, columns, form, source.where, source.types))
-    return rows.remove_columns(["digest", "place"]), form
-
-
-def _numbers(rows: datasets.Dataset, digests: Any, form: str, seed: int) -> Any:
+def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any:
     """(rows,) random numbers from 0 to below 1, the same for equal texts; those of each class are spread alike."""
     # An odd factor permutes the numbers below 2**64, so each seed draws others.
     numbers = digests * np.uint64(number_of("", seed) | 1)
@@ -188,7 +178,7 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: str, seed: int) -> Any:
     return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
 
 
-def _read(name: str | None, split: str, given: Given, form: str, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
+def _read(name: str | None, split: str, given: Given, form: Form, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
     source = Source(name, f"data.{split}", split)
     columns = find_columns(source.sample, given, form, source.where, source.types)
     if split == "train":

@@ -103,8 +103,8 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]
     # ast counts columns in bytes.
     last = lines[docstring.end_lineno - 1].encode()
     indent = lines[node.lineno - 1][: node.col_offset]
-    # In these functions, the signature or the docstring shares a line with other code.
-    if indent.strip() or last[docstring.end_col_offset :].strip():
+    # In these functions, the docstring shares a line with other code.
+    if last[docstring.end_col_offset :].strip():
         return None
     signature = [*lines[node.lineno - 1 : docstring.end_lineno - 1], last[: docstring.end_col_offset].decode()]
     body = lines[docstring.end_lineno : node.end_lineno]

@@ -18,41 +18,32 @@ def splits():
     return line_items(seed=0)
 
 
-@pytest.fixture(scope="module")
-def package():
-    """Tag -> entry, straight from the package's file."""
-    folder = Path(find_spec("edgar").submodule_search_locations[0], "xbrl", "standardization")
-    return json.loads((folder / "gaap_mappings.json").read_text(encoding="utf-8"))
-
-
 def letters(text):
     return re.sub("[^a-z]", "", text.lower())
 
 
-def items(part):
+def items(*parts):
     """(text, section) of prompts and answers."""
-    found = [re.fullmatch(r"Line item: (.+)\nSection: (.+)", prompt + answer) for prompt, answer in part]
     # Tokens of words begin with a space.
-    assert {answer[0] for _, answer in part} == {" "}
+    form = r"Line item: (.+)\nSection:\| (.+)"
+    found = [re.fullmatch(form, f"{prompt}|{answer}") for part in parts for prompt, answer in part]
     return [match.groups() for match in found]
 
 
-def everything(splits):
-    return [item for part in splits.values() for item in items(part)]
-
-
 def test_no_text_stands_twice_whatever_its_spaces_case_and_digits(splits):
-    keys = [letters(text) for text, _ in everything(splits)]
+    keys = [letters(text) for text, _ in items(*splits.values())]
     assert len(keys) == len(set(keys)) > 2000
 
 
-def test_every_section_is_the_only_one_that_the_package_gives_its_item(splits, package):
+def test_every_section_is_the_only_one_that_the_package_gives_its_item(splits):
+    folder = Path(find_spec("edgar").submodule_search_locations[0])
+    entries = json.loads((folder / us_gaap._FILE).read_text(encoding="utf-8"))
     found = {}
-    for tag, entry in package.items():
+    for tag, entry in entries.items():
         if tag.isalnum() and len(entry["standard_tags"]) == 1:
             section = entry.get("section") or entry["display_name"].removeprefix("Net Cash from ")
             found.setdefault(letters(tag), set()).add(section)
-    assert all(found[letters(text)] == {section} for text, section in everything(splits))
+    assert all(found[letters(text)] == {section} for text, section in items(*splits.values()))
 
 
 def test_each_section_is_shared_out_alike(splits):
@@ -73,7 +64,7 @@ def test_splits_depend_on_the_seed_alone(splits):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(us_gaap, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="pip install --no-deps edgartools"):
+    with pytest.raises(ConfigurationError, match="needs the package edgartools: pip install"):
         line_items(seed=0)
 
 
@@ -82,5 +73,5 @@ def test_another_form_of_the_data_is_refused(text, monkeypatch, tmp_path):
     file = tmp_path / "gaap_mappings.json"
     file.write_text(text)
     monkeypatch.setattr(us_gaap, "_FILE", file)
-    with pytest.raises(ConfigurationError, match=r"edgartools==5\.62\.1"):
+    with pytest.raises(ConfigurationError, match=r"pip install --no-deps edgartools==5\.62\.1"):
         line_items(seed=0)
