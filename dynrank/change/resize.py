@@ -6,7 +6,7 @@ import copy
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained, moved_states
-from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import check_whole
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
@@ -48,7 +47,6 @@ def resize(
     optimizers: Iterable[Optimizer] = (),
     optimizer_state: Literal["transport", "reset"] = "transport",
     generator: torch.Generator | None = None,
-    collective: bool = False,
     balance: bool = False,
     dry_run: bool = False,
 ) -> list[LayerReport]:
@@ -58,7 +56,7 @@ def resize(
     scaling stays the same. The Parameter objects stay the same, too, so optimizers, param groups, schedulers and hooks
     remain valid. Gradients are deleted, so call this between two steps.
     All or nothing: everything is checked and computed before the first layer changes, and after an interrupt (Ctrl-C)
-    either nothing or everything has changed.
+    either nothing or everything has changed. In several processes, :class:`dynrank.RankDriver` sends all the same.
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
@@ -68,8 +66,6 @@ def resize(
         optimizers: all optimizers of the layers' parameters. If another one has state of theirs, the call is refused.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         generator: generator of the random rows of a growth; torch's default generator when None.
-        collective: whether every process of torch's default group makes this call. Process 0 computes, and all
-            processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
         balance: whether layers in ``target`` that keep their rank get balanced factors, too, unless another layer
             grows; their update stays the same up to rounding. Pinned layers are left alone.
         dry_run: check and compute everything, but change nothing; optimizers need not be passed.
@@ -93,11 +89,9 @@ def resize(
     adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)
     ranks = by_layer(target, adapters.layers) if isinstance(target, Mapping) and adapters.layers else target
-    change = compute(
-        adapters, lambda: ranks, directions, optimizer_state, generator, collective=collective, balance=balance
-    )
+    change = Change(adapters, *compute(adapters, ranks, directions, optimizer_state, generator, balance=balance))
     if not dry_run:
-        _check_others(adapters, change.names)
+        _check_others(adapters, change.factors)
         change.put()
     return change.reports
 
@@ -217,38 +211,6 @@ class LayerDirections:
         }
 
 
-@dataclass(frozen=True)
-class Values:
-    """Factors and optimizer state by name, so that one process can send them to the others.
-
-    Attributes:
-        factors: {layer: (lora_A, lora_B)}.
-        states: for each optimizer, {layer: {"lora_A": its state, "lora_B": its state}}; an empty state deletes the
-            present one.
-    """
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    states: list[dict[str, dict[str, dict[str, Any]]]]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change of ranks that is computed but not yet made."""
-
-    adapters: Adapters
-    values: Values
-    reports: list[LayerReport]
-
-    @property
-    def names(self) -> list[str]:
-        """The layers that get new factors."""
-        return [*self.values.factors]
-
-    def put(self) -> None:
-        """Make the change; Ctrl-C takes effect after it."""
-        self.adapters.put(self.values)
-
-
 class Adapters:
     """What changes together: the LoRA layers of a model, and their optimizers.
 
@@ -263,21 +225,38 @@ class Adapters:
         self.layers = dict(lora_layers(model))
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
 
-    def put(self, new: Values) -> None:
-        """Replace factors and optimizer state by assignments alone; Ctrl-C takes effect after the last one."""
+
+# {layer: (lora_A, lora_B)}
+Factors: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+# For each optimizer, {layer: {"lora_A": its state, "lora_B": its state}}; an empty state deletes the present one.
+States: TypeAlias = list[dict[str, dict[str, dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of ranks that is computed but not yet made: new factors and optimizer state, and what they mean."""
+
+    adapters: Adapters
+    factors: Factors
+    states: States
+    reports: list[LayerReport]
+
+    def put(self) -> None:
+        """Make the change by assignments alone; Ctrl-C takes effect after the last one."""
+        layers = self.adapters.layers
         peft_ranks = {}
-        for name, (lora_A, _) in new.factors.items():
-            layer = self.layers[name]
+        for name, (lora_A, _) in self.factors.items():
+            layer = layers[name]
             if isinstance(layer, PeftLayer):
                 peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.num_products
-        configs = config_changes(self.model, peft_ranks) if peft_ranks else []
+        configs = config_changes(self.adapters.model, peft_ranks) if peft_ranks else []
         with uninterrupted():
-            for name, pair in new.factors.items():
-                self.layers[name].set_factors(*pair)
-            for optimizer, states in zip(self.optimizers, new.states, strict=True):
+            for name, pair in self.factors.items():
+                layers[name].set_factors(*pair)
+            for optimizer, states in zip(self.adapters.optimizers, self.states, strict=True):
                 for name, of_layer in states.items():
                     for factor, state in of_layer.items():
-                        parameter = getattr(self.layers[name], factor)
+                        parameter = getattr(layers[name], factor)
                         if state:
                             optimizer.state[parameter] = state
                         else:
@@ -302,11 +281,12 @@ class Snapshot:
             }
             for optimizer in self._adapters.optimizers
         ]
-        self._saved = copy.deepcopy(Values(factors, states))
+        self._saved = copy.deepcopy((factors, states))
 
     def restore(self) -> None:
         """Restore factors, ranks and optimizer state bit for bit; may be called repeatedly."""
-        self._adapters.put(copy.deepcopy(self._saved))
+        factors, states = copy.deepcopy(self._saved)
+        Change(self._adapters, factors, states, []).put()
 
 
 @contextmanager
@@ -331,32 +311,31 @@ def uninterrupted() -> Iterator[None]:
 @torch.no_grad()
 def compute(
     adapters: Adapters,
-    plan: Callable[[], Ranks],
+    target: Ranks,
     directions: LayerDirections,
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
     *,
-    collective: bool,
     balance: bool,
-) -> Change:
-    """Check and compute a change of ranks, and change nothing; the arguments are those of :func:`resize`.
-
-    If the call is ``collective``, process 0 alone calls ``plan``, which returns the new ranks, and computes. All
-    processes get the result in one exchange.
-    """
-
-    def of_first() -> tuple[Values, list[LayerReport]]:
-        ranks = _checked_ranks(adapters.layers, plan(), balance)
-        check_trained({name: adapters.layers[name] for name in ranks}, adapters.optimizers)
-        for optimizer in adapters.optimizers:
-            factors = [f for name in ranks for f in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
-            check_optimizer(optimizer, factors, optimizer_state)
-        return _new_values(adapters, ranks, directions, optimizer_state, generator)
-
-    # DDP keeps a whole model on one device.
-    device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
-    values, reports = from_first(of_first, device=device) if collective else of_first()
-    return Change(adapters, values, reports)
+) -> tuple[Factors, States, list[LayerReport]]:
+    """Check and compute a :class:`Change`, and change nothing; the arguments are those of :func:`resize`."""
+    ranks = _checked_ranks(adapters.layers, target, balance)
+    check_trained({name: adapters.layers[name] for name in ranks}, adapters.optimizers)
+    for optimizer in adapters.optimizers:
+        parameters = [p for name in ranks for p in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
+        check_optimizer(optimizer, parameters, optimizer_state)
+    factors: Factors = {}
+    states: States = [{} for _ in adapters.optimizers]
+    reports = []
+    for name, rank in ranks.items():
+        layer = adapters.layers[name]
+        change = _rank_change(name, layer, rank, directions, generator)
+        factors[name] = change.lora_A, change.lora_B
+        for optimizer, of_layers in zip(adapters.optimizers, states, strict=True):
+            of_layers[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
+        spectrum = change.singular_values * layer.scaling
+        reports.append(report_of(name, rank, spectrum, params_per_rank(layer)))
+    return factors, states, reports
 
 
 def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bool) -> dict[str, int]:
@@ -384,28 +363,6 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
         for name, layer in layers.items()
         if name in targets and (targets[name] != layer.rank or (balance and not layer.pinned))
     }
-
-
-def _new_values(
-    adapters: Adapters,
-    ranks: Mapping[str, int],
-    directions: LayerDirections,
-    optimizer_state: Literal["transport", "reset"],
-    generator: torch.Generator | None,
-) -> tuple[Values, list[LayerReport]]:
-    """The new values of the layers in ``ranks``, and their reports."""
-    layers = adapters.layers
-    values = Values({}, [{} for _ in adapters.optimizers])
-    reports = []
-    for name, rank in ranks.items():
-        layer = layers[name]
-        change = _rank_change(name, layer, rank, directions, generator)
-        values.factors[name] = change.lora_A, change.lora_B
-        for optimizer, states in zip(adapters.optimizers, values.states, strict=True):
-            states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
-        spectrum = change.singular_values * layer.scaling
-        reports.append(report_of(name, rank, spectrum, params_per_rank(layer)))
-    return values, reports
 
 
 def _rank_change(

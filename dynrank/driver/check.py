@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained
-from dynrank.change.resize import LayerDirections
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.brought import Contribution
 from dynrank.driver.rates import check_groups
+from dynrank.driver.states import expected_states
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer, max_rank
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
-from dynrank.targets import Budget, LayerState, Target, Unchanged
+from dynrank.targets import Budget, Unchanged
 from dynrank.targets.base import UNBOUNDED
 from dynrank.triggers import Run, Trigger
 
 CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
 
 
-# Layers, and where a schedule leads
-
-
-def layer_states(
-    layers: Mapping[str, RankedLayer],
-    *,
-    last: bool,
-    target: Target,
-    directions: LayerDirections,
-    brought: Mapping[str, Contribution] | None = None,
-) -> dict[str, LayerState]:
-    """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
-    worth = {name: share.worth for name, share in (brought or {}).items()} if "brought" in target.needs else {}
-    values = directions.values() if "values" in target.needs else {}
-    states = {}
-    for name, layer in layers.items():
-        # A pinned layer keeps its rank, so no target reads its values.
-        nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in target.needs else None
-        states[name] = _state(layer, layer.rank, last, values.get(name, nothing), worth.get(name))
-    return states
-
-
-def expected_states(
-    layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
-) -> dict[str, LayerState]:
-    """The states at these ranks if all layers' values fall alike: 1, 1/2, 1/3, ..."""
-    falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
-    return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
-
-
-def _state(
-    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, brought: float | None = None
-) -> LayerState:
-    """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
-    lowest = layer.final_rank or 1
-    highest = max_rank(layer)
-    if layer.pinned:
-        lowest = highest = rank
-    elif layer.final_rank is not None and last:
-        highest = layer.final_rank
-    d_out = len(layer.lora_B)
-    d_in = layer.lora_A[0].numel()
-    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "num_products": layer.num_products}
-    return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
+# Where a schedule leads
 
 
 def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
@@ -106,26 +60,28 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
     ranks = {name: layer.rank for name, layer in layers.items()}
     faults = []
     for index, stage in enumerate(schedule):
-        states_at = partial(expected_states, layers, last=index == len(schedule) - 1)
+        last = index == len(schedule) - 1
         # After a stage that reads values, ranks are only expected, so nothing that follows from them is refused.
         is_known = not depends_on_data(schedule[:index])
-        found = _faults(stage, states_at, ranks, free, is_known)
+        found = _faults(stage, layers, ranks, free, last=last, is_known=is_known)
         faults += [f"stage {index + 1}: {fault}; set {stage.key}" for fault in found]
         if not found:
-            ranks = stage.to.ranks(states_at(ranks))
+            ranks = stage.to.ranks(expected_states(layers, ranks, last=last))
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]))
 
 
 def _faults(
     stage: Stage,
-    states_at: Callable[[Mapping[str, int]], dict[str, LayerState]],
+    layers: Mapping[str, RankedLayer],
     ranks: Mapping[str, int],
     free: Sequence[str],
+    *,
+    last: bool,
     is_known: bool,
 ) -> list[str]:
     """Why ``stage`` does not fit layers of these ranks; ``free`` are the layers without a rank of their own."""
-    states = states_at(ranks)
+    states = expected_states(layers, ranks, last=last)
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
         given = stage.to.pool(states)
         least = stage.to.floor_parameters(states)
@@ -149,7 +105,7 @@ def _faults(
     # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
-        after = stage.to.ranks(states_at(shifted))
+        after = stage.to.ranks(expected_states(layers, shifted, last=last))
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})} (lora.rank)"]

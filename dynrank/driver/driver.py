@@ -8,20 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from dynrank.change.resize import Change, LayerDirections, uninterrupted
+from dynrank.change.resize import LayerDirections, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.brought import Brought, Contribution
-from dynrank.driver.check import (
-    check_model,
-    check_training,
-    checked_metrics,
-    layer_states,
-    metric_value,
-    observed_metrics,
-)
+from dynrank.driver.brought import Brought
+from dynrank.driver.check import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.event import Decision, Progress, RankEvent
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
+from dynrank.driver.states import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, read_as
@@ -276,18 +270,18 @@ class RankDriver:
         """Make the decided change, unless its check undoes it, and go to the next stage; None: nothing would change."""
         index = decided.stage
         stage = self.stages[index]
-        reason = decided.reason
-        directions = LayerDirections({name: la for name, la in lora_layers(training.model) if not la.pinned})
+        layers = dict(lora_layers(training.model))
+        directions = LayerDirections({name: layer for name, layer in layers.items() if not layer.pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
         brought = self._brought.contributions() if self._brought is not None else {}
+        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, brought)
         event = None
         try:
             if stage.how.max_regression is None:
-                change = self._planned_change(training, index, directions, brought)
-                event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
-                event = _with_contributions(event, brought)
+                change = due.change(training)
+                event = due.event(training.step, change.reports, due.reason) if change.reports else None
                 measurement = self._measurement(training, stage) if event is not None else None
                 # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
                 with uninterrupted():
@@ -296,17 +290,15 @@ class RankDriver:
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
                     self.history[-1] = event = replace(event, measured=measurement.measure())
-                    self._record(training, measurement)
+                    measurement.record()
             else:
                 undo = Undo(training)
                 # Twice, because Ctrl-C may interrupt the first exit.
                 with undo, undo:
                     if stage.search:
-                        began_with = self._parameters_at_start(training)
-                        event = cut_to_smallest(training, undo, stage, reason, directions, brought, began_with)
+                        event = cut_to_smallest(training, undo, due, self._parameters_at_start(training))
                     else:
-                        event = self._try(training, undo, index, reason, directions, brought)
-                    event = _with_contributions(event, brought)
+                        event = self._try(training, undo, due)
                     with uninterrupted():
                         undo.keep()
                         self._end_stage(training, index, event)
@@ -316,47 +308,19 @@ class RankDriver:
                 training.tell(event)
         return event
 
-    def _planned_change(
-        self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Contribution]
-    ) -> Change:
-        """The change of stage ``index``, which is not yet made."""
-        stage = self.stages[index]
-        last = index == len(self.stages) - 1
-        layers = dict(lora_layers(training.model))
-
-        def plan() -> dict[str, int]:
-            states = layer_states(layers, last=last, target=stage.to, directions=directions, brought=brought)
-            return stage.to.ranks(states)
-
-        return training.compute(plan, directions, stage.how)
-
-    def _try(
-        self,
-        training: Training,
-        undo: Undo,
-        index: int,
-        reason: str,
-        directions: LayerDirections,
-        brought: Mapping[str, Contribution],
-    ) -> RankEvent | None:
-        """Make the change of stage ``index``, and undo it if it costs too much; None if nothing would change."""
-        change = self._planned_change(training, index, directions, brought)
+    def _try(self, training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
+        """Make the change of ``due``, and undo it if it costs too much; None if nothing would change."""
+        change = due.change(training)
         if not change.reports:
             return None
-        test = self._test(training, self.stages[index])
+        test = self._test(training, due.stage)
         training.put(change.put)
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
-            return RankEvent(training.step, f"undone: {measured} ({reason})", tuple(change.reports), undone=True)
-        self._record(training, test)
-        return RankEvent(training.step, reason, tuple(change.reports), measured=measured)
-
-    @staticmethod
-    def _record(training: Training, test: RegressionTest) -> None:
-        """Log the validations of a change that was kept."""
-        for metrics in test.observed:
-            training.record(metrics)
+            return due.event(training.step, change.reports, f"undone: {measured} ({due.reason})", undone=True)
+        test.record()
+        return replace(due.event(training.step, change.reports, due.reason), measured=measured)
 
     def _test(self, training: Training, stage: Stage) -> RegressionTest:
         """The test of a change that is about to be made; the run may have validated these weights already."""
@@ -402,12 +366,3 @@ class RankDriver:
         for rates in self._rates:
             rates.remove()
         self._rates = []
-
-
-def _with_contributions(event: RankEvent | None, brought: Mapping[str, Contribution]) -> RankEvent | None:
-    """The event with what each of its layers has brought, where that is known."""
-    if event is None or not brought:
-        return event
-    shares = [(each, brought[each.layer]) for each in event.layers]
-    layers = [replace(each, brought=share.value, brought_error=share.error) for each, share in shares]
-    return replace(event, layers=tuple(layers))

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
 from typing import NamedTuple
 
-from dynrank.change.resize import LayerDirections, LayerReport
+from dynrank.change.resize import Change, LayerReport
 from dynrank.distributed.processes import from_first
-from dynrank.driver.brought import Contribution
-from dynrank.driver.check import layer_states
 from dynrank.driver.event import RankEvent
+from dynrank.driver.states import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
 from dynrank.layers.base import params_per_rank
-from dynrank.layers.finding import lora_layers
-from dynrank.schedules import Stage
-from dynrank.targets import Budget, Target
+from dynrank.targets import Budget
 
 
-def cut_to_smallest(
-    training: Training,
-    undo: Undo,
-    stage: Stage,
-    reason: str,
-    directions: LayerDirections,
-    brought: Mapping[str, Contribution],
-    parameters_before: int,
-) -> RankEvent | None:
+def cut_to_smallest(training: Training, undo: Undo, due: DueStage, parameters_before: int) -> RankEvent | None:
     """Cut to the fewest directions that are enough; the event says "undone" if all are needed. None: nothing to cut.
 
     The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
@@ -35,22 +24,19 @@ def cut_to_smallest(
     Args:
         training: after the last optimizer step.
         undo: the cuts are made inside it.
-        stage: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
-        reason: why the ranks change, for the event.
-        directions: which directions each number of steps keeps.
-        brought: what each layer has brought.
+        due: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
         parameters_before: parameters of the adapters when the run began.
     """
-    search = Search(training, undo, stage, directions, brought)
+    search = Search(training, undo, due)
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
     found = search.result(steps, parameters_before)
     if search.passes(steps):
-        change = training.compute(lambda: search.ranks(steps), directions, stage.how)
+        change = search.change(steps)
         training.put(change.put)
-        return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
-    return RankEvent(training.step, f"undone: {found} ({reason})", tuple(search.trials[steps].reports), undone=True)
+        return due.event(training.step, change.reports, f"{due.reason}: {found}")
+    return due.event(training.step, search.trials[steps].reports, f"undone: {found} ({due.reason})", undone=True)
 
 
 class Trial(NamedTuple):
@@ -68,36 +54,30 @@ class Search:
         trials: the trials so far, by their number of steps.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        undo: Undo,
-        stage: Stage,
-        directions: LayerDirections,
-        brought: Mapping[str, Contribution],
-    ) -> None:
+    def __init__(self, training: Training, undo: Undo, due: DueStage) -> None:
         self._training = training
         self._undo = undo
-        self._how = stage.how
-        self._directions = directions
-        self._brought = brought
-        self._layers = dict(lora_layers(training.model))
-        self.now = {name: layer.rank for name, layer in self._layers.items()}
+        self._due = due
+        self._how = due.stage.how
+        self.now = {name: layer.rank for name, layer in due.layers.items()}
         self.trials: dict[int, Trial] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(lambda: self._plan(stage.to))
+        self._lowest, self._order = from_first(self._plan)
 
-    def _plan(self, target: Target) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
+        target = self._due.stage.to
         assert isinstance(target, Budget)
-        states = layer_states(
-            self._layers, last=True, target=target, directions=self._directions, brought=self._brought
-        )
+        states = self._due.states()
         largest = target.ranks(states)
         return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
 
     def ranks(self, steps: int) -> dict[str, int]:
         """The rank of every layer after so many steps."""
         return self.now | self._lowest | dict(self._order[:steps])
+
+    def change(self, steps: int) -> Change:
+        """The cut to so many steps, which is not yet made."""
+        return self._training.compute(lambda: self.ranks(steps), self._due.directions, self._how)
 
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
@@ -107,22 +87,14 @@ class Search:
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass; it has been tried."""
         self._test = RegressionTest(self._training, self._how, None)
-        # Invariant: `high` steps pass.
-        low = 0
-        high = len(self._order)
-        while low < high:
-            steps = (low + high) // 2
-            if self.passes(steps):
-                high = steps
-            else:
-                low = steps + 1
-        steps = high if self.ranks(high) != self.now else high - 1
+        fewest = bisect_left(range(len(self._order)), True, key=self.passes)
+        steps = fewest if self.ranks(fewest) != self.now else fewest - 1
         self._tried(steps)
         return steps
 
     def _tried(self, steps: int) -> Trial:
         if steps not in self.trials:
-            change = self._training.compute(lambda: self.ranks(steps), self._directions, self._how)
+            change = self.change(steps)
             self._training.put(change.put)
             metrics = validate(self._training)
             self._undo.restore()
@@ -134,7 +106,7 @@ class Search:
         ranks = self.ranks(steps)
         value = self.trials[steps].value
         before = self._test.before
-        left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._layers.items())
+        left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._due.layers.items())
         return (
             f"{sum(ranks.values()):,} of {sum(self.now.values()):,} directions, {left / parameters_before:.3f} of the "
             f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "

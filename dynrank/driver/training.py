@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.change.resize import Adapters, Change, LayerDirections, compute, uninterrupted
+from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import ddp_modules, pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.errors import for_its_reader
@@ -95,7 +96,12 @@ class Training:
         """
         adapters = Adapters(self.model, self.optimizers)
         generator = torch.Generator().manual_seed(self.step)
-        return compute(adapters, plan, directions, how.optimizer_state, generator, collective=True, balance=True)
+        # DDP keeps a whole model on one device.
+        device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
+        computed = from_first(
+            lambda: compute(adapters, plan(), directions, how.optimizer_state, generator, balance=True), device=device
+        )
+        return Change(adapters, *computed)
 
     def put(self, assign: Callable[[], None]) -> None:
         """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""

@@ -79,6 +79,11 @@ class RegressionTest:
         after = self.value(self._validate())
         return Measured(self._how.check_monitor, self.before, after, whole=self._batches is None)
 
+    def record(self) -> None:
+        """Log the validations of a change that was kept."""
+        for metrics in self.observed:
+            self._training.record(metrics)
+
     def _validate(self) -> Mapping[str, float]:
         metrics = validate(self._training, self._batches)
         if self._batches is None:
@@ -116,19 +121,15 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
     So all validations for one change draw the same random numbers, and shuffled data come in the same order. About
     ``most`` batches are taken; None: all.
     """
-    of_torch = torch.get_rng_state()
     of_python = random.getstate()
     of_numpy = np.random.get_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
     try:
-        return training.validate() if most is None else training.validate_share(most)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            return training.validate() if most is None else training.validate_share(most)
     finally:
-        torch.set_rng_state(of_torch)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
         for buffer, before in buffers:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)

@@ -1,26 +1,34 @@
-"""Runs whose ranks change, to be made by one process or by two; each comes to the same adapter."""
+"""Runs whose ranks change, by one process or by two, which come to the same adapter; and all that two have to do."""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from ends import keep
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from wrapped_loops import WAYS, ended
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.distributed.processes import from_all, from_first
 from dynrank.distributed.sharding import shard_frozen
+from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
@@ -49,7 +57,7 @@ class Experts(nn.Module):
 class Model(lightning.LightningModule):
     """LoRA layers and a head that is trained whole; 8 examples a step, over all processes."""
 
-    def __init__(self, *, peft: bool = False, idle: bool = False, sharded: bool = False, experts: bool = False) -> None:
+    def __init__(self, *, peft: bool = False, idle: bool = False, experts: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         middle = Experts() if experts else nn.Linear(24, 24)
@@ -74,17 +82,13 @@ class Model(lightning.LightningModule):
         if idle:
             # This parameter is in no loss, so DDP has to look for it.
             self.idle = nn.Parameter(torch.zeros(3))
-        self.sharded = sharded
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
-            if self.sharded:
-                torch.distributed.fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-            else:
-                layers = [layer.module for _, layer in dynrank.lora_layers(self.net)]
-                blocks = [module for module in self.net.modules() if isinstance(module, Experts)] or layers
-                shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=blocks)
+            layers = [layer.module for _, layer in dynrank.lora_layers(self.net)]
+            blocks = [module for module in self.net.modules() if isinstance(module, Experts)] or layers
+            shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=blocks)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -115,12 +119,12 @@ class Model(lightning.LightningModule):
 
 @dataclass
 class Run:
-    """A run by name; ``strategy`` is None where one process makes it."""
+    """A run: its schedule, and the options of the model, of the trainer and of its strategy in two processes."""
 
     stages: Any = field(default_factory=lambda: Stage(At(step=CHANGE), Rank(3)))
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
-    # These are options of DDP, and None stands for FSDP2.
+    # None stands for FSDP2.
     ddp: dict[str, Any] | None = field(default_factory=dict)
 
 
@@ -129,7 +133,6 @@ UNDONE = Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.01))
 RUNS = {
     "ddp": Run(),
     "ddp, unused parameters": Run(model={"idle": True}, ddp={"find_unused_parameters": True}),
-    "ddp, static graph": Run(ddp={"static_graph": True}),
     "ddp, accumulation and clipping": Run(
         HALF, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
@@ -139,17 +142,16 @@ RUNS = {
     "ddp, experts": Run(HALF, model={"experts": True}),
     "ddp, peft, experts": Run(HALF, model={"experts": True, "peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
-    "fsdp2, auto": Run(auto(0.05, at=0.5), ddp=None),
     "fsdp2, undone": Run(UNDONE, ddp=None),
     "fsdp2, experts": Run(HALF, model={"experts": True}, ddp=None),
 }
 
 ONE_FILE = {"save_distributed_checkpoint": False}
 # Steps whose checkpoints are resumed from: before the change, at it and after it.
-BEFORE = CHANGE - 2
+BEFORE = CHANGE - 4
 AT = CHANGE
-AFTER = CHANGE + 2
-PLATEAU = Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)
+AFTER = CHANGE + 4
+PLATEAU = Stage(Plateau(patience=2, min_delta=0.5), Rank(3), deadline=0.9)
 # Each has a run, those steps, what else its strategy is told, and the kind of its checkpoints.
 RESUMED = {
     "ddp, budget": (Run(HALF), (BEFORE, AT, AFTER), {}),
@@ -178,8 +180,8 @@ def strategy_of(run: Run, **options: Any) -> Any:
 
 
 def saving(folder: Path, kind: Any = ModelCheckpoint) -> dict[str, Any]:
-    """Options of :func:`fit`: a checkpoint of each second step, by a callback of this kind."""
-    every = kind(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    """Options of :func:`fit`: a checkpoint of each fourth step, by a callback of this kind."""
+    every = kind(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     return {"callbacks": [every], "enable_checkpointing": True}
 
 
@@ -219,3 +221,106 @@ def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) 
         "predicted": [la.predicted_error for event in scheduler.history for la in event.layers],
         "brought": [la.brought for event in scheduler.history for la in event.layers],
     }
+
+
+# Two processes
+
+
+class Spoil(lightning.Callback):
+    """Process 1 comes by another number than process 0 in the step before the change."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == CHANGE and trainer.global_rank == 1:
+            factor = pl_module.net[2].lora_A
+            (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
+
+
+def whole(run: Run) -> Any:
+    return outcome(*fit(run, strategy=strategy_of(run), devices=2))
+
+
+def resumed(run: Run, steps: Sequence[int], folder: Path, *, kind: Any = ModelCheckpoint, **strategy: Any) -> Any:
+    """The run that nothing stops, and what its checkpoints of these steps lead to."""
+    options = saving(folder, kind)
+    ends = {"whole": outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2, **options))}
+    for step in steps:
+        again = {"strategy": strategy_of(run, **strategy), "ckpt_path": saved(folder, step)}
+        ends[f"step {step}"] = outcome(*fit(run, devices=2, **again))
+    return ends
+
+
+def crossed(run: Run, folder: Path) -> Any:
+    """What the checkpoints of other processes lead to here."""
+    return [
+        outcome(*fit(run, strategy=strategy_of(run), devices=2, ckpt_path=saved(folder, step))) for step in CROSSINGS
+    ]
+
+
+def refusal(run: Run, **options: Any) -> str:
+    try:
+        fit(run, strategy=strategy_of(run), devices=2, **options)
+    except ConfigurationError as error:
+        return str(error)
+    return "not refused"
+
+
+class Unpicklable(Exception):
+    """An error that cannot be made again from what it is pickled to."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+def raised_in_first(make: Any) -> list[tuple[str, str]]:
+    """The error that :func:`from_first` raises here, and that the processes go on together afterwards."""
+    try:
+        from_first(make)
+    except BaseException as error:
+        return from_all((type(error).__name__, str(error)))
+    return []
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def another_base(run: Run, folder: Path) -> str:
+    """Resuming where one shard of the base is another one."""
+
+    class Other(lightning.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            with torch.no_grad():
+                pl_module.net[2].base.weight.to_local().add_(trainer.global_rank)
+
+    return refusal(run, callbacks=[Other()], ckpt_path=saved(folder, CHANGE))
+
+
+def main(place: str) -> None:
+    """What one of two processes does, started as torchrun does: every run, every resume, every refusal."""
+    folder = Path(place)
+    checks = {name: partial(whole, run) for name, run in RUNS.items()}
+    for name, (run, steps, strategy) in RESUMED.items():
+        checks[f"resume {name}"] = partial(resumed, run, steps, folder / name, **strategy)
+    for to in ("ddp", "fsdp2"):
+        for source, (_, name) in CROSSED.items():
+            if source != to:
+                checks[f"{to} from {source}"] = partial(crossed, CROSSED[to][0], folder / name)
+    for what in ("weights", "optimizer state"):
+        checks[f"other {what}"] = partial(refusal, RUNS["ddp"], callbacks=[Spoil(what)])
+    for error in (KeyboardInterrupt("stop"), ConfigurationError("bad"), Unpicklable("a", "b")):
+        checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
+    checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
+    checks["a folder without the base"] = partial(
+        refusal, RUNS["fsdp2"], callbacks=[AdapterCheckpoint(folder / "shards")], enable_checkpointing=True
+    )
+    checks["another base"] = partial(another_base, RUNS["fsdp2"], folder / "fsdp2, without the base")
+    warnings.simplefilter("ignore")
+    process = int(os.environ["RANK"])
+    for way in WAYS:
+        checks[f"loop, {way}"] = partial(ended, way, process, 2)
+    keep(checks, folder / f"{process}.pt", {})
+    distributed.destroy_process_group()

@@ -1,22 +1,33 @@
-"""Runs of transformers' Trainer whose ranks change, for one process or for two, where accelerate shards by FSDP2."""
+"""Runs of transformers' Trainer whose ranks change, in one process or in two, where accelerate shards by FSDP2."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import as_gpus
 import torch
 import transformers as hf
+import wrapped_loops
 from accelerate.state import AcceleratorState, GradientState
+from ends import keep
+from forked import free_port
 from peft import LoraConfig, get_peft_model
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
+from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At
@@ -73,7 +84,6 @@ HALF = [Stage(At(step=CHANGE), Budget(share=0.5))]
 CUT_AND_GROWTH = [Stage(At(step=CHANGE), Budget(share=0.5), how=How(lr_factor="sqrt")), Stage(At(step=8), GrowTo(6))]
 SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
 RUNS = {
-    "weight": Run(stages=Stage(At(step=CHANGE), Budget(share=0.5, by="weight"))),
     "accumulated": Run(
         with_head,
         HALF,
@@ -90,8 +100,8 @@ RUNS = {
 # Those whose checkpoints are resumed from, by the kind of these; and from which ones.
 RESUMED = {
     "peft": (Run(), SAVED),
-    "own, shards": (Run(own, fsdp=SHARDS), SAVED[1:2]),
-    "own": (Run(own), SAVED[2:]),
+    "own, shards": (Run(own, fsdp=SHARDS), SAVED[2:]),
+    "own": (Run(own), SAVED[1:2]),
     "peft, shards": (Run(fsdp=SHARDS), SAVED[:1]),
 }
 # Those of which one process goes on from the last checkpoint.
@@ -101,7 +111,7 @@ SCORED = {
     "greater_is_better": True,
     "load_best_model_at_end": True,
     "eval_strategy": "steps",
-    "eval_steps": 3,
+    "eval_steps": 5,
 }
 
 
@@ -166,3 +176,118 @@ def outcome(made: Any, schedule: Any) -> dict[str, Any]:
         "losses": [row["loss"] for row in made.state.log_history if "loss" in row],
         "shards": sum(isinstance(p, DTensor) for p in made.model.parameters()),
     }
+
+
+# Two processes
+
+CUT = Stage(At(step=CHANGE), Rank(3))
+
+
+def whole(run: Run, base: Path, folder: Path) -> Any:
+    made, schedule = trained(run, base, folder)
+    return outcome(made, schedule)
+
+
+def resumed(run: Run, steps: Sequence[int], base: Path, folder: Path) -> Any:
+    """The run that nothing stops, what its checkpoints lead to, and what ``save_model`` has left."""
+    made, schedule = trained(run, base, folder, save_strategy="steps", save_steps=steps[0])
+    made.save_model(folder / "end")
+    if distributed.get_rank() == 0:
+        dynrank.save_adapter(made.model, folder / "by dynrank")
+    ends = {"whole": outcome(made, schedule)}
+    for step in steps:
+        again = trained(run, base, folder / "again", resume=folder / f"checkpoint-{step}")
+        ends[f"step {step}"] = outcome(*again)
+    return ends
+
+
+def best(base: Path, folder: Path, rising: int) -> Any:
+    """The step of the best model, the one before the cut if scores fall, and what was loaded at the end."""
+    scores = itertools.count(0, rising)
+    made, schedule = trainer_of(Run(stages=CUT), base, folder, save_strategy="steps", save_steps=5, **SCORED)
+    schedule.keep_best_before = True
+    made.compute_metrics = lambda _: {"score": float(next(scores))}
+    made.train()
+    return made.state.best_global_step, outcome(made, schedule)["weights"]
+
+
+def in_one(run: Run, base: Path, folder: Path) -> Any:
+    """What a checkpoint of two processes, from after the change, leads to in one."""
+    return outcome(*trained(run, base, folder / "one", resume=folder / f"checkpoint-{SAVED[-1]}"))
+
+
+def by_transformers(base: Path, folder: Path) -> Any:
+    """transformers shards the base when it is loaded, and averages adapters by itself."""
+    run = RESUMED["peft"][0]
+    given = replace(run, base={"distributed_config": DistributedConfig(fsdp_size=2)})
+    return outcome(*trained(given, base, folder, fsdp=None))
+
+
+class OfVLLM(TrainingArguments):
+    """As TRL's trainers have them."""
+
+    use_vllm = True
+
+
+def refused(make: Any) -> str:
+    try:
+        make()
+    except ConfigurationError as error:
+        return str(error)
+    return "not refused"
+
+
+def late(base: Path, folder: Path) -> None:
+    made, schedule = trainer_of(RESUMED["peft"][0], base, folder, callbacks=[])
+    made.add_callback(schedule)
+    made.train()
+
+
+def by_fsdp1() -> None:
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
+    dynrank.resize(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2)
+
+
+def by_accelerate_alone() -> None:
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    accelerator = wrapped_loops.accelerator_of_fsdp2()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    dynrank.resize(model, 2, optimizers=[optimizer])
+
+
+def main(place: str) -> None:
+    """What one of two processes does, started as torchrun does: every run, every resume, every refusal."""
+    folder = Path(place)
+    base = folder / "base"
+    process = int(os.environ["RANK"])
+    warnings.simplefilter("ignore")
+    as_gpus.pretend()
+    checks = {name: partial(whole, run, base, folder / name) for name, run in RUNS.items()}
+    for name, (run, steps) in RESUMED.items():
+        checks[f"resume {name}"] = partial(resumed, run, steps, base, folder / f"resume {name}")
+    checks["best, before"] = partial(best, base, folder / "best, before", -1)
+    checks["best, after"] = partial(best, base, folder / "best, after", 1)
+    checks["by transformers"] = partial(by_transformers, base, folder / "by transformers")
+    for way in wrapped_loops.SHARDED:
+        checks[f"loop, {way}"] = partial(wrapped_loops.ended, way, process, 2)
+    for name, options in {
+        "FSDP1": {"fsdp_config": {"version": 1, "sync_module_states": False}},
+        "activation checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
+        "vLLM": {"kind": OfVLLM},
+        "best of shards": {"fsdp_config": dict(SHARDS), "save_strategy": "steps", "save_steps": 5} | SCORED,
+    }.items():
+        checks[f"refused, {name}"] = partial(
+            refused, partial(trainer_of, RESUMED["peft"][0], base, folder / name, **options)
+        )
+    checks["refused, late"] = partial(refused, partial(late, base, folder / "late"))
+    checks["refused, FSDP1 in a loop"] = partial(refused, by_fsdp1)
+    checks["refused, accelerate alone"] = partial(refused, by_accelerate_alone)
+    results: dict[str, Any] = {}
+    keep(checks, folder / f"{process}.pt", results)
+    distributed.destroy_process_group()
+    if process == 0:
+        os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": free_port()}
+        one = {f"in one, {n}": partial(in_one, RESUMED[n][0], base, folder / f"resume {n}") for n in IN_ONE}
+        keep(one, folder / "0.pt", results)
+        distributed.destroy_process_group()

@@ -20,17 +20,15 @@ OPTIMIZERS = {
 }
 
 
-NO_PLATEAU = {"patience": math.inf, "min_delta": 0.0}
-
-
 @dataclass
 class Stage:
-    """A stage as the pages of conf/ and dynrank.schedules describe it."""
+    """A stage at the step ``planned``, or before it, if the loss is on a plateau."""
 
     kind: str
     to: float
     planned: float
-    plateau: dict
+    patience: float = math.inf
+    min_delta: float = 0.0
     size: str = "final_rank"
     changes_left: int = 1
     lowest: int = 1
@@ -44,10 +42,10 @@ class Stage:
         best = None
         stale = 0
         for loss in losses:
-            is_best = best is None or best - loss > self.plateau["min_delta"] * abs(best)
+            is_best = best is None or best - loss > self.min_delta * abs(best)
             best = loss if is_best else best
             stale = 0 if is_best else stale + 1
-        return step >= self.planned or stale >= self.plateau["patience"]
+        return step >= self.planned or stale >= self.patience
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Case:
     accumulate: int = 1
     batch: int = 4
     clip: float = 0.0
-    presets: list = field(default_factory=list)
+    stages: list = field(default_factory=list)
 
     # The model
 
@@ -158,59 +156,6 @@ class Case:
     def decay(self, step):
         return {"none": 1.0, "linear": 1 - 0.8 * step / self.total, "cosine": 0.6 + 0.4 * math.cos(step)}[self.decaying]
 
-    def stages(self):
-        """The stages of all presets, by their documented defaults."""
-        return [stage for name, options in self.presets for stage in expanded(name, dict(options), self.total)]
-
-
-def expanded(name, options, total):
-    """The stages of one preset: its arguments are those of the function of that name in dynrank.schedules."""
-    how = options.pop("how", {"lr_factor": "sqrt"} if name == "early_budget" else {})
-    common = {"rate": how.get("lr_factor", 1.0), "reset": how.get("optimizer_state") == "reset"}
-    common |= {"max_regression": how.get("max_regression")}
-
-    def at(fraction):
-        return math.ceil(fraction * total - 1e-9)
-
-    when = options.get("trigger") or {"patience": 2, "min_delta": 0.01}
-    deadline = options.get("deadline", 0.5 if name == "grow" else 0.75)
-    if "fraction" in when:
-        common |= {"planned": at(when["fraction"]), "plateau": NO_PLATEAU}
-    else:
-        common |= {"planned": math.inf if deadline is None else at(deadline), "plateau": when}
-    if name == "early_budget":
-        size = "share" if "share" in options else "final_rank"
-        bounds = {"lowest": options.get("lowest", 1), "highest": options.get("highest")}
-        common |= {"planned": at(options.get("at", 0.3333)), "plateau": NO_PLATEAU} | bounds
-        return [Stage("budget", options[size], size=size, **common)]
-    if name == "rebalance":
-        # Every rank is at most this one.
-        return [Stage("rank", math.inf, **common | {"planned": at(options["at"]), "plateau": NO_PLATEAU})]
-    if name == "energy":
-        return [Stage("energy", options["share"], lowest=options.get("lowest", 1), **common)]
-    if name == "grow":
-        return [Stage("grow", options["final_rank"], **common)]
-    if name == "milestones":
-        kind = "budget" if options.get("shared") else "rank"
-        stages = []
-        for rank, time in zip(options["ranks"], options["at"], strict=True):
-            planned = time if options.get("unit") == "step" else at(time)
-            stages.append(Stage(kind, rank, **common | {"planned": planned, "plateau": NO_PLATEAU}))
-        return stages
-    kind = "budget" if options.get("shared", True) else "towards"
-    if name == "after_convergence":
-        drops = options.get("drops", 1)
-        return [Stage(kind, options["final_rank"], changes_left=drops - i, **common) for i in range(drops)]
-    steps = options.get("steps", 3)
-    start = options.get("start", 0.2)
-    end = options.get("end", 0.8)
-    times = [at(start + (end - start) * i / max(1, steps - 1)) for i in range(steps)]
-    common |= {"plateau": NO_PLATEAU}
-    return [
-        Stage(kind, options["final_rank"], changes_left=steps - i, **common | {"planned": time})
-        for i, time in enumerate(times)
-    ]
-
 
 def make_case(seed):
     """A random case; the same seed makes the same one."""
@@ -232,7 +177,7 @@ def make_case(seed):
     case.batch = draw.randint(1, 6)
     case.clip = draw.choice([0.0, 0.0, 0.5])
     case.resume = draw.choice([None, draw.randint(1, case.total - 1)])
-    case.presets = draw_presets(draw, case)
+    case.stages = draw_stages(draw, case)
     names = [name for name in case.linears() if name != "head"]
     if draw.random() < 0.5:
         case.rules[draw.choice(names)] = {"rank": case.rank + draw.randint(-1, 1)}
@@ -243,45 +188,55 @@ def make_case(seed):
     return case
 
 
-def draw_presets(draw, case):
-    """One to three presets whose times and ranks do not contradict each other."""
+def draw_stages(draw, case):
+    """One to three stages whose times and ranks do not contradict each other."""
     # A new adapter takes some steps until all directions that a cut keeps have an update.
     first = 0.2 if case.started else 0.55
     low = draw.randint(1, 2)
 
-    def how(early=False):
-        """How a change is made, or nothing for the defaults."""
-        if draw.random() < 0.15 and case.started:
-            return {}
-        made = {"lr_factor": draw.choice([1.0, "sqrt", "sqrt", 1.5])} if draw.random() < 0.6 else {}
-        made |= {"optimizer_state": "reset"} if draw.random() < 0.1 else {}
-        made |= {"max_regression": draw.choice([0.0, 0.1, 0.5])} if draw.random() < 0.15 else {}
-        return {"how": made}
+    def at(fraction):
+        return math.ceil(fraction * case.total - 1e-9)
+
+    def how():
+        """How a change is made, where it is not by the defaults."""
+        made = {"rate": draw.choice([1.0, 1.0, "sqrt", "sqrt", 1.5])}
+        made |= {"reset": True} if draw.random() < 0.1 else {}
+        # At 0 rounding would decide about a stage that only balances.
+        made |= {"max_regression": draw.choice([1e-6, 0.1, 0.5])} if draw.random() < 0.15 else {}
+        return made
 
     plateau = {"patience": draw.randint(1, 2), "min_delta": draw.choice([0.01, 0.1, 0.9])}
-    by_time = {"fraction": draw.uniform(first, 0.8)}
-    trigger = draw.choice([plateau, plateau, by_time]) if case.started else by_time
-    kinds = ["early", "early", "converged", "milestones", "anneal", "energy", "grow", "rebalance", "three"]
-    kind = draw.choice(kinds)
-    size = draw.choice([{"final_rank": low}, {"share": draw.uniform(0.6, 0.9)}])
+    planned = at(draw.uniform(first, 0.8))
+    watches = case.started and draw.random() < 0.6
+
+    def due(deadline):
+        return {"planned": at(deadline), **plateau} if watches else {"planned": planned}
+
+    size = draw.choice([{"to": low}, {"to": draw.uniform(0.6, 0.9), "size": "share"}])
     size |= {"highest": draw.randint(3, 4)} if draw.random() < 0.3 else {}
-    early = ("early_budget", {"at": draw.uniform(first, 0.7), **size, **how()})
+    early = Stage("budget", planned=at(draw.uniform(first, 0.7)), **size, **how())
+    later = Stage("rank", low, at(draw.choice([0.9, 1.0])), **how())
+    kind = draw.choice(["early", "early", "converged", "milestones", "anneal", "energy", "grow", "rebalance", "three"])
     if kind == "early":
         return [early]
     if kind == "rebalance":
-        return [("rebalance", {"at": draw.uniform(first, 0.7), **how()})]
+        # Every rank is at most this one.
+        return [Stage("rank", math.inf, early.planned, **how())]
     if kind == "converged":
-        shared = {"shared": draw.random() < 0.6, "drops": draw.randint(1, 2), "deadline": draw.choice([0.75, 0.9])}
-        return [("after_convergence", {"final_rank": low, "trigger": trigger, **shared, **how()})]
+        to = draw.choice(["budget", "towards"])
+        common = due(draw.choice([0.75, 0.9])) | how()
+        return [Stage(to, low, changes_left=left, **common) for left in (2, 1)[draw.randint(0, 1) :]]
     if kind == "milestones":
-        at = sorted(draw.sample(range(math.ceil(first * case.total), case.total + 1), 2))
-        options = {"ranks": [3, low], "at": at, "unit": "step", "shared": draw.random() < 0.4}
-        return [("milestones", options | how())]
+        times = sorted(draw.sample(range(at(first), case.total + 1), 2))
+        to = draw.choice(["budget", "rank"])
+        common = how()
+        return [Stage(to, rank, time, **common) for rank, time in zip([3, low], times, strict=True)]
     if kind == "anneal":
-        options = {"final_rank": low, "steps": draw.randint(2, 3), "start": first, "shared": draw.random() < 0.6}
-        return [("anneal", options | how())]
-    grown = ("grow", {"final_rank": 7, "trigger": {"fraction": first}})
+        steps = draw.randint(2, 3)
+        to = draw.choice(["budget", "towards"])
+        common = how()
+        times = [at(first + (0.8 - first) * i / (steps - 1)) for i in range(steps)]
+        return [Stage(to, low, time, changes_left=steps - i, **common) for i, time in enumerate(times)]
     if kind == "energy":
-        return [("energy", {"share": draw.uniform(0.5, 0.95), "lowest": low, "trigger": trigger})]
-    later = ("milestones", {"ranks": [low], "at": [draw.choice([0.9, 1.0])], **how()})
-    return [grown, later] if kind == "grow" else [early, later]
+        return [Stage("energy", draw.uniform(0.5, 0.95), lowest=low, **due(0.75))]
+    return [Stage("grow", 7, at(first)), later] if kind == "grow" else [early, later]

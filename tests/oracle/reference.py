@@ -71,7 +71,7 @@ class Run:
 
     def __init__(self, case, layers, head, grown):
         self.case = case
-        self.stages = case.stages()
+        self.stages = list(case.stages)
         self.layers = layers
         self.head = head
         self.grown = grown

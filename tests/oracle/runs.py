@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import tempfile
 import warnings
 
@@ -12,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dynrank
-from dynrank import schedules
 from dynrank.callbacks import RankScheduler, RankTrainerCallback
+from dynrank.schedules import How, Stage
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Towards, Unchanged
 from dynrank.triggers import At, Plateau, Run
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -70,15 +72,27 @@ def optimizer_of(case, net):
 
 def schedule_of(case):
     stages = []
-    for name, given in case.presets:
-        options = dict(given)
-        if "how" in options:
-            options["how"] = schedules.How(**options["how"])
-        if "trigger" in options:
-            trigger = options["trigger"]
-            options["trigger"] = Plateau(**trigger) if "patience" in trigger else At(**trigger)
-        stages += getattr(schedules, name)(**options)
+    for stage in case.stages:
+        how = How(stage.rate, "reset" if stage.reset else "transport", max_regression=stage.max_regression)
+        if stage.patience < math.inf:
+            when = Plateau(patience=stage.patience, min_delta=stage.min_delta)
+            stages.append(Stage(when, target_of(stage), stage.planned / case.total, how))
+        else:
+            stages.append(Stage(At(step=stage.planned), target_of(stage), how=how))
     return stages
+
+
+def target_of(stage):
+    if stage.kind == "budget":
+        bounds = {"lowest": stage.lowest, "highest": stage.highest}
+        return Budget(**{stage.size: stage.to}, **bounds, left=stage.changes_left - 1)
+    if stage.kind == "towards":
+        return Towards(stage.to, steps=stage.changes_left)
+    if stage.kind == "energy":
+        return Energy(stage.to, lowest=stage.lowest)
+    if stage.kind == "grow":
+        return GrowTo(stage.to)
+    return Unchanged() if stage.to == math.inf else Rank(stage.to)
 
 
 class Trace:

@@ -6,16 +6,16 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from cases import Case, make_case
+from cases import Case, Stage, make_case
 from judge import judged
 from runs import adapted, layers
 
 import dynrank
 from dynrank.driver.brought import Brought
 
-CUT = ("early_budget", {"final_rank": 3, "at": 0.5})
+CUT = Stage("budget", 3, planned=5, rate="sqrt")
 # A cut at step 5, a resume before it, and after it five steps at a raised rate.
-PLANTED = Case(7, "plain", total=10, resume=4, rank=5, alpha=5.0, presets=[CUT])
+PLANTED = Case(7, "plain", total=10, resume=4, rank=5, alpha=5.0, stages=[CUT])
 
 
 @pytest.fixture(autouse=True, scope="module")
