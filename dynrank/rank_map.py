@@ -162,13 +162,11 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
 
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_key_loader())
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
-        ) from None
     # A ValueError means that the file is not text, or that a date in it is impossible.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error!s:.500}") from None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"the override file {str(path)!r} cannot be read as YAML: {error!s:.500}; set rank_map.file"
+        ) from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
         raise ConfigurationError(
             f"an override file must hold the one key rank_pattern with a mapping below it, got {shown(data)}; "
@@ -257,7 +255,7 @@ def _layer_faults(layer: LayerValues, rule: RankRule, d_out: int, d_in: int) -> 
     fix = f"fix the rule {layer.rule!r} (rank_map)"
     lower = "lower lora.rank, or set the rank of this layer in rank_map"
     faults = []
-    if not 1 <= layer.rank <= min(d_out, d_in):
+    if layer.rank > min(d_out, d_in):
         said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
         faults.append(f"{said}; {lower if rule.rank is None else fix}")
     if layer.final_rank is not None and layer.final_rank > layer.rank:

@@ -1,14 +1,12 @@
 """PEFT's ``adapter_config.json``, read with every value checked."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dynrank.adapters.stored import readable
-from dynrank.errors import Count, read_as
+from dynrank.errors import Count
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, whole_parts
@@ -95,10 +93,3 @@ def adapter_folder(place: Path) -> Path:
     """The folder of an adapter: ``place`` itself, or ``adapter/`` in it if ``place`` is a run's folder."""
     inside = place / "adapter"
     return inside if (inside / CONFIG_FILE).exists() and not (place / CONFIG_FILE).exists() else place
-
-
-def read_config(folder: Path) -> AdapterConfig:
-    file = folder / CONFIG_FILE
-    with readable(f"the adapter {str(file)!r}"):
-        found = json.loads(file.read_text(encoding="utf-8"))
-    return read_as(AdapterConfig, found, str(file))

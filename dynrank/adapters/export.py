@@ -10,15 +10,14 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from dynrank.adapters.base import base_source
+from dynrank.adapters.base_model import base_source
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
-from dynrank.adapters.stored import Factors, StoredLayer
+from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.linalg import finite
 from dynrank.models.names import model_source, public_name
@@ -34,10 +33,6 @@ _READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
     "ollama": ("Ollama", ()),
     "padded": ("a server of one rank", ()),
 }
-
-
-# These read the adapter as a GGUF file.
-_GGUF = ("gguf", "ollama")
 
 
 @dataclass(frozen=True)
@@ -97,22 +92,15 @@ def export_adapter(
     if multiple > 1 and to != "padded":
         raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
     with open_adapter(source) as adapter:
-        kinds = {
-            name: (is_parameter(name, adapter.config), bool(layer.kernel)) for name, layer in adapter.layers.items()
-        }
-        origin = base_source(adapter, model) if to in _GGUF else ""
-        config = read_config(origin, "--model") if origin else None
         # PEFT also stores the unchanged base weight of an embedding that has LoRA; a server has it already.
         others = {
             name: key
             for name, key in adapter.others.items()
             if name.rpartition(".")[0].removesuffix(".base_layer") not in adapter.layers
         }
-        check_served(to, kinds, others, config)
-        if to == "gguf":
-            return _to_gguf(adapter, out, origin, config)
-        if to == "ollama":
-            return _to_ollama(adapter, out, origin, config)
+        _refuse_misread(to, adapter, others)
+        if to in ("gguf", "ollama"):
+            return _to_llama_cpp(adapter, out, base_source(adapter, model), ollama=to == "ollama")
         rank = max(layer.rank for layer in adapter.layers.values())
         factors = _one_scaling(adapter)
         stored = str(adapter.config.base_model_name_or_path or "BASE")
@@ -138,30 +126,19 @@ def export_adapter(
         return Exported(out, dict(adapter.layers), rank, size, line)
 
 
-def check_served(
-    to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: PretrainedConfig | None
-) -> None:
-    """Refuse an adapter that a server would read only in part or wrongly.
-
-    ``layers`` is {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}. ``others``
-    are the names of the parameters that the adapter stores whole. Only "gguf" and "ollama" need the config of the base.
-    """
+def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
+    """Refuse an adapter that a server would read only in part or wrongly; ``others`` are parameters stored whole."""
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
     faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
-    bare = [name for name, (parameter, _) in layers.items() if parameter]
+    bare = [name for name in adapter.layers if is_parameter(name, adapter.config)]
     if to == "vllm":
         # vLLM requires LoRA in both stacks of experts. It treats a router as a layer.
         owners = Counter(name.rpartition(".")[0] for name in bare)
         bare = [n for n in bare if owners[n.rpartition(".")[0]] == 1 and not n.endswith(".weight")]
     faults += [f"{name!r} is a parameter of experts or of a router" for name in bare]
-    faults += [f"{name!r} is a convolution" for name, (_, convolution) in layers.items() if convolution]
-    if faults:
-        raise ConfigurationError(
-            f"{server} cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
-        )
-    if to in _GGUF:
-        gguf_names(config, layers)
+    faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
+    refuse_faults(f"{server} cannot read this adapter", faults, "\nmerge it instead: dynrank merge")
 
 
 def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
@@ -188,28 +165,29 @@ def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factor
     return F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing)), scaling
 
 
-def _to_gguf(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig | None) -> Exported:
-    base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
-    with new_file(out) as part:
-        write_gguf(part, adapter, config)
-    line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
-    return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
-
-
-def _to_ollama(adapter: Adapter, out: Path, origin: str, config: PretrainedConfig | None) -> Exported:
-    """A folder with the GGUF file and a Modelfile, from which ``ollama create`` makes a model."""
+def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> Exported:
+    """A GGUF file for the base at ``origin``; or a folder with it and a Modelfile, for ``ollama create``."""
     # Names are of Ollama's own registry, not of the hub.
-    if not Path(origin).exists() or origin.endswith(".json"):
+    if ollama and (not Path(origin).exists() or origin.endswith(".json")):
         raise ConfigurationError(
             f"Ollama needs the base as a folder or a GGUF file, got {origin!r}; hf download it with --local-dir DIR, "
             "and give --model DIR"
         )
+    config = read_config(origin, "--model")
+    names = gguf_names(config, adapter.layers)
+    if not ollama:
+        with new_file(out) as part:
+            write_gguf(part, adapter, config, names)
+        base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
+        line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
+        return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
     source = Path(adapter.source)
     text = modelfile(origin, read_inputs(source))
     check_free(out, source)
     with whole_or_nothing(out) as folder:
-        write_gguf(folder / "adapter.gguf", adapter, config)
+        write_gguf(folder / "adapter.gguf", adapter, config, names)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-    name, place = (shlex.quote(one) for one in (out.name, str(out / "Modelfile")))
+    name = shlex.quote(out.name)
     size = sum(file.stat().st_size for file in out.iterdir())
-    return Exported(out, dict(adapter.layers), None, size, f"ollama create {name} -f {place} && ollama run {name}")
+    line = f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))} && ollama run {name}"
+    return Exported(out, dict(adapter.layers), None, size, line)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from dynrank.adapters.read import Adapter
+from dynrank.adapters.stored import refuse_faults
 from dynrank.errors import ConfigurationError
 
 # (rows, heads) -> for each row of llama.cpp, the index of its row in transformers.
@@ -77,15 +78,12 @@ def gguf_names(config: PretrainedConfig, layers: Iterable[str]) -> dict[str, str
         for layer, name in found.items()
         if tied and name in ("token_embd", "output")
     ]
-    if faults:
-        raise ConfigurationError(
-            "llama.cpp cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
-        )
+    refuse_faults("llama.cpp cannot read this adapter", faults, "\nmerge it instead: dynrank merge")
     return {layer: str(name) for layer, name in found.items()}
 
 
-def write_gguf(file: Path, adapter: Adapter, config: PretrainedConfig) -> None:
-    """Write ``adapter``, trained on a model with ``config``, to ``file`` in float32."""
+def write_gguf(file: Path, adapter: Adapter, config: PretrainedConfig, names: Mapping[str, str]) -> None:
+    """Write ``adapter``, trained on a model with ``config``, to ``file`` in float32, with :func:`gguf_names`."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     kind, moves = ARCHITECTURES[config.model_type]
@@ -93,7 +91,7 @@ def write_gguf(file: Path, adapter: Adapter, config: PretrainedConfig) -> None:
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
-    for layer, name in gguf_names(config, adapter.layers).items():
+    for layer, name in names.items():
         lora_B, lora_A = adapter.factors(layer)
         lora_B = lora_B.double() * adapter.layers[layer].scaling
         order, heads = _MOVED.get(layer.rpartition(".")[2], (None, ""))

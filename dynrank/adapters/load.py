@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
-from dynrank.adapters.stored import FLOATS
+from dynrank.adapters.stored import FLOATS, refuse_faults
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
@@ -112,10 +112,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
     labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
-    if faults:
-        raise ConfigurationError(
-            f"lora.from: the adapter {adapter.source!r} does not fit the task:\n  " + "\n  ".join(faults[:20])
-        )
+    refuse_faults(f"lora.from: the adapter {adapter.source!r} does not fit the task", faults)
     for name, layer in layers.items():
         lora_B, lora_A = adapter.factors(name)
         layer.set_factors(lora_A, lora_B)
@@ -134,10 +131,7 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
     bases, faults = _fitting_bases(model, adapter)
     heads, faults_of_heads = _fitting_heads(model, adapter, places)
     faults = _compiled_alone(model, adapter) + faults + faults_of_heads + _kept_values(places, heads)
-    if faults:
-        raise ConfigurationError(
-            f"the adapter {adapter.source!r} does not fit the model (task.model):\n  " + "\n  ".join(faults[:20])
-        )
+    refuse_faults(f"the adapter {adapter.source!r} does not fit the model (task.model)", faults)
     layers = {}
     for name, base in bases.items():
         stored = adapter.layers[name]

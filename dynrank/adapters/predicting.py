@@ -8,7 +8,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from dynrank.adapters.base import base_source, on_base
+from dynrank.adapters.base_model import base_source, on_base
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.errors import ConfigurationError, shown

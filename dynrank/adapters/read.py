@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.config import AdapterConfig, read_config
+from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
     StoredAdapter,
@@ -22,6 +22,7 @@ from dynrank.adapters.stored import (
     checked_layer,
     numbers_as_such,
     opened,
+    read_json,
     refuse_faults,
     stored_tensor,
 )
@@ -66,7 +67,7 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
     """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
     folder = Path(path)
     weights = folder / WEIGHTS_FILE
-    config = read_config(folder)
+    config = read_json(AdapterConfig, folder / CONFIG_FILE)
     if not weights.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
@@ -128,7 +129,7 @@ def _checked_layers(
             layers[name] = checked_layer(file, pair, settings[name], is_parameter(name, config))
         except ValueError as fault:
             faults.append(f"{name!r} {fault}")
-    refuse_faults(faults, str(folder))
+    refuse_faults(f"the adapter {str(folder)!r} cannot be used", faults)
     return layers
 
 

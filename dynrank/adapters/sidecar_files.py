@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from dynrank.adapters.stored import readable
-from dynrank.errors import ConfigurationError, read_as, shown
+from dynrank.adapters.stored import read_json
+from dynrank.errors import ConfigurationError, shown
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
 
@@ -47,9 +47,6 @@ class Inputs:
     max_length: int | None = None
 
 
-T = TypeVar("T", _Labels, Inputs)
-
-
 def write_sidecar_files(folder: Path, model: Any, tokenizer: Any, inputs: Inputs | None = None) -> None:
     """Write the tokenizer and the inputs, if there are any, and the labels of a classifier that has names for them."""
     if tokenizer is not None:
@@ -63,15 +60,8 @@ def write_sidecar_files(folder: Path, model: Any, tokenizer: Any, inputs: Inputs
 
 def read_inputs(folder: Path) -> Inputs:
     """The inputs of training by the adapter's ``folder``, of which nothing is known for adapters of other programs."""
-    return _read(folder / INPUTS_FILE, Inputs) or Inputs()
-
-
-def _read(file: Path, kind: type[T]) -> T | None:
-    if not file.exists():
-        return None
-    with readable(repr(str(file))):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    return read_as(kind, content, str(file))
+    file = folder / INPUTS_FILE
+    return read_json(Inputs, file) if file.exists() else Inputs()
 
 
 def label_names(model: Any) -> list[str]:
@@ -83,16 +73,16 @@ def label_names(model: Any) -> list[str]:
 
 def stored_labels(folder: Path) -> list[str]:
     """Names of the classes in the adapter's ``folder``; [] if it has none."""
-    found = _read(folder / LABELS_FILE, _Labels)
-    return found.labels if found is not None else []
+    file = folder / LABELS_FILE
+    return read_json(_Labels, file).labels if file.exists() else []
 
 
 def with_labels(model: Any, folder: Path) -> Any:
     """The model itself, with the label names in the adapter's ``folder``, if there are any."""
     file = folder / LABELS_FILE
-    found = _read(file, _Labels)
-    if found is None:
+    if not file.exists():
         return model
+    found = read_json(_Labels, file)
     if len(found.labels) != model.config.num_labels:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
     model.config.id2label = dict(enumerate(found.labels))
@@ -125,6 +115,7 @@ def input_files(origin: Path) -> list[Path]:
     found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
     home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
     for file in found:
+        # A link of somebody else's folder could lead to a file that its reader would not publish.
         if not file.resolve().is_relative_to(home):
             raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy the file there")
     return found

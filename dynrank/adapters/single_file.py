@@ -72,8 +72,6 @@ class SingleFile(StoredAdapter):
 @contextmanager
 def open_file(path: Path) -> Iterator[SingleFile]:
     """The LoRA in a file; each tensor is read from the file when it is used."""
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {str(path)!r}")
     if path.suffix != SUFFIX:
         raise ConfigurationError(f"{str(path)!r} must be a {SUFFIX} file; others (.pt, .ckpt, .bin) are not read")
     if path.stem == "adapter_model" and (path.parent / CONFIG_FILE).exists():
@@ -99,7 +97,7 @@ def open_file(path: Path) -> Iterator[SingleFile]:
                     layers[name] = replace(layers[name], alpha=alpha, scaling=alpha / layers[name].alpha)
             except ValueError as fault:
                 faults.append(f"{name!r} {fault}")
-        refuse_faults(faults, str(path))
+        refuse_faults(f"the adapter {str(path)!r} cannot be used", faults)
         if not layers:
             kinds = {key.rpartition(".")[2] for key in others}
             raise ConfigurationError(f"{str(path)!r} holds no plain LoRA layers; its tensors are {sorted(kinds)[:9]}")
@@ -170,10 +168,8 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
     where = f"{DIFFUSERS} in the metadata of {str(path)!r}"
     with readable(where):
         values = json.loads(metadata[DIFFUSERS])
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"{where} must be a mapping, got a {type(values).__name__}")
     by_prefix: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in read_as(dict[str, Any], values, where).items():
         prefix, _, name = key.rpartition(".")
         by_prefix.setdefault(prefix, {})[name] = value
     return {prefix: read_as(AdapterConfig, settings, where) for prefix, settings in by_prefix.items()}

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import floor
 from pathlib import Path
 
 import torch
@@ -126,23 +125,15 @@ def squeeze_target(
     adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None
 ) -> Target:
     """The target that the options of :func:`squeeze` set for ``adapter``."""
-    _check_options(rank, energy, budget)
-    if rank is not None:
-        return Rank(rank)
-    if energy is not None:
-        return Energy(energy)
-    return _budget(budget, adapter)
-
-
-def _check_options(rank: int | None, energy: float | None, budget: int | float | str | None) -> None:
     options = {"--rank": rank, "--energy": energy, "--budget": budget}
-    given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-    if sum(value is not None for value in options.values()) != 1:
-        raise ConfigurationError(f"one of --rank, --energy and --budget must be given, got {given or 'none'}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigurationError(f"--rank must be an int of at least 1, got {rank!r}")
+    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigurationError(f"give one of --rank, --energy and --budget, got {', '.join(given) or 'none'}")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
+    if rank is not None:
+        return Rank(rank)
+    return Energy(energy) if energy is not None else _budget(budget, adapter)
 
 
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
@@ -157,15 +148,11 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             raise ConfigurationError(
                 f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
             )
-        # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
-        parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
-    target = Budget(parameters, by="weight")
-    layers = adapter.layers.items()
-    states = {name: LayerState(layer.rank, *layer.shape, num_products=layer.experts) for name, layer in layers}
-    least = target.floor_parameters(states)
+        parameters = round(share * sum(layer.parameters for layer in adapter.layers.values()))
+    least = sum(layer.params_per_rank for layer in adapter.layers.values())
     if parameters < least:
-        raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
-    return target
+        raise ConfigurationError(f"--budget must be at least {least:,} parameters (rank 1), got {budget}")
+    return Budget(parameters, by="weight")
 
 
 def _largest(adapter: StoredAdapter, target: Target) -> dict[str, Tensor]:

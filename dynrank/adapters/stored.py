@@ -1,18 +1,21 @@
 """A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, read_as
 from dynrank.linalg import finite, pooled, products, singular_values, stacked, truncate_product
+
+T = TypeVar("T")
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
@@ -110,12 +113,19 @@ def readable(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what} cannot be read: {error}") from None
 
 
+def read_json(kind: type[T], file: Path) -> T:
+    """The content of a JSON file as an object of ``kind``, see :func:`dynrank.errors.read_as`."""
+    with readable(repr(str(file))):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    return read_as(kind, content, str(file))
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file, from which a tensor is read when it is used."""
-    with ExitStack() as stack:
-        with readable(repr(str(path))):
-            file = stack.enter_context(safe_open(path, framework="pt"))
+    with readable(repr(str(path))):
+        opening = safe_open(path, framework="pt")
+    with opening as file:
         yield file
 
 
@@ -125,12 +135,13 @@ def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
     return tensor
 
 
-def refuse_faults(faults: list[str], source: str) -> None:
-    if len(faults) > 1:
-        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise ConfigurationError(f"the adapter {source!r} cannot be used:\n  " + "\n  ".join(faults[:_LISTED]) + more)
+def refuse_faults(what: str, faults: Sequence[str], advice: str = "") -> None:
+    """Raise a ConfigurationError that says ``what`` and the faults, and then the advice, if there are any faults."""
+    if len(faults) == 1:
+        raise ConfigurationError(f"{what}: {faults[0]}{advice}")
     if faults:
-        raise ConfigurationError(f"the adapter {source!r} cannot be used: {faults[0]}")
+        more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+        raise ConfigurationError("\n  ".join([f"{what}:", *faults[:_LISTED], *more]) + advice)
 
 
 def numbers_as_such(name: str) -> list[tuple[int, str]]:

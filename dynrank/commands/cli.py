@@ -186,7 +186,7 @@ def squeeze(
     adapter: Stored,
     out: Annotated[Path, typer.Option(help="New or empty folder to write to; for a file, a new file")],
     rank: Annotated[
-        int | None, typer.Option(parser=_whole, metavar="N", help="New rank of every layer that has a higher one")
+        int | None, typer.Option(parser=_count, metavar="N", help="New rank of every layer that has a higher one")
     ] = None,
     energy: Annotated[
         float | None,
@@ -254,7 +254,7 @@ def merge(
     ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile for Ollama, too")] = False,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
-    from dynrank.adapters.base import merge_adapter
+    from dynrank.adapters.base_model import merge_adapter
     from dynrank.output.console import print_facts, quiet_loading
 
     quiet_loading()

@@ -1,11 +1,11 @@
 """The folder or file of a command's --out, which is written completely or not at all."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import realpath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, os_errors, whole_file
@@ -24,29 +24,22 @@ def check_free(out: Path, *sources: Path) -> None:
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write to, which is renamed to ``out`` at the end of the block, or deleted after an error.
 
-    A killed process leaves the folder ``out`` + ".part" behind; until it is deleted, writers of ``out`` are refused.
+    A killed process leaves a folder behind whose name ends in ".part".
     """
     with _naming(out):
         # Unlike realpath, Path.resolve raises no OSError for a link to itself.
         out = Path(realpath(out))
         if not os.path.lexists(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + PART)
-        try:
-            part.mkdir()
-        except FileExistsError:
-            raise ConfigurationError(
-                f"{str(part)!r} exists: another process is writing --out, or was killed while it did; wait for its "
-                "end, or delete that folder"
-            ) from None
-        try:
-            yield part
-            for file in part.iterdir():
+        with TemporaryDirectory(PART, f"{out.name}.", out.parent, ignore_cleanup_errors=True) as place:
+            # Only the owner can read a temporary folder, unlike one that is made in it.
+            folder = Path(place, out.name)
+            folder.mkdir()
+            yield folder
+            for file in folder.iterdir():
                 # safetensors makes files that only their owner can read.
-                file.chmod(part.stat().st_mode & 0o666)
-            os.rename(part, out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+                file.chmod(folder.stat().st_mode & 0o666)
+            os.rename(folder, out)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import dynrank
 from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.errors import ConfigurationError
 
-KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
+KINDS = ("Mixtral", "DeepseekV3", "Qwen3_5Moe", "GptOss")
 TENSORS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -50,10 +50,6 @@ def test_layers_that_peft_takes_for_experts_are_named(tiny_moe, tmp_path):
 
 def ranks(model):
     return {name: layer.rank for name, layer in dynrank.lora_layers(model)}
-
-
-def spectra(folder):
-    return {layer.layer: layer.singular_values for layer in inspect(folder)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,24 +104,8 @@ def test_squeezing_a_file_is_resizing_the_model(tiny_moe, tmp_path):
     for report in reports:
         assert report.params_per_rank == expected[report.layer].params_per_rank
         assert_close(report.predicted_error, expected[report.layer].predicted_error)
-    full = spectra(tmp_path / "full")
-    for name, values in spectra(tmp_path / "small").items():
-        assert_close(values, full[name][:2], rtol=1e-5, atol=1e-6)
-
-
-def swapped(tensors):
-    """As PEFT wrote before 0.19: A reads what comes out, and B writes what goes in."""
-    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
-        other = name.replace("lora_A", "lora_B")
-        tensors[name], tensors[other] = tensors[other].mT.contiguous(), tensors[name].mT.contiguous()
-
-
-def test_a_file_that_does_not_fit_is_refused_by_name(zoo, tiny_moe, tmp_path):
-    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
-    get_peft_model(tiny_moe("Qwen3Moe"), config).save_pretrained(tmp_path)
-    zoo.edit_tensors(tmp_path, swapped)
-    with pytest.raises(ConfigurationError, match=r"experts.down_proj' is 4 x 16 x 12 in the model and"):
-        dynrank.load_adapter(tiny_moe("Qwen3Moe"), tmp_path)
+    for layer, full in zip(inspect(tmp_path / "small"), inspect(tmp_path / "full"), strict=True):
+        assert_close(layer.singular_values, full.singular_values[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_servers_that_cannot_read_experts_are_refused_by_name(tiny_moe, tmp_path):

@@ -9,6 +9,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import dynrank
+from dynrank.adapters.sidecar_files import Inputs, modelfile, write_sidecar_files
 from dynrank.errors import ConfigurationError
 
 CONFIG = "adapter_config.json"
@@ -64,41 +65,44 @@ def test_updates_in_float16_are_exact_where_an_alpha_is_small(zoo, tmp_path):
         assert (delta - expected[name]).norm() <= torch.finfo(torch.float16).eps * expected[name].norm()
 
 
-@pytest.mark.parametrize("to", ["gguf", "vllm", "padded"])
-def test_the_unchanged_base_of_an_adapted_embedding_is_left_out(to, zoo, tmp_path):
+def test_the_unchanged_base_of_an_adapted_embedding_is_left_out(zoo, tmp_path):
     zoo.plain("llama").save_pretrained(tmp_path / "base")
     zoo.by_peft("llama", tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     assert name in load_file(tmp_path / "adapter" / WEIGHTS)
-    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to=to, model=str(tmp_path / "base"))
-    if to != "gguf":
-        assert name not in load_file(tmp_path / "out" / WEIGHTS)
-        theirs, ours = (dynrank.load_adapter(zoo.plain("llama"), tmp_path / place) for place in ("adapter", "out"))
-        torch.testing.assert_close(zoo.outputs(ours), zoo.outputs(theirs))
+    for to in ("gguf", "vllm"):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / to, to=to, model=str(tmp_path / "base"))
+    assert name not in load_file(tmp_path / "vllm" / WEIGHTS)
+    theirs, ours = (dynrank.load_adapter(zoo.plain("llama"), tmp_path / place) for place in ("adapter", "vllm"))
+    torch.testing.assert_close(zoo.outputs(ours), zoo.outputs(theirs))
 
 
-@pytest.mark.parametrize(("multiple", "rank"), [(1, 5), (16, 16)])
-def test_padded_has_one_rank_a_list_of_names_and_the_files_beside(multiple, rank, zoo, tmp_path):
+def test_padded_has_one_rank_a_list_of_names_and_the_files_beside(zoo, tmp_path):
     folder = zoo.saved(tmp_path / "adapter", "llama", rank_map=UNLIKE)
     zoo.edit_config(folder, target_modules=r".*\.(q|v|down)_proj")
     (folder / "tokenizer_config.json").write_text("{}")
     before = dynrank.read_adapter(folder)
-    done = dynrank.export_adapter(folder, tmp_path / "out", to="padded", multiple=multiple)
+    done = dynrank.export_adapter(folder, tmp_path / "out", to="padded", multiple=16)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (rank, {}, {})
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (16, {}, {})
     assert config["target_modules"] == [*before.layers]
-    assert {len(value) for key, value in load_file(tmp_path / "out" / WEIGHTS).items() if "lora_A" in key} == {rank}
+    assert {len(value) for key, value in load_file(tmp_path / "out" / WEIGHTS).items() if "lora_A" in key} == {16}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS, "tokenizer_config.json"}
     assert done.bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
 
 
-def save_llama(folder, base=None, targets=("q_proj",), heads=(), cls=hf.LlamaForCausalLM, **config):
-    """An adapter of a model whose config lies in ``folder``/base."""
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = cls((base or hf.LlamaConfig)(**{"vocab_size": 20, **sizes, **config}))
-    model.config.save_pretrained(folder / "base")
+SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def save_llama(
+    folder, base=hf.LlamaConfig, targets=("q_proj",), heads=(), cls=hf.LlamaForCausalLM, rank_map=None, **config
+):
+    """An adapter of a model that lies in ``folder``/base."""
+    model = cls(base(**SIZES | config))
+    model.save_pretrained(folder / "base")
     model.config._name_or_path = str(folder / "base")
-    dynrank.add_lora(model, rank=2, alpha=4, target_modules=[*targets], modules_to_save=heads)
+    options = {"target_modules": [*targets], "modules_to_save": heads, "rank_map": rank_map}
+    dynrank.add_lora(model, rank=2, alpha=4, **options)
     dynrank.save_adapter(model, folder / "adapter")
 
 
@@ -106,9 +110,7 @@ CLASSIFIER = {"cls": hf.LlamaForSequenceClassification}
 OPT = {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8}
 TIED = {"tie_word_embeddings": True}
 REFUSED = {
-    "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm' is stored whole.*dynrank merge"),
     "gguf, tied head": ("gguf", TIED | {"targets": ["lm_head"]}, r"'lm_head' is tied"),
-    "gguf, tied embedding": ("gguf", TIED | {"targets": ["embed_tokens"]}, r"'model\.embed_tokens' is tied"),
     "gguf, no name": ("gguf", CLASSIFIER | {"targets": ["score"]}, r"'score' has no name in llama.cpp"),
     "gguf, another architecture": ("gguf", OPT, r"must be one of .*'llama'.*got 'opt'.*dynrank merge"),
     "vllm, a norm": ("vllm", {"heads": ["model.norm"]}, r"vLLM.*'model\.norm' is stored whole.*dynrank merge"),
@@ -132,7 +134,7 @@ def test_vllm_takes_the_head_of_a_classifier(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[name], load_file(tmp_path / "adapter" / WEIGHTS)[name])
 
 
-def test_variants_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_path):
+def test_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_path):
     zoo.saved(tmp_path / "conv", "conv", modules_to_save=[])
     with pytest.raises(ConfigurationError, match="'stem' is a convolution"):
         dynrank.export_adapter(tmp_path / "conv", tmp_path / "out", to="vllm")
@@ -142,9 +144,6 @@ def test_variants_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_pa
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "base.gguf", to="gguf")
     with pytest.raises(ConfigurationError, match="multiple goes with to padded"):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", multiple=2)
-    zoo.edit_config(tmp_path / "adapter", use_dora=True)
-    with pytest.raises(ConfigurationError, match="use_dora"):
-        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="padded")
     assert (tmp_path / "base.gguf").read_bytes() == b"somebody's weights"
     assert not (tmp_path / "out").exists()
 
@@ -152,14 +151,86 @@ def test_variants_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_pa
 def test_command_prints_what_it_costs_and_the_line_that_serves_it(launch, zoo, tmp_path):
     zoo.saved(tmp_path / "run" / "adapter", "llama", rank=8, rank_map={"q_proj": 2}, alpha=16)
     zoo.edit_config(tmp_path / "run" / "adapter", base_model_name_or_path="some/base")
-    code, printed, _ = launch("export", tmp_path / "run", "--to", "vllm", "--out", tmp_path / "mine")
-    lines = dict(line.split(maxsplit=1) for line in printed.splitlines() if not line.startswith("a slot"))
-    assert code == 0
     place = tmp_path / "mine"
-    assert lines["serve"] == f"vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules mine={place}"
-    assert lines["ranks"] == "highest rank 8, average 6.0: a server's slot has 8 in every layer"
+    code, printed, _ = launch("export", tmp_path / "run", "--to", "vllm", "--out", place)
+    assert code == 0
+    assert f"vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules mine={place}\n" in printed
+    assert "highest rank 8, average 6.0: a server's slot has 8 in every layer\n" in printed
     # by hand: q (8, 8), v (8, 8), down (12, 8), twice; 8 everywhere, or 2 in q
     slot, own = (2 * (rank * 16 + 8 * 16 + 8 * 20) * 2 / 2**20 for rank in (8, 2))
     assert f"a slot           {slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB" in printed
     assert launch("export", tmp_path / "run", "--to", "tgi", "--out", tmp_path / "other")[0] == 2
     assert not (tmp_path / "other").exists()
+
+
+# --- Ollama is no Python package, so no test runs it
+
+INSTRUCTIONS = ("from", "license", "template", "system", "adapter", "parameter", "message")
+
+
+def parsed(text):
+    """[(instruction, value)] by the grammar: an instruction in each line, whose value may be in one or three quotes.
+
+    As in Ollama, a value in quotes ends with the first line that ends with them, spaces around a value do not count,
+    and characters that cannot be printed are dropped.
+    """
+    found = []
+    lines = iter(re.split(r"(?<=[\n\r])", text))
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, value = line.split(maxsplit=1)
+        assert name.lower() in INSTRUCTIONS
+        quotes = next((quotes for quotes in ('"""', '"') if value.startswith(quotes)), "")
+        while quotes and not (value.strip().endswith(quotes) and len(value.strip()) >= 2 * len(quotes)):
+            value += next(lines)
+        inner = value.strip()[len(quotes) : -len(quotes) or None]
+        found.append((name.lower(), "".join(char for char in inner if char.isprintable() or char in "\n\r\t")))
+    return found
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """The folder of an adapter that has learned a system prompt."""
+    save_llama(tmp_path, targets=["q_proj", "v_proj"], rank_map={"q_proj": 1})
+    write_sidecar_files(tmp_path / "adapter", None, None, Inputs("chat", {}, "Be kind."))
+    return tmp_path / "adapter"
+
+
+def test_ollama_gets_base_adapter_and_the_system_prompt_that_was_learned(chat, launch, tmp_path):
+    code, printed, said = launch("export", chat, "--to", "ollama", "--out", tmp_path / "out")
+    assert code == 0, said
+    assert f"ollama create out -f {tmp_path / 'out' / 'Modelfile'} && ollama run out" in printed
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    base = str((tmp_path / "base").resolve())
+    assert parsed(text) == [("from", base), ("adapter", "./adapter.gguf"), ("system", "Be kind.")]
+    dynrank.export_adapter(chat, tmp_path / "alone.gguf", to="gguf")
+    assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"Modelfile", "adapter.gguf"}
+    code, printed, said = launch("merge", chat, "--out", tmp_path / "merged", "--ollama")
+    assert code == 0, said
+    assert f"ollama create merged -f {tmp_path / 'merged' / 'Modelfile'}" in printed
+    assert parsed((tmp_path / "merged" / "Modelfile").read_text()) == [("from", "."), ("system", "Be kind.")]
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("prompt", ['"whole"', " spaces ", "tab\tand\r\nend\n", '""\nx', "# none", "é 漢 😀"])
+def test_a_system_prompt_is_parsed_as_it_was_learned(prompt):
+    assert parsed(modelfile("/a b/base", Inputs("chat", {}, prompt)))[2:] == [("system", prompt)]
+
+
+@pytest.mark.parametrize(("form", "template"), [("completion", 1), ("text", 1), ("chat", 0), ("", 0)])
+def test_plain_prompts_are_sent_without_a_template(form, template):
+    values = parsed(modelfile("base.gguf", Inputs(form)))[2:]
+    assert values == [("template", "{{ .Prompt }}")] * template
+
+
+def test_what_ollama_would_misread_is_refused_and_nothing_written(chat, launch, tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be printed"):
+        modelfile("base", Inputs("chat", {}, "a\u200bb"))
+    with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*model DIR"):
+        dynrank.export_adapter(chat, tmp_path / "out", to="ollama", model="org/model")
+    (chat / "inputs.json").write_text(json.dumps({"form": "chat", "system": 'a """ b'}))
+    code, _, said = launch("export", chat, "--to", "ollama", "--out", tmp_path / "out")
+    assert (code, "three quotes" in said, "inputs.json" in said) == (2, True, True)
+    assert not (tmp_path / "out").exists()

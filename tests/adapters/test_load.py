@@ -1,11 +1,14 @@
-"""Adapters put into a plain model: what trains then, and what does not fit."""
+"""Adapters put into a plain model, or in the place of another: what trains then, and what does not fit."""
+
+import gc
+import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import dynrank
+from dynrank.layers.base import LoRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -75,12 +78,92 @@ def test_load_refuses_what_does_not_fit_the_model(misfit, zoo, tmp_path):
     zoo.assert_refused(zoo.plain(kind), tmp_path, message)
 
 
-def test_load_refuses_a_copy_of_a_tied_weight(zoo, tmp_path):
+def test_load_refuses_a_copy_of_a_tied_weight_and_a_model_with_lora_layers(zoo, tmp_path):
     """PEFT trains such a copy apart from the weight it was tied to; one parameter cannot be both."""
-    config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"])
-    get_peft_model(zoo.plain("gpt2"), config).save_pretrained(tmp_path)
+    zoo.by_peft("gpt2", tmp_path, target_modules=["c_attn"], modules_to_save=["lm_head"])
     zoo.assert_refused(zoo.plain("gpt2"), tmp_path, "lm_head.weight' is tied")
+    zoo.assert_refused(zoo.adapted("gpt2"), tmp_path, "LoRA layers already")
 
 
-def test_load_refuses_a_model_with_lora_layers(zoo, tmp_path):
-    zoo.assert_refused(zoo.adapted("llama"), zoo.saved(tmp_path, "llama"), "LoRA layers already")
+# --- one adapter in the place of another, between two calls of the model
+
+ADAPTERS = {
+    # Unlike ranks, targets (one on the tied head) and scaling.
+    "gpt2": [
+        {"target_modules": ["c_attn"]},
+        {"rank": 5, "target_modules": ["wte", "c_attn", "c_fc"], "rank_map": {"wte": 1}},
+        {"rank": 2, "target_modules": ["c_proj", "lm_head"], "rslora": True},
+    ],
+    # Each with a trained classifier.
+    "bert": [
+        {"target_modules": ["query"]},
+        {"rank": 2, "target_modules": ["query"]},
+        {"target_modules": ["value"]},
+    ],
+}
+
+
+@pytest.fixture
+def saved(zoo, tmp_path):
+    def folders(kind):
+        return [zoo.saved(tmp_path / f"{kind}{i}", kind, i, **options) for i, options in enumerate(ADAPTERS[kind], 1)]
+
+    return folders
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_swap_equals_a_fresh_load_and_draws_no_random_numbers(kind, saved, zoo):
+    model = zoo.plain(kind)
+    adapters = saved(kind)
+    for turn, index in enumerate((0, 1, 2, 0, 2, 1, 0)):
+        adapter = dynrank.read_adapter(adapters[index]) if turn % 2 else adapters[index]
+        before = torch.get_rng_state()
+        assert dynrank.swap_adapter(model, adapter) is model
+        assert torch.equal(torch.get_rng_state(), before)
+        fresh = dynrank.load_adapter(zoo.plain(kind), adapters[index])
+        assert torch.equal(zoo.outputs(model), zoo.outputs(fresh))
+        for found in ("rank", "scaling"):
+            ours, theirs = ({n: getattr(x, found) for n, x in dynrank.lora_layers(m)} for m in (model, fresh))
+            assert ours == theirs
+        ours, theirs = ([n for n, p in m.named_parameters() if p.requires_grad] for m in (model, fresh))
+        assert ours == theirs
+
+
+def test_swap_refuses_what_cannot_be_swapped_and_changes_nothing(saved, zoo, tmp_path):
+    first, second, _ = saved("bert")
+    without_head = zoo.saved(tmp_path / "bare", "bert", target_modules=["value"], modules_to_save=())
+    model = dynrank.load_adapter(zoo.plain("bert"), first)
+    for adapter, message in {
+        without_head: r"classifier\.weight' was trained whole .* plain model",
+        saved("gpt2")[0]: "no module 'transformer",
+        tmp_path / "absent": "absent",
+    }.items():
+        zoo.assert_refused(model, adapter, message, dynrank.swap_adapter)
+    dynrank.swap_adapter(model, second)
+    assert torch.equal(zoo.outputs(model), zoo.outputs(dynrank.load_adapter(zoo.plain("bert"), second)))
+
+
+def test_many_swaps_leak_nothing(saved, zoo):
+    adapters = saved("gpt2")
+    model = zoo.plain("gpt2")
+
+    def swaps(count):
+        kept = [dynrank.read_adapter(folder) for folder in adapters]
+        for index in range(count):
+            dynrank.swap_adapter(model, kept[index % 3] if index % 2 else adapters[index % 3])
+            zoo.outputs(model)
+        dynrank.swap_adapter(model, adapters[0])
+
+    def census():
+        gc.collect()
+        kinds = [type(o) for o in gc.get_objects()]
+        tensors = sum(issubclass(kind, torch.Tensor) for kind in kinds)
+        return tensors, sum(issubclass(kind, LoRALayer) for kind in kinds), len(list(model.parameters()))
+
+    swaps(6)
+    before = census()
+    old = weakref.ref(next(dynrank.lora_layers(model))[1].lora_A)
+    swaps(24)
+    # Objects that other tests left may go.
+    assert all(now <= then for now, then in zip(census(), before, strict=True))
+    assert old() is None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.adapters.base import merge_adapter
+from dynrank.adapters.base_model import merge_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import layer_class
 
@@ -120,68 +121,37 @@ def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def refused(launch, tmp_path):
-    """Runs the command; what it says, after a check of the exit code and that nothing was written."""
-
-    def call(*arguments):
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        code, _, said = launch("merge", *arguments)
-        assert code == 2
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-        return said
-
-    return call
-
-
-def test_command_refuses_what_it_cannot_use(stored, refused, zoo, tmp_path):
+def test_command_refuses_what_it_cannot_use_runs_no_code_and_writes_nothing(stored, launch, zoo, tmp_path):
     model, _, _ = stored
     zoo.plain("llama").save_pretrained(tmp_path / "llama")
-    (tmp_path / "empty").mkdir()
-    for source in ("adapter", "model"):
-        assert "--out must be another folder" in refused("adapter", "--model", model, "--out", source)
-    said = refused("adapter", "--model", "llama", "--out", "out")
-    assert "--model" in said
-    assert "LlamaForCausalLM has no module 'transformer." in said
-    for name in ("empty", "./absent"):
-        assert "--model" in refused("adapter", "--model", name, "--out", "out")
-    assert "cannot be read" in refused("absent", "--model", model, "--out", "out")
-    assert "--out" in refused("adapter", "--model", model)
-    (model / "model.safetensors").write_bytes(b"no model")
-    assert "--model" in refused("adapter", "--model", model, "--out", "out")
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_command_runs_no_code_of_the_model(stored, known, refused, tmp_path):
-    """Neither of a config that transformers does not know, nor of a class that it does not have for a known one."""
-    model, _, _ = stored
+    shutil.copytree(model, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no model")
+    shutil.copytree(model, tmp_path / "own")
     config = json.loads((model / "config.json").read_text())
-    classes = ("AutoConfig", "AutoModelForSeq2SeqLM", *(() if known else ("AutoModelForCausalLM",)))
-    config |= {"auto_map": {name: "code.Mine" for name in classes}, "architectures": []}
-    if known:
-        (tmp_path / "llama").mkdir()
-        # With this key all classes are tried.
-        config["n_embd"] = 4
-    else:
-        config["model_type"] = "mine"
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
-    assert "--model" in refused("adapter", "--model", model, "--out", "out")
+    # With this width all classes are tried, those too that only the folder's code would have.
+    config |= {"architectures": [], "n_embd": 4, "auto_map": {"AutoModelForSeq2SeqLM": "code.Mine"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
+    before = sorted(tmp_path.rglob("*"))
+    for base, out, message in (
+        ("model", "model", "--out must be another folder"),
+        ("llama", "out", "LlamaForCausalLM has no module 'transformer."),
+        ("./absent", "out", "--model"),
+        ("broken", "out", "--model"),
+        ("own", "out", "--model"),
+    ):
+        code, _, said = launch("merge", "adapter", "--model", base, "--out", out)
+        assert (code, message in said) == (2, True), said
+        assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_command_follows_no_link_out_of_the_models_folder(stored, refused, tmp_path):
+def test_tokenizer_files_are_no_links_out_of_the_model_or_its_hubs_cache(stored, tmp_path):
     model, adapter, _ = stored
     (tmp_path / "secret").write_text("of mine")
     (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    assert "chat_template.jinja' must not be a link" in refused("adapter", "--model", model, "--out", "out")
+    with pytest.raises(ConfigurationError, match="chat_template.jinja' must not be a link"):
+        merge_adapter(adapter, str(model), tmp_path / "out")
     (model / "chat_template.jinja").unlink()
-    (model / "chat_template.jinja").symlink_to("tokenizer_config.json")
-    merge_adapter(adapter, str(model), tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == '{"model_max_length": 16}'
-
-
-def test_files_of_a_hubs_cache_are_links_to_files_beside_the_snapshot(stored, tmp_path):
-    model, adapter, _ = stored
     blobs = tmp_path / "models--mine" / "blobs"
     snapshot = tmp_path / "models--mine" / "snapshots" / "abc"
     blobs.mkdir(parents=True)

@@ -9,27 +9,21 @@ import transformers as hf
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch.testing import assert_close
-from transformers.pytorch_utils import Conv1D
 
 import dynrank
-from dynrank.layers.experts import LoRAParameter
-from dynrank.layers.kinds import LAYERS, layer_class
+from dynrank.layers.kinds import layer_class
 
 TOKENS = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = {**TOKENS, **SIZES, "intermediate_size": 12, "num_key_value_heads": 1}
-BERT = {**TOKENS, **SIZES, "intermediate_size": 12}
+DEEP = {**TOKENS, **SIZES, "intermediate_size": 12}
 ARCHITECTURES = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=4)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DEEP, num_key_value_heads=1)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TOKENS, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**TOKENS, hidden_size=8, n_layer=2, n_head=2)),
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(**TOKENS, **SIZES, ffn_dim=12, max_position_embeddings=16, word_embed_proj_dim=6)
     ),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**TOKENS, **SIZES)),
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=4)),
-    "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**BERT, num_labels=4)),
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**DEEP, num_labels=4)),
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=24, d_model=8, d_kv=2, d_ff=12, num_layers=2, num_heads=4, decoder_start_token_id=0)
     ),
@@ -79,12 +73,6 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
     assert all(torch.equal(found[n].lora_B, x.lora_B) for n, x in layers.items())
 
 
-def test_every_kind_of_layer_is_adapted_in_some_test(zoo):
-    made = [*(make() for make in ARCHITECTURES.values()), zoo.plain("conv")]
-    kinds = {Conv1D, *(cls.supported for cls in LAYERS if not issubclass(cls, LoRAParameter))}
-    assert kinds <= {type(m) for model in made for m in model.modules()}
-
-
 @pytest.mark.parametrize("kind", ["bert", "conv"])
 def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(kind, zoo, tmp_path):
     model = zoo.adapted(kind, rslora=True)
@@ -101,21 +89,6 @@ def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(k
 # --- what PEFT's documentation says one can do with an adapter
 
 
-@pytest.fixture
-def mixed(zoo, tmp_path):
-    """(model of ours after changes of rank, folder of its adapter)."""
-    options = {"rank_map": {"v_proj": {"rank": 2, "alpha": 9}}, "rslora": True}
-    model = zoo.adapted("llama", rank=5, alpha=4, **options)
-    dynrank.resize(model, {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3})
-    dynrank.save_adapter(model, tmp_path / "mixed")
-    return model, tmp_path / "mixed"
-
-
-def judge(zoo, folder, **options):
-    """What PEFT makes of an adapter's folder."""
-    return PeftModel.from_pretrained(zoo.plain("llama"), folder, **options).eval()
-
-
 def close(got, expected):
     assert_close(got, expected, rtol=0, atol=1e-5)
 
@@ -128,15 +101,18 @@ def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):
     close(zoo.outputs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), zoo.outputs(ours))
 
 
-def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, tmp_path):
+def test_hotswap_between_adapters_of_unlike_ranks(zoo, tmp_path):
     """Padded, where ranks are mixed: PEFT's hot swap finds no layer in the patterns, and scales by the global alpha."""
-    dynrank.export_adapter(mixed[1], tmp_path / "padded", to="padded")
+    mixed = zoo.adapted("llama", rank=5, alpha=4, rank_map={"v_proj": {"rank": 2, "alpha": 9}}, rslora=True)
+    dynrank.resize(mixed, {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3})
+    dynrank.save_adapter(mixed, tmp_path / "mixed")
+    dynrank.export_adapter(tmp_path / "mixed", tmp_path / "padded", to="padded")
     wide = zoo.adapted("llama", 3, rank=7)
     narrow = zoo.adapted("llama", 4, rank=1, alpha=6)
     dynrank.save_adapter(wide, tmp_path / "wide")
     dynrank.save_adapter(narrow, tmp_path / "narrow")
-    theirs = judge(zoo, tmp_path / "wide")
-    for folder, ours in (("narrow", narrow), ("padded", mixed[0]), ("wide", wide), ("padded", mixed[0])):
+    theirs = PeftModel.from_pretrained(zoo.plain("llama"), tmp_path / "wide").eval()
+    for folder, ours in (("narrow", narrow), ("padded", mixed), ("wide", wide), ("padded", mixed)):
         hotswap_adapter(theirs, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
         close(zoo.outputs(theirs), zoo.outputs(ours))
         close(zoo.outputs(dynrank.swap_adapter(zoo.plain("llama"), tmp_path / folder)), zoo.outputs(ours))

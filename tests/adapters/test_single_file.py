@@ -1,12 +1,10 @@
 """A squeezed file is the dense SVD truncation of its source, by the rules of all tools that read it; all else stays."""
 
-import json
 import re
 import struct
 
 import pytest
 import torch
-import torch.nn.functional as F
 from dense import truncation
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin as StableDiffusion
@@ -17,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dynrank.adapters.squeeze import inspect, squeeze
-
-TARGETS = [{"rank": 2}, {"energy": 0.8}, {"budget": "40%"}]
 
 
 def unet():
@@ -47,20 +43,6 @@ def kohya(path, dtype=torch.float32, alphas=(3, 2, 8), ranks=(6, 3, 4), metadata
     return tensors
 
 
-def by_comfyui(up, down, alpha, shape):
-    """As A1111: both flattened; alpha / rank, or 1 without an alpha."""
-    scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
-    return scale * torch.mm(up.flatten(start_dim=1).double(), down.flatten(start_dim=1).double()).reshape(shape)
-
-
-def by_kohya(up, down, alpha, shape):
-    """Filters are convolved with each other; a missing alpha is the rank."""
-    scale = (len(down) if alpha is None else float(alpha)) / len(down)
-    if len(shape) == 2:
-        return scale * up.double() @ down.double()
-    return scale * F.conv2d(down.double().permute(1, 0, 2, 3), up.double()).permute(1, 0, 2, 3)
-
-
 def by_diffusers(path):
     """{module: update} of the UNet that has loaded the file."""
     model = unet()
@@ -70,12 +52,17 @@ def by_diffusers(path):
     return {name: module.get_delta_weight(*module.active_adapters).double() for name, module in modules.items()}
 
 
-def update(tensors, name, rule, shape):
-    """The update of a layer, by whichever names its factors have."""
+def update(tensors, name, shape):
+    """The update of a layer as kohya, A1111 and ComfyUI compute it, by whichever names its factors have.
+
+    Both factors are flattened; the scaling is alpha / rank, or 1 without an alpha.
+    """
     keys = ("lora_down.weight", "lora_up.weight", "alpha", "lora_A.weight", "lora_B.weight")
-    found = {key: tensors.get(f"{name}.{key}") for key in keys}
-    down, up, alpha, lora_A, lora_B = found.values()
-    return rule(lora_B if up is None else up, lora_A if down is None else down, alpha, shape)
+    down, up, alpha, lora_A, lora_B = (tensors.get(f"{name}.{key}") for key in keys)
+    first = (lora_A if down is None else down).flatten(1).double()
+    second = (lora_B if up is None else up).flatten(1).double()
+    scaling = 1.0 if alpha is None else float(alpha) / len(first)
+    return scaling * (second @ first).reshape(shape)
 
 
 def metadata_of(path):
@@ -83,43 +70,33 @@ def metadata_of(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(target, tmp_path):
-    before = kohya(tmp_path / "a.safetensors")
-    reports = {r.layer: r for r in squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **target)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(dtype, tmp_path):
+    """It is computed in float32, and each factor is rounded once. A layer without an alpha has its rank for one.
+
+    It gets the alpha of all others, because diffusers would give it that.
+    """
+    before = kohya(tmp_path / "a.safetensors", dtype)
+    del before["lora_unet_time_embedding_linear_1.alpha"]
+    save_file(before, tmp_path / "a.safetensors")
+    reports = {r.layer: r for r in squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", budget="40%")}
     after = load_file(tmp_path / "b.safetensors")
     read = by_diffusers(tmp_path / "b.safetensors")
-    assert before.keys() == after.keys()
+    assert after.keys() - before.keys() == {"lora_unet_time_embedding_linear_1.alpha"}
+    assert {value.dtype for value in after.values()} == {dtype}
     assert len({float(value) for key, value in after.items() if key.endswith(".alpha")}) == 1
-    assert len(read) == len(reports) == len(before) // 3
-    assert len({report.rank_after for report in reports.values()}) > 1 or "rank" in target
+    assert len(read) == len(reports) == len(after) // 3
+    assert len({report.rank_after for report in reports.values()}) > 1
+    rounding = max(1e-6, 1.5 * torch.finfo(dtype).eps)
     for module, theirs in read.items():
         name = f"lora_unet_{module.replace('.', '_')}"
-        old = update(before, name, by_comfyui, theirs.shape)
+        old = update(before, name, theirs.shape)
         report = reports[name]
         best = truncation(old, report.rank_after)
-        for rule in (by_kohya, by_comfyui):
-            assert (update(after, name, rule, theirs.shape) - best).norm() <= 1e-6 * old.norm()
-        assert (theirs - best).norm() <= 1e-6 * old.norm()
+        for new in (theirs, update(after, name, theirs.shape)):
+            assert (new - best).norm() <= rounding * old.norm()
         assert report.predicted_error == pytest.approx(float((old - best).norm()), abs=1e-4)
         assert report.rank_after < report.rank_before or torch.allclose(best, old)
-
-
-def test_half_precision_is_computed_in_float32_and_stored_as_it_was(tmp_path):
-    dtype = torch.bfloat16
-    before = kohya(tmp_path / "a.safetensors", dtype)
-    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.7)
-    after = load_file(tmp_path / "b.safetensors")
-    assert {value.dtype for value in after.values()} == {dtype}
-    for key in (key for key in before if key.endswith(".alpha")):
-        name = key.removesuffix(".alpha")
-        shape = before[key.replace("alpha", "lora_down.weight")].shape
-        shape = (len(before[f"{name}.lora_up.weight"]), *shape[1:])
-        old = update(before, name, by_comfyui, shape)
-        rank = len(after[f"{name}.lora_down.weight"])
-        error = (update(after, name, by_comfyui, shape) - truncation(old, rank)).norm()
-        # Each factor is rounded once.
-        assert error <= 1.5 * torch.finfo(dtype).eps * old.norm()
 
 
 def diffusers_file(folder, *, metadata):
@@ -134,7 +111,7 @@ def diffusers_file(folder, *, metadata):
     return folder / "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.parametrize(("metadata", "target"), [(True, TARGETS[0]), (False, TARGETS[1])], ids=str)
+@pytest.mark.parametrize(("metadata", "target"), [(True, {"rank": 2}), (False, {"energy": 0.8})], ids=str)
 def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target, tmp_path):
     """Without them, as for ComfyUI, alpha is the rank: so it is in the metadata, too."""
     source = diffusers_file(tmp_path, metadata=metadata)
@@ -149,42 +126,18 @@ def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target,
     bare = by_diffusers(tmp_path / "bare.safetensors")
     for name, old in before.items():
         best = truncation(old, reports[f"unet.{name}"].rank_after)
-        for new in (after[name], bare[name], update(tensors, f"unet.{name}", by_comfyui, old.shape)):
+        for new in (after[name], bare[name], update(tensors, f"unet.{name}", old.shape)):
             assert (new - best).norm() <= 1e-6 * old.norm()
 
 
-TRAINED = {"ss_network_dim": "6", "ss_network_alpha": "3.0", "ss_tag_frequency": '{"a": {"gr\u00fcn \\"x\\"": 3}}'}
-TRAINED["ss_network_args"] = json.dumps({"conv_dim": "4", "conv_alpha": "1", "dropout": "0.1"})
-
-
-def test_metadata_stay_without_ranks_and_hashes_of_before(tmp_path):
-    hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
-    kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | {"modelspec.title": "mine", **hashes})
-    squeeze(tmp_path / "a.safetensors", tmp_path / "1.safetensors", rank=2)
-    kept = {"modelspec.title": "mine", "ss_tag_frequency": TRAINED["ss_tag_frequency"]}
-    assert metadata_of(tmp_path / "1.safetensors") == kept
-
-
-def test_layers_that_are_at_their_rank_already_keep_their_bits(tmp_path):
-    before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2])
+def test_layers_at_their_rank_keep_their_bits_and_metadata_lose_ranks_and_hashes(tmp_path):
+    stale = {"ss_network_dim": "6", "ss_network_args": '{"conv_dim": "4"}', "sshs_model_hash": "0" * 64}
+    kept = {"modelspec.title": "mine", "ss_tag_frequency": '{"a": {"gr\u00fcn \\"x\\"": 3}}'}
+    before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2], metadata=kept | stale)
     squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=2)
     after = load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_a_layer_without_an_alpha_has_its_rank_for_one_and_gets_that_of_all(tmp_path):
-    """As kohya, A1111 and ComfyUI take it; diffusers would give it the others' alpha."""
-    before = kohya(tmp_path / "a.safetensors", alphas=[3])
-    key = "lora_unet_time_embedding_linear_1"
-    del before[f"{key}.alpha"]
-    save_file(before, tmp_path / "a.safetensors")
-    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
-    after = load_file(tmp_path / "b.safetensors")
-    read = by_diffusers(tmp_path / "b.safetensors")
-    for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
-        old = update(before, f"lora_unet_{name.replace('.', '_')}", by_kohya, read[name].shape)
-        for new in (read[name], update(after, f"lora_unet_{name.replace('.', '_')}", by_comfyui, old.shape)):
-            assert (new - old).norm() <= 1e-6 * old.norm()
+    assert metadata_of(tmp_path / "b.safetensors") == kept
 
 
 COPIED = {
@@ -213,36 +166,27 @@ def test_what_is_no_plain_layer_is_copied_and_named(tmp_path, launch):
 
 
 PLAIN = {"x.lora_down.weight": torch.ones(4, 6), "x.lora_up.weight": torch.ones(5, 4), "x.alpha": torch.tensor(2.0)}
-# Files that are around name two factors in these ways.
-NAMED = {
-    "kohya": ("lora_te1_a_b.lora_down.weight", "lora_te1_a_b.lora_up.weight"),
-    "PEFT": ("transformer.a.b.lora_A.weight", "transformer.a.b.lora_B.weight"),
-    "ComfyUI": ("diffusion_model.a.b.lora_A.default.weight", "diffusion_model.a.b.lora_B.default.weight"),
-    "old diffusers": ("unet.a.to_q.lora.down.weight", "unet.a.to_q.lora.up.weight"),
-    "older diffusers": ("a.processor.to_q_lora.down.weight", "a.processor.to_q_lora.up.weight"),
-    "text encoder": (
-        "text_encoder.a.fc1.lora_linear_layer.down.weight",
-        "text_encoder.a.fc1.lora_linear_layer.up.weight",
-    ),
-    "Mochi": ("transformer.a.lora_A", "transformer.a.lora_B"),
-}
+# Files that are around name the first factor in these ways, and the second with B or up.
+NAMED = [
+    "lora_te1_a_b.lora_down.weight",
+    "transformer.a.b.lora_A.weight",
+    "diffusion_model.a.b.lora_A.default.weight",
+    "unet.a.to_q.lora.down.weight",
+    "a.processor.to_q_lora.down.weight",
+    "text_encoder.a.fc1.lora_linear_layer.down.weight",
+    "transformer.a.lora_A",
+]
 
 
-@pytest.mark.parametrize("names", NAMED)
-def test_names_are_kept_and_not_understood(names, tmp_path):
-    first, second = NAMED[names]
-    save_file({first: torch.randn(4, 6), second: torch.randn(5, 4)}, tmp_path / "a.safetensors")
+def test_names_are_kept_and_not_understood(tmp_path):
+    tensors = {name: torch.randn(4, 6) for name in NAMED}
+    tensors |= {name.replace("down", "up").replace("lora_A", "lora_B"): torch.randn(5, 4) for name in NAMED}
+    save_file(tensors, tmp_path / "a.safetensors")
     squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1)
-    assert {key: [*value.shape] for key, value in load_file(tmp_path / "b.safetensors").items()} == {
-        first: [1, 6], second: [5, 1],
-    }  # fmt: skip
-    (layer,) = inspect(tmp_path / "a.safetensors")
-    assert (layer.rank, layer.scaling) == (4, 1.0)
-
-
-def settings(**changes):
-    model = {"unet.peft_type": "LORA", "unet.r": 4, "unet.lora_alpha": 8} | {f"unet.{k}": v for k, v in changes.items()}
-    return {"lora_adapter_metadata": json.dumps(model)}
+    after = load_file(tmp_path / "b.safetensors")
+    assert after.keys() == tensors.keys()
+    assert {(*value.shape,) for value in after.values()} == {(1, 6), (5, 1)}
+    assert [(layer.rank, layer.scaling) for layer in inspect(tmp_path / "a.safetensors")] == [(4, 1.0)] * len(NAMED)
 
 
 def tensors(**changes):
@@ -255,18 +199,15 @@ UNET = {"unet.x.lora_A.weight": torch.ones(4, 6), "unet.x.lora_B.weight": torch.
 HOSTILE = {
     "up without down": (tensors(down=None), {}, "'x' lacks one of its two factors"),
     "empty": (tensors(down=torch.ones(0, 6), up=torch.ones(5, 0)), {}, r"got \[0, 6\]"),
-    "4-d that do not fit": (tensors(up=torch.ones(5, 2, 1, 1)), {}, r"got \[4, 6\] and \[5, 2, 1, 1\]"),
-    "whole numbers": (tensors(up=torch.ones(5, 4).int()), {}, "got I32"),
-    "NaN": (tensors(up=torch.full((5, 4), torch.nan)), {}, "'x' holds NaN"),
     "alpha 0": (tensors(alpha=torch.tensor(0.0)), {}, "'x' must have a number other than 0 for alpha, got"),
-    "alpha 1e300": (tensors(alpha=torch.tensor(1e300, dtype=torch.float64)), {}, "other than 0 for alpha, got"),
     "alpha that its dtype loses": (tensors(alpha=torch.tensor(6e-8).half()), {}, "the one alpha .* other than 0"),
     "two alphas": (tensors(alpha=torch.ones(2)), {}, "other than 0 for alpha, got"),
-    "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "has alpha twice"),
+    "alpha twice": (
+        UNET | {"unet.x.alpha": torch.tensor(2.0)},
+        {"lora_adapter_metadata": '{"unet.peft_type": "LORA", "unet.r": 4, "unet.lora_alpha": 8}'}, "has alpha twice",
+    ),
     "no LoRA": ({"x.weight": torch.ones(3)}, {}, r"holds no plain LoRA layers; its tensors are \['weight'\]"),
     "deep": (UNET, {"lora_adapter_metadata": "[" * 100_000}, "cannot be read"),
-    "DoRA in the settings": (UNET, settings(use_dora=True), "use_dora must be unset"),
-    "other rank": (UNET, settings(r=5), "must have the rank of the settings"),
     "too large for its dtype": (
         tensors(up=torch.full((5, 4), 6e4).half(), down=torch.full((4, 6), 6e4).half(), alpha=torch.tensor(8.0)),
         {}, "'x' is too large for torch.float16",
@@ -284,16 +225,9 @@ def test_a_hostile_file_ends_in_one_line_and_leaves_nothing(fault, tmp_path, lau
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-@pytest.mark.parametrize("length", [5, 2**63])
-def test_a_header_that_lies_of_its_length_is_refused(length, tmp_path, launch):
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + b"{}" * 100)
-    for command in (["inspect"], ["squeeze", "--rank", 1, "--out", tmp_path / "b.safetensors"]):
-        code, _, message = launch(command[0], tmp_path / "a.safetensors", *command[1:])
-        assert (code, message.count("\n"), "cannot be read" in message) == (2, 1, True)
-
-
 def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
     save_file(PLAIN, "a.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}" * 100)
     (tmp_path / "there.safetensors").write_text("mine")
     (tmp_path / "a.ckpt").write_text("pickled")
     save_file(PLAIN, "adapter_model.safetensors")
@@ -301,11 +235,12 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
     for said, arguments in {
         "--out must be a new file": ["a.safetensors", "--rank", 1, "--out", "there.safetensors"],
         "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
-        "there is no file 'none.safetensors'": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
+        "'none.safetensors' cannot be read: No such file": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "in its folder; give the folder": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "must be a .safetensors file": ["a.ckpt", "--rank", 1, "--out", "b.safetensors"],
+        "'broken.safetensors' cannot be read": ["broken.safetensors", "--rank", 1, "--out", "b.safetensors"],
     }.items():
         code, _, message = launch("squeeze", *arguments)
         assert (code, message.count("\n"), said in message) == (2, 1, True), message
     assert (tmp_path / "there.safetensors").read_text() == "mine"
-    assert len([*tmp_path.iterdir()]) == 5
+    assert len([*tmp_path.iterdir()]) == 6

@@ -1,4 +1,7 @@
-"""A squeezed adapter is the dense SVD truncation of its source, for PEFT and here, and all else is as it was."""
+"""A squeezed adapter is the dense SVD truncation of its source, for PEFT and here, and all else is as it was.
+
+``inspect`` says what the dense updates say.
+"""
 
 import json
 
@@ -8,11 +11,10 @@ from dense import truncation
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from trained import updated
 
 import dynrank
-import dynrank.adapters.squeeze
 from dynrank.adapters.squeeze import squeeze
-from dynrank.errors import ConfigurationError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -51,7 +53,6 @@ def deltas(folder):
         ("gpt2", "rslora", {"budget": "50%"}),
         ("conv", "rslora", {"rank": 3}),
         ("conv", "patterns", {"energy": 0.8}),
-        ("llama", "patterns", {"budget": "50%"}),
     ],
 )
 def test_squeeze_is_the_dense_truncation_and_loads_in_peft_and_here(kind, settings, target, by_peft, zoo, tmp_path):
@@ -118,33 +119,25 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     assert min(q_proj) > max(down_proj)
 
 
-def test_share_keeps_the_direction_that_rounding_would_lose(tmp_path):
-    """29 of 100 directions are a share of 0.29, although 0.29 * 100 is below 29 in floats."""
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(200, 200)), rank=100, target_modules=["0"])
-    nn.init.normal_(model[0].lora_B)
-    dynrank.save_adapter(model, tmp_path / "source")
-    (report,) = squeeze(tmp_path / "source", tmp_path / "out", budget=0.29)
-    assert report.rank_after == 29
-
-
-def test_squeeze_of_a_fresh_adapter_can_still_learn(zoo, tmp_path):
-    get_peft_model(zoo.plain("llama"), LoraConfig(r=6, target_modules=["q_proj"])).save_pretrained(tmp_path / "source")
+def test_a_fresh_adapter_has_zeros_and_can_still_learn_after_a_squeeze(zoo, launch, tmp_path):
+    source = tmp_path / "source"
+    get_peft_model(zoo.plain("llama"), LoraConfig(r=6, target_modules=["q_proj"])).save_pretrained(source)
+    assert [(layer.energy_rank(0.9), layer.effective_rank) for layer in dynrank.inspect(source)] == [(0, 0.0)] * 2
+    assert launch("inspect", source, "--plot", tmp_path / "zero.png")[0] == 0
     for number, target in enumerate(({"rank": 2}, {"energy": 0.9}, {"budget": 10**6})):
-        reports = squeeze(tmp_path / "source", tmp_path / f"out{number}", **target)
+        reports = squeeze(source, tmp_path / f"out{number}", **target)
         assert {r.energy_kept for r in reports} == {1.0}
         tensors = load_file(tmp_path / f"out{number}" / WEIGHTS)
         assert all(bool(value.any()) == ("lora_A" in key) for key, value in tensors.items())
 
 
-def test_squeeze_takes_layers_at_the_ranks_that_they_can_have(zoo, tmp_path):
+def test_ranks_above_those_that_a_layer_can_have_are_lowered(zoo, launch, tmp_path):
+    """A share is of the stored numbers all the same."""
     model = zoo.by_peft("conv", tmp_path / "source", r=12)
+    assert [(layer.rank, layer.stored_rank) for layer in dynrank.inspect(tmp_path / "source")] == [(8, 12), (9, 12)]
     squeeze(tmp_path / "source", tmp_path / "out", energy=1.0)
     back = dynrank.load_adapter(zoo.plain("conv"), tmp_path / "out")
     assert (zoo.outputs(back) - zoo.outputs(model)).abs().max() <= 1e-5
-
-
-def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tmp_path):
-    zoo.by_peft("conv", tmp_path / "source", r=12)
     code, printed, _ = launch("squeeze", tmp_path / "source", "--budget", "50%", "--out", tmp_path / "small")
     assert code == 0
     before, after = (
@@ -152,20 +145,44 @@ def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tm
         for place in ("source", "small")
     )
     assert f"parameters       {before:,} → {after:,} ({after / before:.1%})" in printed
+    assert str(tmp_path / "small") in printed
     assert 0.4 * before < after <= 0.5 * before
 
 
-def test_a_bool_is_no_rank(by_peft, tmp_path):
-    """What else cannot be used is refused by the command, see tests/runs/test_bad_input.py."""
-    with pytest.raises(ConfigurationError, match="rank must be an int"):
-        squeeze(by_peft("llama"), tmp_path / "out", rank=True)
+@pytest.fixture
+def blocks(tmp_path):
+    """(model of eleven blocks with two kinds of layers each, the folder of a run with its adapter)."""
+    torch.manual_seed(0)
+    layers = [nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(11)]
+    model = updated(dynrank.add_lora(nn.ModuleDict({"layers": nn.ModuleList(layers)}), rank=4, alpha=6))
+    dynrank.save_adapter(model, tmp_path / "run" / "adapter")
+    return model, tmp_path / "run"
 
 
-def test_command_says_what_it_did(zoo, launch, tmp_path):
-    zoo.saved(tmp_path / "adapter", "llama", rank=4)
-    code, printed, _ = launch("squeeze", tmp_path / "adapter", "--rank", "1", "--out", tmp_path / "small")
+def test_inspect_agrees_with_the_dense_updates(blocks):
+    model, run = blocks
+    layers = dict(dynrank.lora_layers(model))
+    found = dynrank.inspect(run)
+    assert [layer.layer for layer in found] == [f"layers.{i}.{kind}" for i in range(11) for kind in ("down", "up")]
+    for spectrum in found:
+        delta = layers[spectrum.layer].delta_weight().detach().double()
+        values = torch.linalg.svdvals(delta)[:4]
+        assert (spectrum.shape, spectrum.rank, spectrum.alpha, spectrum.scaling) == (tuple(delta.shape), 4, 6, 1.5)
+        assert spectrum.parameters == 4 * 16
+        assert spectrum.singular_values == pytest.approx(values.tolist(), rel=1e-5)
+        share = values.square().cumsum(0) / values.square().sum()
+        assert spectrum.energy_rank(0.9) == 1 + int((share < 0.9).sum())
+        p = values / values.sum()
+        assert spectrum.effective_rank == pytest.approx(float((-p * p.log()).sum().exp()))
+
+
+def test_commands_take_the_folder_of_a_run_and_inspect_draws_all_layers(blocks, launch, tmp_path):
+    run = blocks[1]
+    code, printed, _ = launch("inspect", run, "--plot", tmp_path / "a.png")
     assert code == 0
-    assert "4 → 1" in printed
-    assert "parameters       416 → 104 (25.0%)" in printed
-    assert str(tmp_path / "small") in printed
-    assert json.loads((tmp_path / "small" / CONFIG).read_text())["r"] == 1
+    lines = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    assert rows[0][:5] == ["layers.0.down", "6 x 10", "4", "6", "1.5"]
+    assert (rows[-1][0], rows[-1][2], rows[-1][-1]) == ("22 layers", "4.0 (mean)", f"{22 * 4 * 16:,}")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert launch("squeeze", run, "--rank", 1, "--out", tmp_path / "small")[0] == 0

@@ -8,7 +8,7 @@ from gguf_files import write_gguf
 from transformers import LlamaForCausalLM
 
 import dynrank
-from dynrank.adapters.base import merge_adapter
+from dynrank.adapters.base_model import merge_adapter
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 

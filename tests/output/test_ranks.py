@@ -1,34 +1,39 @@
-"""Layers are grouped by their kind, their name without its numbers; a table of a change knows all layers."""
+"""The tables of ranks say what the model has, printed and as a DataFrame; a table of a change knows all layers."""
 
 import io
 
+import pandas as pd
+import peft
+import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+import dynrank
 from dynrank.change.resize import LayerReport
-from dynrank.output.ranks import change_table, layer_kinds
-
-
-def test_kind_follows_the_last_number_or_is_the_whole_name():
-    names = ["m.h.0.attn.q", "m.h.11.attn.q", "m.h.0.mlp", "m.head"]
-    assert list(layer_kinds(names).values()) == ["attn.q", "attn.q", "mlp", "m.head"]
-    assert list(layer_kinds(["encoder.0.q", "decoder.0.q"]).values()) == ["encoder.*.q", "decoder.*.q"]
+from dynrank.errors import ConfigurationError
+from dynrank.output.ranks import change_table
 
 
 def change(*names, before=8, after=4):
     return [LayerReport(name, before, after, 0.9, 0.1, (1.0,), params_per_rank=5) for name in names]
 
 
-def cells(table):
-    console = Console(width=120, record=True, file=io.StringIO())
+def printed(table, width):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
-    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
+    return console.export_text()
+
+
+def cells(text):
+    lines = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line] for line in lines]
 
 
 def test_table_counts_unchanged_layers_and_the_slot_holds_them():
     ranks = {"h.0.q": 4, "h.1.q": 8, "head": 4, "pooler": 13}
     table = change_table("change", change("h.0.q", "head"), ranks)
-    assert [row[:2] for row in cells(table)] == [["q", "1 of 2"], ["head", "1"], ["all", "2 of 4"]]
+    assert [row[:2] for row in cells(printed(table, 120))] == [["q", "1 of 2"], ["head", "1"], ["all", "2 of 4"]]
     assert table.caption == (
         "highest rank 13, average 7.2: a server's slot has 16 in every layer, because of 1 of 4 layers: pooler (13)"
     )
@@ -36,6 +41,45 @@ def test_table_counts_unchanged_layers_and_the_slot_holds_them():
 
 def test_names_of_kinds_stay_in_one_line_of_a_narrow_terminal():
     names = [f"bert.encoder.layer.{block}.attention.output.dense" for block in range(2)] + ["bert.pooler.dense"]
-    console = Console(width=70, record=True, file=io.StringIO())
-    console.print(change_table("change", change(*names), dict.fromkeys(names, 4)))
-    assert "attention.output.dense" in console.export_text()
+    table = change_table("change", change(*names), dict.fromkeys(names, 4))
+    assert "attention.output.dense" in printed(table, 70)
+
+
+def blocks():
+    make = [nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(3)]
+    return nn.ModuleDict({"layers": nn.ModuleList(make), "head": nn.Linear(6, 4)})
+
+
+@pytest.mark.parametrize("by", ["dynrank", "peft"])
+def test_a_row_for_each_layer_with_its_rank_scaling_and_parameters(by):
+    if by == "dynrank":
+        model = dynrank.add_lora(blocks(), rank=4, alpha=8, rank_map={"head": {"rank": 2, "pinned": True}})
+    else:
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down", "head"], rank_pattern={"head": 2})
+        model = peft.inject_adapter_in_model(config, blocks())
+    table = dynrank.ranks(model)
+    frame = pd.DataFrame(table)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert table.parameters == frame["parameters"].sum() == trained
+    of_block = [("up", 10, 6, 4, 8, 2, False), ("down", 6, 10, 4, 8, 2, False)]
+    expected = [(f"layers.{i}.{kind}", kind, *values) for i in range(3) for kind, *values in of_block]
+    expected.append(("head", "head", 4, 6, 2, 8, 4, by == "dynrank"))
+    columns = ["layer", "kind", "d_out", "d_in", "rank", "alpha", "scaling", "pinned"]
+    assert [*frame[columns].itertuples(index=False, name=None)] == expected
+
+
+def test_printed_it_has_a_line_for_each_kind_and_follows_a_change():
+    model = dynrank.add_lora(blocks(), rank=4)
+    dynrank.resize(model, {"layers.1.up": 1})
+    assert cells(str(dynrank.ranks(model))) == [
+        ["up", "3", "1-4", "3.0", "1-4", "144"],
+        ["down", "3", "4", "4.0", "4", "192"],
+        ["head", "1", "4", "4.0", "4", "40"],
+        ["all", "7", "1-4", "3.6", "1-4", "376"],
+    ]
+    assert repr(dynrank.ranks(model)) == str(dynrank.ranks(model))
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ConfigurationError, match="no LoRA layers; call dynrank.add_lora"):
+        dynrank.ranks(torch.nn.Linear(2, 2))

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from transformers import AutoTokenizer, pipeline
 
 import dynrank
-from dynrank.adapters.base import merge_adapter
+from dynrank.adapters.base_model import merge_adapter
 from dynrank.commands import cli
 from dynrank.runs.job import run
 from dynrank.runs.report.page import template, write_report
