@@ -4,6 +4,7 @@ import csv
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,25 +12,19 @@ from torch import Tensor
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
-BACKENDS = ("auto", "torch", "triton", "reference")
+Backend = Literal["auto", "torch", "triton", "reference"]
 # scripts/bench_gpu.py appends rows to this file.
 MEASURED = Path(__file__).with_name("measured.csv")
 
 
-def check_backend(backend: str) -> str:
-    """``backend`` itself, if it is the name of one."""
-    if backend not in BACKENDS:
-        raise ConfigurationError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; set lora.backend")
-    return backend
-
-
-def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
+def products_of(backend: Backend, x: Tensor, rank: int) -> ModuleType:
     """The module that makes the products.
 
     ``auto`` is Triton's kernels where they support ``x`` and were faster on this GPU at this size, else ATen. With
     ``reference`` a linear layer does not use the op at all, see :meth:`dynrank.layers.kinds.LoRALinear.reference`.
     """
-    check_backend(backend)
+    if backend not in get_args(Backend):
+        raise ConfigurationError(f"backend must be one of {get_args(Backend)}, got {backend!r}; set lora.backend")
     if backend == "auto" and x.is_cuda and x.numel() >= paying_size(torch.cuda.get_device_name(x.device)):
         return torch_backend if triton_launch.unsupported(x, rank) else triton_launch
     if backend != "triton":

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynrank.kernels.backends import products_of
-from dynrank.kernels.dropout import draw_seed
+from dynrank.kernels.backends import Backend, products_of
 
 Weight = Tensor | Callable[[], Tensor]
 
@@ -27,7 +26,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
@@ -43,7 +42,7 @@ def lora_linear(
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
-        seed: seed of the dropout mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; None draws a new one.
+        seed: seed of the dropout mask, 0-d int64; None draws a new one by :func:`draw_seed`.
         backend: which backend makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
 
     Returns:
@@ -67,6 +66,11 @@ def lora_linear(
         y: Tensor = _Node.apply(x, lora_A, lora_B, constants)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, lora_A, lora_B, constants)[0]
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from the device's default generator, 0-d int64; restoring the generator's state repeats it."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 class _Constants(NamedTuple):

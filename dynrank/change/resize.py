@@ -22,8 +22,7 @@ from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.base import RankedLayer, max_rank, params_per_rank
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.peft_layers import config_changes
-from dynrank.layers.peft_view import PeftLayer
+from dynrank.layers.peft_layers import PeftLayer, config_changes
 from dynrank.linalg import (
     Directions,
     RankChange,

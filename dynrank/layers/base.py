@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.backends import check_backend
+from dynrank.kernels.backends import Backend
 from dynrank.linalg import products
 
 
@@ -16,9 +16,9 @@ def note(module: nn.Module, key: Any, value: Any) -> None:
     vars(module).setdefault("dynrank", {})[key] = value
 
 
-def noted(module: nn.Module, key: Any, default: Any = None) -> Any:
-    """The value that :func:`note` has kept on ``module``."""
-    return vars(module).get("dynrank", {}).get(key, default)
+def noted(module: nn.Module, key: Any) -> Any:
+    """The value that :func:`note` has kept on ``module``; None if there is none."""
+    return vars(module).get("dynrank", {}).get(key)
 
 
 def imported(path: str) -> Any:
@@ -118,13 +118,13 @@ class LoRALayer(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
+        backend: Backend = "auto",
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         d_out, d_in = self.shape_of(base)
         self.num_products = self.num_products_of(base)
-        self.backend = check_backend(backend)
+        self.backend: Backend = backend
         self.base = base.requires_grad_(False)
         self.scaling = float(scaling)
         self.dropout = nn.Dropout(dropout)
@@ -145,8 +145,9 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        """(d_out, d_in) of the update of ``base``."""
-        raise NotImplementedError
+        """(d_out, d_in) of the update of ``base``: by default the shape of its weight."""
+        d_out, d_in = base.get_parameter("weight").shape
+        return d_out, d_in
 
     @classmethod
     def num_products_of(cls, base: nn.Module) -> int:

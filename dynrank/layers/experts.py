@@ -245,12 +245,6 @@ class LoRARouterWeight(LoRAParameter):
             )
         super().__init__(base, **options)
 
-    @classmethod
-    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        assert isinstance(base, RouterWeight)
-        d_out, d_in = base.weight.shape
-        return d_out, d_in
-
     def forward(self) -> Tensor:
         """``W + scaling * B A``, (d_out, d_in) in the dtype of W."""
         return self.merged_weight()

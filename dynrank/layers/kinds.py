@@ -1,7 +1,5 @@
 """One class of LoRA layer per kind of base layer: its shape, its forward, and its update in the weight's shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +19,8 @@ class LoRALinear(LoRALayer):
 
     supported = nn.Linear
 
-    @classmethod
-    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        d_out, d_in = base.get_parameter("weight").shape
-        return d_out, d_in
-
     def _weight_OI(self) -> Weight:
-        weight: Any = self.base.weight
-        return weight  # type: ignore[no-any-return]
+        return self.weight
 
     def reference(self, x: Tensor) -> Tensor:
         """The output by an operation of torch for each part of the formula, in the dtype of x.
@@ -43,11 +35,10 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.backend == "reference" or torch.compiler.is_compiling():
             return self.reference(x)
-        bias: Any = self.base.bias
         return lora_linear(
             x,
             self._weight_OI(),
-            bias,
+            self.bias,
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -77,11 +68,8 @@ class LoRAQuantizedLinear(LoRALinear):
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         # The packed weight has another shape.
-        d_out = base.out_features
-        d_in = base.in_features
-        assert isinstance(d_out, int)
-        assert isinstance(d_in, int)
-        return d_out, d_in
+        linear: Any = base
+        return linear.out_features, linear.in_features
 
     def _weight_OI(self) -> Callable[[], Tensor]:
         unpack = unpacker(self.base)

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
+from dynrank.kernels.backends import Backend
 from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
 from dynrank.layers.choosing import PRESETS, target_names
 from dynrank.layers.compiled import named_modules
@@ -35,7 +36,7 @@ def add_lora(
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> M:
     """Freeze ``model`` and replace ``target_modules`` by LoRA layers, in place, after all arguments are checked.
 

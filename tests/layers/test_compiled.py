@@ -1,6 +1,6 @@
-"""torch.compile: one graph for each rank, or for all, and layers that keep the model's names, in PEFT's files too."""
+"""torch.compile: one graph for each rank, and layers that keep the model's names, in PEFT's files too."""
 
-import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -26,31 +26,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(16, 24)
-        self.down = nn.Linear(24, 16)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(16, 12)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+def block():
+    return nn.Sequential(OrderedDict(up=nn.Linear(16, 24), between=nn.GELU(), down=nn.Linear(24, 16)))
 
 
 def base():
     torch.manual_seed(0)
-    return Net().eval()
+    return nn.Sequential(OrderedDict(first=block(), second=block(), head=nn.Linear(16, 12))).eval()
 
 
 def adapted(seed=1, rank=8, **options):
@@ -65,8 +47,8 @@ def whole(model):
 
 def blocks(model):
     """The other usual way: every block by itself."""
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = torch.compile(block, backend="eager")
+    model.first = whole(model.first)
+    model.second = whole(model.second)
     return model
 
 
@@ -79,15 +61,6 @@ def outputs(model):
         return model(X)
 
 
-def step(model, forward, x=X):
-    """(output, gradient of each factor), with the masks of one seed."""
-    torch.manual_seed(5)
-    model.zero_grad()
-    y = forward(x)
-    y.square().mean().backward()
-    return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
-
-
 def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)), rank=8)
@@ -95,38 +68,27 @@ def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank()
     counter = CompileCounterWithBackend("eager")
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def step(forward):
+        logits = forward(ids).logits
+        return [logits, *torch.autograd.grad(logits.square().mean(), dynrank.adapter_parameters(model))]
+
     for rank, graphs in ((8, 1), (3, 2)):
         dynrank.resize(model, rank)
         for _ in range(2):
-            got = step(model, lambda ids: compiled(ids).logits, ids)
-            assert_close(got, step(model, lambda ids: model(ids).logits, ids))
+            assert_close(step(compiled), step(model))
         assert counter.frame_count == graphs
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_computes_the_same_as_plain_operations():
-    options = {"dropout": 0.3, "backend": "reference", "target_modules": ["blocks.0.up", "blocks.0.down"]}
-    plain = adapted(**options).train().blocks[0]
-    model = adapted(**options | {"backend": "auto"}).train().blocks[0]
-    # inductor has its own generator for seeds; it would start processes, and try what this CPU's vectors can do
-    with torch._inductor.config.patch({"fallback_random": True, "compile_threads": 1, "cpp.vec_isa_ok": False}):
-        compiled = step(model, torch.compile(model, fullgraph=True))
-    assert_close(compiled, step(plain, plain), rtol=1e-4, atol=1e-5)
-
-
-def test_layers_are_named_and_resized_as_in_the_model_itself():
-    plain = adapted()
-    model = both(adapted())
+def test_layers_are_named_resized_and_saved_as_in_the_model_itself(tmp_path):
+    options = {"rank_map": {"down": {"rank": 3, "alpha": 5}}, "modules_to_save": ["head"]}
+    plain = adapted(**options)
+    model = both(adapted(**options))
     assert [name for name, _ in dynrank.lora_layers(model)] == [name for name, _ in dynrank.lora_layers(plain)]
     for one in (plain, model):
-        dynrank.resize(one, {"blocks.0.up": 1})
+        nn.init.ones_(one.head.weight)
+        dynrank.resize(one, {"first.up": 1})
     assert_close(outputs(model), outputs(plain))
-
-
-def test_what_is_saved_loads_in_peft(tmp_path):
-    model = both(adapted(rank_map={"down": {"rank": 3, "alpha": 5}}, modules_to_save=["head"]))
-    with torch.no_grad():
-        model.head.weight.mul_(2)
     dynrank.save_adapter(model, tmp_path)
     assert_close(outputs(PeftModel.from_pretrained(base(), tmp_path).eval()), outputs(model))
     assert_close(outputs(dynrank.load_adapter(both(base()), tmp_path)), outputs(model))
@@ -147,14 +109,14 @@ def test_layer_that_is_compiled_by_itself_is_refused(tmp_path):
     """Its wrapper calls what it was made of, whatever stands in the place of that."""
     dynrank.save_adapter(adapted(), tmp_path)
     model = base()
-    model.blocks[0].down = whole(model.blocks[0].down)
+    model.first.down = whole(model.first.down)
     with pytest.raises(ConfigurationError, match=r"down.*compile the model afterwards"):
         dynrank.add_lora(model, rank=2, target_modules=TARGETS)
     with pytest.raises(ConfigurationError, match=r"down.*compile the whole model"):
         dynrank.load_adapter(model, tmp_path)
     assert not list(dynrank.lora_layers(model))
     dynrank.add_lora(model, rank=2, target_modules=["up"])
-    model.blocks[0].up = whole(model.blocks[0].up)
+    model.first.up = whole(model.first.up)
     before = outputs(model)
     with pytest.raises(ConfigurationError, match=r"up.*compile the whole model"):
         dynrank.swap_adapter(model, tmp_path)

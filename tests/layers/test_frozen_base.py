@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from trained import updated
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import MARK, SAMPLES, adapted_models, fingerprint, left_out, without_base
-from dynrank.layers.peft_layers import follow_checkpoint_ranks
 
 
 def adapted(seed=0, rank=2, **options):
@@ -127,40 +124,14 @@ def test_a_fingerprint_knows_shape_and_values_but_not_the_layout(shape, dtype, d
     assert values.numel() > SAMPLES or known != fingerprint(values)
 
 
-@pytest.mark.parametrize("part", range(16))
-def test_a_fingerprint_sees_all_parts_of_a_large_tensor(part):
+def test_a_fingerprint_sees_all_parts_of_a_large_tensor():
     values = torch.zeros(4096, 512)
-    known = fingerprint(values)
-    values[256 * part : 256 * (part + 1)] = 1
-    assert fingerprint(values) != known
-
-
-@pytest.mark.parametrize("mark", [None, {}, {"model": "x", "parameters": []}, "yes"])
-def test_a_broken_mark_is_refused(mark):
-    state = stripped(adapted()) | {MARK: mark}
-    with pytest.raises(ConfigurationError, match=MARK):
-        adapted().load_state_dict(state)
+    known = {fingerprint(values)}
+    for part in values.split(256):
+        part.fill_(1)
+        known.add(fingerprint(values))
+    assert len(known) == 17
 
 
 def test_a_merged_model_has_no_base_left():
     assert not adapted_models(dynrank.merge(adapted().eval()))
-
-
-def test_peft_model():
-    def wrapped(seed=0, rank=4):
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 5))
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "1"], modules_to_save=["2"])
-        model = nn.ModuleDict({"net": get_peft_model(net, config)})
-        follow_checkpoint_ranks(model)
-        return model
-
-    model = updated(wrapped())
-    fresh = wrapped(rank=2)
-    x = torch.randn(4, 40)
-    state = stripped(model)
-    assert all(".lora_" in key or ".modules_to_save." in key or key.endswith(MARK) for key in state)
-    fresh.load_state_dict(state)
-    assert torch.equal(fresh["net"](x), model["net"](x))
-    with pytest.raises(ConfigurationError, match="other values"):
-        wrapped(seed=1).load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Putting LoRA layers into whole models, and finding them again."""
+"""Putting LoRA layers into whole models, finding them again, loading other ranks into them, and merging them."""
 
 import copy
 import json
@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from trained import updated
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LoRALinear
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 @pytest.fixture
@@ -20,11 +24,14 @@ def net():
     return nn.ModuleDict({"body": body, "head": nn.Linear(8, 4)})
 
 
-def test_add_lora_freezes_all_but_the_adapters_and_modules_to_save(net):
+def test_add_lora_freezes_all_but_the_adapters_and_modules_to_save_and_is_refused_twice(net):
     assert dynrank.add_lora(net, rank=2, target_modules=["0", "1"], modules_to_save=["head"]) is net
     trainable = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     factors = {f"body.{index}.lora_{factor}" for index in (0, 1) for factor in "AB"}
     assert trainable == factors | {"head.weight", "head.bias"}
+    with pytest.raises(ConfigurationError, match="LoRA layers already"):
+        dynrank.add_lora(net, rank=2, target_modules=["head"])
+    assert [name for name, _ in dynrank.lora_layers(net)] == ["body.0", "body.1"]
 
 
 @pytest.mark.parametrize(("alpha", "rslora", "scaling"), [(None, False, 1), (9, False, 9 / 6), (9, True, 9 / 6**0.5)])
@@ -77,7 +84,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"rank_map": {"tail": 2}}, "'tail' matches no LoRA layer"),
         ({"dtype": torch.int32}, "dtype"),
         ({"target_modules": [3]}, r"target_modules\[0\] must be a valid string, got 3"),
-        ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be 'auto', 'torch', 'triton' or 'reference', got 'cuda'"),
     ],
 )
 def test_add_lora_failure_changes_nothing(net, options, message):
@@ -88,13 +95,6 @@ def test_add_lora_failure_changes_nothing(net, options, message):
     assert [id(module) for module in net.modules()] == [id(module) for module in modules]
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-def test_add_lora_twice_is_refused(net):
-    dynrank.add_lora(net, rank=2, target_modules=["head", "1"])
-    with pytest.raises(ConfigurationError, match="LoRA layers already"):
-        dynrank.add_lora(net, rank=2, target_modules=["0"])
-    assert [name for name, _ in dynrank.lora_layers(net)] == ["body.1", "head"]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -133,3 +133,72 @@ def test_add_lora_puts_one_layer_everywhere_its_shared_base_stands():
     assert model.nested[1] is model.again is model.first
     assert type(model.first) is nn.Linear
     assert_close(model(x), y)
+    with pytest.raises(ConfigurationError, match="no LoRA layers"):
+        dynrank.merge(model)
+
+
+def layer(rank=3):
+    torch.manual_seed(0)
+    return updated(LoRALinear(nn.Linear(7, 6), rank=rank, scaling=1.5))
+
+
+@pytest.mark.parametrize("rank", [1, 6])
+def test_load_state_dict_takes_the_rank_of_the_checkpoint(rank):
+    source = layer(rank)
+    target = layer(3)
+    x = torch.randn(4, 7)
+    original = copy.deepcopy(target)
+    target.scaling = 4.0
+    ids = [id(target.lora_A), id(target.lora_B)]
+    nn.init.zeros_(target.lora_A)
+    target(x).sum().backward()
+    assert target.weight.grad is target.bias.grad is None
+    target.load_state_dict(source.state_dict())
+    assert [id(target.lora_A), id(target.lora_B)] == ids
+    assert (target.rank, target.alpha) == (rank, 1.5 * rank)
+    assert torch.equal(target(x), source(x))
+    # The new gradient has another shape than the one that stood there.
+    target(x).sum().backward()
+    assert torch.equal(original(x), layer(3)(x))
+
+
+@pytest.mark.parametrize(
+    ("lora_A", "lora_B"),
+    [((3, 8), (6, 3)), ((3, 7), (5, 3)), ((3, 7), (6, 2)), ((7, 7), (6, 7)), ((0, 7), (6, 0)), ((3, 7, 1), (6, 3))],
+)
+def test_load_state_dict_names_the_layer_when_the_factors_do_not_fit(lora_A, lora_B):
+    net = nn.ModuleDict({"deep": nn.Sequential(layer())})
+    before = copy.deepcopy(net.state_dict())
+    state = {**before, "deep.0.lora_A": torch.ones(lora_A), "deep.0.lora_B": torch.ones(lora_B)}
+    with pytest.raises(ConfigurationError, match=r"factors of 'deep\.0' are"):
+        net.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("targets", "tied"), [(["lm_head"], False), (["wte"], False), ("all-linear", True)])
+def test_merge_keeps_the_logits_and_unties_only_an_adapted_head(targets, tied, tmp_path):
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16, **ids)).eval()
+    model = updated(dynrank.add_lora(gpt2, rank=2, target_modules=targets), 0.3)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    logits = model(IDS).logits
+    assert dynrank.merge(model) is model
+    assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == model.config.tie_word_embeddings == tied
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GPT2LMHeadModel.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_an_interrupted_merge_counts_no_update_twice(monkeypatch):
+    net = updated(dynrank.add_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), rank=2))
+    x = torch.randn(3, 6)
+    y = net(x)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(net[1], "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dynrank.merge(net)
+    assert_close(net(x), y)

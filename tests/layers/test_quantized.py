@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchao.quantization
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.testing import assert_close
 from trained import updated
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -24,6 +24,10 @@ SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
+}
+TORCHAO = {
+    "torchao": torchao.quantization.Int8WeightOnlyConfig(),
+    "torchao, inputs too": torchao.quantization.Int8DynamicActivationInt8WeightConfig(),
 }
 
 
@@ -52,20 +56,16 @@ def folder(tmp_path_factory):
 def base(request, folder):
     """Makes the quantised model anew on every call."""
 
-    def make(settings=None):
+    def make():
         options = {"device_map": "cpu", "dtype": torch.float32}
-        if request.param != "torchao":
+        if request.param in SETTINGS:
             options["quantization_config"] = BitsAndBytesConfig(**SETTINGS[request.param])
         model = LlamaForCausalLM.from_pretrained(folder, **options).eval()
-        if request.param == "torchao":
-            torchao.quantization.quantize_(model.model, settings or torchao.quantization.Int8WeightOnlyConfig())
+        if request.param in TORCHAO:
+            torchao.quantization.quantize_(model.model, TORCHAO[request.param])
         return model
 
     return make
-
-
-def only(*kinds):
-    return pytest.mark.parametrize("base", kinds, indirect=True)
 
 
 def logits(model):
@@ -92,13 +92,9 @@ def up_proj(model):
     return dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
 
 
-@pytest.mark.parametrize("library", ["dynrank", "peft"])
-def test_trained_truncated_saved_and_loaded_by_peft(base, library, tmp_path):
-    if library == "dynrank":
-        model = dynrank.add_lora(base(), rank=8, alpha=16)
-    else:
-        targets = r"model\.layers.*_proj"
-        model = get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+def test_trained_truncated_saved_and_loaded_by_peft(base, tmp_path):
+    model = dynrank.add_lora(base(), rank=8, alpha=16)
+    assert all(isinstance(layer, LoRAQuantizedLinear) for _, layer in dynrank.lora_layers(model))
     before = {key: value.clone() for key, value in packed(base()).items()}
     optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model), lr=1e-2)
     for rank in (8, 8, 4, 2, 2):
@@ -107,14 +103,10 @@ def test_trained_truncated_saved_and_loaded_by_peft(base, library, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     expected = logits(model.eval())
-    if library == "dynrank":
-        assert all(isinstance(layer, LoRAQuantizedLinear) for _, layer in dynrank.lora_layers(model))
-        after = packed(model)
-        assert set(after) == set(before) != set()
-        assert all(torch.equal(after[key], value) for key, value in before.items())
-        dynrank.save_adapter(model, tmp_path)
-    else:
-        model.save_pretrained(tmp_path)
+    after = packed(model)
+    assert set(after) == set(before) != set()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    dynrank.save_adapter(model, tmp_path)
     assert (expected - logits(base())).abs().max() > 1e-2
     assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), expected, rtol=0, atol=1e-5)
     assert_close(logits(dynrank.load_adapter(base(), tmp_path)), expected, rtol=0, atol=1e-5)
@@ -124,7 +116,12 @@ def test_trained_truncated_saved_and_loaded_by_peft(base, library, tmp_path):
 def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(base, training):
     layer = up_proj(adapted(base()).train(training))
     x = torch.randn(2, 3, 64, requires_grad=True)
-    y = layer(x)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    # No unpacked weight is kept for the backward.
+    assert not [t for t in saved if t.is_floating_point() and sorted(t.shape) == [64, 128]]
+    assert saved
     assert y.dtype == torch.float32
     lora_A, lora_B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     other = x.detach().clone().requires_grad_()
@@ -138,31 +135,13 @@ def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(bas
     assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-@only("nf4", "torchao")
-def test_training_keeps_no_unpacked_weight_for_the_backward(base):
-    layer = up_proj(adapted(base()).train())
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(torch.randn(2, 3, 64, requires_grad=True))
-    assert saved
-    assert not [t for t in saved if t.is_floating_point() and sorted(t.shape) == [64, 128]]
-
-
-@only("int8", "torchao")
-def test_layers_that_round_inputs_keep_their_forward(base):
-    model = adapted(base(torchao.quantization.Int8DynamicActivationInt8WeightConfig())).train()
-    layer = up_proj(model)
-    x = torch.randn(2, 3, 64)
-    assert_close(layer(x), layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
-
-
-@only("nf4-double")
+@pytest.mark.parametrize("base", ["int8", "torchao, inputs too", "nf4-double"], indirect=True)
 @pytest.mark.usefixtures("as_the_cpu_is")
-def test_a_layer_that_bitsandbytes_packs_again_for_this_cpu_computes_as_its_base(base):
+def test_a_layer_that_rounds_inputs_or_is_packed_for_this_cpu_computes_as_its_base(base):
     model = adapted(base())
-    # On some CPUs bitsandbytes packs the weight again in this pass.
+    # On some CPUs bitsandbytes packs a 4-bit weight again in this pass.
     logits(model)
-    layer = up_proj(model)
+    layer = up_proj(model.train())
     x = torch.randn(2, 3, 64)
     assert_close(layer(x), layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
 
