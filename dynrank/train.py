@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
-from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_adapter, fill_length
+from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, complete
 from dynrank.runs.overrides import usage_errors
 from dynrank.runs.sweep import run_in_sweep
 
@@ -28,18 +28,15 @@ PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 def _train(config: DictConfig) -> float | None:
     """Make a run; in a sweep, return the objective for the sweeper."""
     quiet_imports()
-    fill_length(config)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    with usage_errors(), _removed_if_empty(folder):
-        fill_adapter(config, hydra_config.overrides.task)
+    overrides = hydra_config.overrides.task
     record = partial(_record, folder)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return run_in_sweep(config, folder, record)
+        return run_in_sweep(config, overrides, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
     with usage_errors(), _removed_if_empty(folder):
-        # The run does this, too, but after the imports.
-        check_run_keys(config)
+        complete(config, overrides)
         if not _is_another_process():
             print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         # torch and transformers are loaded here, so that --help does not wait for them.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from pydoc import render_doc
 from typing import Literal
@@ -58,7 +58,6 @@ def refusal(call, *args, **kwargs):
         (lambda: Options(), "size is missing; set where.size"),
         (lambda: Options(1, shar=1), "shar is unknown; nearest: share; set where.shar"),
         (lambda: Options(13), "size must not be 13; set where.size"),
-        (lambda: replace(Options(1), size=0), "size must be greater than or equal to 1, got 0; set where.size"),
         (lambda: area(0), "width must be greater than or equal to 1, got 0; set call.width"),
         (lambda: area(1, 2.5), "height must be a valid integer or must be 'auto', got 2.5; set call.height"),
         (lambda: validated_call()(lambda n: n)(1, 2), "unexpected"),
@@ -144,24 +143,12 @@ def test_help_shows_no_private_name_and_no_constraint(named):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (
-            lambda: dynrank.add_lora(nn.Linear(2, 2), r=4, lora_alpha=8),
-            "(?s)rank is missing.*r is rank here.*lora_alpha is alpha here",
-        ),
-        (lambda: dynrank.add_lora(nn.Linear(2, 2), rank=1, lora_dropout=0.1), "lora_dropout is dropout here"),
-        (lambda: dynrank.add_lora(nn.Linear(2, 2), rank=1, rank_pattern={"q": 2}), "rank_pattern is rank_map here"),
-        (
-            lambda: parse_rank_map({"q": {"r": 4, "lora_alpha": 2}}, "here"),
-            "(?s)r is rank here.*lora_alpha is alpha here",
-        ),
+        (lambda: add_lora(nn.Linear(2, 2), r=4, lora_alpha=8), "rank is missing.*r is rank.*lora_alpha is alpha here"),
+        (lambda: add_lora(nn.Linear(2, 2), rank=1, rank_pattern={"q": 2}), "rank_pattern is rank_map here"),
+        (lambda: parse_rank_map({"q": {"r": 4, "lora_alpha": 2}}, "here"), "r is rank.*lora_alpha is alpha here"),
         (lambda: early_budget(target_r=4), "target_r is final_rank here"),
         (lambda: dynrank.compose(["lora.r=4"]), "lora.r is not a configuration key; nearest: lora.rank,"),
-        (
-            lambda: dynrank.compose(["+lora.lora_alpha=4"]),
-            "lora.lora_alpha is not a configuration key; nearest: lora.alpha,",
-        ),
     ],
 )
 def test_pefts_names_are_answered_with_ours(call, said):
-    with pytest.raises(ConfigurationError, match=said):
-        call()
+    assert re.search(said, refusal(call), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Packages import only from lower layers, through the __init__ that offers names; few modules are in no package."""
+"""Packages import only from lower layers; few modules are in no package."""
 
 import ast
 from pathlib import Path
@@ -86,30 +86,6 @@ def test_no_module_imports_itself_through_others():
         assert free, f"a circle among {sorted(above)}"
         for name in free:
             del above[name]
-
-
-def names_from(tree: ast.AST) -> list[tuple[str, str]]:
-    """(module, name) of every name that is imported from a module."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return [(node.module, alias.name) for node in nodes for alias in node.names]
-
-
-def test_names_that_a_package_offers_are_imported_from_it():
-    """A name that a package's ``__init__`` offers is taken from there, and from no module inside."""
-    inits = {name_of(relative): tree for relative, tree in MODULES.items() if relative.name == "__init__.py"}
-    offered = {
-        (module, name): package
-        for package, tree in inits.items()
-        for module, name in names_from(tree)
-        if package != "dynrank" and module.startswith(f"{package}.")
-    }
-    wrong = [
-        f"{relative} imports {name} past {offered[module, name]}"
-        for relative, tree in MODULES.items()
-        for module, name in names_from(tree)
-        if (module, name) in offered and not f"{name_of(relative)}.".startswith(f"{offered[module, name]}.")
-    ]
-    assert not wrong
 
 
 def test_mathematics_and_schedules_know_no_framework():

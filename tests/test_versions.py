@@ -34,11 +34,6 @@ def test_the_lock_has_what_the_project_wants(requirement):
     assert all(version in requirement.specifier for version in locked), "run scripts/lock"
 
 
-def test_the_lock_names_versions_that_pypi_has():
-    """A local version, as 2.13.0+cpu, is none of PyPI's."""
-    assert not [pin for pin in LOCK if any(version.local for version in versions(pin.name))]
-
-
 @pytest.mark.parametrize("name", ["torch", "lightning", "transformers", "peft"])
 def test_the_upper_bound_is_the_release_after_the_last_that_was_tried(name):
     with (ROOT / "scripts/results/newest.csv").open(newline="", encoding="utf-8") as file:

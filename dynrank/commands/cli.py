@@ -57,18 +57,11 @@ ConfigDir = Annotated[
 ]
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        # typer's own message does not name the value.
-        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None
-
-
-def _count(text: str) -> int:
-    if _whole(text) < 1:
-        raise typer.BadParameter(f"must be at least 1, got {text}")
-    return _whole(text)
+def _count(text: str | int) -> int:
+    # typer's own messages do not name the value; defaults are passed as they are.
+    if not str(text).isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _decimal(text: str) -> float:

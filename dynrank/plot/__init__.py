@@ -278,13 +278,11 @@ def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequ
     for axes in grid[len(panels) :]:
         axes.remove()
     for axes, (quantity, arms) in zip(grid, panels.items(), strict=False):
-        known = [(place, values) for place, values in zip(places, arms, strict=True) if values]
-        dots = [(place, value) for place, values in known for value in values]
-        axes.plot([place for place, _ in dots], [value for _, value in dots], "o", alpha=0.35, markersize=4)
-        axes.plot([p for p, _ in known], [fmean(v) for _, v in known], color="tab:blue", marker="_", linestyle="none")
-        several = [(place, fmean(values), stdev(values)) for place, values in known if len(values) > 1]
-        if several:
-            axes.errorbar(*zip(*several, strict=True), color="tab:blue", capsize=3, linestyle="none")
+        for place, values in zip(places, arms, strict=True):
+            axes.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.35, markersize=4)
+            if values:
+                deviation = stdev(values) if len(values) > 1 else None
+                axes.errorbar(place, fmean(values), deviation, fmt="_", color="tab:blue", capsize=3)
         axes.set_title(quantity, fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_xticks(places, texts, fontsize=6 if crowded else 8, rotation=90 if crowded else 0)

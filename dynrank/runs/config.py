@@ -147,10 +147,16 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
         config = hydra_compose(name, overrides=[*beside, *overrides])
-    check_run_keys(config, name)
-    fill_length(config)
-    fill_adapter(config, overrides)
+    complete(config, overrides, name)
     return config
+
+
+@configured()
+def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NAME) -> None:
+    """Check the keys of what was composed from ``conf/NAME.yaml``, and set the values that follow from others."""
+    check_run_keys(config, name)
+    _fill_length(config)
+    _fill_adapter(config, overrides)
 
 
 @configured()
@@ -160,7 +166,7 @@ def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
     RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
 
 
-def fill_length(config: DictConfig) -> None:
+def _fill_length(config: DictConfig) -> None:
     """Set the length of training and the validations where nothing says them: your own files take 3 epochs.
 
     Other data take 560 steps. A run whose length is in epochs validates four times in each, another every 30 batches.
@@ -183,8 +189,7 @@ def fill_length(config: DictConfig) -> None:
 _OF_ADAPTER = {"lora.rank", "lora.alpha", "lora.target_modules", "lora.rslora"}
 
 
-@configured()
-def fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
+def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
     """Set the rank of a run that goes on from an adapter (``lora.from``) to the mean rank of its parameters."""
     place = config.lora.get("from")
     if place is None:

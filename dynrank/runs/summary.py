@@ -62,6 +62,8 @@ def read_summary(folder: Path) -> Summary:
     file = folder / SUMMARY
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
     except ValueError as error:
         raise ConfigurationError(f"{str(file)!r} is not what a run writes at its end: {error}") from None
     return read_as(Summary, content, str(file))

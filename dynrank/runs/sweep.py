@@ -19,6 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table, quiet_imports
 from dynrank.output.whole_file import whole_file
 from dynrank.runs.command import read_overrides
+from dynrank.runs.config import complete
 from dynrank.runs.folder import HISTORY
 from dynrank.runs.summary import SUMMARY, Summary, read_summary
 
@@ -118,10 +119,10 @@ def show_sweep(folder: Path, plot: bool = True) -> None:
 def _read_run(folder: Path) -> SweepRun:
     pairs = (text.lstrip("+~").partition("=") for text in read_overrides(folder) or ())
     overrides = {key: value for key, _, value in pairs}
+    if not (folder / SUMMARY).exists():
+        return SweepRun(folder, overrides, {}, "has not ended")
     try:
         return SweepRun(folder, overrides, _results(read_summary(folder)))
-    except FileNotFoundError:
-        return SweepRun(folder, overrides, {}, "has not ended")
     # One broken file must not hide the other runs.
     except ConfigurationError as error:
         return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
@@ -191,8 +192,10 @@ def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     plot.arms(settings, ", ".join(made[0].setting), panels).savefig(file)
 
 
-def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
-    """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
+def run_in_sweep(
+    config: DictConfig, overrides: Sequence[str], folder: Path, record: Callable[[], None]
+) -> float | None:
+    """Make the run of ``config`` and its ``overrides`` in ``folder``; returns its ``objective`` at the final weights.
 
     ``record`` writes what Hydra was called with into the folder.
     """
@@ -200,6 +203,7 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
     from dynrank.runs.job import run
 
     try:
+        complete(config, overrides)
         summary = run(config, folder, sweep=True, record=record)
         return None if config.objective is None else summary.final[config.objective]
     except Exception as error:

@@ -109,11 +109,11 @@ def finished() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path | None = None) -> Iterator[None]:
-    """Say how to resume a run that ends within the block by Ctrl-C, which is raised again, or by SIGTERM in training.
+def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterator[None]:
+    """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
 
-    ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was
-    resumed.
+    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which
+    the run itself was resumed.
     """
     saver: Any = trainer.checkpoint_callback
     try:
@@ -133,12 +133,12 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path | None = N
         raise
 
 
-def _advice(saved: str, folder: Path | None) -> str:
+def _advice(saved: str, folder: Path) -> str:
     """How to resume: a command to paste if the run was started by a command, otherwise a key."""
     changes = [override("ckpt_path", saved)]
-    if folder is not None and saved == str(last_checkpoint(folder)):
+    if saved == str(last_checkpoint(folder)):
         changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
-    return f"go on with {(folder and command(folder, *changes)) or changes[0]}"
+    return f"go on with {command(folder, *changes) or changes[0]}"
 
 
 def quiet_training() -> None:

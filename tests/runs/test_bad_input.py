@@ -1,12 +1,8 @@
 """What a user may get wrong on the command line: one message naming value and key, exit code 2, nothing left behind."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch import nn
 
 import dynrank
@@ -83,16 +79,9 @@ def test_train_refuses_what_only_the_run_shows(launch, tiny_bert, overrides, nam
     assert not list(Path("run").rglob("*.csv"))
 
 
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}])
-def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if environment:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert):
     several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
-    sweep = ["--multirun", "hydra.sweep.dir=sweep", "lora.rank=16,24"]
-    code, _, message = launch(train.main, *sweep, "debug=smoke", *several)
+    code, _, message = launch(train.main, "--multirun", "hydra.sweep.dir=sweep", "debug=smoke", *several)
     assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
     assert not list(tmp_path.rglob("checkpoints"))
 
@@ -101,96 +90,47 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
     ("overrides", "named"),
     [
         (["hydra.run.dir=/proc/x"], ["'/proc/x' cannot be made", "hydra.run.dir"]),
-        (["hydra.run.dir=loop/x"], ["'loop/x' cannot be made: Too many levels"]),
-        (["hydra.sweep.dir=file/x", "lora.rank=2,4", "--multirun"], ["'file/x' cannot be made", "hydra.sweep.dir"]),
+        (["hydra.sweep.dir=mine/x", "lora.rank=2,4", "--multirun"], ["'mine/x' cannot be made", "hydra.sweep.dir"]),
         (["schedule=null"], ["schedule=fixed"]),
-        (["rank_map.file=loop"], ["'loop'", "rank_map.file"]),
-        (["ckpt_path=loop"], ["'loop'", "ckpt_path"]),
+        (["rank_map.file=mine"], ["'mine'", "rank_map.file"]),
+        (["ckpt_path=mine"], ["'mine'", "ckpt_path"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
 def test_train_refuses_places_and_texts_that_cannot_be_used(launch, tmp_path, overrides, named):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "mine").write_text("not a folder")
     before = sorted(tmp_path.rglob("*"))
     code, _, message = launch(train.main, *overrides)
     assert (code, message.count("\n"), sorted(tmp_path.rglob("*"))) == (2, 1, before), message
     assert all(text in message for text in named), message
 
 
-VALUES = ["null", "true", "-1", "0", "1e400", "nan", "text", "''", "[]", "[1,a]", "{}", "{a:1}", "1.5", "99999999999"]
-
-
-def keys_of(node, path=""):
-    for key, value in node.items():
-        inner = f"{path}.{key}" if path else str(key)
-        yield inner
-        if isinstance(value, dict):
-            yield from keys_of(value, inner)
-
-
-@cache
-def keys_beside(schedule):
-    return sorted({*keys_of(OmegaConf.to_container(dynrank.compose([f"schedule={schedule}"])))} - {"task.model"})
-
-
-@settings(max_examples=20, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-@pytest.mark.filterwarnings("ignore")
-def test_any_value_of_any_key_is_taken_or_refused(launch, tiny_bert, data):
-    schedule = data.draw(st.sampled_from(["after_convergence", "anneal", "early_budget", "auto", "milestones"]))
-    overrides = ["debug=smoke", f"task.model={tiny_bert}", f"schedule={schedule}"]
-    key = data.draw(st.sampled_from(keys_beside(schedule)))
-    override = data.draw(st.sampled_from([f"{key}={value}" for value in VALUES] + [f"~{key}", f"{key}x=1"]))
-    assert launch(cli.main, "ranks", *overrides, override)[0] in (0, 2)
-
-
-def test_unknown_command_and_option_exit_with_2(launch):
-    for main, argument in [(cli.main, "rnaks"), (cli.main, "--frobnicate"), (train.main, "--frobnicate")]:
-        assert launch(main, argument)[0] == 2
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    """A small adapter on disk, rank 4."""
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 8)), rank=4)
-    dynrank.save_adapter(model, tmp_path / "adapter")
-
-
-SQUEEZE = [
-    ([], ["--rank", "--energy", "--budget", "none"]),
-    (["--rank", "2", "--energy", "0.5"], ["--rank 2", "--energy 0.5"]),
-    (["--rank", "0"], ["--rank", "0"]),
-    (["--energy", "nan"], ["--energy", "nan"]),
-    (["--budget", "13"], ["--budget", "13", "14"]),
-    (["--budget", "half"], ["--budget", "half"]),
-    (["--rank", "2", "--out", "used"], ["--out", "used"]),
+REFUSED = [
+    # (a command, what the message must name)
+    ("rnaks", ["rnaks"]),
+    ("--frobnicate", ["--frobnicate"]),
+    ("squeeze adapter --out out", ["--rank", "--energy", "--budget", "none"]),
+    ("squeeze adapter --out out --rank 2 --energy 0.5", ["--rank 2", "--energy 0.5"]),
+    ("squeeze adapter --out out --rank 0", ["--rank", "0"]),
+    ("squeeze adapter --out out --energy nan", ["--energy", "nan"]),
+    ("squeeze adapter --out out --budget 13", ["--budget", "13", "14"]),
+    ("squeeze adapter --out out --budget half", ["--budget", "half"]),
+    ("squeeze adapter --out used.png --rank 2", ["--out", "used.png"]),
+    ("squeeze absent --out out --rank 2", ["absent"]),
+    ("inspect absent", ["absent"]),
+    ("inspect adapter --plot spectra.txt", ["--plot", "spectra.txt"]),
+    ("inspect adapter --plot used.png", ["--plot", "used.png"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "named"), SQUEEZE, ids=lambda value: " ".join(value))
-@pytest.mark.usefixtures("adapter")
-def test_squeeze_refuses(launch, tmp_path, options, named):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").write_text("mine")
+@pytest.mark.parametrize(("command", "named"), REFUSED, ids=str)
+def test_dynrank_refuses_and_writes_nothing(launch, tmp_path, command, named):
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 8)), rank=4)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "used.png").mkdir()
+    (tmp_path / "used.png" / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    out = [] if "--out" in options else ["--out", "out"]
-    code, _, message = launch(cli.main, "squeeze", "adapter", *out, *options)
+    code, _, message = launch(cli.main, *command.split())
     assert code == 2
     assert all(text in message for text in named), message
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("command", [["squeeze", "absent", "--rank", "2", "--out", "out"], ["inspect", "absent"]])
-def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, command):
-    code, _, message = launch(cli.main, *command)
-    assert (code, "absent" in message) == (2, True)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("plot", ["spectra.txt", "folder.png"])
-@pytest.mark.usefixtures("adapter")
-def test_inspect_refuses_a_picture_that_cannot_be_written(launch, tmp_path, plot):
-    (tmp_path / "folder.png").mkdir()
-    code, _, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
-    assert (code, "--plot" in message, plot in message) == (2, True, True)

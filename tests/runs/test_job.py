@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dynrank
 from dynrank import train
 from dynrank.errors import ConfigurationError
-from dynrank.runs.job import build, make_scheduler
+from dynrank.runs.job import build
 
 FILES = [
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"),
@@ -32,7 +32,6 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert set(summary["test"]) == {"test/loss", "test/accuracy", "test/macro_f1"}
     assert set(summary["final_ranks"].values()) == {16}
     assert min(summary[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes")) > 0
-    assert summary["tokens_per_second"] > 0
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
     history = rows(smoke_run[0] / "rank_history.csv")
     fields = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
@@ -46,12 +45,6 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
 def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
     for text in ("rank change at step", "32 → 16", "attention.self.query", "675,840", "test/accuracy", "report.html"):
         assert text in smoke_run[1]
-
-
-@pytest.mark.parametrize("overrides", [["~schedule._target_"], ["schedule._target_=null"]])
-def test_schedule_that_makes_nothing_is_refused_and_not_taken_for_a_fixed_rank(overrides):
-    with pytest.raises(ConfigurationError, match=r"set schedule\._target_"):
-        make_scheduler(dynrank.compose(overrides).schedule)
 
 
 def test_missing_package_of_pictures_says_which_extra_brings_it(monkeypatch):

@@ -15,19 +15,33 @@ class Saver(AdapterCheckpoint):
     stop_signals = STOP_SIGNALS
 
 
-def fit_and_test(trainer, module, train, val):
-    with stoppable(trainer, None):
-        trainer.fit(module, train)
-        trainer.test(module, val)
+@pytest.fixture
+def ended(regression, tmp_path, capsys):
+    """Trains and tests with other methods of the module until Ctrl-C ends it; returns what that prints."""
+    make, data, trainer = regression
+
+    def run(steps, **methods):
+        module = make()
+        vars(module).update(methods)
+        saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
+        run = trainer(max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+        train, val = data()
+        with stoppable(run, None, tmp_path):
+            run.fit(module, train)
+            run.test(module, val)
+
+    def said(steps, **methods):
+        with pytest.raises(KeyboardInterrupt):
+            run(steps, **methods)
+        return capsys.readouterr().err
+
+    return said
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_path, capsys):
-    make, data, trainer = regression
-    saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
-    module = make()
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(ended, regression):
+    step = regression[0]().training_step
     pressed = []
-    step = module.training_step
 
     def twice_in_the_second_step(batch, batch_idx):
         if batch_idx == 1:
@@ -36,27 +50,16 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_p
                 pressed.append(press)
         return step(batch, batch_idx)
 
-    module.training_step = twice_in_the_second_step
-    with pytest.raises(KeyboardInterrupt):
-        fit_and_test(trainer(max_steps=4, callbacks=[saver], enable_checkpointing=True), module, *data())
+    said = ended(4, training_step=twice_in_the_second_step)
     # The first Ctrl-C let the step go on, and the second did not return.
     assert pressed == [0]
-    assert "Ctrl-C: stopped after step 1; go on with" in capsys.readouterr().err
+    assert "Ctrl-C: stopped after step 1; go on with" in said
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ctrl_c_in_the_test_says_how_to_go_on(regression, tmp_path, capsys):
-    make, data, trainer = regression
-    saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
-    module = make()
-
-    def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    module.test_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        fit_and_test(trainer(max_steps=2, callbacks=[saver], enable_checkpointing=True), module, *data())
-    assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in capsys.readouterr().err
+def test_ctrl_c_in_the_test_says_how_to_go_on(ended):
+    said = ended(2, test_step=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in said
 
 
 @pytest.mark.parametrize("folder", ["plain/2026-11-28_run.1", "josé/run", "two words", "o'clock"])

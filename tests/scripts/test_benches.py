@@ -78,7 +78,7 @@ def test_bench_gpu_on_a_cpu(bench):
 
 
 def test_bench_gpus_rows_are_those_that_auto_decides_from(script, tmp_path):
-    """With times that are made up: targets of an H100 at its size alone, and a file in which auto finds the size."""
+    """With times that are made up, in a file in which auto then finds the size."""
     bench_gpu = script("bench_gpu")
     file = tmp_path / "measured.csv"
     file.write_text(MEASURED.read_text())
@@ -92,11 +92,8 @@ def test_bench_gpus_rows_are_those_that_auto_decides_from(script, tmp_path):
     ]  # fmt: skip
     bench_gpu.append(rows, "A card", file)
     assert paying_size("A card", file) == 2048 * 4096
-    table = bench_gpu.markdown(rows).splitlines()
     first = "| one layer | 4096 → 4096 | 512 | 16 | 0.0 | 100 | 1.60 | 1.30 eager | 1.28 | 1.35 |"
-    assert table[2].startswith(first)
-    targets = "1.24 of frozen (at most 1.22), 0.78 of PEFT (at most 0.82), 0.97 of unsloth's order (at most 0.94)"
-    assert [line.split(" | ")[-2] for line in table[2:]] == ["", "", targets]
+    assert bench_gpu.markdown(rows).splitlines()[2].startswith(first)
 
 
 def test_bench_swap(main, tiny_bert):

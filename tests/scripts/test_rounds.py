@@ -7,8 +7,6 @@ import forked
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-from transformers.pytorch_utils import Conv1D
 
 from dynrank.adapters.squeeze import squeeze
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
@@ -34,7 +32,7 @@ def test_fuzz_repeats_a_case_by_its_seed(main, capsys):
 
 # The names of parameters of some change when they are saved.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llava", "mixtral", "nomic_bert", "swin"])
+@pytest.mark.parametrize("family", ["llava", "mixtral"])
 def test_family_trains_resumes_and_goes_to_peft_and_back(family, script):
     families = script("families")
     row = families.row_of(family, families.families()[family])
@@ -58,19 +56,11 @@ def test_a_cut_unet_draws_the_same_once_it_is_loaded_again(script, main, tmp_pat
 
 SIZE = ["--steps", "6", "--characters", "40000", "--batch", "4", "--length", "32", "--width", "64"]
 SIZE += ["--layers", "2", "--vocabulary", "600"]
-# Each has a module of the last block, its class and the shapes of its weights.
-TELLING = {
-    "gpt2": ("transformer.h.1.attn.c_attn", Conv1D, [(64, 192), (192,)]),
-    "qwen3_moe": ("model.layers.1.mlp.experts", Qwen3MoeExperts, [(8, 128, 64), (8, 64, 64)]),
-}
 
 
-@pytest.mark.parametrize("architecture", TELLING)
-def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
-    script, main, architecture, monkeypatch, tmp_path
-):
+def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(script, main, monkeypatch, tmp_path):
     def launch(name):
-        return main("pretrain_small", "--architecture", architecture, "--out", tmp_path / name, *SIZE)
+        return main("pretrain_small", "--architecture", "qwen3_moe", "--out", tmp_path / name, *SIZE)
 
     monkeypatch.setattr(script("pretrain_small"), "KEEP_EVERY", 2)
     monkeypatch.setattr(script("pretrain_small"), "PACKAGES", ("torchmetrics",))
@@ -93,9 +83,8 @@ def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
 
     whole, part = (load_causal_lm(str(tmp_path / name)) for name in ("whole", "part"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), part.parameters(), strict=True))
-    name, kind, shapes = TELLING[architecture]
-    assert type(whole.get_submodule(name)) is kind
-    assert [tuple(p.shape) for p in whole.get_submodule(name).parameters()] == shapes
+    experts = whole.get_submodule("model.layers.1.mlp.experts")
+    assert [tuple(p.shape) for p in experts.parameters()] == [(8, 128, 64), (8, 64, 64)]
     assert whole.lm_head.weight is whole.get_input_embeddings().weight
     tokenizer = load_tokenizer(str(tmp_path / "whole"))
     text = "Returns a tensor, if any: naïve."

@@ -31,24 +31,23 @@ def command(tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    ("failing", "named"),
-    [((), ""), (("ruff",), "style"), (("mypy", "pytest"), "types tests"), (("pytest",), "tests")],
-)
-def test_tests_run_whatever_style_and_types_have_come_to(command, failing, named):
-    code, said, calls = command("-k", "budget", failing=failing)
-    assert code == bool(failing)
-    assert said == (f"failed: {named}\n" if failing else "")
-    assert "--constraint constraints.txt --editable .[test]" in calls
-    assert ".venv/bin/pytest" in calls.splitlines()[-1]
-    assert calls.endswith("-k budget\n")
+CALLS = [
+    # (arguments, programs that fail, what the last line names, whether newest.csv gets a row)
+    ("-k budget", (), "", False),
+    ("-k budget", ("ruff",), "style", False),
+    ("-k budget", ("mypy", "pytest"), "types tests", False),
+    ("--newest", (), "", True),
+    ("--newest", ("mypy",), "types", False),
+    ("--newest --quick", (), "", False),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "failing", "noted"), [((), (), True), (("--quick",), (), False), ((), ("mypy",), False)]
-)
-def test_only_a_whole_suite_that_passes_with_the_newest_versions_is_noted(command, arguments, failing, noted):
-    _, _, calls = command("--newest", *arguments, failing=failing)
-    assert "--constraint" not in calls
-    assert ".venv-newest/bin/pytest" in calls
+@pytest.mark.parametrize(("arguments", "failing", "named", "noted"), CALLS)
+def test_tests_run_whatever_style_and_types_have_come_to(command, arguments, failing, named, noted):
+    code, said, calls = command(*arguments.split(), failing=failing)
+    assert (code, said) == ((1, f"failed: {named}\n") if failing else (0, ""))
+    newest = "--newest" in arguments
+    assert f"{'.venv-newest' if newest else '.venv'}/bin/pytest" in calls
+    assert newest or calls.endswith(f"{arguments}\n")
+    assert ("--constraint constraints.txt --editable .[test]" in calls) is not newest
     assert (".venv-newest/bin/python scripts/newest.py" in calls) == noted

@@ -36,7 +36,7 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     """
     run = read_run(folder)
     results = _results(run.summary)
-    rivals = {_run_name(other): _results(_read_rival(other)) for other in against}
+    rivals = {_run_name(other): _results(read_summary(other)) for other in against}
     file = folder / "report.html"
     try:
         page = template("page.html.jinja").render(
@@ -107,15 +107,6 @@ def _data_uri(picture: Path) -> str:
 def _run_name(folder: Path) -> str:
     """The last two parts of the path: the date and the time for a run without a name."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def _read_rival(folder: Path) -> Summary:
-    try:
-        return read_summary(folder)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--against must be the folder of a finished run, got {str(folder)!r}: {error}"
-        ) from None
 
 
 def _results(summary: Summary) -> dict[str, str]:

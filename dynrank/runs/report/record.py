@@ -140,8 +140,8 @@ def read_run(folder: str | Path) -> RunRecord:
         dynrank.plot.loss(run).savefig("loss.png")
     """
     folder = Path(folder)
+    summary = read_summary(folder)
     try:
-        summary = read_summary(folder)
         config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
         history = _changes(folder / HISTORY)
         metrics = read_metrics(folder / METRICS)

@@ -1,41 +1,47 @@
-"""report.html holds what the run's files say, as a whole page that needs nothing else."""
+"""report.html holds what the run's files say, alone or beside other runs, as a whole page that needs nothing else."""
 
 import base64
 import io
 import json
 import re
+import shlex
 
 import pytest
 from PIL import Image
+from report_pages import NASTY, Page, write_run
 
+import dynrank
+from dynrank.commands import cli
+from dynrank.errors import ConfigurationError
 from dynrank.runs.report import page as report_page
-from dynrank.runs.report.page import write_report
+from dynrank.runs.report.page import next_commands, write_report
 from dynrank.runs.report.record import read_run
 
 
 @pytest.fixture(scope="module")
-def folder(run_folder, tmp_path_factory):
-    return run_folder(tmp_path_factory.mktemp("report") / "run", undone=[(15, 1)])
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("report") / "run", undone=[(15, 1)])
 
 
 @pytest.fixture(scope="module")
-def report(folder, page_of):
-    return page_of(write_report(folder))
+def report(folder):
+    return Page(write_report(folder))
 
 
-def captions(report):
-    return [picture.get("alt") for picture in report.root.iter("img")]
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
 
 
-def test_every_layer_has_a_row_with_its_ranks(report, folder, nasty):
+def test_every_layer_has_a_row_with_its_ranks(report, folder):
     headings, *rows = report.table("The adapter's layers")
     assert headings[:4] == ["layer", "d_out × d_in", "rank", "brought"]
     # A layer that never changed has no row in the history.
     brought = {row[0].split(".")[-1]: row[3] for row in rows}
-    assert brought == {"up": "0.2 ± 0.05", nasty.split(".")[-1]: "–", "head": "–"}
+    assert brought == {"up": "0.2 ± 0.05", NASTY: "–", "head": "–"}
     ranks = {row[0]: row[2] for row in rows}
     assert list(ranks) == list(json.loads((folder / "summary.json").read_text())["final_ranks"])
-    assert ranks[f"layers.1.{nasty}"] == "8 → 4 → 2"
+    assert ranks[f"layers.1.{NASTY}"] == "8 → 4 → 2"
     assert ranks["head"] == "8"
     assert {row[1] for row in rows} == {"16 × 12"}
     assert {row[0]: int(row[-1]) for row in rows} == {n: (8 if n == "head" else 2) * 28 for n in ranks}
@@ -48,40 +54,34 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
     assert len(report.root.findall(".//tr[@class='undone']")) == 1
 
 
-def test_weights_cost_and_the_rows_that_were_left_out_are_said(run_folder, tmp_path, page_of):
-    folder = run_folder(tmp_path / "run")
-    file = folder / "summary.json"
+@pytest.mark.usefixtures("no_matplotlib")
+def test_page_begins_with_results_final_weights_cost_and_data(tmp_path):
     said = {"weights": "of step 20 of 30: the best val/loss", "cost": "val/loss 1 → 2 by the cut at step 10, 1.5 now"}
     split = {"rows": 1234, "examples": 1200, "tokens": 9, "max_length": 8, "unusable": 31, "dropped": 3}
-    file.write_text(json.dumps(json.loads(file.read_text()) | said | {"data": {"train": split}}))
-    report = page_of(write_report(folder))
+    # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
+    more = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "data": {"train": split}}
+    report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], **said, **more)))
+    facts = {"test/loss": "1.25", "steps": "30", "val/loss at the end": "0.9", "train/loss at the end": "0.2"}
+    facts |= {"gap: val/loss - train/loss": "0.7", "rank": "4-8", "adapter parameters": "1,234"}
+    assert facts.items() <= report.facts().items()
     paragraphs = " ".join(report.texts("p"))
     assert all(words in paragraphs for words in said.values())
+    counts = {"split": "train", "rows": "1,234", "unusable, left out": "31", "in another split, left out": "3"}
+    counts |= {"too long, left out": "0", "too long, cut": "0", "examples": "1,200", "tokens": "9"}
     headings, row = report.table("The data")
-    assert dict(zip(headings, row, strict=True)) == {
-        "split": "train",
-        "rows": "1,234",
-        "unusable, left out": "31",
-        "in another split, left out": "3",
-        "too long, left out": "0",
-        "too long, cut": "0",
-        "examples": "1,200",
-        "tokens": "9",
-    }
+    assert dict(zip(headings, row, strict=True)) == counts
 
 
-def test_caption_of_the_ranks_says_why_they_differ(run_folder, tmp_path, page_of):
-    folder = run_folder(tmp_path / "run")
-    history = folder / "rank_history.csv"
-    for last, said in ((2, False), (3, True)):
-        history.write_text(history.read_text().replace("20,layers.0.up,4,2", f"20,layers.0.up,4,{last}"))
-        (caption,) = [text for text in captions(page_of(write_report(folder))) if text.startswith("Ranks of")]
-        assert ("in proportion to what it has brought" in caption) is said
+def test_caption_of_the_ranks_says_why_they_differ(report, tmp_path):
+    history = write_run(tmp_path) / "rank_history.csv"
+    history.write_text(history.read_text().replace("20,layers.0.up,4,2", "20,layers.0.up,4,3"))
+    for page, said in ((report, False), (Page(write_report(tmp_path)), True)):
+        assert ("in proportion to what it has brought" in page.captions()[1]) is said
 
 
-def test_configuration_and_what_was_given_are_there_word_for_word(report, folder, nasty):
+def test_configuration_and_what_was_given_are_there_word_for_word(report, folder):
     assert report.texts("pre") == [(folder / ".hydra" / "config.yaml").read_text()]
-    assert report.texts("code")[:2] == ["lora.rank=8", f"note={nasty!r}"]
+    assert report.texts("code")[:2] == ["lora.rank=8", f"note={NASTY!r}"]
     assert not list(report.root.iter("b"))
 
 
@@ -92,39 +92,79 @@ def test_page_needs_nothing_else_and_can_be_heard(report, folder):
         content = base64.b64decode(image.get("src").removeprefix("data:image/png;base64,"))
         assert content == (folder / "plots" / f"{name}.png").read_bytes()
         assert Image.open(io.BytesIO(content)).width > 900
-    assert [caption.split()[0] for caption in captions(report)] == ["Training", "Ranks", "Singular"]
+    assert [caption.split()[0] for caption in report.captions()] == ["Training", "Ranks", "Singular"]
     assert {heading.get("scope") for heading in report.root.iter("th")} == {"col", "row"}
-    assert all(len({len(row) for row in rows}) == 1 for rows in report.tables().values())
     assert report.root.attrib == {"lang": "en"}
 
 
-def test_page_without_matplotlib_has_the_tables_and_says_what_to_install(run_folder, tmp_path, page_of, monkeypatch):
-    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
-    report = page_of(write_report(run_folder(tmp_path)))
-    assert not captions(report)
-    assert any("dynrank[plots]" in text for text in report.texts("p"))
-    assert len(report.table("The adapter's layers")) == 6
-
-
-def test_run_that_changed_no_rank_says_so(run_folder, tmp_path, page_of):
-    report = page_of(write_report(run_folder(tmp_path, drops=())))
-    assert "No rank changed in this run." in report.texts("p")
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_run_without_changes_and_a_page_without_matplotlib_say_so(tmp_path):
+    report = Page(write_report(write_run(tmp_path, drops=())))
+    assert not report.captions()
+    paragraphs = report.texts("p")
+    assert "No rank changed in this run." in paragraphs
+    assert any("dynrank[plots]" in text for text in paragraphs)
     assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"8"}
-    assert report.facts()["rank"] == "8"
 
 
-def test_two_hundred_layers_and_many_steps_stay_below_two_megabytes(run_folder, tmp_path, page_of):
-    drops = [(700 * i, 12 - i) for i in range(1, 11)]
-    run_folder(tmp_path, blocks=67, kinds=("a", "b", "c"), drops=drops, steps=10_000, rank=12)
-    file = write_report(tmp_path)
-    assert file.stat().st_size < 2e6
-    report = page_of(file)
-    assert len(report.table("The adapter's layers")) == 203
-    assert report.table("The adapter's layers")[1][2] == "12 → … → 2"
+@pytest.mark.usefixtures("no_matplotlib")
+def test_other_runs_stand_beside_it_and_every_section_stays(tmp_path, launch):
+    for name, test in (("a", {}), ("b", {"test/loss": 1.5}), ("c", {"test/loss": 1.0, "test/bleu": 0.5})):
+        write_run(tmp_path / name, test={"test/loss": 1.25} | test)
+    code, printed, _ = launch(cli.main, "report", "a")
+    assert (code, printed.split()) == (0, ["report", "a/report.html"])
+    alone = Page(tmp_path / "a" / "report.html").texts("h2")
+    assert alone == ["Changes of rank", "Pictures", "Layers", "Configuration", "What to try next"]
+    code, _, said = launch(cli.main, "report", "a", "--against", "b", "c")
+    assert code == 0, said
+    report = Page(tmp_path / "a" / "report.html")
+    compared = {row[0]: row[1:] for row in report.table("Results of the runs")[1:]}
+    assert compared["test/loss"] == ["1.25", "1.5", "1"]
+    assert compared["test/bleu"] == ["–", "–", "0.5"]
+    assert compared["rank"] == ["2-8"] * 3
+    assert report.texts("h2") == ["Against other runs", *alone]
+    assert launch(cli.main, "report", "a", "b")[0] == 2
+    (tmp_path / "empty").mkdir()
+    before = (tmp_path / "a" / "report.html").read_bytes()
+    with pytest.raises(ConfigurationError, match="empty.*finished run"):
+        write_report(tmp_path / "a", against=[tmp_path / "empty"])
+    assert (tmp_path / "a" / "report.html").read_bytes() == before
 
 
-def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke_run, page_of):
+def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke_run):
     assert read_run(smoke_run[0]).last_step == 12
-    report = page_of(smoke_run[0] / "report.html")
+    report = Page(smoke_run[0] / "report.html")
     assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"32 → 16"}
-    assert any("val/accuracy, val/macro_f1" in caption for caption in captions(report))
+    assert any("val/accuracy, val/macro_f1" in caption for caption in report.captions())
+
+
+def trained(run):
+    """{reason: arguments} of the commands that train."""
+    commands = {why: shlex.split(command) for why, command in next_commands(run)}
+    return {why: arguments for why, (name, *arguments) in commands.items() if name == "dynrank-train"}
+
+
+def test_commands_compose(smoke_run):
+    run = read_run(smoke_run[0])
+    commands = trained(run)
+    assert len(commands) >= 5
+    for arguments in commands.values():
+        config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
+        # debug=smoke, which the run was given, makes 12 steps.
+        assert config.trainer.max_steps == 12
+    used = [shlex.split(command) for _, command in next_commands(run)]
+    assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in used
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
+        ({"lora": {"dropout": 0.1}}, "regularise"),
+    ],
+)
+def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):
+    run = read_run(smoke_run[0])
+    assert any(why.startswith(reason) for why in trained(run))
+    run.config.update(setting)
+    assert not any(why.startswith(reason) for why in trained(run))

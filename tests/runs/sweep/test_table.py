@@ -93,24 +93,27 @@ def test_results_are_what_the_summaries_hold_in_the_order_of_the_runs_numbers(tm
     show_sweep(tmp_path)
 
 
-def test_arms_of_several_settings_keep_all_that_differ(tmp_path):
-    settings = [("fixed", "8"), ("fixed", "4"), ("anneal", "8")]
-    for number, (schedule, rank) in enumerate(settings):
-        write(tmp_path / str(number), [f"schedule={schedule}", f"+lora.rank={rank}", "seed=1"], {"test/loss": 1.0})
+def test_arms_of_several_settings_keep_all_that_differ(tmp_path, capsys):
+    settings = [("[query,value]", "8"), ("[query,value]", "4"), ("attention", "8")]
+    for number, (names, rank) in enumerate(settings):
+        overrides = [f"lora.target_modules={names}", f"+lora.rank={rank}", "seed=1"]
+        write(tmp_path / str(number), overrides, {"test/loss": 1.0})
     made = arms(read_sweep(tmp_path))
     assert [tuple(arm.setting.values()) for arm in made] == settings
-    assert list(made[0].setting) == ["schedule", "lora.rank"]
+    assert list(made[0].setting) == ["lora.target_modules", "lora.rank"]
+    show_sweep(tmp_path, plot=False)
+    # It is no markup.
+    assert "[query,value]" in capsys.readouterr().out
 
 
 def test_picture_shows_every_run_the_means_and_deviations_of_several():
     figure = plot.arms([["4"], ["16"]], "lora.rank", {"loss": [[1.0, 3.0], [5.0]], "gap": [[], [7.0]]})
     loss, gap = figure.axes
-    dots, means = ([(float(x), float(y)) for x, y in line.get_xydata()] for line in loss.lines[:2])
+    dots = [(float(x), float(y)) for line in loss.lines if line.get_marker() == "o" for x, y in line.get_xydata()]
     assert dots == [(0, 1), (0, 3), (1, 5)]
-    assert means == [(0, 2), (1, 5)]
-    (bars,) = loss.containers
-    assert [tuple(point) for point in bars.lines[0].get_xydata()] == [(0, 2)]
-    assert not gap.containers
+    bars = [(bar.lines[0].get_xydata().tolist(), bar.has_yerr) for bar in loss.containers]
+    assert bars == [([[0, 2]], True), ([[1, 5]], False)]
+    assert len(gap.containers) == 1
     named = plot.arms([["fixed"], ["anneal"]], "schedule", {"loss": [[1.0], [2.0]]})
     assert [text.get_text() for text in named.axes[0].get_xticklabels()] == ["fixed", "anneal"]
 
