@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan, nan
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,8 @@ class BestWeights(Checkpoint):
     """Keeps the trained weights of the best validation since the last change of ranks.
 
     A change that is kept forgets them, because they have other ranks. They are part of each checkpoint, so a resumed
-    run ends with the same ones. Validations that check or measure a change do not count. If no validation came after
-    the last step, one is made, which nothing logs.
+    run ends with the same ones. Validations that check or measure a change, or are NaN, do not count. If no validation
+    came after the last step, one is made, which nothing logs.
 
     Args:
         monitor: a metric that validations log.
@@ -64,13 +65,12 @@ class BestWeights(Checkpoint):
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""
         self._last_validated = trainer.global_step
-        if self.monitor in metrics:
-            value = float(metrics[self.monitor])
-            gain = self.value - value if self.mode == "min" else value - self.value
-            if self.step is None or gain > 0:
-                self.step = trainer.global_step
-                self.value = value
-                self._weights = self._validated
+        value = float(metrics.get(self.monitor, nan))
+        gain = self.value - value if self.mode == "min" else value - self.value
+        if gain > 0 or (self.step is None and not isnan(value)):
+            self.step = trainer.global_step
+            self.value = value
+            self._weights = self._validated
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import EarlyStoppingCallback, ExportableState, TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from dynrank.callbacks.transformers.checkpoints import follow, resume_from_shards
-from dynrank.callbacks.transformers.training import HFTraining, calling_trainer, numbers, ranks_of
+from dynrank.callbacks.transformers import (
+    HFTraining,
+    calling_trainer,
+    follow,
+    numbers,
+    ranks_of,
+    resume_from_shards,
+)
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
@@ -249,7 +255,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self.driver.validated(training, metrics)
 
     def _forget_best(self, args: TrainingArguments, state: TrainerState, event: RankEvent, ranks: list[int]) -> None:
-        """Let everything after ``event``, which has lowered ranks, count as better than everything before it."""
+        """Let everything after ``event``, which has lowered ranks, count as better than everything before it.
+
+        EarlyStoppingCallback counts anew where there is no best metric.
+        """
         if state.is_world_process_zero:
             step = state.best_global_step
             before = event.ranks_before if step is None else self._saved.get(step, event.ranks_before)
@@ -261,9 +270,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         state.best_metric = None
         state.best_global_step = None
         state.best_model_checkpoint = None
-        for callback in self.trainer.callback_handler.callbacks if self.trainer else ():
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience_counter = 0
 
     def _warn_of_other_ranks(self, training: HFTraining) -> None:
         """Warn if the best or the last checkpoint has other ranks than the model, whose training has ended."""

@@ -2,7 +2,6 @@
 
 On the command line ``final_rank`` is half of ``lora.rank`` (``anneal`` an eighth, ``grow`` 64) where it is not given.
 
-
 Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
 

@@ -16,7 +16,7 @@ class Plateau(Trigger):
 
     A value is an improvement if it is better than the best one since the last change of rank by more than
     ``min_delta``, relative to the best (as in torch's ReduceLROnPlateau with ``threshold_mode="rel"``, but for either
-    sign of the metric). A value that is not finite is never an improvement.
+    sign of the metric). A value that is not finite says nothing, and is left out.
 
     Args:
         monitor: name of a logged metric.
@@ -45,20 +45,15 @@ class Plateau(Trigger):
         return f"plateau of {self.monitor}"
 
     def fires(self, value: float) -> bool:
-        if self._improves(value):
+        if not isfinite(value):
+            return False
+        sign = 1 if self.mode == "min" else -1
+        if self._best is None or sign * (self._best - value) > self.min_delta * abs(self._best):
             self._best = value
             self._stale = 0
         else:
             self._stale += 1
         return self._stale >= self.patience
-
-    def _improves(self, value: float) -> bool:
-        if not isfinite(value):
-            return False
-        if self._best is None:
-            return True
-        gain = self._best - value if self.mode == "min" else value - self._best
-        return gain > self.min_delta * abs(self._best)
 
 
 @validated("schedule.trigger", frozen=False)

@@ -1,11 +1,14 @@
 """AdapterCheckpoint in Lightning: what its files hold, and that runs go on, are tested and loaded from them."""
 
+import os
+import signal
 from functools import partial
 
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,7 +18,7 @@ from dynrank.layers import frozen_base
 from dynrank.layers.frozen_base import MARK
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
-from dynrank.triggers import At
+from dynrank.triggers import At, Plateau
 
 # An epoch has ten batches.
 STEPS = 24
@@ -138,3 +141,43 @@ def test_a_run_that_it_cannot_serve_is_refused(regression, fit, tmp_path):
     plain.net = nn.Sequential(nn.Linear(12, 6))
     with pytest.raises(ConfigurationError, match="needs a model with LoRA layers"):
         fit(AdapterCheckpoint(tmp_path), module=plain)
+
+
+def test_an_average_without_the_base_resumes_to_the_bit_at_a_fixed_rank(fit, tmp_path):
+    def run(**options):
+        average = EMAWeightAveraging(decay=0.9)
+        return fit(average, RankScheduler([]), saved=tmp_path, kind=AdapterCheckpoint, **options)[0].state_dict()
+
+    whole = run()
+    assert_close(run(ckpt_path=tmp_path / "step=12.ckpt"), whole, rtol=0, atol=0)
+
+
+# Lightning gives advice about small data.
+@pytest.mark.filterwarnings("ignore")
+def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(fit, regression, tmp_path):
+    """And a resume comes to equal bits; see also the killed runs of tests/runs."""
+
+    def trained(folder, module=None, **options):
+        schedule = RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))
+        return fit(schedule, AdapterCheckpoint(folder), module=module, **options)[0].state_dict()
+
+    before = signal.getsignal(signal.SIGTERM)
+    whole = trained(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) is before
+    stopped = regression[0]()
+    seen = []
+    step = stopped.validation_step
+
+    def told_to_end(batch, batch_idx):
+        seen.append(batch_idx)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, batch_idx)
+
+    stopped.validation_step = told_to_end
+    with pytest.raises(SIGTERMException):
+        trained(tmp_path, stopped)
+    # The third validation, after step 15, is complete.
+    assert len(seen) == 6
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 16
+    assert_close(trained(tmp_path, ckpt_path=tmp_path / "last.ckpt"), whole, rtol=0, atol=0)

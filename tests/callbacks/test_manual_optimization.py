@@ -15,23 +15,24 @@ from dynrank.triggers import At, Plateau
 def manual(regression, fit):
     """Trains by a module that has the loop in its own hands, and makes a step every so many batches."""
 
-    def run(scheduler, *callbacks, every=1, told=True, **options):
-        class Manual(regression[0]):
+    def run(scheduler, *callbacks, base=regression[0], every=1, told=True, **options):
+        class Manual(base):
             automatic_optimization = False
 
             def training_step(self, batch, batch_idx):
-                optimizer = self.optimizers()
-                schedule = self.lr_schedulers()
+                optimizers = self.optimizers()
+                optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
                 if batch_idx % every == 0:
-                    optimizer.zero_grad()
+                    self.zero_grad()
                 self.manual_backward(super().training_step(batch, batch_idx) / every)
                 if batch_idx % every == every - 1:
-                    optimizer.step()
+                    for optimizer in optimizers:
+                        optimizer.step()
                     if told:
                         scheduler.step(self)
-                    schedule.step()
+                    self.lr_schedulers().step()
 
-        return fit(scheduler, *callbacks, module=Manual(), **{"max_steps": 20, **options})[0]
+        return fit(scheduler, *callbacks, module=Manual(), **{"max_steps": 20, **options})
 
     return run
 
@@ -44,13 +45,14 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_manual_run_with_a_step_each_batch_is_the_automatic_run(manual, fit, assert_same, kind):
-    first = SCHEDULES[kind]()
-    second = SCHEDULES[kind]()
-    expected, _ = fit(first, max_steps=20)
-    assert_same(manual(second), expected)
-    assert first.history
-    assert second.history == first.history
+def test_manual_run_with_a_step_each_batch_is_the_automatic_run_also_resumed(manual, fit, assert_same, tmp_path, kind):
+    automatic, whole, rest = (SCHEDULES[kind]() for _ in range(3))
+    expected, _ = fit(automatic, max_steps=20)
+    assert_same(manual(whole, saved=tmp_path)[0], expected)
+    # The next batch makes the change of the budget.
+    assert_same(manual(rest, ckpt_path=tmp_path / "step=8.ckpt")[0], expected)
+    assert automatic.history
+    assert rest.history == whole.history == automatic.history
 
 
 @pytest.mark.parametrize("automatic", [True, False])
@@ -72,27 +74,16 @@ def test_a_change_decided_between_the_two_batches_of_a_step_waits_for_its_end(ma
     assert batches == [6]
 
 
-def test_several_optimizers_hold_the_factors_together(regression, fit):
-    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(lr_factor=2.0)))
-
+def test_several_optimizers_hold_the_factors_together(regression, manual):
     class Two(regression[0]):
-        automatic_optimization = False
-
         def configure_optimizers(self):
             layers = [layer for _, layer in dynrank.lora_layers(self)]
             adam = torch.optim.AdamW([layer.lora_A for layer in layers], lr=1e-2)
-            return adam, torch.optim.SGD([layer.lora_B for layer in layers], lr=1e-2, momentum=0.9)
+            sgd = torch.optim.SGD([layer.lora_B for layer in layers], lr=1e-2, momentum=0.9)
+            return [adam, sgd], [torch.optim.lr_scheduler.ConstantLR(adam)]
 
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
-            scheduler.step(self)
-
-    module, fitted = fit(scheduler, module=Two(), max_steps=20)
+    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(lr_factor=2.0)))
+    module, fitted = manual(scheduler, base=Two)
     # Four batches make two steps each.
     assert [event.step for event in scheduler.history] == [8]
     adam, sgd = fitted.optimizers
@@ -119,20 +110,11 @@ def test_step_under_automatic_optimization_is_an_error(regression):
         RankScheduler([]).step(regression[0]())
 
 
-def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path):
-    whole = SCHEDULES["budget"]()
-    rest = SCHEDULES["budget"]()
-    expected = manual(whole, saved=tmp_path)
-    # The next batch makes the change.
-    assert_same(manual(rest, ckpt_path=tmp_path / "step=8.ckpt"), expected)
-    assert rest.history == whole.history
-
-
 def test_manual_run_resumed_after_its_last_step_makes_the_change_at_its_end(manual, tmp_path):
     """No step is made in the resumed run, so nobody can have reported one."""
     schedule = [Stage(At(fraction=1.0), Rank(2))]
     manual(RankScheduler(schedule), saved=tmp_path)
     resumed = RankScheduler(schedule)
-    module = manual(resumed, ckpt_path=str(tmp_path / "step=20.ckpt"))
+    module, _ = manual(resumed, ckpt_path=str(tmp_path / "step=20.ckpt"))
     assert [event.step for event in resumed.history] == [20]
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {2}

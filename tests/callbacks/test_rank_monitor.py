@@ -6,14 +6,14 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynrank.callbacks import RankMonitor, RankScheduler
 from dynrank.runs.trainer import _Bar
 from dynrank.schedules import How, Stage
-from dynrank.targets import Rank, Target
+from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
 
 
@@ -29,25 +29,6 @@ def changed(fit):
         return module, scheduler, trainer
 
     return run
-
-
-class Keeping(Logger):
-    """A logger of a user's."""
-
-    name = "keeping"
-    version = ""
-
-    def __init__(self):
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_, **__):
-        pass
-
-    def column(self, name):
-        return [(step, row[name]) for step, row in self.rows if name in row]
 
 
 def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
@@ -66,15 +47,9 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert not [name for name in found[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
 
 
-class First(Target):
-    """Only the first layer changes, and grows, so that no other layer is balanced."""
-
-    def ranks(self, layers):
-        return {name: layer.grown(7) if name.endswith("0") else layer.rank for name, layer in layers.items()}
-
-
 def test_printed_table_knows_the_layers_that_did_not_change(changed, capsys):
-    changed(RankMonitor(model_name="net"), stage=Stage(At(step=4), First()))
+    # A growth balances no other layer.
+    changed(RankMonitor(model_name="net"), stage=Stage(At(step=4), GrowTo({"0": 7})))
     printed = " ".join(capsys.readouterr().out.split())
     assert "│ all │ 1 of 2 │ 6 → 7 │" in printed
     assert "highest rank 7, average 6.5" in printed
@@ -103,28 +78,16 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
     assert scheduler.driver.rate_factor == 2
     board = EventAccumulator(str(tmp_path)).Reload()
     rows_of_wandb = stored()
-    for name, expected in {"lr-AdamW": taken.rates[-3:], "lr/0": taken.rates[-3:], "rank/mean": [6, 3]}.items():
+    logged = dict.fromkeys(["rank/mean", "rank/layer/0", "rank/layer/2"], [6, 3])
+    logged |= dict.fromkeys(["lr-AdamW", "lr/0"], taken.rates[-3:])
+    for name, expected in logged.items():
         shown = [point.value for point in board.Scalars(name)]
         assert shown[-len(expected) :] == pytest.approx(expected)
         assert [row[name] for row in rows_of_wandb if name in row] == pytest.approx(shown)
 
 
-def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression, tmp_path):
-    """Its optimizer and scheduler are new ones."""
-    taken = Taken()
-    logger = Keeping()
-    module, scheduler, trainer = changed(taken, RankMonitor(), LearningRateMonitor("step"), logger=logger, stage=RAISED)
-    trainer.fit_loop.epoch_loop.max_steps = 12
-    before = len(taken.rates)
-    trainer.fit(module, *regression[1]())
-    assert (before, len(taken.rates), len(scheduler.history)) == (8, 4, 1)
-    assert taken.rates[0] == pytest.approx(2e-2)
-    for name in ("lr/0", "lr-AdamW"):
-        assert [rate for step, rate in logger.column(name)][-3:] == pytest.approx(taken.rates[-3:]), name
-
-
 @pytest.mark.parametrize("own_step", [False, True])
-def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, regression, own_step):
+def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, regression, tmp_path, own_step):
     """So it is of an adapter alone, if the module has an own optimizer_step, which may set rates."""
 
     class Sharing(regression[0]):
@@ -139,19 +102,16 @@ def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, re
         def optimizer_step(self, *args):
             super().optimizer_step(*args)
 
-    logger = Keeping()
     taken = Taken()
     module = Warming() if own_step else Sharing()
-    _, trainer = fit(RankScheduler(RAISED), RankMonitor(), taken, module=module, logger=logger, log_every_n_steps=1)
-    assert logger.column("lr/adapter") == [(step, pytest.approx(taken.rates[step])) for step in range(4, 24)]
-    assert [rate for _, rate in logger.column("lr/0")][4:] == pytest.approx([r / 2 for r in taken.rates[4:]])
-
-
-def test_loggers_get_the_rank_of_each_layer(changed):
-    logger = Keeping()
-    _, scheduler, _ = changed(RankMonitor(model_name="net"), logger=logger)
-    for layer in scheduler.history[0].layers:
-        assert logger.column(f"rank/layer/{layer.layer.removeprefix('net.')}") == [(0, 6.0), (4, 3.0)]
+    options = {"logger": CSVLogger(tmp_path, name="", version=""), "log_every_n_steps": 1}
+    fit(RankScheduler(RAISED), RankMonitor(), taken, module=module, **options)
+    logged = {
+        name: {int(row["step"]): float(row[name]) for row in rows(tmp_path / "metrics.csv", name)}
+        for name in ("lr/adapter", "lr/0")
+    }
+    assert logged["lr/adapter"] == pytest.approx(dict(enumerate(taken.rates[4:], 4)))
+    assert [*logged["lr/0"].values()][4:] == pytest.approx([rate / 2 for rate in taken.rates[4:]])
 
 
 def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
@@ -180,18 +140,12 @@ def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
 
 def test_progress_bar_shows_the_rank_and_no_total_of_epochs_that_there_is_not(changed):
     seen = []
-    epochs = set()
 
     class Bar(_Bar):
-        def get_metrics(self, trainer, pl_module):
-            metrics = super().get_metrics(trainer, pl_module)
-            if trainer.training:
-                seen.append(metrics.get("rank/mean"))
-            return metrics
-
-        def on_train_batch_end(self, *args):
-            super().on_train_batch_end(*args)
-            epochs.add(self.train_progress_bar.description.strip())
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            rank = self.get_metrics(trainer, pl_module)["rank/mean"]
+            seen.append((rank, self.train_progress_bar.description.strip()))
 
     changed(Bar(), RankMonitor(), enable_progress_bar=True)
-    assert (seen[0], seen[-1], epochs) == (6, 3, {"Epoch 0"})
+    assert seen == [(6, "Epoch 0")] * 4 + [(3, "Epoch 0")] * 4

@@ -3,14 +3,17 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
+import sys
+from pathlib import Path
+
 import lightning
 import pytest
-import torch
 from lightning.pytorch.callbacks import (
-    EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     RichProgressBar,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
@@ -18,10 +21,10 @@ from torch.utils.data import default_collate
 from trained import ranks
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
-from dynrank.targets import Rank
+from dynrank.targets import Budget, Rank
 from dynrank.tasks.loader import ResumableLoader
 from dynrank.triggers import At, Plateau
 
@@ -41,32 +44,21 @@ def plateau(**how):
     return RankScheduler(after_convergence(3, trigger, shared=False, deadline=None, how=How(**how)))
 
 
-def test_second_scheduler_of_a_derived_class_is_refused(fit):
-    class Another(RankScheduler):
-        pass
-
-    with pytest.raises(ConfigurationError, match=r"got RankScheduler and Another .*join their stages"):
-        fit(plateau(), Another(at(3, Rank(2))))
+class Another(RankScheduler):
+    """A derived class; Lightning itself refuses two of one class."""
 
 
-def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
-    told = []
-
-    class Listener(lightning.Callback):
-        def on_rank_change(self, trainer, pl_module, event):
-            told.append((event, ranks(pl_module)))
-
-    scheduler = plateau()
-    module, trainer = fit(scheduler, Listener())
-    (event,) = scheduler.history
-    assert event.reason == "plateau of val/loss"
-    assert ranks(module) == {3}
-    assert told == [(event, {3})]
-    for _, layer in dynrank.lora_layers(module):
-        for parameter in (layer.lora_A, layer.lora_B):
-            state = trainer.optimizers[0].state[parameter]
-            assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-            assert state["step"] == 24
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Another(4), r"got RankScheduler and Another .*join their stages"),
+        (EMAWeightAveraging(), "EMAWeightAveraging averages weights of one rank"),
+        (StochasticWeightAveraging(1e-2), "StochasticWeightAveraging averages weights of one rank"),
+    ],
+)
+def test_callbacks_that_cannot_be_beside_a_schedule_are_refused(fit, other, message):
+    with pytest.raises(ConfigurationError, match=message):
+        fit(plateau(), other)
 
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
@@ -124,20 +116,18 @@ def test_stage_due_after_the_last_step_is_done_by_a_resume(fit, assert_same, tmp
         assert_same(again, module, file.name)
 
 
-@pytest.mark.parametrize("asks", [False, True])
-def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, fit, assert_same, tmp_path, asks):
+def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, fit, assert_same, tmp_path):
     """Lightning forgets the place in the data if the module has asked for the length of the run."""
 
-    class Module(regression[0]):
+    class Asking(regression[0]):
         def configure_optimizers(self):
-            assert not asks or self.trainer.estimated_stepping_batches == 30
+            assert self.trainer.estimated_stepping_batches == 30
             return super().configure_optimizers()
 
     options = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
-    whole = RankScheduler(at(25, Rank(3)))
-    again = RankScheduler(at(25, Rank(3)))
-    module, _ = fit(whole, module=Module(), saved=tmp_path, **options)
-    resumed, _ = fit(again, module=Module(), ckpt_path=tmp_path / "step=23.ckpt", **options)
+    module, _ = fit(RankScheduler(at(25, Rank(3))), module=Asking(), saved=tmp_path, **options)
+    file = tmp_path / "step=23.ckpt"
+    resumed, _ = fit(RankScheduler(at(25, Rank(3))), module=Asking(), ckpt_path=file, **options)
     assert_same(resumed, module)
 
 
@@ -171,76 +161,33 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
     assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])
 
 
-def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regression, fit, tmp_path):
-    observed = []
+def test_validations_of_a_check_reach_no_callback(regression, fit):
     validated = []
-    saved = []
+    heard = []
     drawn = []
-
-    class Seeing(Plateau):
-        def observe(self, step, *values):
-            observed.append(step)
-            return super().observe(step, *values)
+    shown = {}
 
     class Module(regression[0]):
         def on_validation_epoch_start(self):
             validated.append(self.global_step)
 
-    class Saving(ModelCheckpoint):
+    class Hearing(lightning.Callback):
         def on_validation_end(self, trainer, pl_module):
-            saved.append(trainer.global_step)
+            heard.append(trainer.global_step)
+
+        def on_train_batch_end(self, trainer, *_):
+            shown[trainer.global_step] = float(trainer.callback_metrics.get("val/loss", 0.0))
 
     class Bar(RichProgressBar):
         def on_validation_end(self, trainer, pl_module):
             super().on_validation_end(trainer, pl_module)
             drawn.append(trainer.global_step)
 
-    class Reading(lightning.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            shown[trainer.global_step] = float(trainer.callback_metrics.get("val/loss", 0.0))
-
-    stages = [
-        Stage(At(step=8), Rank(3), how=How(max_regression=99.0)),
-        Stage(Seeing(patience=99), Rank(2), deadline=1.0),
-    ]
-    stop = EarlyStopping("val/loss", patience=1)
-    shown = {}
-    others = [Saving(tmp_path), stop, Reading(), Bar()]
-    fit(RankScheduler(stages), *others, module=Module(), max_steps=15, enable_progress_bar=True)
+    scheduler = RankScheduler(at(8, Rank(3), max_regression=99.0))
+    fit(scheduler, Hearing(), Bar(), module=Module(), max_steps=15, enable_progress_bar=True)
     assert shown[9] == shown[8] > 0
     assert validated == [5, 8, 8, 10, 15]
-    assert observed == [10, 15]
-    assert saved == drawn == [5, 10, 15]
-    assert stop.stopped_epoch == 0
-
-
-@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
-def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, fit, tmp_path, kind):
-    module_class = regression[0]
-    _, val = regression[1]()
-    trainer = regression[2]
-
-    class Tested(module_class):
-        def test_step(self, batch, batch_idx):
-            self.log("test/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
-
-    before = kind(tmp_path, filename="before", every_n_train_steps=9, save_on_train_epoch_end=False)
-    words = r"the last checkpoint, .*before.ckpt' of step 9, has rank 6, but the trained model has rank 3"
-    with pytest.warns(UserWarning, match=words):
-        module, fitted = fit(RankScheduler(at(11, Rank(3))), before, module=Tested(), max_steps=12)
-    assert ranks(module) == {3}
-    reloaded = Tested.load_from_checkpoint(before.best_model_path)
-    assert ranks(reloaded) == {6}
-    expected = trainer().test(reloaded, val, verbose=False)
-    assert fitted.test(module, val, ckpt_path="best", verbose=False) == expected
-    assert ranks(module) == {6}
-
-
-class Lengthening(GradientAccumulationScheduler):
-    """One batch in a step, from the third epoch on four."""
-
-    def __init__(self):
-        super().__init__({0: 1, 2: 4})
+    assert heard == drawn == [5, 10, 15]
 
 
 def test_share_of_a_run_whose_steps_become_longer_needs_its_number_of_steps(regression):
@@ -248,33 +195,15 @@ def test_share_of_a_run_whose_steps_become_longer_needs_its_number_of_steps(regr
 
     def fitted(**options):
         scheduler = RankScheduler([Stage(Plateau(patience=99), Rank(3), deadline=0.75)])
-        made = trainer(callbacks=[scheduler, Lengthening()], num_sanity_val_steps=0, **options)
+        # From the third epoch on a step has four batches.
+        longer = GradientAccumulationScheduler({0: 1, 2: 4})
+        made = trainer(callbacks=[scheduler, longer], num_sanity_val_steps=0, **options)
         made.fit(module_class(), *data())
         return [event.step for event in scheduler.history]
 
     assert fitted(max_steps=24, max_epochs=-1) == [18]
     with pytest.raises(ConfigurationError, match="needs a run of known length; set max_steps"):
         fitted(max_epochs=4)
-
-
-def watching(**options):
-    return RankScheduler(after_convergence(3, Plateau(**options), deadline=0.5))
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "message"),
-    [
-        (watching(monitor="val/los"), r"monitor of Plateau \(monitor\).*'val/los'; .*'val/loss'"),
-        (RankScheduler(at(9, Rank(3), max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
-    ],
-)
-def test_monitor_that_is_not_logged_is_refused_before_the_first_step(fit, scheduler, message):
-    class Starting(lightning.Callback):
-        def on_train_start(self, trainer, pl_module):
-            pytest.fail("training has begun")
-
-    with pytest.raises(ConfigurationError, match=message):
-        fit(scheduler, Starting(), num_sanity_val_steps=1)
 
 
 def test_trigger_may_watch_what_only_training_logs(regression, fit):
@@ -284,16 +213,44 @@ def test_trigger_may_watch_what_only_training_logs(regression, fit):
             self.log("train/loss", loss)
             return loss
 
-    scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
-    fit(scheduler, module=Logging(), num_sanity_val_steps=1)
-    assert scheduler.history[0].reason.startswith("plateau of train/loss")
-    scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
-    fit(scheduler, module=Logging(), limit_val_batches=0, max_steps=24, max_epochs=-1)
+    def reason(**options):
+        trigger = Plateau(monitor="train/loss", patience=1, min_delta=0.99)
+        scheduler = RankScheduler(after_convergence(3, trigger, deadline=0.5))
+        fit(scheduler, module=Logging(), **options)
+        return scheduler.history[0].reason
+
+    assert reason(num_sanity_val_steps=1).startswith("plateau of train/loss")
     # The second epoch ends at step 20.
-    assert scheduler.history[0].reason.startswith("deadline at 0.5 of the run")
+    assert reason(limit_val_batches=0, max_steps=24, max_epochs=-1).startswith("deadline at 0.5 of the run")
 
 
 def test_check_without_validation_is_refused(fit):
     scheduler = RankScheduler(at(5, Rank(3), max_regression=0.1))
     with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data, or set max_regression=None$"):
         fit(scheduler, limit_val_batches=0, max_steps=10)
+
+
+def test_a_cut_runs_few_files(fit):
+    """As dynrank/README.md counts them; with ``-s`` pytest shows their list."""
+    root = Path(dynrank.__file__).parent
+    scheduler = RankScheduler(Stage(At(step=8), Budget(share=0.5)))
+    advance = scheduler.driver.advance
+    # The hook of the callback itself calls the driver.
+    files = {"callbacks/rank_scheduler.py"}
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(root) and frame.f_code.co_name != "<module>":
+            files.add(str(path.relative_to(root)))
+
+    def walked(training):
+        sys.setprofile(note if training.step == 8 else None)
+        advance(training)
+        sys.setprofile(None)
+
+    scheduler.driver.advance = walked
+    fit(scheduler, max_steps=10)
+    assert len(scheduler.history) == 1
+    print(*sorted(files), sep="\n")
+    assert "change/resize.py" in files
+    assert len(files) <= 20

