@@ -199,3 +199,13 @@ def test_load_rank_map_refuses_a_file_and_names_it(tmp_path, text, message):
         load_rank_map(written(tmp_path, text))
     assert "ranks.yaml" in str(caught.value)
     assert "rank_map" in str(caught.value)
+
+
+def test_what_is_said_of_a_hostile_file_stays_small(tmp_path):
+    """Aliases of aliases stand for a million values, and thousands of keys are as many faults."""
+    bomb = ["&a0 [" + "x, " * 10 + "]"] + [f"&a{i} [" + f"*a{i - 1}, " * 10 + "]" for i in range(1, 6)]
+    file = written(tmp_path, "rank_pattern:\n" + "".join(f"  k{i}: {rule}\n" for i, rule in enumerate(bomb)))
+    for refused in (lambda: load_rank_map(file), lambda: resolve({f"k{i}": 2 for i in range(3_000)})):
+        with pytest.raises(ConfigurationError) as caught:
+            refused()
+        assert len(str(caught.value)) < 10_000

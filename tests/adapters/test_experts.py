@@ -108,6 +108,21 @@ def test_squeezing_a_file_is_resizing_the_model(tiny_moe, tmp_path):
         assert_close(layer.singular_values, full.singular_values[:2], rtol=1e-5, atol=1e-6)
 
 
+def swapped(tensors):
+    """As PEFT wrote before 0.19: A reads what comes out, and B writes what goes in."""
+    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name], tensors[other] = tensors[other].mT.contiguous(), tensors[name].mT.contiguous()
+
+
+def test_a_file_that_does_not_fit_is_refused_by_name(zoo, tiny_moe, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    get_peft_model(tiny_moe("Qwen3Moe"), config).save_pretrained(tmp_path)
+    zoo.edit_tensors(tmp_path, swapped)
+    with pytest.raises(ConfigurationError, match=r"experts.down_proj' is 4 x 16 x 12 in the model and"):
+        dynrank.load_adapter(tiny_moe("Qwen3Moe"), tmp_path)
+
+
 def test_servers_that_cannot_read_experts_are_refused_by_name(tiny_moe, tmp_path):
     dynrank.save_adapter(dynrank.add_lora(tiny_moe("Mixtral"), rank=2), tmp_path / "both")
     one = dynrank.add_lora(tiny_moe("Mixtral"), rank=2, target_modules=["q_proj", "experts.down_proj"])

@@ -110,6 +110,7 @@ CLASSIFIER = {"cls": hf.LlamaForSequenceClassification}
 OPT = {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8}
 TIED = {"tie_word_embeddings": True}
 REFUSED = {
+    "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm' is stored whole.*dynrank merge"),
     "gguf, tied head": ("gguf", TIED | {"targets": ["lm_head"]}, r"'lm_head' is tied"),
     "gguf, no name": ("gguf", CLASSIFIER | {"targets": ["score"]}, r"'score' has no name in llama.cpp"),
     "gguf, another architecture": ("gguf", OPT, r"must be one of .*'llama'.*got 'opt'.*dynrank merge"),

@@ -130,7 +130,7 @@ def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target,
             assert (new - best).norm() <= 1e-6 * old.norm()
 
 
-def test_layers_at_their_rank_keep_their_bits_and_metadata_lose_ranks_and_hashes(tmp_path):
+def test_layers_at_their_rank_keep_their_bits_and_metadata_lose_what_is_stale(tmp_path):
     stale = {"ss_network_dim": "6", "ss_network_args": '{"conv_dim": "4"}', "sshs_model_hash": "0" * 64}
     kept = {"modelspec.title": "mine", "ss_tag_frequency": '{"a": {"gr\u00fcn \\"x\\"": 3}}'}
     before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2], metadata=kept | stale)

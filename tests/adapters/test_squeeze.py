@@ -119,6 +119,14 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     assert min(q_proj) > max(down_proj)
 
 
+def test_share_keeps_the_direction_that_rounding_would_lose(tmp_path):
+    """57 of 100 directions are a share of 0.57, although 0.57 of their 20,000 parameters is below 11,400 in floats."""
+    model = updated(dynrank.add_lora(nn.Sequential(nn.Linear(100, 100)), rank=100, target_modules=["0"]))
+    dynrank.save_adapter(model, tmp_path / "source")
+    (report,) = squeeze(tmp_path / "source", tmp_path / "out", budget=0.57)
+    assert report.rank_after == 57
+
+
 def test_a_fresh_adapter_has_zeros_and_can_still_learn_after_a_squeeze(zoo, launch, tmp_path):
     source = tmp_path / "source"
     get_peft_model(zoo.plain("llama"), LoraConfig(r=6, target_modules=["q_proj"])).save_pretrained(source)

@@ -5,12 +5,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from trained import ranks
+from trained import drive, ranks
 
+import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, after_convergence
-from dynrank.triggers import Plateau
+from dynrank.schedules import How, Stage, after_convergence
+from dynrank.targets import Budget
+from dynrank.triggers import At, Plateau
 
 
 def schedule(**options):
@@ -74,3 +76,13 @@ def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(re
         module.net.save_pretrained(tmp_path / f"{step}")
         loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
         assert torch.equal(loaded.eval()(x), expected)
+
+
+def test_layer_narrower_than_its_rank_is_cut_with_the_others():
+    """PEFT gives every layer of all-linear the one rank, Qwen2-MoE's gate of one output, too."""
+    options = LoraConfig(r=6, target_modules=["0", "1"], init_lora_weights=False)
+    net = get_peft_model(nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 1)), options)
+    loop = dynrank.Training(net, [torch.optim.SGD(dynrank.adapter_parameters(net), lr=1e-2)])
+    drive(Stage(At(step=1), Budget(share=0.5)), loop, 2, lambda: net(torch.ones(1, 12)).sum())
+    wide, narrow = (layer.rank for _, layer in dynrank.lora_layers(net))
+    assert (narrow, wide < 6) == (1, True)

@@ -86,6 +86,16 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
         assert [row[name] for row in rows_of_wandb if name in row] == pytest.approx(shown)
 
 
+def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression):
+    """Its optimizer and scheduler are new ones."""
+    taken = Taken()
+    module, scheduler, trainer = changed(taken, stage=RAISED)
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(module, *regression[1]())
+    assert (len(taken.rates), len(scheduler.history)) == (4, 1)
+    assert taken.rates[0] == pytest.approx(2e-2)
+
+
 @pytest.mark.parametrize("own_step", [False, True])
 def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, regression, tmp_path, own_step):
     """So it is of an adapter alone, if the module has an own optimizer_step, which may set rates."""

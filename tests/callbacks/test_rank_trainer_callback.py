@@ -201,7 +201,8 @@ def test_changes_and_the_rate_of_the_steps_are_told_printed_and_stored(tmp_path,
     assert "rank change at step 4: step 4" in printed
     assert "│ all │ 7 │ 4 → 2 │" in printed
     parameters = sum(factor.numel() for factor in dynrank.adapter_parameters(made.model))
-    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    (file,) = (tmp_path / "board").rglob("*tfevents*")
+    board = EventAccumulator(str(file)).Reload()
     stored = wandb_run[1]()
     expected = {"rank/mean": [2, 1], "rank/max": [2, 1], "rank/parameters": [2 * parameters, parameters]}
     for name, values in expected.items():

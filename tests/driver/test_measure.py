@@ -14,7 +14,7 @@ from dynrank.driver.undo import batches_to_measure
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank
-from dynrank.triggers import At, Run
+from dynrank.triggers import At, Plateau, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -110,9 +110,13 @@ def test_measuring_without_validation_is_refused_at_the_start():
         RankDriver([Stage(At(step=1), Rank(1))], measure=True).start(training, Run(5))
 
 
-def test_a_metric_that_no_validation_logs_is_refused_before_training(regression):
-    scheduler = RankScheduler([Stage(At(step=6), Rank(1), how=How(check_monitor="val/los"))], measure=True)
-    with pytest.raises(ConfigurationError, match=r"check_monitor.*'val/los'; logged: 'val/loss'"):
+@pytest.mark.parametrize(
+    ("when", "how", "named"),
+    [(At(step=6), How(check_monitor="val/los"), "check_monitor of How"), (Plateau("val/los"), How(), "of Plateau")],
+)
+def test_a_metric_that_no_validation_logs_is_refused_before_training(regression, when, how, named):
+    scheduler = RankScheduler([Stage(when, Rank(1), how=how)], measure=True)
+    with pytest.raises(ConfigurationError, match=rf"{named}.*'val/los'; logged: 'val/loss'"):
         fitted(regression, regression[1]()[1], scheduler, Watching([]), num_sanity_val_steps=1)
 
 

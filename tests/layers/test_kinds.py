@@ -185,7 +185,7 @@ class NamedLinear(nn.Linear):
     """A subclass that computes what its parent does."""
 
 
-def test_layer_class_takes_subclasses_that_compute_the_plain_linear_layer_and_no_other_module():
+def test_layer_class_takes_subclasses_of_the_plain_layer_and_nothing_else():
     """tests/layers/test_choosing.py has a subclass with a forward of its own."""
     expected = {NamedLinear: LoRALinear, FalconLinear: LoRALinear, partial(nn.Conv1d, kernel_size=1): None}
     assert {kind: layer_class(kind(30, 20)) for kind in expected} == expected

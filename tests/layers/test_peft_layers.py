@@ -304,6 +304,11 @@ def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, targ
     assert torch.equal(logits(outer["lm"]), logits(source["lm"]))
     assert settings(outer["lm"]) == settings(source["lm"])
     assert_reloads(outer["lm"], tmp_path, kind)
+    if not with_base:
+        base = next(value for name, value in outer.named_parameters() if ".base_layer." in name)
+        base.data.add_(1)
+        with pytest.raises(ConfigurationError, match=r"base_layer.* had another shape or other values"):
+            outer.load_state_dict(state)
 
 
 def test_state_dict_that_does_not_fit_names_the_layer():

@@ -137,7 +137,7 @@ def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(bas
 
 @pytest.mark.parametrize("base", ["int8", "torchao, inputs too", "nf4-double"], indirect=True)
 @pytest.mark.usefixtures("as_the_cpu_is")
-def test_a_layer_that_rounds_inputs_or_is_packed_for_this_cpu_computes_as_its_base(base):
+def test_layer_that_rounds_inputs_or_is_packed_for_the_cpu_computes_as_its_base(base):
     model = adapted(base())
     # On some CPUs bitsandbytes packs a 4-bit weight again in this pass.
     logits(model)

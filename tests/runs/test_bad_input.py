@@ -21,6 +21,7 @@ CASES = [
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
     (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
     (["task.model=./missing"], ["./missing", "task.model"]),
+    (["model.quantization=int3"], ["int3", "model.quantization"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),

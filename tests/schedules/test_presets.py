@@ -1,8 +1,9 @@
-"""What the presets are made of; the oracle judges what runs make of them."""
+"""What the presets are made of; the oracle judges what runs make of such stages."""
 
 from importlib.resources import files
 
 import pytest
+import torch
 
 from dynrank.callbacks import RankScheduler, RankTrainerCallback
 from dynrank.driver.driver import RankDriver
@@ -23,8 +24,34 @@ from dynrank.schedules import (
     rebalance,
     stages,
 )
-from dynrank.targets import Budget, Energy, Rank
-from dynrank.triggers import At, Gap, Plateau
+from dynrank.schedules.stage import check_schedule
+from dynrank.targets import Budget, Energy, LayerState, Rank
+from dynrank.triggers import At, Gap, Plateau, Run
+
+BY_EQUAL_FACTORS = [(20, 32), (50, 16), (80, 8)]
+# Each is (schedule, rank at the start, [(step, rank from there on)]); all stages come by time or deadline.
+TIMELINES = [
+    (early_budget(8, at=0.25), 32, [(25, 8)]),
+    (after_convergence(8, drops=3, deadline=0.5), 64, [(50, 32), (50, 16), (50, 8)]),
+    (after_convergence(8, drops=3, shared=False), 64, [(75, 32), (75, 16), (75, 8)]),
+    (anneal(8), 64, BY_EQUAL_FACTORS),
+    (anneal(8, shared=False), 64, BY_EQUAL_FACTORS),
+    (milestones([24, 16, 8], [0.3, 0.5, 1]), 32, [(30, 24), (50, 16), (100, 8)]),
+    (milestones([24, 8], [10, 40], "step"), 32, [(10, 24), (40, 8)]),
+    (grow(64), 8, [(50, 64)]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "rank", "changes"), TIMELINES)
+def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
+    run = Run(total_steps=100)
+    check_schedule(schedule, run)
+    timeline = []
+    for stage in schedule:
+        layer = LayerState(rank, values=torch.ones(rank, dtype=torch.float64))
+        rank = stage.to.ranks({"layer": layer})["layer"]
+        timeline.append((stage.planned_step(run), rank))
+    assert timeline == changes
 
 
 def test_presets_hand_their_values_to_the_stage():
@@ -38,6 +65,7 @@ def test_presets_hand_their_values_to_the_stage():
     assert last.how == How(lr_factor="sqrt", max_regression=0.1)
     # A final rank is only the default of the other sizes.
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)
+    assert [stage.to for stage in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(final_rank=n) for n in (8, 4)]
     assert early_budget(4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)
     assert [stage.when for stage in milestones([24, 8], [1, 3], "epoch")] == [At(epoch=1), At(epoch=3)]
     # Beside a fixed time a deadline means nothing.

@@ -1,6 +1,6 @@
 """What only conf/ can say of a schedule, in short but real runs: epochs, other triggers, stages of one's own.
 
-The oracle judges the runs of all presets by times and plateaus.
+The oracle judges runs by times and plateaus, and test_presets.py which of these a preset has.
 """
 
 import pytest
@@ -24,6 +24,7 @@ RUNS = {
         [(0, 4, 3), (10, 3, 2)],
     ),
     "a gap": (f"schedule=after_convergence schedule.shared=false {GAP}", [(12, 4, 2)]),
+    "a step": ("schedule=after_convergence schedule/trigger=step schedule.trigger.step=15", [(15, 4, 2)]),
     "stages": (f"schedule=stages schedule.stages=[{ONE},{TWO}]", [(10, 4, 6), (18, 6, 3)]),
 }
 

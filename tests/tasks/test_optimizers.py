@@ -41,6 +41,7 @@ def test_head_rate_keeps_its_proportion():
         ({"name": "Adamw"}, "optimizer.name"),
         ({"name": "functional"}, "optimizer.name"),
         ({"options": {"momentum": 0.9}}, "momentum"),
+        ({"lr": -1.0}, "learning rate"),
     ],
 )
 def test_unusable_value_is_refused(values, key):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import lightning
 import pytest
@@ -60,10 +61,13 @@ GROWTH = [Stage(At(step=2), Rank(2)), Stage(At(step=12), GrowTo(6))]
 
 @pytest.mark.parametrize(("stages", "options"), [(CUT, {"keep_best_before": True}), (GROWTH, {})])
 def test_best_of_before_stays_where_ranks_grew_or_the_user_says_so(fit, worsening, tmp_path, stages, options):
-    saver = best(tmp_path)
-    scheduler = RankScheduler(stages, **options)
-    with pytest.warns(UserWarning, match=r"the best checkpoint, .*step=5.ckpt' of step 5, has rank [26], but"):
-        fit(scheduler, saver, module=worsening())
+    saver = best(tmp_path, save_last=True)
+    plain = ModelCheckpoint(tmp_path, filename="plain", every_n_train_steps=9, save_on_train_epoch_end=False)
+    with pytest.warns(UserWarning, match="has rank") as caught:
+        fit(RankScheduler(stages, **options), saver, plain, module=worsening(), max_steps=14)
+    said = "\n".join(str(warning.message) for warning in caught)
+    for kind, file, step in (("best", "step=5", 5), ("last", "last", 5), ("last", "plain", 9)):
+        assert re.search(rf"the {kind} checkpoint, .*{file}.ckpt' of step {step}, has rank [26], but", said), said
     assert saver.best_model_path == str(tmp_path / "step=5.ckpt")
 
 

@@ -88,6 +88,16 @@ def fail(monkeypatch):
     return replace
 
 
+def test_experiment_of_targets_is_one_run_for_each(sweep, fail):
+    # The runs have rank 16, so none of them fails.
+    fail(None)
+    code, printed, said = sweep("experiment=medical_targets", "hydra.sweep.dir=s", "seed=0")
+    assert code == 0, said
+    names = {"[query,value]", "attention", "all-linear"}
+    assert {row["lora.target_modules"] for row in table("s")} == names
+    assert all(name in printed for name in names)
+
+
 def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fail):
     fail(ConfigurationError("no rank of 4"))
     code, _, said = sweep("sweep=rank", "lora.rank=4,8", "trainer.max_steps=null", "hydra.sweep.dir=s")
