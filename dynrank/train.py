@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -100,8 +101,8 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
-            # Before the run begins, an error is about the folder that Hydra makes for it.
-            if begun:
+            # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice.
+            if begun or isinstance(error, HydraException):
                 raise
             raise ConfigurationError(
                 f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import floor
 from pathlib import Path
 
 import torch
@@ -148,7 +149,8 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             raise ConfigurationError(
                 f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
             )
-        parameters = round(share * sum(layer.parameters for layer in adapter.layers.values()))
+        # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
+        parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
     least = sum(layer.params_per_rank for layer in adapter.layers.values())
     if parameters < least:
         raise ConfigurationError(f"--budget must be at least {least:,} parameters (rank 1), got {budget}")

@@ -24,7 +24,7 @@ from dynrank.output.console import quiet_loading
 from dynrank.targets import Budget, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.data.columns import Columns, Form, Theirs, find_columns, form_of
+from dynrank.tasks.data.columns import Columns, Form, Theirs, find_columns, form_of, refuse_unread
 from dynrank.tasks.data.source import Source
 from dynrank.tasks.data.splits import Checked
 from dynrank.tasks.data.stored import counted
@@ -93,6 +93,7 @@ def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, 
     if model.config.is_encoder_decoder:
         raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")
     found = _columns(source, WRITTEN if model.can_generate() else ("classification",), columns)
+    refuse_unread(columns, found)
     rows, _ = source.read(found)
     rows = spread(rows.remove_columns(["digest", "place"]), EXAMPLES)
     options: Any = {"model": tokenizer, "data": Checked(train=rows), "max_length": LENGTH}

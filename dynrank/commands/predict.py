@@ -18,7 +18,7 @@ from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import one_line, print_facts
 from dynrank.output.output_folder import new_file
-from dynrank.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of
+from dynrank.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of, refuse_unread
 from dynrank.tasks.data.rows import Numbered
 from dynrank.tasks.data.source import READERS, Source
 from dynrank.tasks.data.stored import RawRows, usable_rows
@@ -140,9 +140,7 @@ def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, The
     trained = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
     trained = {ours: theirs for ours, theirs in trained.items() if known.issuperset(each(theirs))}
     found = find_columns(table.sample, trained | {**given}, form, table.where, table.types, asked=True)
-    unread = sorted(given.keys() - found.names.keys())
-    if unread:
-        raise ConfigurationError(f"--columns must name one of {sorted(found.names)} for the form {form}, got {unread}")
+    refuse_unread(given, found)
     return found
 
 

@@ -89,6 +89,7 @@ class Training:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
+    @torch.no_grad()
     def compute(self, plan: Callable[[], Mapping[str, int]], directions: LayerDirections, how: How) -> Change:
         """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
 

@@ -158,4 +158,6 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         if key.startswith(prefix) and f".{key}".endswith(f".{MARK}"):
             if isinstance(mark, Tensor):
                 mark = json.loads(bytes(mark.tolist()))
+            if not isinstance(mark, dict) or "model" not in mark or not isinstance(mark.get("parameters"), dict):
+                raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base; set ckpt_path")
             yield key.removesuffix(MARK), mark

@@ -39,6 +39,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
             for file in folder.iterdir():
                 # safetensors makes files that only their owner can read.
                 file.chmod(folder.stat().st_mode & 0o666)
+            # Another writer may have ended first.
+            check_free(out)
             os.rename(folder, out)
 
 

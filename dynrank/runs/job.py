@@ -191,7 +191,8 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
     if choice == "last":
         return f"of the last step, {last_step:,} (export_weights=last)"
     if best.step is None:
-        return f"of the last step, {last_step:,}: no validation after the last change of ranks logged {best.monitor}"
+        unknown = f"no validation after the last change of ranks logged {best.monitor}, or all were NaN"
+        return f"of the last step, {last_step:,}: {unknown}"
     best.restore(module)
     return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
 

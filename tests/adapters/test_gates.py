@@ -123,6 +123,11 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
         (adapter, ("--rank", 1, "--gates", "--data", bare), "text and label, or messages, or prompt and answer, or"),
         # This is said before a model is loaded, which would fail too.
         (adapter, ("--rank", 1, *gates, "--columns", "text=body", "--model", "none"), "no column 'body'"),
+        (
+            adapter,
+            ("--rank", 1, *gates, "--columns", "system=review"),
+            "--columns must name one of ['label', 'text'] for",
+        ),
         (adapter, ("--rank", 1, "--gates", "--data", few), "must have at least 32 examples, got 31"),
         (adapter, ("--rank", 1, "--gates", "--data", other), "must be the adapter's, ['so-so', 'bad', 'good'], got"),
         (adapter, ("--rank", 1, *gates, "--model", tiny_llama), "was not trained on --model"),

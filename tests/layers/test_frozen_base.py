@@ -83,6 +83,14 @@ def test_another_base_is_refused_by_name_before_anything_is_loaded(change, named
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize(
+    "mark", ["x", {"model": "Sequential"}, {"model": "Sequential", "parameters": ["0.base.weight"]}]
+)
+def test_a_broken_mark_is_named(mark):
+    with pytest.raises(ConfigurationError, match=rf"'{MARK}' is no mark of a base; set ckpt_path"):
+        adapted().load_state_dict({**stripped(adapted()), MARK: mark})
+
+
 def test_a_model_inside_another_is_known_by_its_own_names():
     def outer(seed=0):
         return nn.ModuleDict({"left": adapted(seed), "right": adapted(seed + 1), "teacher": nn.Linear(2, 2)})

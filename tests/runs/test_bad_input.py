@@ -24,6 +24,8 @@ CASES = [
     (["model.quantization=int3"], ["int3", "model.quantization"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
+    (["schedule=early_buget"], ["schedule/early_buget", "early_budget"]),
+    (["hydra/launcher=submitit_nowhere"], ["hydra/launcher/submitit_nowhere"]),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),

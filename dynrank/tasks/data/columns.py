@@ -149,6 +149,14 @@ def form_of(
     raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
 
 
+def refuse_unread(given: Given, found: Columns) -> None:
+    """Refuse names that a user has given by --columns, and that the form of ``found`` does not read."""
+    unread = sorted(given.keys() - found.names.keys())
+    if unread:
+        allowed = f"{sorted(found.names)} for the form {found.form}"
+        raise ConfigurationError(f"--columns must name one of {allowed}, got {unread}")
+
+
 def _wanted(form: str, asked: bool) -> tuple[str, ...]:
     """The columns that rows of a form must have."""
     return tuple(name for name in COLUMNS[form] if not (asked and name in _ANSWERS))

@@ -164,7 +164,8 @@ def _lines(path: Path) -> Iterator[Numbered]:
                 continue
             try:
                 yield number, _row_in(json.loads(line))
-            except ValueError as error:
+            # The second means that lists are nested too deeply for the parser.
+            except (ValueError, RecursionError) as error:
                 yield number, f"is not JSON: {error}"
 
 

@@ -160,7 +160,7 @@ def reading(where: str) -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"

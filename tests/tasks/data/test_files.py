@@ -155,6 +155,8 @@ LABELLED = b"text,label\nx,a\ny,a\n"
 BAD = {
     "not UTF-8": ("a.csv", LABELLED + b"caf\xe9,a\n", "Row #4.*invalid UTF8.*save it as UTF-8"),
     "broken JSON": ("a.jsonl", b'\n{"text": "x", "label": "a"}\n{"text": ', "row 3 is not JSON"),
+    "nested too deeply": ("a.jsonl", b'{"text": "x", "label": "a"}\n' + b"[" * 200_000, "row 2 is not JSON"),
+    "one document nested too deeply": ("a.json", b"[" * 200_000, "cannot be read: maximum recursion depth"),
     "one name twice": ("a.csv", b"text,text,label\nx,y,a\n", "has two columns 'text'"),
     "no list": ("a.json", b'{"columns": ["text"], "data": [["x"]]}', "no list of rows"),
     "bad array": ("a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 column 10"),
