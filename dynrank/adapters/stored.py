@@ -110,7 +110,9 @@ def readable(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ConfigurationError(f"{what} cannot be read: {error}") from None
+        # The whole text of an OSError would repeat the file.
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"{what} cannot be read: {reason}") from None
 
 
 def read_json(kind: type[T], file: Path) -> T:
