@@ -34,7 +34,8 @@ def _train(config: DictConfig) -> float | None:
     overrides = hydra_config.overrides.task
     record = partial(_record, folder)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return run_in_sweep(config, overrides, folder, record)
+        with _removed_if_empty(folder):
+            return run_in_sweep(config, overrides, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
     with usage_errors(), _removed_if_empty(folder):
         complete(config, overrides)

@@ -133,6 +133,9 @@ def squeeze_target(
     if energy is not None and not 0 < energy <= 1:
         raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
     if rank is not None:
+        # The target's own message would also speak of ranks by layer.
+        if not isinstance(rank, int) or rank < 1:
+            raise ConfigurationError(f"--rank must be a whole number of at least 1, got {rank!r}")
         return Rank(rank)
     return Energy(energy) if energy is not None else _budget(budget, adapter)
 

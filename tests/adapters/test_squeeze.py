@@ -15,6 +15,7 @@ from trained import updated
 
 import dynrank
 from dynrank.adapters.squeeze import squeeze
+from dynrank.errors import ConfigurationError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -119,6 +120,21 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     assert min(q_proj) > max(down_proj)
     # 623.99 parameters are not 624.
     assert any(r.rank_after < r.rank_before for r in squeeze(source, tmp_path / "most", budget=0.99999))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of rank, energy and budget, got none"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"energy": 2}, r"energy must be a share in \(0, 1\], got 2"),
+        ({"budget": 100}, r"budget must be at least 104 parameters \(rank 1\), got 100"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_the_words_of_the_call(options, message, by_peft, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        squeeze(by_peft("llama"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_share_keeps_the_direction_that_rounding_would_lose(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -138,15 +139,19 @@ def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, c
         assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
 
 
-def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(keep, tmp_path):
     """The best one is loaded first."""
     model = wrapped()
-    schedule = RankTrainerCallback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
-    made = scored(tmp_path, model, schedule)
-    words = r"the last checkpoint, '.*checkpoint-10', has rank 3, but the trained model has rank 2:.*save_model"
-    with pytest.warns(UserWarning, match=words):
+    stages = [Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))]
+    made = scored(tmp_path, model, RankTrainerCallback(stages, keep_best_before=keep))
+    with pytest.warns(UserWarning, match="checkpoint") as caught:
         made.train()
-    assert made.state.best_model_checkpoint is None
+    said = "\n".join(str(warning.message) for warning in caught)
+    for kind, step, rank in (("last", 10, 3), ("best", 2, 4))[: 1 + keep]:
+        words = f"the {kind} checkpoint, '.*checkpoint-{step}', has rank {rank}, but the trained model has rank 2:"
+        assert re.search(rf"{words}.*save_model", said)
+    assert (made.state.best_model_checkpoint is None) != keep
     made.save_model(str(tmp_path / "end"))
     assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
 

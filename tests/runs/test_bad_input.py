@@ -86,7 +86,7 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
     several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
     code, _, message = launch(train.main, "--multirun", "hydra.sweep.dir=sweep", "debug=smoke", *several)
     assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
-    assert not list(tmp_path.rglob("checkpoints"))
+    assert [*tmp_path.joinpath("sweep").iterdir()] == [tmp_path / "sweep" / "multirun.yaml"]
 
 
 @pytest.mark.parametrize(
