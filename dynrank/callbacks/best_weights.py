@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dynrank.callbacks.rank_scheduler import LightningTraining
 from dynrank.driver.event import RankEvent
 from dynrank.driver.undo import validate
+from dynrank.errors import ConfigurationError
 
 
 class BestWeights(Checkpoint):
@@ -31,6 +33,9 @@ class BestWeights(Checkpoint):
         step: optimizer steps made before the best validation; None: there was none since the last change.
         value: the metric in that validation.
 
+    Raises:
+        ConfigurationError: if ``mode`` is neither.
+
     Example::
 
         best = BestWeights("val/accuracy", mode="max")
@@ -39,6 +44,8 @@ class BestWeights(Checkpoint):
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f"mode must be min or max, got {mode!r}")
         self.monitor = monitor
         self.mode = mode
         self.step: int | None = None
@@ -78,7 +85,12 @@ class BestWeights(Checkpoint):
             self._weights = {}
 
     def restore(self, module: nn.Module) -> None:
-        """Put the best weights into ``module``, if there are any."""
+        """Put the best weights into ``module``; warns if there are none."""
+        if self.step is None:
+            rank_zero_warn(
+                f"no validation after the last change of ranks logged {self.monitor!r}, or all were NaN, so no weights "
+                "are restored (BestWeights)"
+            )
         trained = _trained(module)
         with torch.no_grad():
             for name, weight in self._weights.items():

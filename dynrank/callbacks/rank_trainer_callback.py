@@ -68,8 +68,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
-        evaluate: evaluates the present model and returns the metrics, for stages with ``max_regression``:
-            ``lambda: trainer.evaluate()``.
+        evaluate: evaluates the present model and returns the metrics, for stages with ``max_regression``. None:
+            ``trainer.evaluate()``, if the Trainer has an ``eval_dataset``.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
             stage's How) into the event. Of a long ``trainer.eval_dataset`` every n-th row is taken, so that this costs
@@ -130,6 +130,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         **_: Any,
     ) -> None:
         check_arguments(args)
+        if args.restore_callback_states_from_checkpoint:
+            raise ConfigurationError(
+                "restore_callback_states_from_checkpoint makes all callbacks anew, so RankTrainerCallback would have "
+                "no schedule; set it to False: this callback restores its own state in any case"
+            )
         if model is not None:
             follow(model)
             if fsdp_plugin() is not None:
@@ -143,6 +148,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         check_arguments(args)
         self.trainer = calling_trainer()
         handler = self.trainer.callback_handler
+        if sum(isinstance(callback, RankTrainerCallback) for callback in handler.callbacks) > 1:
+            raise ConfigurationError(
+                "one RankTrainerCallback changes the ranks of a run, got several in callbacks; join their stages in "
+                "one list, RankTrainerCallback([*first, *second])"
+            )
         # So a change behind the last step is told before TensorBoard and others close their files.
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
         training = self._training(kwargs)
@@ -208,10 +218,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         training = self._training(kwargs)
-        if args.load_best_model_at_end:
-            # The optimizer belongs to the last weights; the loaded ones may have other ranks.
-            training.optimizers = []
         self._show_evaluated(training)
+        if args.load_best_model_at_end:
+            # Optimizer and metrics belong to the last weights; the loaded ones may be others, of other ranks.
+            training.optimizers = []
+            self.driver.progress.metrics = {}
         self.driver.finish(training)
         self.listening = False
         if self.history:
@@ -238,14 +249,15 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     def _training(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> HFTraining:
         assert self.trainer is not None
-        return HFTraining(self.trainer, event, self.evaluate, self.logged, steps_uncounted)
+        own = self.trainer.evaluate if self.trainer.eval_dataset is not None else None
+        return HFTraining(self.trainer, event, self.evaluate or own, self.logged, steps_uncounted)
 
     def _show_evaluated(self, training: HFTraining) -> None:
         """Pass the evaluations since the last step to the driver together: each event had one data set."""
         if self._evaluated:
             metrics = self._evaluated
             self._evaluated = {}
-            checked = checked_metrics(self.driver.stages)
+            checked = checked_metrics(self.driver.stages, measure=self.driver.measure)
             if not self._checked and checked.keys() - metrics.keys():
                 # The user's function may return more, so only that decides.
                 metrics_of_check = validate(training)

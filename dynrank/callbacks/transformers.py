@@ -36,7 +36,7 @@ class HFTraining(Training):
         steps_uncounted: optimizer steps that the Trainer has made and not yet counted.
     """
 
-    validate_by = "give the callback evaluate=lambda: trainer.evaluate()"
+    validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
 
     def __init__(
         self,
@@ -90,14 +90,19 @@ class HFTraining(Training):
     def validate_share(self, most: int) -> Mapping[str, float]:
         """As :meth:`validate`, with a share of the rows of the Trainer's evaluation sets."""
         whole = self.trainer.eval_dataset
+        arguments = self.trainer.args
+        persistent = arguments.dataloader_persistent_workers
         assert self.validation_batches is not None
         apart = -(-self.validation_batches // most)
         few = {name: _every(rows, apart) for name, rows in self._evaluation_sets().items()}
         self.trainer.eval_dataset = few if isinstance(whole, dict) else few[""]
+        # Otherwise the Trainer would keep one loader for these rows and for its own evaluations.
+        arguments.dataloader_persistent_workers = False
         try:
             return self.validate()
         finally:
             self.trainer.eval_dataset = whole
+            arguments.dataloader_persistent_workers = persistent
 
     def _evaluation_sets(self) -> dict[str, Any]:
         """{name: the rows}; one set alone has the name ""."""

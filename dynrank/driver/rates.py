@@ -143,7 +143,7 @@ def mark(optimizer: Optimizer) -> None:
 
 
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
-    """The schedulers of ``optimizer``, with those inside them; None if one of them is not a class of torch's.
+    """The schedulers of ``optimizer``, with those inside them; None if one is not a class of torch's, or not given.
 
     Another class may compute rates from values that are not known here.
     """
@@ -155,7 +155,9 @@ def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | No
         if unwrapped_optimizer(scheduler.optimizer) is optimizer:
             found.append(scheduler)
             waiting += schedulers_in(scheduler)
-    return found if all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
+    # torch's schedulers leave this key in the groups, also those that a module keeps to itself.
+    is_missing = not found and any("initial_lr" in group for group in optimizer.param_groups)
+    return found if not is_missing and all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
 
 
 def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any]) -> None:
@@ -178,11 +180,12 @@ def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Seque
                 group[name] = scaled
     for scheduler in schedulers:
         for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
-            if rates is not None:
+            # A group that was added later has no base rate.
+            if rates is not None and index < len(rates):
                 rates[index] = rates[index] * ratio
         # Nested schedulers may share this list.
         shown = scheduler.get_last_lr()
-        if float(shown[index]) == now:
+        if index < len(shown) and float(shown[index]) == now:
             shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
 
 
@@ -221,7 +224,8 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
 def warn_of_low_rate(training: Training) -> None:
     """Warn if a learning rate has decayed so far that the model cannot recover from a change."""
     groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
-    rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
+    # An optimizer that computes its own rate may have None.
+    rates = [(float(group["lr"] or 0.0), float(group.get("initial_lr", group["lr"]) or 0.0)) for group in groups]
     share = min((now / start for now, start in rates if start > 0), default=1.0)
     if share < LOW_RATE:
         training.warn(

@@ -106,10 +106,11 @@ class Search:
         ranks = self.ranks(steps)
         value = self.trials[steps].value
         before = self._test.before
+        # A share of nothing cannot be said.
+        worse = f"{(value - before) / abs(before):+.2%}" if before else f"{value - before:+.4g}"
         left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._due.layers.items())
         return (
             f"{sum(ranks.values()):,} of {sum(self.now.values()):,} directions, {left / parameters_before:.3f} of the "
             f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "
-            f"({(value - before) / abs(before):+.2%}, {self._how.max_regression:.2%} allowed), measured against this "
-            "run before this cut"
+            f"({worse}, {self._how.max_regression:.2%} allowed), measured against this run before this cut"
         )

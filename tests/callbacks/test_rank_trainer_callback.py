@@ -141,12 +141,16 @@ def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, c
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(keep, tmp_path):
-    """The best one is loaded first."""
+    """The best one is loaded first, and evaluated anew for the check: the last evaluation was of other weights."""
     model = wrapped()
-    stages = [Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))]
-    made = scored(tmp_path, model, RankTrainerCallback(stages, keep_best_before=keep))
+    how = How(max_regression=1, check_monitor="eval_score", check_mode="max")
+    stages = [Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2), how=how)]
+    schedule = RankTrainerCallback(stages, keep_best_before=keep)
+    made = scored(tmp_path, model, schedule)
     with pytest.warns(UserWarning, match="checkpoint") as caught:
         made.train()
+    # Evaluations at 2, 4, 6, 8 and 10 had 9 to 5.
+    assert (schedule.history[-1].measured.before, schedule.history[-1].measured.after) == (4, 3)
     said = "\n".join(str(warning.message) for warning in caught)
     for kind, step, rank in (("last", 10, 3), ("best", 2, 4))[: 1 + keep]:
         words = f"the {kind} checkpoint, '.*checkpoint-{step}', has rank {rank}, but the trained model has rank 2:"
@@ -271,15 +275,24 @@ def test_checkpoint_made_without_the_callback_is_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "stage", "message"),
     [
-        ({}, Stage(At(step=4), Rank(2), how=How(**TOO_COSTLY)), r"evaluate=lambda: trainer.evaluate\(\)"),
+        ({}, Stage(At(step=4), Rank(2), how=How(**TOO_COSTLY)), "give the Trainer an eval_dataset"),
         ({"optim": "rmsprop", "optim_args": "centered=True"}, CUT, r"RMSprop\(centered\) cannot be carried"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(options, stage, message, tmp_path):
     made = trainer(tmp_path, own(), RankTrainerCallback(stage), **options)
+    made.eval_dataset = None
     with pytest.raises(ConfigurationError, match=message):
         made.train()
+    made.add_callback(RankTrainerCallback(stage))
+    with pytest.raises(ConfigurationError, match="one RankTrainerCallback .*, got several.*join their stages"):
+        made.train()
     assert made.state.global_step == 0
+
+
+def test_callbacks_that_a_resume_would_make_anew_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="restore_callback_states_from_checkpoint makes.* set it to False"):
+        trainer(tmp_path, own(), RankTrainerCallback(CUT), restore_callback_states_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}])
@@ -364,25 +377,31 @@ def test_dpo_trainer_has_the_best_of_after_the_cut_and_the_ranks(tiny_llama, tmp
     "stage", [Stage(Plateau("val_loss"), Rank(2)), Stage(At(step=9), Rank(2), how=How(**MISNAMED))]
 )
 def test_metric_that_no_evaluation_has_is_named_at_the_first_one(stage, tmp_path):
-    schedule = RankTrainerCallback(stage, evaluate=lambda: made.evaluate())
-    made = trainer(tmp_path, own(), schedule, **EVALUATING)
+    made = trainer(tmp_path, own(), RankTrainerCallback(stage), **EVALUATING)
     with pytest.raises(ConfigurationError, match="must name a metric that is logged, got 'val_loss'; .*'eval_loss'"):
         made.train()
     assert made.state.global_step == 2
 
 
-def test_metric_of_a_search_is_missed_at_the_first_evaluation(tmp_path):
+@pytest.mark.parametrize(("stages", "measure"), [(auto(0.3, at=0.5), False), (CUT, True)])
+def test_metric_of_a_check_is_missed_at_the_first_evaluation(stages, measure, tmp_path):
     """Two data sets have two losses, of which none is eval_loss; a user's function may return one all the same."""
+    asked = []
 
     def run(**more):
-        schedule = RankTrainerCallback(auto(0.3, at=0.5), evaluate=lambda: made.evaluate() | more)
-        made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4, **SETS)
+        def evaluate():
+            asked.append(made.state.global_step)
+            return made.evaluate() | more
+
+        schedule = RankTrainerCallback(stages, evaluate=evaluate, measure=measure)
+        made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=2, **SETS)
         made.train()
         return schedule
 
     with pytest.raises(ConfigurationError, match="check_monitor .*got 'val/loss'; logged: .*'eval_a_loss'") as raised:
         run()
     assert "eval_b_loss" in str(raised.value)
+    assert asked == [2]
     assert run(eval_loss=1.0).history
 
 
@@ -427,9 +446,12 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
 
     schedule = RankTrainerCallback([Stage(At(step=4), Rank(1))], evaluate=evaluate, measure=True)
     given = {"a": data(), "b": data(8)} if several else data()
-    made = trainer(tmp_path, own(), schedule, evaluated=given, max_steps=6, per_device_eval_batch_size=1)
+    workers = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    made = trainer(tmp_path, own(), schedule, evaluated=given, max_steps=6, per_device_eval_batch_size=1, **workers)
     made.train()
     assert made.eval_dataset is given
+    # Nor does the Trainer keep the loader of the share.
+    assert len(made.get_eval_dataloader("a" if several else None)) == 16
     # One change of a short run gets 4 batches, rounded to rows at equal distances.
     assert asked == asked[:1] * 2
     assert 0 < sum(asked[0].values()) <= 4 + several < 16

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from transformers import Adafactor
 
-from dynrank.driver.rates import Rates, check_groups, rate_factor
+from dynrank.driver.rates import Rates, check_groups, rate_factor, warn_of_low_rate
+from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
 
@@ -99,14 +100,14 @@ def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, chan
 
 
 def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
-    """It may set absolute rates, and so may a loop of which no scheduler is known."""
+    """It may set absolute rates, and so may a scheduler that a module keeps to itself, or a loop that gives none."""
 
     class Own(lr.LRScheduler):
         def get_lr(self):
             return [0.5 / (1 + self.last_epoch) for _ in self.optimizer.param_groups]
 
     adapter, _ = pair
-    for make in (lambda optimizer: [Own(optimizer)], lambda _: None):
+    for make in (lambda made: [Own(made)], lambda made: [] if lr.StepLR(made, 9) else None, lambda _: None):
         optimizer = torch.optim.SGD([adapter], lr=0.5)
         schedulers = make(optimizer)
         before = adapter.item()
@@ -207,6 +208,8 @@ def test_d_of_torchs_adafactor_is_a_setting_and_no_state(pair):
 def test_optimizer_that_computes_its_own_rate_is_refused_a_factor(pair):
     adapter, head = pair
     check_groups(Adafactor([adapter]), [adapter], How())
+    # It has no rate that could be too low.
+    warn_of_low_rate(Training(nn.Module(), [Adafactor([adapter])]))
     check_groups(Adafactor([adapter], lr=1e-3, relative_step=False), [adapter], How(lr_factor=2.0))
     check_groups(Adafactor([{"params": [head]}]), [adapter], How(lr_factor=2.0))
     with pytest.raises(ConfigurationError, match=r"Adafactor computes its own; set lr_factor=1.*relative_step=False"):
@@ -220,3 +223,16 @@ def test_group_that_is_added_later_has_no_part_of_the_factor(pair):
     optimizer.add_param_group({"params": [head]})
     optimizer.step()
     assert (adapter.item(), head.item()) == pytest.approx((1.5, 0.5))
+
+
+def test_adapters_in_a_group_that_is_added_later_follow_its_scheduler(pair):
+    adapter, head = pair
+    optimizer = torch.optim.SGD([head], lr=0.5)
+    scheduler = lr.StepLR(optimizer, 1, 0.5)
+    optimizer.add_param_group({"params": [adapter]})
+    rates = Rates(optimizer, [adapter], 3.0, [scheduler])
+    for expected in (1.5, 3.0, 4.5):
+        optimizer.step()
+        scheduler.step()
+        assert adapter.item() == pytest.approx(expected)
+        rates.multiply(2.0)

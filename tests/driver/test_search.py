@@ -131,6 +131,13 @@ def test_larger_is_better_where_the_mode_says_so():
     assert training.ranks == {"0": 3, "1": 1}
 
 
+def test_metric_of_zero_has_no_share_that_it_may_lose():
+    """As the accuracy of a model that knows nothing."""
+    training, (made,) = searched(smallest(0.1, "max"), Planted(metric=lambda *_: 0.0))
+    assert training.ranks == {"0": 1, "1": 1}
+    assert "val/loss 0 → 0 (+0, 10.00% allowed)" in made.reason
+
+
 def test_interrupted_search_leaves_the_uncut_model_and_starts_again():
     def interrupt(number, loss):
         if number == 4:

@@ -32,7 +32,9 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
             callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
             callback.best_model_score = callback.kth_value = worst
         elif isinstance(callback, EarlyStopping):
-            said += [f"{callback.monitor} {float(callback.best_score):.4g} at {ranks_in_words(event.ranks_before)}"]
+            if callback.best_score.isfinite():
+                best = f"{callback.monitor} {float(callback.best_score):.4g}"
+                said += [f"{best} at {ranks_in_words(event.ranks_before)}"]
             callback.best_score = worst
             callback.wait_count = 0
     if said:
@@ -91,8 +93,8 @@ def saved_file(path: str, pl_module: LightningModule) -> SavedFile | None:
     try:
         # Without the values of tensors.
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError:
-        # The user's hyperparameters may be of classes that torch does not load.
+    except (pickle.UnpicklingError, EOFError, RuntimeError):
+        # The user's hyperparameters may be of classes that torch does not load, and another thread may write the file.
         return None
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     found = []

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from trained import ranks
 
 from dynrank.callbacks import BestWeights, RankScheduler
+from dynrank.callbacks.lightning.best import saved_file
+from dynrank.errors import ConfigurationError
 from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
@@ -45,8 +47,10 @@ def test_best_and_last_checkpoints_are_of_after_the_cut(fit, worsening, tmp_path
     # A command that another test has run in this process makes Lightning's logger quieter.
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    # Nothing is known yet of what it watches.
+    waiting = EarlyStopping("train/loss", strict=False)
     with caplog.at_level(logging.INFO, logger=logger.name):
-        fit(RankScheduler(Stage(At(step=12), Rank(2))), saver, module=worsening())
+        fit(RankScheduler(Stage(At(step=12), Rank(2))), saver, waiting, module=worsening())
     assert "best so far: step 5 at rank 6; from here on the best of rank 2 counts" in caplog.text
     assert saver.best_model_path == str(tmp_path / "step=15.ckpt")
     assert float(saver.best_model_score) == 3
@@ -84,6 +88,16 @@ def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_pat
         assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items()), file
 
 
+def test_checkpoint_that_another_thread_still_writes_has_no_ranks_yet(regression, tmp_path):
+    """As that of AsyncCheckpointIO, at a change or at the end of a run."""
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "global_step": 1}, file)
+    content = file.read_bytes()
+    for size in (0, len(content) // 2):
+        file.write_bytes(content[:size])
+        assert saved_file(str(file), regression[0]()) is None
+
+
 def test_patience_begins_anew_after_a_cut_and_a_resumed_run_goes_on_so(fit, worsening, tmp_path):
     """With a patience of 2 and the best score in the first validation, a run stops in the third one."""
 
@@ -114,3 +128,12 @@ def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression)
     best = BestWeights("score")
     fit(best, module=Undefined())
     assert (best.step, best.value) == (10, 10.0)
+
+
+def test_best_weights_that_there_cannot_be_are_spoken_of(fit):
+    best = BestWeights("val/los")
+    module, _ = fit(best)
+    with pytest.warns(UserWarning, match="no validation after the last change of ranks logged 'val/los'"):
+        best.restore(module)
+    with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):
+        BestWeights("score", "MAX")
