@@ -12,7 +12,7 @@ from dynrank.adapters.base_model import base_source, on_base
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.errors import ConfigurationError, shown
-from dynrank.models.pretrained import load_tokenizer
+from dynrank.models.pretrained import end_tokens, load_tokenizer
 
 # Rows as dynrank.tasks.data.rows makes them: with text, with prompt, or with messages.
 Rows = Sequence[Mapping[str, Any]]
@@ -73,7 +73,7 @@ class Answerer:
             attention_mask=inputs["attention_mask"],
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
         texts = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -32,6 +33,8 @@ _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
 # The names that transformers gives the head of a sequence classifier.
 _HEADS = ("classifier", "pre_classifier", "score")
+# The names that transformers gives tables with a vector for each position.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 _PLAIN = ModelSettings()
 
 
@@ -114,6 +117,20 @@ def load_classifier(
 def head_names(model: nn.Module) -> list[str]:
     """Names of the new classification layers of a model from :func:`load_classifier`."""
     return [name for name, _ in model.named_children() if name in _HEADS]
+
+
+def positions(model: nn.Module) -> float:
+    """The most tokens that a model can read, if it has learned a vector for each position; otherwise inf."""
+    tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS) and isinstance(m, nn.Embedding)]
+    # RoBERTa and others count from behind the padding's position.
+    return min((m.num_embeddings - (-1 if m.padding_idx is None else m.padding_idx) - 1 for m in tables), default=inf)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's end, and the model's own, as of a turn in Gemma's chats."""
+    own = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(found) or None
 
 
 def load_causal_lm(

@@ -83,7 +83,8 @@ class Classification(TextTask):
         rows = len(self.rows["train"])
         counts = counted(self.rows["train"])
         if self.several:
-            return [(rows - counts[label]) / counts[label] for label in self.labels]
+            # Of a label that every text has, no text without it could weigh alike.
+            return [(rows - counts[label]) / counts[label] or 1.0 for label in self.labels]
         return [rows / (len(counts) * counts[label]) for label in self.labels]
 
     @property
@@ -94,6 +95,8 @@ class Classification(TextTask):
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes: the training texts' labels, sorted, whole numbers by value."""
+        if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
+            raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
         labels, *others = ({*counted(rows)} for rows in self.rows.values())
         unknown = sorted(set().union(*others) - labels)
         if len(labels) < 2 or unknown:

@@ -48,7 +48,8 @@ def make_examples(
     found = _of_texts(rows, tokenizer, max_length, packed) if form == "text" else _OF[form](rows, tokenizer)
     for example in found:
         row = {**example._asdict(), "length": len(example.input_ids)}
-        if row["length"] <= max_length:
+        # A single token has none before it that could predict it.
+        if 1 < row["length"] <= max_length:
             for name in FEATURES:
                 made[name].append(row[name])
     return made
@@ -65,6 +66,8 @@ def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[E
 def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[Example]:
     for messages in rows["messages"]:
         ids, learned = tokens_of_chat(tokenizer, messages)
+        if len({*learned}) == 1:
+            raise ConfigurationError(f"the chat template drops whole turns of {shown(messages)}; set task.model")
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         end = len(learned) - learned[::-1].index(True)
         prompt_length = end - learned[:end][::-1].index(False)
@@ -81,9 +84,10 @@ def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int, pa
 
 
 def check_template(tokenizer: Any, model: str) -> None:
-    """Refuse a tokenizer without a chat template."""
-    if not tokenizer.chat_template:
-        raise ConfigurationError(f"the tokenizer of task.model={model} has no chat template; set task.model")
+    """Refuse a tokenizer without a chat template, or one that does not say where in a chat its tokens stand."""
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        fault = "is in Python and says no places of tokens" if tokenizer.chat_template else "has no chat template"
+        raise ConfigurationError(f"the tokenizer of task.model={model} {fault}; set task.model")
 
 
 def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:

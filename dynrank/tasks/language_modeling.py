@@ -16,7 +16,7 @@ from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.errors import ConfigurationError, Count, Steps, validated_call
 from dynrank.models.names import ModelSettings
-from dynrank.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.models.pretrained import end_tokens, load_causal_lm, load_tokenizer
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.tasks.data.stdlib import parsed
 from dynrank.tasks.examples import FEATURES, check_template, make_examples
@@ -264,7 +264,7 @@ class LanguageModel(AdapterModule):
             attention_mask=attention_mask,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(writer, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced_gpus=self.device_mesh is not None,

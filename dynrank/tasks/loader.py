@@ -66,7 +66,8 @@ class _SeededBatches(Sampler[list[int]]):
         return len(self.lengths) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        end = (self.given // len(self) + 1) * len(self)
+        # Lightning may leave an epoch before its end (limit_train_batches), and the next one is a whole one again.
+        end = self.given + len(self)
         chunk = -1
         batches = list[list[int]]()
         while self.given < end:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import datasets
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from dynrank.adapters.sidecar_files import Inputs
 from dynrank.errors import ConfigurationError
 from dynrank.models.names import ModelSettings
-from dynrank.models.pretrained import load_tokenizer
+from dynrank.models.pretrained import load_tokenizer, positions
 from dynrank.tasks.account import SplitAccount, print_account
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.splits import Checked, rows_by_split
@@ -24,7 +25,7 @@ from dynrank.tasks.data.stored import column_of, counted, processes, quiet, syst
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 4
+CACHED = 5
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class TextTask(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model, settings=self.settings)
+        needed = "eos_token" if self.form in ("completion", "text") else "pad_token"
+        if getattr(tokenizer, needed) is None:
+            raise ConfigurationError(f"the tokenizer of task.model={self.model} has no {needed}; set task.model")
         # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
@@ -164,7 +168,11 @@ class TextTask(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if not self.examples:
-            self.examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
+            examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
+            most = positions(self.trainer.lightning_module) if self.trainer else inf
+            if max(_lengths(part).max() for part in examples.values()) > most:
+                raise ConfigurationError(f"task.max_length must be at most {most}, which task.model={self.model} reads")
+            self.examples = examples
             self.account["train"].dropped = self.rows.dropped
             for split, count in self.rows.unusable.items():
                 self.account[split].unusable = count

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from trained import updated
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import dynrank
 from dynrank.adapters.predicting import Answerer
@@ -70,6 +70,8 @@ def chatty(tiny_llama, tmp_path_factory):
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(base)
     torch.manual_seed(0)
+    # A turn may end otherwise than a text, as in Gemma's chats.
+    GenerationConfig(eos_token_id=[0, *range(1, 600, 16)]).save_pretrained(base)
     inputs = Inputs("chat", {"messages": "talk"}, "Be kind.")
     return adapter(base.parent / "adapter", AutoModelForCausalLM.from_pretrained(base), base, inputs)
 

@@ -108,12 +108,12 @@ def test_balanced_classes_weigh_alike_in_training_alone(tiny_bert, optimizer):
 
 
 def test_several_labels_are_learned_weighed_and_measured_each_by_itself(tiny_bert, optimizer):
-    rows = [{"text": f"t {i}", "label": ["all"] * (i % 4 < 3) + ["rare"] * (i % 10 == 0)} for i in range(20)]
+    rows = [{"text": f"t {i}", "label": ["all"] + ["most"] * (i % 4 < 3) + ["rare"] * (i % 10 == 0)} for i in range(20)]
     task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), class_weights="balanced")
-    # To have the label weighs as much as not to have it.
-    assert task.weights == pytest.approx([5 / 15, 18 / 2])
+    # To have the label weighs as much as not to have it, if both occur.
+    assert task.weights == pytest.approx([1, 5 / 15, 18 / 2])
     made = task.module(LORA, optimizer)
-    logits = torch.randn(20, 2)
+    logits = torch.randn(20, 3)
     labels = torch.tensor([[label in row["label"] for label in task.labels] for row in rows]).float()
     wanted = 0.8 * labels + 0.1
     likely = logits.sigmoid()
@@ -142,6 +142,10 @@ def test_classes_are_the_labels_in_order(tiny_bert, optimizer):
 REFUSED = {
     "max_length": ({"max_length": 1}, r"task\.max_length"),
     "one class": ({"data": dict.fromkeys(["train", "val", "test"], [("x", "a")])}, "'a'.*set data"),
+    "a list in one split": (
+        {"data": {"train": ROWS, "val": [{"text": "x", "label": ["9"]}], "test": ROWS}},
+        "lists.*set data",
+    ),
     "a new label": ({"data": {"train": ROWS, "val": [("x", 3)], "test": ROWS}}, r"\['3'\].*set data"),
 }
 
@@ -151,6 +155,19 @@ def test_what_cannot_be_used_is_named(case, tiny_bert):
     values, named = REFUSED[case]
     with pytest.raises(ConfigurationError, match=named):
         Classification(**{"model": str(tiny_bert), "data": {}, **values}).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "said"),
+    [(600, {"max_steps": 1}, r"max_length must be at most 512"), (9, {"max_epochs": -1}, r"set trainer\.max_steps")],
+)
+def test_what_could_not_be_trained_is_refused_before_the_first_step(
+    length, options, said, tiny_bert, optimizer, regression
+):
+    rows = [("word " * length, "a"), ("word", "b")]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=600)
+    with pytest.raises(ConfigurationError, match=said):
+        regression[2](**options).fit(task.module(LORA, optimizer), task)
 
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}

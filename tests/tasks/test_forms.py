@@ -17,7 +17,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.runs import job
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.examples import tokens_of_chat
+from dynrank.tasks.examples import make_examples, tokens_of_chat
 from dynrank.tasks.language_modeling import LanguageModeling
 
 PLAIN = (
@@ -91,19 +91,28 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
     ("template", "said"),
     [
         (SHORTENED, r"when later turns follow.*generation"),
+        ("{{ messages[0].content }}", r"drops whole turns.*set task\.model"),
         ("{{ raise_exception('never') }}", "refuses .*never.*set data"),
     ],
-    ids=["rewrites", "refuses"],
+    ids=["rewrites", "drops", "refuses"],
 )
-def test_a_template_that_rewrites_earlier_turns_or_refuses_a_chat_is_named(template, said, chatty):
+def test_a_template_that_rewrites_or_drops_turns_or_refuses_a_chat_is_named(template, said, chatty):
+    rows = {"messages": [turns("long question", "long answer", "q", "a")]}
     tokenizer = load_tokenizer(str(chatty(template)))
     with pytest.raises(ConfigurationError, match=said):
-        tokens_of_chat(tokenizer, turns("long question", "long answer", "q", "a"))
+        make_examples(rows, tokenizer=tokenizer, max_length=99, form="chat", packed=False)
 
 
-def test_a_tokenizer_without_a_template_is_named(tiny_llama):
-    with pytest.raises(ConfigurationError, match=r"task\.model=.* has no chat template"):
-        LanguageModeling(str(tiny_llama), {}, form="chat").module({}, {})
+@pytest.mark.parametrize(
+    ("form", "template", "said"),
+    [("chat", None, "no chat template"), ("chat", PLAIN, "is in Python"), ("completion", None, "no eos_token")],
+)
+def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
+    hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
+    rows = dict.fromkeys(["train", "val", "test"], [("x", "y")])
+    task = LanguageModeling("minilm" if form == "completion" else str(tmp_path), rows, form=form)
+    with pytest.raises(ConfigurationError, match=rf"task\.model=.* {said}.*; set task\.model"):
+        task.setup("fit") if form == "completion" else task.module({}, {})
 
 
 WORDS = ["class", "import", "return x", "def", "with open", "lambda"]
@@ -153,6 +162,9 @@ def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of
         parts = [sum(texts, [])] if packed else texts
         expected = [part[start : start + LENGTH] for part in parts for start in range(0, len(part), LENGTH)]
         assert examples["input_ids"][:] == expected
+    # The end of the first text would be alone, with nothing before it to predict it from.
+    options = {"tokenizer": hf.ByT5Tokenizer(), "max_length": 4, "form": "text", "packed": False}
+    assert make_examples({"text": ["abc", "abcd"]}, **options)["length"] == [4, 4, 2]
     batch = task.collate([*task.examples["train"]][-4:])
     real = batch["attention_mask"].bool()
     assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))

@@ -45,8 +45,11 @@ def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
 
 
 def test_loader_gives_epochs_of_full_batches_in_the_order_of_the_seed():
-    batches = list(loader())
-    assert len(batches) == len(loader()) == 50 // 8
+    source = loader()
+    # The first epoch is left early.
+    next(iter(source))
+    batches = list(source)
+    assert len(batches) == len(source) == 50 // 8
     assert {len(batch[0]) for batch in batches} == {8}
     assert stream(loader(1), 12) == stream(loader(1), 12) != stream(loader(2), 12)
 

@@ -54,7 +54,7 @@ class Columns:
         names: {our name of a column: its name in the data, or several names}.
         unused: columns that other programs use, and the form does not.
         several: whether a row has a list of labels.
-        classes: names of the labels, if ``datasets`` stores the labels as numbers.
+        classes: names of the labels, if ``datasets`` stores the labels as numbers; the last, of -1, is None: no label.
         asked: whether the rows are questions, without label or answer.
     """
 
@@ -62,7 +62,7 @@ class Columns:
     names: Mapping[str, Theirs]
     unused: Sequence[str] = ()
     several: bool = False
-    classes: Sequence[str] | None = None
+    classes: Sequence[str | None] | None = None
     asked: bool = False
 
     def __str__(self) -> str:
@@ -102,7 +102,9 @@ def find_columns(
         if missing:
             usual = f"{ours} column with a usual name ({', '.join(_USUAL[ours])})"
             fix = [f"give --columns {ours}=NAME with one of these"]
-            if where.startswith("data"):
+            if where.startswith("data,"):
+                fix = [f"rename one of these to {ours}"]
+            elif where.startswith("data"):
                 fix = [f"set data.columns.{ours} to one of these"]
                 fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
             fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
@@ -130,7 +132,7 @@ def find_columns(
         names,
         unused=[*unused, *(f"{names['messages']}.{key}" for key in more)],
         several=any(isinstance(row.get(label), list | tuple) for row in sample),
-        classes=kind.names if isinstance(kind, datasets.ClassLabel) else None,
+        classes=[*kind.names, None] if isinstance(kind, datasets.ClassLabel) else None,
         asked=asked,
     )
 
@@ -149,12 +151,12 @@ def form_of(
     raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
 
 
-def refuse_unread(given: Given, found: Columns) -> None:
-    """Refuse names that a user has given by --columns, and that the form of ``found`` does not read."""
-    unread = sorted(given.keys() - found.names.keys())
+def refuse_unread(given: Given, found: Columns, option: str = "--columns") -> None:
+    """Refuse names that a user has given by ``option``, and that the form of ``found`` does not read."""
+    unread = sorted(ours for ours, theirs in given.items() if theirs and ours not in found.names)
     if unread:
         allowed = f"{sorted(found.names)} for the form {found.form}"
-        raise ConfigurationError(f"--columns must name one of {allowed}, got {unread}")
+        raise ConfigurationError(f"{option} must name one of {allowed}, got {unread}")
 
 
 def _wanted(form: str, asked: bool) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from glob import escape
 from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ class Source:
             raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
         self.where = f"{key}={name}"
         path = Path(name).expanduser()
-        on_hub = name.count("/") == 1 and not path.exists() and not path.suffix
-        if not on_hub and not path.exists():
-            raise ConfigurationError(f"{self.where} does not exist; set {key} to {kinds}")
-        if path.is_file() and _kind(path) not in READERS:
-            raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
         with reading(self.where):
+            # A version is no suffix: teknium/OpenHermes-2.5.
+            on_hub = name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha()
+            if not on_hub and not path.exists():
+                raise ConfigurationError(f"{self.where} does not exist; set {key} to {kinds}")
+            if path.is_file() and _kind(path) not in READERS:
+                raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
             if on_hub:
                 self.parts = [of_dataset(_from_hub(name, _THEIR_SPLITS[split]), self.where)]
             elif path.is_file():
@@ -92,7 +94,10 @@ def _kind(path: Path) -> str:
 def _from_file(path: Path, where: str) -> RawRows:
     state = path.stat()
     say({"reading": f"{path}, {state.st_size / 1e6:,.1f} MB"})
-    types = datasets.Features.from_arrow_schema(pq.read_schema(path)) if _kind(path) == ".parquet" else {}
+    schema = pq.read_schema(path) if _kind(path) == ".parquet" else pa.schema([])
+    # datasets has stored its types there; it knows none for some columns of other programs.
+    known = b"huggingface" in (schema.metadata or {})
+    types = datasets.Features.from_arrow_schema(schema) if known else {}
     key = str((path.resolve(), state.st_mtime_ns, state.st_size))
     return RawRows(where, key, partial(READERS[_kind(path)], path), types)
 
@@ -100,7 +105,7 @@ def _from_file(path: Path, where: str) -> RawRows:
 def _csv(path: Path) -> Iterator[Numbered]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         heading = next(filter(str.strip, file), "")
-    delimiter = max(",;\t|", key=heading.count)
+    delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", heading).count)
     advice = f"a text that holds {delimiter!r} belongs in quotes"
     return _table(path, advice, delimiter=delimiter, newlines_in_values=True)
 
@@ -109,7 +114,7 @@ def _tsv(path: Path) -> Iterator[Numbered]:
     """Each line is a row, whatever quotes are in it; a cell that is quoted as a whole loses its quotes."""
     advice = "each line is a row: write others as csv or jsonl"
     for number, row in _table(path, advice, delimiter="\t", quote_char=False):
-        yield number, row if isinstance(row, str) else {name: _unquoted(cell) for name, cell in row.items()}
+        yield number, row if isinstance(row, str) else {_unquoted(name): _unquoted(cell) for name, cell in row.items()}
 
 
 def _unquoted(cell: str) -> str:
@@ -198,7 +203,7 @@ READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     """The files of a split in a folder, by the rules of ``datasets``."""
-    base = str(folder.resolve())
+    base = escape(str(folder.resolve()))
     found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     files = [Path(name) for name in found.get(split, ()) if Path(name).suffix.lower() in READERS]
     if not files:

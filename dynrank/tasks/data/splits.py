@@ -1,7 +1,7 @@
 """The rows of a task's data by split: of files, folders and names on the hub, or of what a function returns."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from itertools import islice
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, shown, validated_call
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
 
@@ -92,6 +92,8 @@ def rows_by_split(data: Any, form: Form) -> Checked:
 
 
 def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
+    if not isinstance(part, Sized) or isinstance(part, str):
+        raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
@@ -124,7 +126,9 @@ def from_files(
     seed: int,
     skip_unusable: bool = False,
 ) -> Checked:
-    """Train, val and test with the columns of ``form``; no text is in two of them. Prints the columns that it found.
+    """Train, val and test with the columns of ``form``. Prints the columns that it found.
+
+    No text of ``train`` is in two of them.
 
     The rows are in the cache of ``datasets`` (HF_HOME) and are read from there when they are needed.
 
@@ -163,7 +167,8 @@ def from_files(
     for i, split in enumerate(SPLITS):
         found[split] = rows.select(np.flatnonzero(drawn == i)) if i == 0 or split not in parts else parts[split]
         if not len(found[split]):
-            few = f"data.train={train} has {len(rows)} rows, which leaves none for {split}"
+            twice = f", of which {found.dropped} are also in the other files" if found.dropped else ""
+            few = f"data.train={train} has {len(rows)} rows{twice}, which leaves none for {split}"
             raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
     return found
 
@@ -181,6 +186,7 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any
 def _read(name: str | None, split: str, given: Given, form: Form, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
     source = Source(name, f"data.{split}", split)
     columns = find_columns(source.sample, given, form, source.where, source.types)
+    refuse_unread(given, columns, "data.columns")
     if split == "train":
         say({"columns": columns})
         if columns.unused:

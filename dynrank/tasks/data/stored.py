@@ -164,4 +164,6 @@ def reading(where: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
+        # So says pyarrow of a row of csv that is longer than a block.
+        advice = "write texts of megabytes as jsonl" if "straddling" in said else advice
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error

@@ -3,6 +3,8 @@ import json
 import os
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dynrank.errors import ConfigurationError
@@ -119,6 +121,8 @@ def test_no_text_stands_in_two_splits(tmp_path):
     assert splits["val"] == [tuple(row.values()) for row in ROWS[:50]]
     assert sorted({*splits["train"], *splits["test"]}) == pairs(ROWS[50:])
     assert not {*splits["train"]} & {*splits["test"]}
+    with pytest.raises(ConfigurationError, match=r"400 rows, of which 400 .* in the other files, which .* for train"):
+        read(twice, val=twice)
 
 
 @pytest.mark.parametrize("given", [{}, {"text": "review"}, {"text": "review", "label": "Stars"}])
@@ -131,8 +135,35 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     assert found == read(write(tmp_path / "a.csv", ROWS))
 
 
+def test_a_name_that_the_form_does_not_read_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.columns must name one of .*'label', 'text'.* got \['answer'\]"
+    ):
+        checked(write(tmp_path / "a.csv", ROWS), columns={"answer": "label", "prompt": None})
+
+
+def test_commas_in_a_quoted_heading_are_no_delimiters(tmp_path):
+    lines = [f'"{row["text"]}";{row["label"]}' for row in ROWS]
+    (tmp_path / "a.csv").write_text("\n".join(['"so, or, so";label', *lines]))
+    assert all_of(read(str(tmp_path / "a.csv"), columns={"text": "so, or, so"})) == pairs(ROWS)
+
+
+def test_columns_of_types_that_are_not_read_do_no_harm(tmp_path):
+    table = datasets.Dataset.from_list(ROWS).data.table.replace_schema_metadata()
+    kind = pa.map_(pa.string(), pa.int64())
+    pq.write_table(table.append_column("more", pa.array([[("a", 1)]] * 200, kind)), tmp_path / "a.parquet")
+    assert all_of(read(str(tmp_path / "a.parquet"))) == pairs(ROWS)
+
+
+@pytest.mark.parametrize("name", ["org/rows", "org/Rows-2.5"])
+def test_names_on_the_hub_are_passed_on(name, monkeypatch):
+    hub = {(name, "train"): datasets.Dataset.from_list(ROWS)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub[name, split])
+    assert all_of(read(name)) == pairs(ROWS)
+
+
 def test_a_folder_has_its_own_splits_and_no_script_in_it_is_run(tmp_path):
-    folder = tmp_path / "talk"
+    folder = tmp_path / "talk [1]"
     folder.mkdir()
     (folder / "talk.py").write_text("raise AssertionError('it was run')")
     write(folder / "train.jsonl", ROWS[:150])
@@ -162,6 +193,7 @@ BAD = {
     "bad array": ("a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 column 10"),
     "0 rows": ("a.csv", b"text,label\n", "has 0 rows"),
     "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has 1 cells.*each line is a row"),
+    "a long row": ("a.csv", LABELLED + b"x" * 2**23 + b",a\n", "write texts of megabytes as jsonl"),
     "no parquet": ("a.parquet", b"x", "cannot be read: Parquet"),
     "no kind": ("a.doc", b"x", r"must be a file \(.csv, .*, or ORG/NAME on the hub, got "),
 }
@@ -211,7 +243,7 @@ def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
     kinds = ['"so begins {}', 'ends {} "', 'in "the" midst {}', '"']
     texts = {kind.format(i): kind.format(i) for i in range(20) for kind in kinds}
     texts |= {f'"all of ""it"" {i}"': f'all of "it" {i}' for i in range(20)}
-    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\ta\n" for text in texts))
+    (tmp_path / "a.tsv").write_text('"text"\tlabel\n' + "".join(f"{text}\ta\n" for text in texts))
     assert column(checked(str(tmp_path / "a.tsv")), "text") == sorted(texts.values())
 
 
@@ -236,6 +268,7 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path):
     [
         ("", "is not set; set data.train to your rows: a file"),
         ("none.csv", "none.csv does not exist; set data.train to"),
+        ("a" * 999, "File name too long"),
     ],
 )
 def test_a_file_that_is_not_there_is_named(name, said):

@@ -38,6 +38,12 @@ REFUSED = {
     "an empty split": ({**PAIRS, "val": []}, "val has 0 rows"),
     "a row of one": ({**PAIRS, "test": [("a", "x"), ("b",)]}, r"test: row 2 must be text and label.*\('b',\)"),
     "a broken number": ({**PAIRS, "train": [("a", "x"), ("a", 0.5)]}, r"train: row 2 must have texts or ints.*0\.5"),
+    "no rows at all": ({**PAIRS, "val": None}, "val must be a list of rows .*, got None; set data"),
+    "other names": (
+        {**PAIRS, "val": [{"a": "x", "label": "y"}]},
+        "val has no text column .*; rename one of these to text",
+    ),
+    "a class of -1": ({**PAIRS, "val": dataset([("a", -1)], label=ClassLabel(names=["x"]))}, "val: row 1 has no label"),
     "a number as a text": ({**PAIRS, "train": [(3, "x")]}, "train: row 1 must have a text as its text, got 3"),
 }
 
