@@ -22,17 +22,17 @@ from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
 # Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
-# stored as an encoder and trained with a head.
-_AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModel",
-)
+# stored as an encoder and trained with a head. Each has the task_type by which PEFT names it in the adapter, if any.
+_AUTO_CLASSES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModelForMaskedLM": "",
+    "AutoModelForImageClassification": "",
+    "AutoModel": "FEATURE_EXTRACTION",
+}
 
 
 def base_source(adapter: Adapter, given: str | None) -> str:
@@ -127,13 +127,15 @@ def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[Pr
     """The classes to try in order: the adapter's, those in the model's config, the usual ones."""
     mapping = adapter.config.auto_mapping
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    for name in [named, *(config.architectures or ())]:
-        cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    by_task = [name for name, task in _AUTO_CLASSES.items() if task == adapter.config.task_type]
+    names = [named, *by_task, *(config.architectures or ()), *_AUTO_CLASSES]
+    for name in (name for name in names if isinstance(name, str)):
+        cls: Any = getattr(transformers, name, None)
         is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
-        if is_model and cls.config_class is type(config):
+        if name in _AUTO_CLASSES:
+            yield partial(cls.from_config, trust_remote_code=False)
+        elif is_model and cls.config_class is type(config):
             yield cls
-    for name in _AUTO_CLASSES:
-        yield partial(getattr(transformers, name).from_config, trust_remote_code=False)
 
 
 def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:

@@ -50,6 +50,7 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     peft_type: Literal["LORA"]
+    task_type: Any = None
     base_model_name_or_path: Any = None
     auto_mapping: Any = None
     target_modules: Annotated[str | list[str] | None, AfterValidator(_expressions)] = None

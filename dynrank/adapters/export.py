@@ -105,12 +105,12 @@ def export_adapter(
         factors = _one_scaling(adapter)
         stored = str(adapter.config.base_model_name_or_path or "BASE")
         base = public_name(model_source(model, "--model") if model else stored)
-        name, place, base = (shlex.quote(text) for text in (out.name, str(out), base))
+        name, place, base = (shlex.quote(text) for text in (out.absolute().name, str(out), base))
         if to == "vllm":
             rank = slot_rank(rank)
             modules = f"{name}={place}"
             if any(layer.experts > 1 for layer in adapter.layers.values()):
-                request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
+                request = {"name": out.absolute().name, "path": str(out), "is_3d_lora_weight": True}
                 modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"
             line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
         else:
@@ -187,7 +187,7 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> 
     with whole_or_nothing(out) as folder:
         write_gguf(folder / "adapter.gguf", adapter, config, names)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-    name = shlex.quote(out.name)
+    name = shlex.quote(out.absolute().name)
     size = sum(file.stat().st_size for file in out.iterdir())
     line = f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))} && ollama run {name}"
     return Exported(out, dict(adapter.layers), None, size, line)

@@ -204,7 +204,8 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
             continue
         value = adapter.tensor(key)
         current = getattr(*places[target])
-        whole = any(f".{module}." in f".{owner}." for module in adapter.config.modules_to_save or ())
+        # To PEFT "classifier" also means a module "pre_classifier", and all that is inside.
+        whole = any(f"{module}." in f"{owner}." for module in adapter.config.modules_to_save or ())
         if value.is_floating_point() != current.is_floating_point() or (
             value.is_floating_point() and value.dtype not in FLOATS.values()
         ):
@@ -219,7 +220,7 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
             faults.append(f"{target!r} is {[*current.shape]} in the model and {[*value.shape]} in the adapter")
         elif whole:
             heads[target] = value
-        elif not torch.equal(current.cpu().to(value.dtype), value):
+        elif not any(torch.equal(current.cpu().to(dtype), value.to(dtype)) for dtype in (current.dtype, value.dtype)):
             faults.append(
                 f"{target!r} of the base model has other values in the adapter: it was trained on another base"
             )

@@ -76,7 +76,9 @@ class Answerer:
             eos_token_id=end_tokens(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        texts = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        # Only a decoder repeats the prompt.
+        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        texts = self.tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -98,8 +100,12 @@ def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]
     """
     origin = base_source(adapter, base)
     model = on_base(adapter, origin).eval()
-    if not model.can_generate() and not type(model).__name__.endswith("ForSequenceClassification"):
+    # The one output of a reward model or a regression is a number, and no class.
+    of_number = model.config.num_labels == 1 and model.config.problem_type != "multi_label_classification"
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and not of_number
+    if not (classifies or model.can_generate()):
         raise ConfigurationError(
-            f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__}"
+            f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__} "
+            f"with {model.config.num_labels} outputs"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)

@@ -95,7 +95,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "modules_to_save": heads or None,
         "bias": "none",
     }
-    _warn_of_misread(model, [name for name in layers if name not in places])
+    _warn_of_misread(model, [name for name in layers if name not in places], heads)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     write_adapter(Path(path), own, config)
 
@@ -122,7 +122,11 @@ def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factor
         tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
         tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
         settings[name] = rows // layer.experts, scaling * (rows // layer.experts)
-    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(settings))
+    config = adapter.config.model_dump(exclude_unset=True) | peft_ranks(settings)
+    # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
+    if config.get("init_lora_weights") == "orthogonal":
+        config["init_lora_weights"] = True
+    write_adapter(folder, tensors, config)
 
 
 def _save_wrapped(model: nn.Module, folder: Path) -> None:
@@ -142,10 +146,19 @@ def _save_wrapped(model: nn.Module, folder: Path) -> None:
         # PEFT writes an adapter that is not named "default" to a folder of its name.
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (written,) = Path(place).rglob(name)
+            written.chmod(folder.stat().st_mode & 0o666)
             os.replace(written, folder / name)
 
 
-def _warn_of_misread(model: nn.Module, modules: Collection[str]) -> None:
+def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collection[str]) -> None:
+    alike = [name for name in modules if name.endswith(tuple(heads))]
+    if alike:
+        warnings.warn(
+            f"PEFT 0.21 cannot load this adapter: it takes {alike[0]!r}, which has LoRA, for one of modules_to_save, "
+            f"{heads}, because the names end alike. dynrank loads and merges it; to train one for PEFT, put "
+            f"{alike[0]!r} into modules_to_save, too",
+            stacklevel=3,
+        )
     names = _TAKEN_FOR_EXPERTS.get(stacked_as(model), ())
     misread = [name for name in modules if name.rpartition(".")[2] in names]
     if misread:
@@ -187,10 +200,11 @@ def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
 
 
 def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Modules outside the LoRA layers that directly own a trainable parameter."""
+    """Modules outside the LoRA layers that directly own a trainable parameter, without those inside of another."""
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
-    return [
+    heads = [
         name
         for name, module in named_modules(model)
         if id(module) not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
+    return [name for name in heads if not any(name.startswith(f"{head}.") for head in heads)]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ def _questions(
         columns: the user's names of columns.
         skip: leave out rows that cannot be used; otherwise one error lists them.
     """
-    file = Path(texts[0]) if len(texts) == 1 and _is_file(texts[0]) else None
+    files = [text for text in texts if _is_file(text)]
+    if files and len(texts) > 1:
+        raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
+    file = Path(files[0]) if files else None
     if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
         table = Source(str(file), "FILE", "test")
         form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
@@ -121,8 +125,8 @@ def _questions(
 def _is_file(text: str) -> bool:
     """Whether a text is a file, or a misspelt name of one."""
     named = len(text.split()) == 1 and Path(text).suffix.lower() in READERS
-    # The system refuses to look up longer names.
-    return named or (len(text) < 1000 and Path(text).is_file())
+    # Unlike Path.is_file, this raises no error for a text that is too long for a name.
+    return named or isfile(text)
 
 
 def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:

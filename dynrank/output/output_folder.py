@@ -16,7 +16,7 @@ def check_free(out: Path, *sources: Path) -> None:
     with _naming(out):
         if realpath(out) in [*map(realpath, sources)]:
             raise ConfigurationError(f"--out must be another folder than the one to read, got {str(out)!r} for both")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(file.suffix != PART for file in out.iterdir())):
             raise ConfigurationError(f"--out must be a new or empty folder, got {str(out)!r}")
 
 
@@ -24,14 +24,16 @@ def check_free(out: Path, *sources: Path) -> None:
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write to, which is renamed to ``out`` at the end of the block, or deleted after an error.
 
-    A killed process leaves a folder behind whose name ends in ".part".
+    If ``out`` exists, its files are moved there one by one, because the present folder and a mounted disk cannot be
+    replaced. A killed process leaves a folder behind whose name ends in ".part".
     """
     with _naming(out):
         # Unlike realpath, Path.resolve raises no OSError for a link to itself.
         out = Path(realpath(out))
-        if not os.path.lexists(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(PART, f"{out.name}.", out.parent, ignore_cleanup_errors=True) as place:
+        home = out if out.is_dir() else out.parent
+        if not os.path.lexists(home):
+            home.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(PART, f"{out.name}.", home, ignore_cleanup_errors=True) as place:
             # Only the owner can read a temporary folder, unlike one that is made in it.
             folder = Path(place, out.name)
             folder.mkdir()
@@ -41,7 +43,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
                 file.chmod(folder.stat().st_mode & 0o666)
             # Another writer may have ended first.
             check_free(out)
-            os.rename(folder, out)
+            for part in [*folder.iterdir()] if home == out else [folder]:
+                os.rename(part, home / part.name)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _with_unit(size: object) -> object:
     return size
 
 
-@validated("plan")
+@validated()
 class PlanKeys:
     """The keys of ``dynrank plan`` in addition to a run's.
 

@@ -21,13 +21,25 @@ SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
 
 
+class ScaledHead(nn.Module):
+    """A head with a parameter of its own beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.scale * self.linear(x)
+
+
 class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 9, 3, stride=2, padding=1)
         self.point = nn.Conv2d(9, 8, 1, bias=False)
         self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
+        self.head = ScaledHead()
 
     def forward(self, image):
         return self.head(self.norm(self.point(self.stem(image).relu())).mean((2, 3)))
@@ -40,16 +52,20 @@ class Zoo:
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, **SIZES)),
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
         "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**TINY, **SIZES, num_labels=3)),
+        "distilbert": lambda: hf.DistilBertForSequenceClassification(
+            hf.DistilBertConfig(**TINY, dim=8, hidden_dim=12, n_layers=2, n_heads=2)
+        ),
         "conv": ConvNet,
     }
     targets = {
         "llama": ["q_proj", "v_proj", "down_proj"],
         "gpt2": ["c_attn", "c_proj", "wte", "lm_head"],
         "bert": ["query", "value", "dense"],
+        "distilbert": ["q_lin"],
         "conv": ["stem", "point"],
     }
-    # The norm has a whole number among its tensors.
-    heads = {"bert": ["classifier"], "conv": ["norm", "head"]}
+    # The norm has a whole number among its tensors. PEFT takes DistilBERT's "pre_classifier" for a "classifier", too.
+    heads = {"bert": ["classifier"], "distilbert": ["classifier"], "conv": ["norm", "head"]}
 
     @classmethod
     def plain(cls, kind):
@@ -91,7 +107,7 @@ class Zoo:
         defaults = {"r": 3, "lora_alpha": 5, "target_modules": cls.targets[kind]}
         # The list is a copy, because PEFT appends to it.
         defaults["modules_to_save"] = [*cls.heads.get(kind, ())] or None
-        if kind == "bert":
+        if "bert" in kind:
             defaults["task_type"] = TaskType.SEQ_CLS
         model = cls.trained(get_peft_model(cls.plain(kind), LoraConfig(**(defaults | options))))
         model.save_pretrained(folder)

@@ -91,23 +91,23 @@ def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, l
 
 
 @pytest.mark.parametrize(
-    ("cls", "named", "labels"),
-    # the last has a head of the same shapes as the first: only the name tells them apart
+    ("cls", "changes", "labels"),
+    # the last two have a head of the same shapes as the first: only the name, or PEFT's task, tells them apart
     [
-        (BertForSequenceClassification, True, 2),
-        (BertForSequenceClassification, False, 3),
-        (BertForTokenClassification, True, 2),
+        (BertForSequenceClassification, {}, 2),
+        (BertForSequenceClassification, {"auto_mapping": None}, 3),
+        (BertForTokenClassification, {}, 2),
+        (BertForTokenClassification, {"auto_mapping": None, "task_type": "TOKEN_CLS"}, 2),
     ],
 )
-def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, named, labels, zoo, tmp_path):
+def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, changes, labels, zoo, tmp_path):
     """An encoder stored by itself, trained with a head that is in the adapter only."""
     zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
     base = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()
     names = [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
     model = zoo.adapted("bert", base=base, target_modules=names)
     dynrank.save_adapter(model, tmp_path / "adapter")
-    if not named:
-        zoo.edit_config(tmp_path / "adapter", auto_mapping=None)
+    zoo.edit_config(tmp_path / "adapter", **changes)
     merged = merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
     assert type(merged).__name__ == cls.__name__
     assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)

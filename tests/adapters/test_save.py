@@ -27,10 +27,12 @@ def test_files_of_equal_adapters_are_equal_and_as_readable_as_any_other(zoo, tmp
     umask = os.umask(0o022)
     try:
         copies = [content(zoo.saved(tmp_path / str(index), "llama")) for index in range(3)]
+        dynrank.save_adapter(zoo.by_peft("llama", tmp_path / "theirs"), tmp_path / "wrapped")
     finally:
         os.umask(umask)
     assert all(found == copies[0] for found in copies)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "0").iterdir()} == {0o644}
+    files = [*(tmp_path / "0").iterdir(), *(tmp_path / "wrapped").iterdir()]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o644}
 
 
 @pytest.mark.usefixtures("full_disk")
@@ -66,6 +68,15 @@ def test_save_refuses_what_it_has_no_place_for(zoo, tmp_path):
     with pytest.raises(ConfigurationError, match="no LoRA layers to save"):
         dynrank.save_adapter(zoo.plain("llama"), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_layer_that_peft_takes_for_a_head_is_named(zoo, tmp_path):
+    model = zoo.adapted("distilbert", target_modules=["pre_classifier"])
+    with pytest.warns(UserWarning, match=r"takes 'pre_classifier'.* for one of modules_to_save, \['classifier'\]"):
+        dynrank.save_adapter(model, tmp_path)
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied"):
+        PeftModel.from_pretrained(zoo.plain("distilbert"), tmp_path)
+    assert_close(zoo.outputs(dynrank.load_adapter(zoo.plain("distilbert"), tmp_path)), zoo.outputs(model))
 
 
 class Nested(nn.Module):

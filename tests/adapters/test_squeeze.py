@@ -20,7 +20,8 @@ from dynrank.errors import ConfigurationError
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 SETTINGS = {
-    "plain": {},
+    # PEFT makes such factors at even ranks only.
+    "orthogonal": {"init_lora_weights": "orthogonal"},
     "rslora": {"use_rslora": True, "rank_pattern": {r".*\.1\..*|point": 4}},
     "patterns": {"rank_pattern": {"q_proj|c_attn|stem": 2}, "alpha_pattern": {r".*\.0\..*|stem": 3}},
 }
@@ -50,7 +51,7 @@ def deltas(folder):
 @pytest.mark.parametrize(
     ("kind", "settings", "target"),
     [
-        ("llama", "plain", {"energy": 0.8}),
+        ("llama", "orthogonal", {"energy": 0.8}),
         ("gpt2", "rslora", {"budget": "50%"}),
         ("conv", "rslora", {"rank": 3}),
         ("conv", "patterns", {"energy": 0.8}),

@@ -8,7 +8,14 @@ import pytest
 import torch
 from peft import PeftModel
 from trained import updated
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import dynrank
 from dynrank.adapters.predicting import Answerer
@@ -138,13 +145,14 @@ def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, 
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
-def written(chatty, prompt):
-    base = chatty.parent / "base"
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), chatty).eval()
+def written(adapter, prompt, cls=AutoModelForCausalLM):
+    base = adapter.parent / "base"
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    start = 0 if model.config.is_encoder_decoder else ids.shape[1]
+    return tokenizer.decode(made[0, start:], skip_special_tokens=True).strip()
 
 
 def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, launch, tmp_path):
@@ -166,6 +174,20 @@ def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, laun
     assert printed.rstrip("\n") == "".join(c if c.isprintable() else repr(c)[1:-1] for c in learned)
 
 
+def test_an_encoder_decoder_answers_as_in_peft(tiny_llama, launch, tmp_path):
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    config = T5Config(vocab_size=600, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    dynrank.save_adapter(updated(dynrank.add_lora(model, rank=2, alpha=8)), tmp_path / "adapter")
+    # No file can have so long a name.
+    prompt = "who are you " * 30
+    expected = written(tmp_path / "adapter", prompt, T5ForConditionalGeneration)
+    assert expected
+    assert launch(cli.main, "predict", "adapter", prompt, "--max-new-tokens", 12)[:2] == (0, expected + "\n")
+
+
 @pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
 def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system, tiny_llama):
     rows = [
@@ -175,6 +197,14 @@ def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system, 
     ]  # fmt: skip
     task = LanguageModeling(str(tiny_llama), dict.fromkeys(["train", "val", "test"], rows), form="chat")
     assert (task.training_inputs.form, task.training_inputs.system) == ("chat", system)
+
+
+def test_the_number_of_a_regression_is_no_class(tiny_bert, launch, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=1, ignore_mismatched_sizes=True)
+    adapter(tmp_path / "adapter", model, tiny_bert, None, modules_to_save=["classifier"])
+    code, printed, said = launch(cli.main, "predict", "adapter", "a fine film")
+    assert (code, printed) == (2, "")
+    assert "got a BertForSequenceClassification with 1 outputs" in said
 
 
 def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classifier, launch, tmp_path, monkeypatch):
@@ -192,6 +222,7 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         (file, "--columns", "text=Text"): "no column 'Text'; it has ['Subject', 'Body']; give --columns text=NAME",
         (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
         ("absent.csv",): "FILE=absent.csv does not exist",
+        (file, "taken.csv"): "a file must be the only TEXT",
     }.items():
         code, _, said = launch(cli.main, "predict", classifier, *options)
         assert code == 2

@@ -16,8 +16,9 @@ def write(out):
 
 
 @pytest.mark.parametrize("out", ["out", "empty", "new/deep"])
-def test_folder_appears_as_readable_as_any_other(out, tmp_path):
+def test_folder_appears_as_readable_as_any_other(out, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     umask = os.umask(0o022)
     try:
         with whole_or_nothing(tmp_path / out) as folder:
@@ -29,6 +30,8 @@ def test_folder_appears_as_readable_as_any_other(out, tmp_path):
     made = tmp_path / out
     assert [stat.S_IMODE(path.stat().st_mode) for path in (made, made / "file")] == [0o755, 0o644]
     assert not list(made.parent.glob("*.part"))
+    # The user still stands in the same folder.
+    assert os.listdir() == (["file"] if out == "empty" else [])
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ def test_what_cannot_be_used_is_named(small, overrides, words):
     with pytest.raises(ConfigurationError) as caught:
         plan_of(*options, *overrides)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    # No key has a name that begins so.
+    assert "plan." not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model_type": "llama", "hidden_size": "wide"}'])
