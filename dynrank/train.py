@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 
 import hydra
@@ -74,6 +75,9 @@ def _is_another_process() -> bool:
 
 def main() -> None:
     """Entry point; :func:`dynrank.runs.overrides.usage_errors` has the exit codes."""
+    # A character that the output's encoding lacks, such as the arrow of a table, must not end a run.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # Without this line Hydra would print its own version.
     if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")

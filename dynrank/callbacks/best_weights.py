@@ -97,10 +97,13 @@ class BestWeights(Checkpoint):
                 trained[name].copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        best = {"step": self.step, "value": self.value, "weights": self._weights}
+        best = {"monitor": self.monitor, "step": self.step, "value": self.value, "weights": self._weights}
         return {**best, "last_validated": self._last_validated}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        # Values of another metric, by which a resumed run may judge, cannot be compared.
+        if state_dict.get("monitor", self.monitor) != self.monitor:
+            return
         self.step = state_dict["step"]
         self.value = state_dict["value"]
         self._weights = state_dict["weights"]

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from dynrank.runs.config import CONFIG_NAME
+
 
 def read_overrides(folder: Path) -> list[str] | None:
     """The overrides of the run in ``folder``, in Hydra's syntax; None: not recorded."""
@@ -31,7 +33,10 @@ def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str |
         group = re.split(r"[./@]", key)[0]
         if override != "ckpt_path=last" and key not in left_out and group not in without:
             kept.append(override)
-    return shlex.join(["dynrank-train", *_options(folder), *kept, *changes])
+    # Hydra takes no overrides on both sides of an option.
+    options = [change for change in changes if change.startswith("--")]
+    kept += [change for change in changes if change not in options]
+    return shlex.join(["dynrank-train", *options, *_options(folder), *kept])
 
 
 def override(key: str, value: object) -> str:
@@ -42,13 +47,14 @@ def override(key: str, value: object) -> str:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options that name folders of configuration files, relative to where the run was started if they lie there."""
+    """The options that name configuration files; folders as seen from where the run was started if they lie there."""
     file = folder / ".hydra" / "hydra.yaml"
     if not file.exists():
         return []
     hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]
     start = Path(hydra["runtime"]["cwd"])
-    options = []
+    name = hydra["job"]["config_name"]
+    options = ["--config-name", name] if name != CONFIG_NAME else []
     for source in hydra["runtime"]["config_sources"]:
         if source["provider"] == "command-line":
             path = Path(source["path"])

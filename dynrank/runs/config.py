@@ -25,6 +25,8 @@ CONFIG_MODULE = "dynrank.conf"
 CONFIG_NAME = "train"
 
 
+# How the names of metrics end whose smaller values are better.
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
 # Arguments of add_lora that are no keys: the task, or another group, gives them.
 _NOT_KEYS = ("rank_map", "modules_to_save", "dtype")
 
@@ -37,7 +39,8 @@ class RunKeys:
         seed: seed of everything random; NumPy's generator allows none from 2**32 on.
         ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir`` goes on there.
         checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
-        objective: a sweeper that looks for the best run is told this of the exported weights.
+        objective: a sweeper that looks for the best run is told this of the exported weights; a smaller value is better
+            if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
             if validations log it, otherwise by val/loss; ``last``: those of the last step.
         plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
@@ -120,9 +123,21 @@ def _half(rank: Any) -> Any:
     return max(1, rank // 2) if isinstance(rank, int) else rank
 
 
-# In a file: ${dynrank.times:2,${lora.rank}} and ${dynrank.half:${lora.rank}}.
+def better(metric: str) -> Literal["min", "max"]:
+    """Whether a smaller or a larger value of a metric is better."""
+    return "min" if metric.endswith(LOWER_IS_BETTER) else "max"
+
+
+def _direction(metric: str | None) -> str:
+    if metric is None:
+        raise ConfigurationError("this search needs an objective, got null; set objective=val/loss")
+    return f"{better(metric)}imize"
+
+
+# In a file: ${dynrank.times:2,${lora.rank}}, ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
 OmegaConf.register_new_resolver("dynrank.times", lambda first, second: first * second, replace=True)
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
+OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
@@ -144,8 +159,11 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
     >>> dynrank.compose(["lora.rank=8", "schedule=fixed"]).lora.rank
     8
     """
+    beside = []
+    if folder is not None:
+        place = str(folder.resolve()).replace("'", r"\'")
+        beside = [f"hydra.searchpath=['file://{place}']"]
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
         config = hydra_compose(name, overrides=[*beside, *overrides])
     complete(config, overrides, name)
     return config
@@ -169,7 +187,8 @@ def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
 def _fill_length(config: DictConfig) -> None:
     """Set the length of training and the validations where nothing says them: your own files take 3 epochs.
 
-    Other data take 560 steps. A run whose length is in epochs validates four times in each, another every 30 batches.
+    Other data take 560 steps. A run whose length or validations are in epochs validates four times in each, another
+    every 30 batches.
     """
     trainer = config.trainer
     if trainer is None:
@@ -180,9 +199,10 @@ def _fill_length(config: DictConfig) -> None:
         trainer.max_epochs, steps = (3, None) if own else (None, 560)
     trainer.max_steps = -1 if steps is None else steps
     if trainer.get("val_check_interval") is None:
-        trainer.val_check_interval = 30 if trainer.max_steps != -1 else 0.25
         if trainer.max_steps == -1 and trainer.get("check_val_every_n_epoch") is None:
             trainer.check_val_every_n_epoch = 1
+        # An epoch may have fewer than 30 batches, which are counted across epochs where this is null.
+        trainer.val_check_interval = 30 if trainer.get("check_val_every_n_epoch") is None else 0.25
 
 
 # What an adapter sets in a run that goes on from it.

@@ -79,6 +79,8 @@ def _make_ready(folder: Path, resumed: bool) -> None:
     for part in last.parent.glob(f"{last.name}.*{PART}"):
         part.unlink()
     if resumed:
+        # The process that had the folder until now may have ended its run.
+        checkpoint_of(folder, "last")
         return
     if (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*")):
         raise ConfigurationError(

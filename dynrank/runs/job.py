@@ -26,7 +26,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
-from dynrank.runs.config import check_run_keys, make, plain, rank_pattern
+from dynrank.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.runs.export import export, held_bytes, summarise
 from dynrank.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
 from dynrank.runs.overrides import unknown_key
@@ -183,7 +183,7 @@ def make_scheduler(node: DictConfig) -> RankScheduler:
 def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:
     """The metric that says which validation was the best, and whether a smaller value is better."""
     monitor = objective if objective is not None and objective in logged and objective.startswith("val/") else VAL_LOSS
-    return monitor, "min" if monitor.endswith(("loss", "perplexity")) else "max"
+    return monitor, better(monitor)
 
 
 def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step: int) -> str:
@@ -210,12 +210,20 @@ def _check_trainer(
     *,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     accumulate_grad_batches: Count = 1,
+    max_epochs: int | None = None,
     val_check_interval: Positive | None = None,
+    fast_dev_run: bool | int = False,
     devices: Any = 1,
     strategy: Any = "auto",
     **_: Any,
 ) -> None:
     """Refuse values that Lightning does not refuse before training."""
+    if max_epochs == -1 and max_steps == -1:
+        raise ConfigurationError("trainer.max_epochs=-1 has no end; set trainer.max_steps, or a number of epochs")
+    if fast_dev_run:
+        raise ConfigurationError(
+            f"trainer.fast_dev_run={fast_dev_run} writes no metrics and no checkpoint; a run of seconds is debug=smoke"
+        )
     if devices is None:
         raise ConfigurationError(
             "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "

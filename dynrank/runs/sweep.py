@@ -205,7 +205,8 @@ def run_in_sweep(
     try:
         complete(config, overrides)
         summary = run(config, folder, sweep=True, record=record)
-        return None if config.objective is None else summary.final[config.objective]
+        # A run without a test (trainer.limit_test_batches=0) has measured nothing.
+        return None if config.objective is None else summary.final.get(config.objective)
     except Exception as error:
         # Hydra raises only the first error of a sweep, after all runs.
         print(f"no result        {folder}: {type(error).__name__}: {error}", file=sys.stderr)

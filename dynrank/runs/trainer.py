@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from dynrank.output.whole_file import whole_file
 from dynrank.runs.command import command, override
 from dynrank.runs.config import make, plain
 from dynrank.runs.folder import HISTORY, METRICS, last_checkpoint
+from dynrank.runs.summary import SUMMARY
 
 # AdapterCheckpoint saves after the step in which one of them comes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -135,8 +137,11 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
 
 def _advice(saved: str, folder: Path) -> str:
     """How to resume: a command to paste if the run was started by a command, otherwise a key."""
+    if (folder / SUMMARY).exists():
+        return f"the run has ended; its page: {shlex.join(['dynrank', 'report', str(folder)])}"
     changes = [override("ckpt_path", saved)]
-    if saved == str(last_checkpoint(folder)):
+    # Lightning follows links.
+    if Path(saved).resolve() == last_checkpoint(folder).resolve():
         changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
     return f"go on with {command(folder, *changes) or changes[0]}"
 

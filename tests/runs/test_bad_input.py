@@ -14,6 +14,8 @@ CASES = [
     (["+trainer.max_step=3"], ["trainer.max_step is not a configuration key", "nearest: trainer.max_steps"]),
     (["seed=-1", "checkpoint_every=0"], ["seed", "checkpoint_every"]),
     (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
+    (["trainer.max_steps=-1", "trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "trainer.max_steps"]),
+    (["trainer.fast_dev_run=true"], ["trainer.fast_dev_run=True", "debug=smoke"]),
     # The rank is refused before the model is loaded.
     (["lora.rank=0", "task.model=./missing"], ["0", "lora.rank"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),

@@ -1,5 +1,7 @@
 """Every option of every group composes, and unknown or ill-typed values are refused by name."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import dynrank
+from dynrank import train
 from dynrank.driver.check import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.runs.config import make, rank_pattern
@@ -25,6 +28,22 @@ def test_option_composes_without_a_missing_value(option):
     OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
     assert not OmegaConf.missing_keys(config)
     OmegaConf.to_container(config, resolve=True)
+
+
+def test_a_folder_of_ones_own_may_have_any_name(tmp_path):
+    folder = tmp_path / "it's [mine]"
+    (folder / "task").mkdir(parents=True)
+    (folder / "task" / "mine.yaml").write_text("defaults: [classification]\n")
+    assert dynrank.compose(["task=mine"], folder=folder).task.model == "minilm"
+
+
+def test_output_that_has_no_arrow_ends_no_run(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="latin-1"))
+    monkeypatch.setattr(sys, "argv", ["dynrank-train", "--version"])
+    train.main()
+    print("32 → 16", flush=True)
+    assert printed.getvalue().endswith(b"32 ? 16\n")
 
 
 @pytest.mark.parametrize(("rank", "final"), [(7, [3, 1]), (32, [16, 4])])

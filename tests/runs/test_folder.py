@@ -54,6 +54,10 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
     write(tmp_path / "checkpoints" / "last.ckpt.12.part", "left by a killed writer")
     with run_folder.locked(tmp_path, resumed=True):
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    # The run has ended between the first look at its folder and the lock.
+    write(tmp_path / "summary.json", "{}")
+    with pytest.raises(ConfigurationError, match="has ended"), run_folder.locked(tmp_path, resumed=True):
+        pass
 
 
 def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):

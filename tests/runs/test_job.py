@@ -84,17 +84,19 @@ def test_own_task_runs_from_a_users_config_with_relative_paths(launch, tmp_path,
     (tmp_path / "my_tasks.py").write_text(TASK)
     (tmp_path / "mine" / "task").mkdir(parents=True)
     (tmp_path / "mine" / "task" / "own.yaml").write_text("defaults: [medical_terms]\n_target_: my_tasks.Reviews\n")
+    (tmp_path / "mine" / "here.yaml").write_text("defaults: [train, _self_]\n")
     (tmp_path / "ranks.yaml").write_text("rank_pattern: {query: {rank: 3, pinned: true}}\n")
     (tmp_path / "bert").symlink_to(tiny_bert)
     monkeypatch.syspath_prepend(tmp_path)
     small = ["debug=smoke", "task.limit=16", "plots=false", "lora.rank=4", "trainer.max_steps=4"]
     paths = ["task.model=bert", "rank_map.file=ranks.yaml", "hydra.run.dir=run"]
-    code, _, said = launch(train.main, "--config-dir", tmp_path / "mine", "task=own", *small, *paths)
+    code, _, said = launch(train.main, "-cn", "here", "--config-dir", tmp_path / "mine", "task=own", *small, *paths)
     assert code == 0, said
     ranks = json.loads((tmp_path / "run" / "summary.json").read_text())["final_ranks"]
     assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
     assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]
-    assert "$ dynrank-train --config-dir mine task=own debug=smoke" in (tmp_path / "run/adapter/README.md").read_text()
+    command = "$ dynrank-train --config-name here --config-dir mine task=own debug=smoke"
+    assert command in (tmp_path / "run/adapter/README.md").read_text()
 
 
 # Libraries are tried as they come, with their warnings.

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dynrank.callbacks import AdapterCheckpoint
 from dynrank.runs.command import override
-from dynrank.runs.trainer import STOP_SIGNALS, stoppable
+from dynrank.runs.trainer import STOP_SIGNALS, _advice, stoppable
 
 
 class Saver(AdapterCheckpoint):
@@ -60,6 +60,20 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(ended, regression
 def test_ctrl_c_in_the_test_says_how_to_go_on(ended):
     said = ended(2, test_step=lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_while_the_page_is_written_names_the_command_that_writes_it(ended, tmp_path):
+    def end(*_):
+        (tmp_path / "summary.json").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert f"the run has ended; its page: dynrank report {tmp_path}" in ended(1, test_step=end)
+
+
+def test_a_folder_behind_a_link_goes_on_in_itself(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert _advice(str(tmp_path / "run/checkpoints/last.ckpt"), tmp_path / "link") == "go on with ckpt_path=last"
 
 
 @pytest.mark.parametrize("folder", ["plain/2026-11-28_run.1", "josé/run", "two words", "o'clock"])

@@ -12,6 +12,7 @@ from tables import rows
 
 import dynrank
 from dynrank import train
+from dynrank.callbacks import BestWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -93,6 +94,16 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     assert "no validation after the last change" in found["weights"]
 
 
+def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
+    of_loss = BestWeights("val/loss")
+    of_loss.step = 7
+    of_loss.value = 2.3
+    resumed = {name: BestWeights(name, mode) for name, mode in (("val/loss", "min"), ("val/accuracy", "max"))}
+    for best in resumed.values():
+        best.load_state_dict(of_loss.state_dict())
+    assert [best.step for best in resumed.values()] == [7, None]
+
+
 def test_own_files_train_in_epochs_and_say_so_where_output_is_a_file(launch, own):
     code, printed, said = launch(train.main, *own, "schedule=fixed", "hydra.run.dir=run")
     assert code == 0, said
@@ -114,6 +125,7 @@ def test_own_files_train_in_epochs_and_say_so_where_output_is_a_file(launch, own
         (["trainer.max_epochs=1", "trainer.val_check_interval=5"], (-1, 1, 5, None)),
         (["trainer.max_steps=9", "trainer.max_epochs=2"], (9, 2, 30, None)),
         (["trainer=ddp", "trainer.devices=1"], (560, None, 30, None)),
+        (["trainer.max_steps=9", "trainer.check_val_every_n_epoch=2"], (9, None, 0.25, 2)),
     ],
     ids=str,
 )

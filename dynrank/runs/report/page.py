@@ -36,15 +36,15 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     """
     run = read_run(folder)
     results = _results(run.summary)
-    rivals = {_run_name(other): _results(read_summary(other)) for other in against}
+    rivals = [_results(read_summary(other)) for other in against]
     file = folder / "report.html"
     try:
         page = template("page.html.jinja").render(
             run=run,
             title=f"dynrank run {_run_name(folder)}",
             results={"steps": f"{run.last_step:,}"} | results,
-            compared=_compared([results, *rivals.values()]),
-            rivals=list(rivals),
+            compared=_compared([results, *rivals]),
+            rivals=[_run_name(other) for other in against],
             pictures=_draw(run),
             ranks=run.ranks(),
             next_commands=next_commands(run),
@@ -193,17 +193,20 @@ def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...
     middle = round(sum(ranks) / len(ranks))
     schedule = run.config["schedule"]
     how = schedule.get("how")
-    if run.made:
+    # The adapter that a run goes on from sets the ranks at its start.
+    free = run.config["lora"].get("from") is None
+    if run.made and free:
         yield (
             "compare with a run that has the final rank from the start",
             [f"lora.rank={middle}", "schedule=fixed"],
             ("schedule",),
         )
+    if run.made:
         if how and how.get("max_regression") is None:
             yield "measure what a change costs, and undo one that costs much", ["schedule.how.max_regression=0.01"], ()
         if "final_rank" in schedule and middle > 1:
             yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
-    if len({*ranks}) == 1:
+    if len({*ranks}) == 1 and free:
         yield (
             "give all layers one budget, not one rank",
             [f"lora.rank={2 * middle}", "schedule=early_budget"],

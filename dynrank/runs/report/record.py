@@ -148,7 +148,9 @@ def read_run(folder: str | Path) -> RunRecord:
     except OSError as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
     layers = {layer.layer: layer for layer in inspect(folder / "adapter")}
-    trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
+    # The n-th step has number n - 1 in training, and n in the test after it.
+    made = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
+    made += [max(steps) for name, (steps, _) in metrics.items() if name in summary.test]
     return RunRecord(
         folder=folder,
         config=yaml.safe_load(config),
@@ -156,7 +158,7 @@ def read_run(folder: str | Path) -> RunRecord:
         overrides=read_overrides(folder),
         summary=summary,
         metrics=metrics,
-        last_step=max([1, *trained, *(change.step for change in history)]),
+        last_step=max([0, *made, *(change.step for change in history)]),
         history=history,
         layers={name: layers[name] for name in summary.final_ranks},
     )

@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from PIL import Image
 from report_pages import NASTY, Page, write_run
 
@@ -109,13 +110,14 @@ def test_a_run_without_changes_and_a_page_without_matplotlib_say_so(tmp_path):
 
 @pytest.mark.usefixtures("no_matplotlib")
 def test_other_runs_stand_beside_it_and_every_section_stays(tmp_path, launch):
-    for name, test in (("a", {}), ("b", {"test/loss": 1.5}), ("c", {"test/loss": 1.0, "test/bleu": 0.5})):
+    for name, test in (("a", {}), ("b/run", {"test/loss": 1.5}), ("b/b/run", {"test/loss": 1.0, "test/bleu": 0.5})):
         write_run(tmp_path / name, test={"test/loss": 1.25} | test)
     code, printed, _ = launch(cli.main, "report", "a")
     assert (code, printed.split()) == (0, ["report", "a/report.html"])
     alone = Page(tmp_path / "a" / "report.html").texts("h2")
     assert alone == ["Changes of rank", "Pictures", "Layers", "Configuration", "What to try next"]
-    code, _, said = launch(cli.main, "report", "a", "--against", "b", "c")
+    # Both have one name on the page.
+    code, _, said = launch(cli.main, "report", "a", "--against", "b/run", "b/b/run")
     assert code == 0, said
     report = Page(tmp_path / "a" / "report.html")
     compared = {row[0]: row[1:] for row in report.table("Results of the runs")[1:]}
@@ -149,6 +151,7 @@ def test_commands_compose(smoke_run):
     commands = trained(run)
     assert len(commands) >= 5
     for arguments in commands.values():
+        assert get_args_parser().parse_args(arguments).multirun is ("--multirun" in arguments)
         config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
         # debug=smoke, which the run was given, makes 12 steps.
         assert config.trainer.max_steps == 12
@@ -161,6 +164,8 @@ def test_commands_compose(smoke_run):
     [
         ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
         ({"lora": {"dropout": 0.1}}, "regularise"),
+        ({"lora": {"from": "adapter"}}, "compare with a run that has the final rank"),
+        ({"lora": {"from": "adapter"}}, "give all layers one budget"),
     ],
 )
 def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):

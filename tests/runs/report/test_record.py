@@ -47,6 +47,13 @@ def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder):
         assert (folder / "again.png").read_bytes() == (folder / "plots" / f"{name}.png").read_bytes()
 
 
+@pytest.mark.parametrize(("rows", "steps"), [("30,1.25,,", 30), ("0,1.25,,", 0), ("30,1.25,,\n30,,2.0,", 31)])
+def test_steps_are_those_before_the_test_also_if_none_was_trained_here(folder, rows, steps):
+    (folder / "rank_history.csv").write_text("step\n")
+    (folder / "metrics.csv").write_text(f"step,test/loss,train/loss,val/loss\n{rows}\n")
+    assert read_run(folder).last_step == steps
+
+
 def edit(name, old, new):
     def change(folder):
         text = (folder / name).read_text()

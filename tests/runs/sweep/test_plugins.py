@@ -38,6 +38,21 @@ def test_optuna_finds_the_best_of_its_runs(tiny_bert, tmp_path, launch):
             assert best["best_params"]["lora.rank"] == rank
 
 
+@pytest.mark.parametrize(
+    ("objective", "direction"), [("val/loss", "minimize"), ("val/wer", "minimize"), ("val/accuracy", "maximize")]
+)
+def test_optuna_looks_for_what_is_better(objective, direction):
+    with initialize_config_module("dynrank.conf", version_base="1.3"):
+        overrides = ["sweep=optuna", f"objective={objective}"]
+        config = compose("train", overrides=overrides, return_hydra_config=True)
+    assert config.hydra.sweeper.direction == direction
+
+
+def test_optuna_without_an_objective_is_refused(launch):
+    code, _, said = launch(train.main, "--multirun", "sweep=optuna", "objective=null", "hydra.sweep.dir=s")
+    assert (code, "set objective=val/loss" in said) == (2, True), said
+
+
 def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
     job_of_eight = [f"hydra.launcher.{name}" for name in ("nodes=2", "tasks_per_node=4", "gpus_per_node=4")]
     with initialize_config_module("dynrank.conf", version_base="1.3"):
