@@ -53,7 +53,7 @@ def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(to
 
     Args:
         values: singular values, descending, (R,).
-        largest_dim: max(d_out, d_in) of the product.
+        largest_dim: max(d_out, d_in) of a product that was formed; the rank, if only its two factors were rounded.
         eps: machine epsilon of the factors' dtype; float32's for narrower dtypes, since their own leaves rank 0.
 
     >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-17]), largest_dim=100)
@@ -138,7 +138,8 @@ def directions_of(lora_B: Tensor, lora_A: Tensor) -> Directions:
     u = u * signs
     vh = vh * signs.mT
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
-    live = numerical_rank(s, max(len(lora_B), lora_A.shape[1]), eps)
+    # The factors alone are rounded, by at most sqrt(R) eps of their norms, and their product is never formed.
+    live = numerical_rank(s, len(lora_A), eps)
     root = s[:live].sqrt()
     return Directions((u[:, :live] / root).mT @ r_b, r_a.mT @ (vh[:live].mT / root), _padded(s, len(lora_A)))
 

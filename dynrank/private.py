@@ -56,6 +56,17 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks of its own."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks)
+
+
 def is_fabrics(module: Any) -> bool:
     """Whether ``module`` is Fabric's wrapper around a model."""
     return "_forward_module" in module._modules

@@ -163,6 +163,14 @@ def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal(
     assert (b @ a - product(change)).norm() <= 1e-5 * (b @ a).norm()
 
 
+def test_truncation_of_a_long_product_keeps_small_directions():
+    """In an embedding, max(d_out, d_in) * eps of float32 would be 0.6% of the largest singular value."""
+    lora_B, lora_A = factors(50_000, 9, 3, dtype=torch.float32)
+    lora_B = torch.linalg.qr(lora_B).Q * torch.tensor([1.0, 4e-3, 1e-4])
+    change = truncate_product(lora_B, lora_A, 3)
+    assert_close(product(change), lora_B @ lora_A, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_truncation_computes_in_double_whatever_the_dtype(dtype):
     lora_B, lora_A = factors(9, 7, 4, dtype=dtype)

@@ -38,6 +38,8 @@ from dynrank.rank_map import by_layer
 Ranks: TypeAlias = int | Mapping[str, int]
 
 
+# Optimizers could not step on state that inference mode has made (Lightning validates in it).
+@torch.inference_mode(False)
 @torch.no_grad()
 def resize(
     model: nn.Module,

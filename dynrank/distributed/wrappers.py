@@ -32,25 +32,20 @@ def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def pause_ddp(modules: Iterable[DistributedDataParallel]) -> list[tuple[Any, dict[str, Any]]]:
-    """Remove the reducers, whose buckets fit the old shapes, from ``modules``.
+def pause_ddp(modules: Iterable[DistributedDataParallel]) -> None:
+    """Remove the reducers, whose buckets fit the old shapes, from ``modules``, until :func:`resume_ddp`.
 
-    Training loops keep references to their DDP module, so it cannot be replaced by a new one. The result is the
-    argument of :func:`resume_ddp`, to call when parameters have their new shapes.
+    Training loops keep references to their DDP module, so it cannot be replaced by a new one.
     """
-    paused: list[tuple[Any, dict[str, Any]]] = [
-        (module, module.__getstate__())  # type: ignore[no-untyped-call]
-        for module in modules
-    ]
-    for module, _ in paused:
+    for module in modules:
         del module.reducer, module.logger
-    return paused
 
 
-def resume_ddp(paused: list[tuple[Any, dict[str, Any]]]) -> None:
-    """Give the DDP modules new reducers, by the code for unpickling, and register their communication hooks again."""
-    for module, state in paused:
-        module.__setstate__(state)
+def resume_ddp(modules: Iterable[DistributedDataParallel]) -> None:
+    """Give ``modules`` new reducers, by the code for unpickling, and register their communication hooks again."""
+    for module in modules:
+        # Without its group a module would go to the default one.
+        module.__setstate__({"process_group": module.process_group})  # type: ignore[no-untyped-call]
         # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
         module._static_graph_delay_allreduce_enqueued = False
         for hook, of_hook in module._comm_hooks:

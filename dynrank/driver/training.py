@@ -107,11 +107,11 @@ class Training:
     def put(self, assign: Callable[[], None]) -> None:
         """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""
         with uninterrupted():
-            paused = pause_ddp(self.ddp)
+            pause_ddp(self.ddp)
             try:
                 assign()
             finally:
-                resume_ddp(paused)
+                resume_ddp(self.ddp)
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -92,9 +92,9 @@ class LoRALayer(nn.Module):
 
     The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
 
-    The constructor freezes the parameters of ``base``. It copies ``factors``, a pair (lora_A, lora_B), or draws new
-    factors if that is None. The other arguments are as in :func:`dynrank.add_lora`, which checks them. Embeddings and
-    convolutions always use torch and not the ``backend``.
+    The constructor copies ``factors``, a pair (lora_A, lora_B), or draws new factors if that is None. ``base`` stays as
+    it is; it is frozen when the layer is put into a model. The other arguments are as in :func:`dynrank.add_lora`,
+    which checks them. Embeddings and convolutions always use torch and not the ``backend``.
 
     Attributes:
         lora_A: (rank, d_in), at first Kaiming-uniform.
@@ -125,7 +125,7 @@ class LoRALayer(nn.Module):
         d_out, d_in = self.shape_of(base)
         self.num_products = self.num_products_of(base)
         self.backend: Backend = backend
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.scaling = float(scaling)
         self.dropout = nn.Dropout(dropout)
         self.final_rank: int | None = None

@@ -60,7 +60,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
         elif id(modules[name]) in alone:
             reason = "torch.compile has wrapped this module alone and would still call it; compile the model afterwards"
         elif layer_class(modules[name]) is None:
-            reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts"
+            kind = type(modules[name]).__name__
+            reason = f"{kind} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts, or computes its weight"
         else:
             continue
         raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
 from dynrank.layers.base import LoRALayer, imported
-from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
+from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
+from dynrank.private import has_hooks, in_transform
 
 
 class LoRALinear(LoRALayer):
@@ -26,14 +27,15 @@ class LoRALinear(LoRALayer):
         """The output by an operation of torch for each part of the formula, in the dtype of x.
 
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
-        the backward. Under ``torch.compile`` this formula runs, because the compiler can fuse plain operations.
+        the backward. This formula runs under ``torch.compile``, which can fuse plain operations; under ``torch.func``,
+        whose transforms the op does not support; and if the base has hooks, which only its own call runs.
         """
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "reference" or torch.compiler.is_compiling():
+        if self.backend == "reference" or torch.compiler.is_compiling() or in_transform() or has_hooks(self.base):
             return self.reference(x)
         return lora_linear(
             x,
@@ -42,7 +44,7 @@ class LoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             self.scaling,
-            self.dropout.p if self.training else 0.0,
+            self.dropout.p if self.dropout.training else 0.0,
             backend=self.backend,
         )
 
@@ -157,8 +159,10 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     """The class of LoRA layer for ``base``; None for a module that cannot have LoRA.
 
     A subclass with its own forward (scaled, quantised by another library, ...) cannot have LoRA, except Falcon's, which
-    computes the same as a plain linear layer.
+    computes the same as a plain linear layer. Nor can a layer that computes its weight (weight norm, pruning).
     """
+    if "weight" not in base._parameters and not isinstance(base, BareParameter):
+        return None
     if is_quantized(base):
         return LoRAQuantizedLinear
     conv1d = imported("transformers.pytorch_utils.Conv1D")

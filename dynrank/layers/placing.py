@@ -71,8 +71,8 @@ def add_lora(
     )
     if own_layers(model):
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
-    if not dtype.is_floating_point:
-        raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigurationError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype}")
     modules = modules_by_name(model)
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)

@@ -147,13 +147,15 @@ def test_resize_update_is_the_best_of_its_rank_and_the_report_says_so(trained, t
 
 
 @pytest.mark.parametrize("rank", [3, 8])
-def test_resize_keeps_parameters_and_groups_which_go_on_learning(trained, rank):
+@pytest.mark.parametrize("inference", [False, True])
+def test_resize_keeps_parameters_and_groups_which_go_on_learning(trained, rank, inference):
     net, optimizer = trained
     ids = [id(parameter) for parameter in net.parameters()]
     (group,) = optimizer.param_groups
     factors = [p for p in net.parameters() if p.requires_grad]
     settings = {key: value for key, value in group.items() if key != "params"}
-    resize(net, rank, optimizers=[optimizer])
+    with torch.inference_mode(inference):
+        resize(net, rank, optimizers=[optimizer])
     assert [id(parameter) for parameter in net.parameters()] == ids
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in factors]
     assert optimizer.param_groups == [{"params": group["params"], **settings}]

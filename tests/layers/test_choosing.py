@@ -6,6 +6,7 @@ import transformers as hf
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
+from torch.nn.utils import prune
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.choosing import target_names
@@ -108,9 +109,10 @@ class OwnForward(nn.Linear):
         return torch.relu(super().forward(x))
 
 
-def test_target_names_refuses_a_subclass_with_its_own_forward():
-    model = nn.ModuleDict({"own": OwnForward(4, 4), "plain": nn.Linear(4, 4)})
-    with pytest.raises(ConfigurationError, match="'own' cannot have LoRA: OwnForward"):
+@pytest.mark.parametrize("make", [OwnForward, lambda *size: prune.identity(nn.Linear(*size), "weight")])
+def test_target_names_refuses_a_layer_with_a_forward_or_a_computed_weight_of_its_own(make):
+    model = nn.ModuleDict({"own": make(4, 4), "plain": nn.Linear(4, 4)})
+    with pytest.raises(ConfigurationError, match="'own' cannot have LoRA: .*Linear, .*, or computes its weight"):
         target_names(model, ["own"])
     with pytest.warns(UserWarning, match="50% of the model stays frozen: 1 layers other than .*, such as 'own'"):
         assert target_names(model, "all-linear") == ["plain"]

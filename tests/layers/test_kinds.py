@@ -81,6 +81,42 @@ def test_fused_op_is_the_reference(base):
     gradient.sum().backward()
 
 
+@pytest.mark.parametrize("base", [nn.Linear(7, 6), Conv1D(6, 7)], ids=["linear", "conv1d"])
+def test_hooks_of_the_base_run(base):
+    layer = adapt(base)
+    x = torch.randn(4, 7)
+    y = layer(x)
+    seen = []
+    layer.base.register_forward_hook(lambda *call: seen.append(call[2]))
+    layer.base.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    assert_close(layer(x) - y, base(x + 1) - base(x), rtol=1e-4, atol=1e-5)
+    assert_close(seen, [base(x + 1)])
+
+
+def test_gradients_of_each_example_by_torch_func_are_those_of_a_backward():
+    layer = adapt(nn.Linear(7, 6))
+    x = torch.randn(4, 7)
+    factors = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+
+    def loss(factors, x):
+        return torch.func.functional_call(layer, factors, x).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(layer(row).square().sum(), (layer.lora_A, layer.lora_B))
+        assert_close((found["lora_A"][i], found["lora_B"][i]), expected)
+
+
+def test_dropout_has_a_mode_of_its_own():
+    """To estimate uncertainty, dropout alone is set to train()."""
+    layer = adapt(nn.Linear(7, 6), dropout=0.5)
+    x = torch.randn(4, 7)
+    for training in (True, False):
+        layer.train(training)
+        layer.dropout.train(not training)
+        assert torch.equal(layer(x), layer(x)) == training
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_computes_the_same_with_the_same_mask(reentrant):
     layer = adapt(nn.Linear(7, 6), dropout=0.5)

@@ -17,11 +17,17 @@ from dynrank.layers.kinds import LoRALinear
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+
 @pytest.fixture
 def net():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
-    return nn.ModuleDict({"body": body, "head": nn.Linear(8, 4)})
+    return nn.ModuleDict({"body": body, "head": nn.Linear(8, 4), "router": Router()})
 
 
 def test_add_lora_freezes_all_but_adapters_and_modules_to_save_and_works_once(net):
@@ -83,6 +89,8 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"modules_to_save": ["head"], "target_modules": ["head"]}, "'head' cannot have LoRA: it is in modules"),
         ({"rank_map": {"tail": 2}}, "'tail' matches no LoRA layer"),
         ({"dtype": torch.int32}, "dtype"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype must be .* of at least 16 bits, got torch.float8_e4m3fn"),
+        ({"target_modules": ["0", "router.weight"], "dropout": 0.1}, "dropout must be 0 for LoRA in a router, got 0.1"),
         ({"target_modules": [3]}, r"target_modules\[0\] must be a valid string, got 3"),
         ({"backend": "cuda"}, "backend must be 'auto', 'torch', 'triton' or 'reference', got 'cuda'"),
     ],

@@ -1,7 +1,7 @@
 """The rows of a task's data by split: of files, folders and names on the hub, or of what a function returns."""
 
 import hashlib
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -92,7 +92,7 @@ def rows_by_split(data: Any, form: Form) -> Checked:
 
 
 def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
-    if not isinstance(part, Sized) or isinstance(part, str):
+    if isinstance(part, str) or not hasattr(part, "__len__"):
         raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
