@@ -10,18 +10,20 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
 from dynrank import __version__
-from dynrank.errors import ConfigurationError
-from dynrank.output.console import quiet_imports
-from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, complete
-from dynrank.runs.overrides import usage_errors
-from dynrank.runs.sweep import run_in_sweep
+from dynrank.errors import ConfigurationError, train_packages
+
+with train_packages("dynrank-train"):
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+
+    from dynrank.output.console import quiet_imports
+    from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, complete
+    from dynrank.runs.overrides import usage_errors
+    from dynrank.runs.sweep import run_in_sweep
 
 # torchrun, srun and Lightning set these.
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")

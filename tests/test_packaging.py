@@ -128,6 +128,7 @@ def test_command_without_train_says_so_in_one_line(name, package, tmp_path):
 
 NEEDED = {
     "import dynrank; dynrank.compose": "dynrank.compose needs the package hydra",
+    "import dynrank.train": "dynrank-train needs the package hydra",
     "from dynrank.callbacks import RankScheduler": "RankScheduler needs the package lightning",
     "from dynrank.rank_map import load_rank_map; load_rank_map('a.yaml')": "'a.yaml' needs the package yaml",
     "from dynrank.output.console import empty_table; empty_table('', 'layer')": "a table needs the package rich",
