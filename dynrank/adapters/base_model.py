@@ -17,7 +17,7 @@ from dynrank.adapters.sidecar_files import input_files, modelfile, read_inputs, 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge
-from dynrank.models.names import model_source, stored_source
+from dynrank.models.names import ModelSettings, model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
@@ -43,9 +43,15 @@ def base_source(adapter: Adapter, given: str | None) -> str:
     return model_source(stored_source(base), "--model")
 
 
-def on_base(adapter: Adapter, origin: str) -> PreTrainedModel:
-    """The model at ``origin`` with ``adapter``, and with the label names in the adapter's folder."""
-    return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
+def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
+    """The base model with ``adapter``, and with the label names in the adapter's folder."""
+    base = _base_model(base_source(adapter, given), adapter, _settings(adapter, given))
+    return with_labels(load_adapter(base, adapter), Path(adapter.source))
+
+
+def _settings(adapter: Adapter, given: str | None) -> ModelSettings:
+    """How to load the base: at the adapter's revision, unless the user has ``given`` a base."""
+    return ModelSettings(revision=None if given else adapter.config.revision or None)
 
 
 def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
@@ -75,11 +81,12 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
     of_base = input_files(Path(origin))
-    merged: PreTrainedModel = merge(on_base(adapter, origin))
+    merged: PreTrainedModel = merge(on_base(adapter, model))
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
-            load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
+            settings = _settings(adapter, model)
+            load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
         for file in own + of_base:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
@@ -88,18 +95,18 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     return merged
 
 
-def _base_model(origin: str, adapter: Adapter) -> PreTrainedModel:
+def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:
     """The model that the adapter was trained on, with all its weights.
 
     Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
     """
-    labels_of_base = read_config(origin, "--model").num_labels
+    labels_of_base = read_config(origin, "--model", settings).num_labels
     shapes = {name: tuple(adapter.tensor(key).shape) for name, key in adapter.others.items()}
     heads = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2]
     tried: dict[str, list[str]] = {}
     for labels in dict.fromkeys([labels_of_base, *heads]):
         options = {} if labels == labels_of_base else {"num_labels": labels}
-        config = read_config(origin, "--model", **options)
+        config = read_config(origin, "--model", settings, **options)
         for make in _makers(config, adapter):
             try:
                 with torch.device("meta"):
@@ -111,7 +118,7 @@ def _base_model(origin: str, adapter: Adapter) -> PreTrainedModel:
             if not lacks:
                 given = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
                 cls: Any = type(empty)
-                model, info = load_weights(cls.from_pretrained, origin, "--model", **given)
+                model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
                 absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
                 if not absent:
                     return model

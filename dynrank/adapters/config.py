@@ -52,6 +52,7 @@ class AdapterConfig(BaseModel):
     peft_type: Literal["LORA"]
     task_type: Any = None
     base_model_name_or_path: Any = None
+    revision: str | None = None
     auto_mapping: Any = None
     target_modules: Annotated[str | list[str] | None, AfterValidator(_expressions)] = None
     r: Count

@@ -99,7 +99,7 @@ def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]
     folder have precedence over the base's.
     """
     origin = base_source(adapter, base)
-    model = on_base(adapter, origin).eval()
+    model = on_base(adapter, base).eval()
     # The one output of a reward model or a regression is a number, and no class.
     of_number = model.config.num_labels == 1 and model.config.problem_type != "multi_label_classification"
     classifies = type(model).__name__.endswith("ForSequenceClassification") and not of_number

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import note
 from dynrank.layers.quantized import is_quantized
 from dynrank.models.names import ModelSettings, hub_is_known, model_source
 
@@ -183,6 +184,8 @@ def _load(
     if settings.quantization != "none":
         options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
+    # An adapter says by this on which base it was trained; transformers itself forgets it.
+    note(model, "revision", settings.revision)
     _keep_packing(model)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)

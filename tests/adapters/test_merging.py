@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from torch.testing import assert_close
 from transformers import (
@@ -19,6 +20,8 @@ import dynrank
 from dynrank.adapters.base_model import merge_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import layer_class
+from dynrank.models.names import ModelSettings
+from dynrank.models.pretrained import load_causal_lm
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
 IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -161,3 +164,24 @@ def test_tokenizer_files_are_no_links_out_of_the_model_or_its_hubs_cache(stored,
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     merge_adapter(adapter, str(snapshot), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"model_max_length": 16}'
+
+
+def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(tiny_llama, monkeypatch, tmp_path):
+    """The hub's cache has a newer one, which the user may name."""
+    old, new = "a" * 40, "b" * 40
+    home = tmp_path / "models--org--tiny"
+    for commit in (old, new):
+        shutil.copytree(tiny_llama, home / "snapshots" / commit)
+    newer = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.nn.init.normal_(newer.lm_head.weight)
+    newer.save_pretrained(home / "snapshots" / new)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(new)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = load_causal_lm("org/tiny", settings=ModelSettings(revision=old))
+    head = model.lm_head.weight.detach().clone()
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    assert torch.equal(merge_adapter(tmp_path / "adapter", None, tmp_path / "out").lm_head.weight, head)
+    named = merge_adapter(tmp_path / "adapter", "org/tiny", tmp_path / "named")
+    assert torch.equal(named.lm_head.weight, newer.lm_head.weight)
