@@ -49,6 +49,9 @@ def resume_ddp(modules: Iterable[DistributedDataParallel]) -> None:
         # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
         module._static_graph_delay_allreduce_enqueued = False
         for hook, of_hook in module._comm_hooks:
+            # PowerSGD remembers errors and factors of the old shapes by the numbers of buckets.
+            for memory in ("error_dict", "p_memory_dict", "q_memory_dict"):
+                getattr(of_hook, memory, {}).clear()
             distributed._register_comm_hook(  # type: ignore[attr-defined]
                 module.reducer, of_hook, hook
             )

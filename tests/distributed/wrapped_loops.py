@@ -7,6 +7,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trained import drive
@@ -23,9 +24,14 @@ X = torch.randn(10, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
 def plain(model, optimizer):
-    several = torch.distributed.is_initialized()
-    # A group of its own, which DDP could not pickle.
-    wrapped = DistributedDataParallel(model, process_group=torch.distributed.new_group()) if several else model
+    if not torch.distributed.is_initialized():
+        return model, optimizer, torch.Tensor.backward
+    # A group of its own, which DDP could not pickle; and a hook that keeps tensors of the shapes of gradients. At this
+    # rank it averages exactly.
+    group = torch.distributed.new_group()
+    wrapped = DistributedDataParallel(model, process_group=group)
+    state = PowerSGDState(group, matrix_approximation_rank=6, start_powerSGD_iter=2, min_compression_rate=0.1)
+    wrapped.register_comm_hook(state, powerSGD_hook)
     return wrapped, optimizer, torch.Tensor.backward
 
 
