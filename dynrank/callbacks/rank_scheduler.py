@@ -33,8 +33,8 @@ class RankScheduler(Callback):
     not acted are skipped. A checkpoint contains everything that a resumed run needs, before, during and after a change.
 
     A layer with its own final rank (rank map) is never shrunk below it and gets it in the last stage; a pinned layer
-    never changes. One scheduler drives one run: a trainer takes one scheduler (lists of stages can be added), and the
-    next run takes a new one.
+    never changes, and a frozen one keeps its rank. One scheduler drives one run: a trainer takes one scheduler (lists
+    of stages can be added), and the next run takes a new one.
 
     If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.

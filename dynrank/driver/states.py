@@ -47,7 +47,10 @@ class DueStage:
         for name, layer in self.layers.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in needs else None
-            states[name] = _state(layer, layer.rank, self.last, values.get(name, nothing), worth.get(name))
+            state = _state(layer, layer.rank, self.last, values.get(name, nothing), worth.get(name))
+            # A frozen layer has brought nothing, and a pool would cut off what it learned earlier.
+            trains = layer.lora_A.requires_grad or layer.lora_B.requires_grad
+            states[name] = state if trains else replace(state, lowest=layer.rank, highest=layer.rank)
         return states
 
     def change(self, training: Training) -> Change:

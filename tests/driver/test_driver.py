@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import trained
 from interrupted import interrupted
 from torch import nn
 
@@ -125,6 +126,20 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
         assert str(again.state_dict()) == str(whole.state_dict()), step
         for key, value in model.state_dict().items():
             assert torch.equal(value, expected[key]), (step, key)
+
+
+def test_a_frozen_layer_keeps_its_rank_and_its_update_in_a_pool():
+    """It brings nothing, so the pool alone would leave one direction of it."""
+    loop = Loop(6, torch.optim.AdamW)
+    frozen, free = (layer for _, layer in dynrank.lora_layers(loop.model))
+    for factor in (frozen.lora_A, frozen.lora_B):
+        nn.init.normal_(factor.requires_grad_(False))
+    update = frozen.delta_weight()
+    loss = partial(nn.functional.mse_loss, target=Y)
+    trained.drive(Stage(At(step=4), Budget(share=0.75)), loop, 8, lambda: loss(loop.model(X)))
+    # 297 parameters are left, of which a direction of the first has 36 and of the second 30.
+    assert (frozen.rank, free.rank) == (6, 2)
+    torch.testing.assert_close(frozen.delta_weight(), update)
 
 
 def test_stages_before_one_whose_time_has_come_are_over():
