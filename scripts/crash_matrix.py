@@ -223,6 +223,8 @@ def one_process(case: Case, folder: Path, process: int, port: int, stop: Stop | 
     """Train, stop if this is the process, and write what it comes to, with the number of each kind of moments."""
     for stream in (1, 2):
         os.dup2(os.open(folder / f"printed{process}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    # After a fork one thread has to make torch's pool of threads again; two that do it at once abort the process.
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # torchrun does the same.
     if case.processes > 1:

@@ -84,6 +84,9 @@ def _run(program: str, arguments: list[str], cwd: Path, environment: dict[str, s
     gc.freeze()
     os.chdir(cwd)
     os.environ.update(environment)
+    # After a fork torch makes its pool of threads again when a thread first asks for it, and two that ask at once abort
+    # the process ("Invalid thread pool"). So this thread asks before others can. A process that forks again, as torchrun
+    # may, would have to do the same, so launchers start new interpreters here.
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     sys.argv = ["-c", *arguments]

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import dynrank
-from dynrank import train
 from dynrank.runs import job
 from dynrank.runs.report.record import read_metrics
 from dynrank.tasks.data.stdlib import stdlib_functions
@@ -136,9 +135,10 @@ def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, c
 def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, cwd):
     checkpoint = alone / "checkpoints" / "last.ckpt"
     assert step_of(checkpoint) == SAVED
-    torchrun = ["--nproc-per-node", "2", "--master-port", forked.free_port(), "--run-path", "--start-method", "fork"]
+    torchrun = ["--nproc-per-node", "2", "--master-port", forked.free_port(), "-m", "dynrank.train"]
     command = [*overrides, "trainer=fsdp2", f"ckpt_path={checkpoint}", "checkpoint_every=10"]
-    code, _ = forked.run("from torch.distributed.run import main; main()", *torchrun, train.__file__, *command, cwd=cwd)
+    program = "from torch.distributed.run import main; main()"
+    code, _ = forked.run(program, *torchrun, *command, cwd=cwd, PYTHONWARNINGS="ignore")
     assert_same_adapter(one_run(cwd, [code]), alone)
 
 

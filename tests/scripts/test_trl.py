@@ -39,12 +39,10 @@ def under_ddp(*command, cwd):
 
 
 def under_fsdp2(*command, cwd):
-    """As ``accelerate launch`` starts it, but forked; without ``as_gpus.py`` accelerate would not shard on CPUs."""
+    """As ``accelerate launch`` starts it; without ``as_gpus.py`` accelerate would not shard on CPUs."""
     launch = ["launch", "--config_file", ROOT / "scripts" / "fsdp2.yaml", "--main_process_port", forked.free_port()]
     program = "from accelerate.commands.accelerate_cli import main; main()"
-    # These are --run-path and --start-method of torchrun, which accelerate does not offer.
-    forks = {"PET_RUN_PATH": "1", "PET_START_METHOD": "fork"}
-    return [forked.start(program, *launch, as_gpus.__file__, *command, cwd=cwd, **forks)]
+    return [forked.start(program, *launch, as_gpus.__file__, *command, cwd=cwd, PYTHONWARNINGS="ignore")]
 
 
 @pytest.mark.filterwarnings("ignore")
