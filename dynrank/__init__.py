@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dynrank.adapters.save import save_adapter as save_adapter
     from dynrank.adapters.squeeze import inspect as inspect
     from dynrank.adapters.squeeze import squeeze as squeeze
+    from dynrank.app.runs.config import compose as compose
+    from dynrank.app.runs.in_python import run as run
+    from dynrank.app.runs.report.record import read_run as read_run
     from dynrank.change.resize import resize as resize
     from dynrank.driver.driver import RankDriver as RankDriver
     from dynrank.driver.training import Training as Training
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.layers.placing import merge as merge
     from dynrank.output.ranks import ranks as ranks
-    from dynrank.runs.config import compose as compose
-    from dynrank.runs.in_python import run as run
-    from dynrank.runs.report.record import read_run as read_run
 
 __version__ = "0.4.0"
 
@@ -34,7 +34,7 @@ _HOMES = {
     "Training": "dynrank.driver.training",
     "adapter_parameters": "dynrank.layers.finding",
     "add_lora": "dynrank.layers.placing",
-    "compose": "dynrank.runs.config",
+    "compose": "dynrank.app.runs.config",
     "export_adapter": "dynrank.adapters.export",
     "load_adapter": "dynrank.adapters.load",
     "inspect": "dynrank.adapters.squeeze",
@@ -42,9 +42,9 @@ _HOMES = {
     "merge": "dynrank.layers.placing",
     "ranks": "dynrank.output.ranks",
     "read_adapter": "dynrank.adapters.read",
-    "read_run": "dynrank.runs.report.record",
+    "read_run": "dynrank.app.runs.report.record",
     "resize": "dynrank.change.resize",
-    "run": "dynrank.runs.in_python",
+    "run": "dynrank.app.runs.in_python",
     "save_adapter": "dynrank.adapters.save",
     "squeeze": "dynrank.adapters.squeeze",
     "swap_adapter": "dynrank.adapters.load",

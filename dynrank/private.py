@@ -27,7 +27,7 @@ foreach_lerp_ = torch._foreach_lerp_
 
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
 
 
 def stacked_as(model: Any) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from dynrank.errors import ConfigurationError, Count, Positive, shown, train_packages, validated
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
-if TYPE_CHECKING:
-    import yaml
+from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 
 T = TypeVar("T")
 
@@ -156,14 +155,10 @@ def _number(value: float) -> int | float:
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:
     """The rules of an override file (YAML with the one top-level key ``rank_pattern``)."""
-    # A plain loop without such a file needs no package for it.
-    with train_packages(f"the override file {str(path)!r}"):
-        import yaml
-
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_key_loader())
-    # A ValueError means that the file is not text, or that a date in it is impossible.
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    # A ValueError means that the file is not text.
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"the override file {str(path)!r} cannot be read as YAML: {error!s:.500}; set rank_map.file"
         ) from None
@@ -276,18 +271,3 @@ def _unused(key: str, names: Collection[str], winners: Mapping[str, str]) -> str
     plain = re.sub(r"\\(?=\W)", "", key)
     near = get_close_matches(plain, sorted(parts), n=3, cutoff=0.5)
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
-
-
-def _unique_key_loader() -> type[yaml.SafeLoader]:
-    """A SafeLoader that refuses a repeated key; YAML's own loader would keep the last one without a message."""
-    import yaml
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            for (_, key), times in keys.items():
-                if times > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    return UniqueKeyLoader

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dynrank import add_lora, lora_layers, merge
-from dynrank.models.pretrained import read_config
+from dynrank.app.models.pretrained import read_config
 from dynrank.output.console import table_console
 
 

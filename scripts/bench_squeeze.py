@@ -40,7 +40,9 @@ def main() -> None:
         make_adapter(source, options.layers, options.size, options.rank)
         command = ["squeeze", str(source), "--rank", str(options.final_rank), "--out", str(Path(folder) / "out")]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dynrank.commands.cli", *command], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "dynrank.app.commands.cli", *command], check=True, stdout=subprocess.DEVNULL
+        )
         seconds = time.perf_counter() - start
         size = (source / "adapter_model.safetensors").stat().st_size
     ranks = f"{options.rank} -> {options.final_rank}"

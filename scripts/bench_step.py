@@ -23,8 +23,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
+from dynrank.app.models.pretrained import load_classifier
 from dynrank.driver.brought import Brought
-from dynrank.models.pretrained import load_classifier
 from dynrank.output.console import table_console
 
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}

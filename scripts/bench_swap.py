@@ -23,7 +23,7 @@ from soak import MIB, open_handles, resident, slope
 from torch import nn
 
 from dynrank import add_lora, lora_layers, read_adapter, save_adapter, swap_adapter
-from dynrank.models.pretrained import head_names, load_classifier
+from dynrank.app.models.pretrained import head_names, load_classifier
 
 # Bytes of an adapter of Llama 7B: q and v of 32 layers, rank 16, float32.
 BYTES_7B = 32 * 2 * 16 * (4096 + 4096) * 4

@@ -42,14 +42,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
+from dynrank.app.runs.overrides import usage_errors
+from dynrank.app.runs.trainer import STOP_SIGNALS, stoppable
+from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
-from dynrank.runs.overrides import usage_errors
-from dynrank.runs.trainer import STOP_SIGNALS, stoppable
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
 # An epoch has 10 batches, and a validation comes every 4 steps.

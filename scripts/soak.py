@@ -26,10 +26,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank import compose, lora_layers
+from dynrank.app.runs.job import build
+from dynrank.app.runs.run_meter import RunMeter
+from dynrank.app.runs.trainer import quiet_training
 from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler
-from dynrank.callbacks.run_meter import RunMeter
-from dynrank.runs.job import build
-from dynrank.runs.trainer import quiet_training
 from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At

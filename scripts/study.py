@@ -50,12 +50,12 @@ from study_bench import (
 )
 
 from dynrank import lora_layers, resize
+from dynrank.app.tasks.classification import Classification
 from dynrank.driver.brought import Brought, Contribution
 from dynrank.driver.rates import Rates
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
-from dynrank.tasks.classification import Classification
 
 FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy", "ranks")
 Row = dict[str, object]

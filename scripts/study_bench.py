@@ -18,17 +18,17 @@ from pretrain_small import MODELS
 from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
+from dynrank.app.models.pretrained import head_names, load_causal_lm, load_classifier
+from dynrank.app.runs.config import plain
+from dynrank.app.tasks.adapter_module import IGNORED
+from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.change.resize import LayerDirections
 from dynrank.driver.brought import Contribution
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
-from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
-from dynrank.runs.config import plain
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
-from dynrank.tasks.adapter_module import IGNORED
-from dynrank.tasks.classification import Classification
-from dynrank.tasks.optimizers import make_optimizer
 from dynrank.triggers import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"

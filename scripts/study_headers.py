@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dynrank.tasks.data.splits import SPLITS, number_of, place
+from dynrank.app.tasks.data.splits import SPLITS, number_of, place
 
 # Characters of a file, from a random place.
 CHARACTERS = 1_200

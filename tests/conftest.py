@@ -11,12 +11,14 @@ import forked
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
+from dynrank.app.tasks.loader import ResumableLoader
+from dynrank.callbacks import StepSeed
 from dynrank.errors import configured
-from dynrank.tasks.loader import ResumableLoader
 
 # Programs that a shell starts in the background ignore Ctrl-C, which tests send to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,7 +51,7 @@ def pytest_collection_finish():
 
 
 # Tests of commands, whose errors name keys of the configuration; elsewhere errors name arguments, as in Python.
-OF_COMMANDS = ("commands/", "distributed/", "planner/", "runs/", "scripts/", "tasks/", "test_errors.py")
+OF_COMMANDS = ("app/", "distributed/", "scripts/", "test_errors.py")
 
 
 @pytest.fixture(autouse=True)
@@ -109,12 +111,35 @@ def regression():
 
 
 @pytest.fixture(scope="session")
+def fit(regression):
+    """Trains 24 steps with these callbacks, and validates after every fifth; returns (module, trainer).
+
+    Where ``saved`` is a folder, a callback of class ``kind`` leaves step=N.ckpt there after every step.
+    """
+    make, data, trainer = regression
+
+    def run(*callbacks, module=None, saved=None, kind=ModelCheckpoint, ckpt_path=None, **options):
+        callbacks = [*callbacks, StepSeed(0)]
+        module = module or make()
+        if saved is not None:
+            every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
+            callbacks.append(kind(saved, filename="{step}", **every))
+        options = {"max_steps": 24, "val_check_interval": 5, "num_sanity_val_steps": 0, **options}
+        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        fitted = trainer(callbacks=callbacks, enable_checkpointing=saves, **options)
+        fitted.fit(module, *data(), ckpt_path=ckpt_path)
+        return module, fitted
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
     # transformers loads slowly, and few tests need it.
     from transformers import BertConfig, BertForSequenceClassification
 
-    from dynrank.models.pretrained import load_tokenizer
+    from dynrank.app.models.pretrained import load_tokenizer
 
     folder = tmp_path_factory.mktemp("bert")
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -179,6 +204,15 @@ def tiny_moe():
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """Models of four kinds, and adapters for them by dynrank and by PEFT."""
+    # PEFT and transformers load slowly, and few tests need them.
+    from zoo import Zoo
+
+    return Zoo
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.testing import assert_close
 
+from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.rates import Rates
 from dynrank.errors import ConfigurationError
 from dynrank.muon import Muon, near_polar_factor
-from dynrank.tasks.optimizers import make_optimizer
 
 
 def parameters(*shapes):

@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), ROOT / "CONTRIBU
 BLOCK = re.compile(r"^```(sh|python|yaml)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = {"dynrank-train": forked.TRAIN, "dynrank": "from dynrank.commands.cli import main; main()"}
+COMMANDS = {"dynrank-train": forked.TRAIN, "dynrank": "from dynrank.app.commands.cli import main; main()"}
 
 
 def run_line(line, folder):

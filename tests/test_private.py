@@ -43,7 +43,7 @@ def test_names_of_transformers_are_there():
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = BertModel(config)
     assert (private.source_of(model), private.source_of(nn.Linear(1, 1))) == ("", "")
-    model.config._name_or_path = "a/b"
+    model.config.name_or_path = "a/b"
     assert private.source_of(model) == "a/b"
     experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=2))
     up = torch.randn(3, 8)

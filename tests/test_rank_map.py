@@ -185,10 +185,10 @@ def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(tmp_path):
     ("text", "message"),
     [
         ("rank_pattern: {q: 2\n", "cannot be read as YAML"),
-        ("rank_pattern:\n  q: 2\n  v: 3\n  q: 4\n", "'q' is given twice"),
+        ("rank_pattern:\n  q: 2\n  v: 3\n  q: 4\n", "duplicate key q"),
         ("rank_pattern: {q: !!python/object/apply:os.getcwd []}", "cannot be read as YAML"),
         ("rank_pattern: " + "[" * 900, "cannot be read as YAML"),
-        ("rank_pattern: {q: 2023-13-45}", "cannot be read as YAML"),
+        ("rank_pattern: {q: 2023-13-45}", "'q': must be an int"),
         (b"\xff", "cannot be read as YAML"),
         ("rank_pattern: {q: 2}\nalpha: 3\n", "one key rank_pattern"),
         ("rank_pattern: {q: 0}", "'q': rank must be"),
@@ -202,8 +202,8 @@ def test_load_rank_map_refuses_a_file_and_names_it(tmp_path, text, message):
 
 
 def test_what_is_said_of_a_hostile_file_stays_small(tmp_path):
-    """Aliases of aliases stand for a million values, and thousands of keys are as many faults."""
-    bomb = ["&a0 [" + "x, " * 10 + "]"] + [f"&a{i} [" + f"*a{i - 1}, " * 10 + "]" for i in range(1, 6)]
+    """Aliases of aliases stand for thousands of values, and thousands of keys are as many faults."""
+    bomb = ["&a0 [" + "x, " * 10 + "]"] + [f"&a{i} [" + f"*a{i - 1}, " * 10 + "]" for i in range(1, 4)]
     file = written(tmp_path, "rank_pattern:\n" + "".join(f"  k{i}: {rule}\n" for i, rule in enumerate(bomb)))
     for refused in (lambda: load_rank_map(file), lambda: resolve({f"k{i}": 2 for i in range(3_000)})):
         with pytest.raises(ConfigurationError) as caught:

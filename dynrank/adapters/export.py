@@ -6,22 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrank.adapters.base_model import base_source
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
-from dynrank.errors import ConfigurationError, Count, validated_call
+from dynrank.errors import ConfigurationError, Count, train_packages, validated_call
 from dynrank.linalg import finite
-from dynrank.models.names import model_source, public_name
-from dynrank.models.pretrained import read_config
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.ranks import slot_rank
 
@@ -69,7 +66,7 @@ def export_adapter(
             reads correctly; "gguf" writes one file for llama.cpp and programs built on it; "ollama" writes a folder
             with this file and a Modelfile; "padded" writes PEFT's files with one rank and one scaling for all, for
             SGLang, TGI and LoRAX.
-        model: folder, hub name or short name of the base; None: as the adapter names it.
+        model: folder, GGUF file or hub name of the base; None: as the adapter names it.
         multiple: the rank of "padded" is rounded up to a multiple of it.
 
     Returns:
@@ -100,11 +97,10 @@ def export_adapter(
         }
         _refuse_misread(to, adapter, others)
         if to in ("gguf", "ollama"):
-            return _to_llama_cpp(adapter, out, base_source(adapter, model), ollama=to == "ollama")
+            return _to_llama_cpp(adapter, out, base_name(adapter, model), ollama=to == "ollama")
         rank = max(layer.rank for layer in adapter.layers.values())
         factors = _one_scaling(adapter)
-        stored = str(adapter.config.base_model_name_or_path or "BASE")
-        base = public_name(model_source(model, "--model") if model else stored)
+        base = model or str(adapter.config.base_model_name_or_path or "BASE")
         name, place, base = (shlex.quote(text) for text in (out.absolute().name, str(out), base))
         if to == "vllm":
             rank = slot_rank(rank)
@@ -124,6 +120,29 @@ def export_adapter(
             rewrite_adapter(folder, replace(adapter, config=listed, others=others), factors)
         size = sum(file.stat().st_size for file in out.iterdir())
         return Exported(out, dict(adapter.layers), rank, size, line)
+
+
+def base_name(adapter: Adapter, given: str | None) -> str:
+    """Folder, GGUF file or hub name of the base model: ``given`` by the user, or named by the adapter."""
+    base = given or adapter.config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
+    return base
+
+
+def _config_of(base: str) -> Any:
+    """The config of a model; no code of its folder is run."""
+    # Only llama.cpp's file needs it, so other exports need no transformers.
+    with train_packages("an export to llama.cpp"):
+        from transformers import AutoConfig
+
+    file = Path(base)
+    place, options = (str(file.parent), {"gguf_file": file.name}) if base.endswith(".gguf") else (base, {})
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        what = f"transformers cannot read the config of {base!r}: {' '.join(str(error).split()):.500}"
+        raise ConfigurationError(f"{what}; give --model") from error
 
 
 def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
@@ -173,7 +192,7 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> 
             f"Ollama needs the base as a folder or a GGUF file, got {origin!r}; hf download it with --local-dir DIR, "
             "and give --model DIR"
         )
-    config = read_config(origin, "--model")
+    config = _config_of(origin)
     names = gguf_names(config, adapter.layers)
     if not ollama:
         with new_file(out) as part:

@@ -8,12 +8,12 @@ and key differently from transformers; then the rows of lora_B are reordered lik
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.stored import refuse_faults
@@ -56,7 +56,7 @@ ARCHITECTURES = {
 }
 
 
-def gguf_names(config: PretrainedConfig, layers: Iterable[str]) -> dict[str, str]:
+def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     """{adapted layer: its tensor in llama.cpp}, by the config of the base model."""
     if find_spec("gguf") is None:
         raise ConfigurationError("a GGUF file needs the package gguf: pip install 'dynrank[code]'")
@@ -82,7 +82,7 @@ def gguf_names(config: PretrainedConfig, layers: Iterable[str]) -> dict[str, str
     return {layer: str(name) for layer, name in found.items()}
 
 
-def write_gguf(file: Path, adapter: Adapter, config: PretrainedConfig, names: Mapping[str, str]) -> None:
+def write_gguf(file: Path, adapter: Adapter, config: Any, names: Mapping[str, str]) -> None:
     """Write ``adapter``, trained on a model with ``config``, to ``file`` in float32, with :func:`gguf_names`."""
     from gguf import GGUFType, GGUFWriter, Keys
 

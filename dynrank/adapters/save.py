@@ -24,7 +24,6 @@ from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
-from dynrank.models.names import public_name
 from dynrank.output.whole_file import os_errors, whole_file
 from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import peft_ranks
@@ -83,7 +82,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": public_name(source_of(model)) or None,
+        "base_model_name_or_path": source_of(model) or None,
         "revision": noted(model, "revision"),
         # PEFT's AutoPeftModel and ``dynrank merge`` read the class.
         "auto_mapping": base_class if hasattr(model, "config") else None,

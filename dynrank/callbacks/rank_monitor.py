@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
-from dynrank.errors import train_packages
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
 from dynrank.output.whole_file import whole_file
@@ -39,9 +38,6 @@ class RankMonitor(Callback):
     """
 
     def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
-        # It prints a table at a change, where a missing package would end the run.
-        with train_packages("RankMonitor"):
-            import rich  # noqa: F401
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
         # The mean rank of the layers at present; None if there are none.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from dynrank.change.resize import LayerReport
 from dynrank.output.ranks import change_table, ranks_in_words
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Columns of rank_history.csv.
 FIELDS = (

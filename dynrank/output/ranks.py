@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from torch import nn
 
 from dynrank.errors import ConfigurationError
@@ -16,8 +17,6 @@ from dynrank.layers.finding import lora_layers
 from dynrank.output.console import empty_table, span, table_console
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dynrank.change.resize import LayerReport
 
 # The values that vLLM accepts for --max-lora-rank.

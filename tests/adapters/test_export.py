@@ -100,7 +100,7 @@ def save_llama(
     """An adapter of a model that lies in ``folder``/base."""
     model = cls(base(**SIZES | config))
     model.save_pretrained(folder / "base")
-    model.config._name_or_path = str(folder / "base")
+    model.config.name_or_path = str(folder / "base")
     options = {"target_modules": [*targets], "modules_to_save": heads, "rank_map": rank_map}
     dynrank.add_lora(model, rank=2, alpha=4, **options)
     dynrank.save_adapter(model, folder / "adapter")

@@ -1,33 +1,7 @@
-"""Runs in Lightning: one way to make them, and to compare what comes of them."""
+"""Comparing what runs come to, and runs of Weights & Biases."""
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-
-from dynrank.callbacks import StepSeed
-
-
-@pytest.fixture(scope="session")
-def fit(regression):
-    """Trains 24 steps with these callbacks, and validates after every fifth; returns (module, trainer).
-
-    Where ``saved`` is a folder, a callback of class ``kind`` leaves step=N.ckpt there after every step.
-    """
-    make, data, trainer = regression
-
-    def run(*callbacks, module=None, saved=None, kind=ModelCheckpoint, ckpt_path=None, **options):
-        callbacks = [*callbacks, StepSeed(0)]
-        module = module or make()
-        if saved is not None:
-            every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
-            callbacks.append(kind(saved, filename="{step}", **every))
-        options = {"max_steps": 24, "val_check_interval": 5, "num_sanity_val_steps": 0, **options}
-        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-        fitted = trainer(callbacks=callbacks, enable_checkpointing=saves, **options)
-        fitted.fit(module, *data(), ckpt_path=ckpt_path)
-        return module, fitted
-
-    return run
 
 
 @pytest.fixture(scope="session")

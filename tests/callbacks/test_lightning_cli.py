@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import dynrank
+from dynrank.app.runs.config import plain
+from dynrank.app.runs.job import make_scheduler
 from dynrank.callbacks import RankScheduler
-from dynrank.runs.config import plain
-from dynrank.runs.job import make_scheduler
 
 jsonargparse = pytest.importorskip("jsonargparse", reason="needs jsonargparse: pip install 'jsonargparse[signatures]'")
 

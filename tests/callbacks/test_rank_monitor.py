@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dynrank.app.runs.trainer import _Bar
 from dynrank.callbacks import RankMonitor, RankScheduler
-from dynrank.runs.trainer import _Bar
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At

@@ -21,11 +21,11 @@ from torch.utils.data import default_collate
 from trained import ranks
 
 import dynrank
+from dynrank.app.tasks.loader import ResumableLoader
 from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Budget, Rank
-from dynrank.tasks.loader import ResumableLoader
 from dynrank.triggers import At, Plateau
 
 

@@ -25,13 +25,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from wrapped_loops import WAYS, ended
 
 import dynrank
+from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.distributed.processes import from_all, from_first
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget, GrowTo, Rank
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
 STEPS = 22

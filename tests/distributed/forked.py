@@ -19,7 +19,7 @@ import dynrank
 
 TRAIN = "from dynrank.train import main; main()"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dynrank.runs.job", "transformers.trainer", "simple_icd_10_cm"])
+CONTEXT.set_forkserver_preload(["dynrank.app.runs.job", "transformers.trainer", "simple_icd_10_cm"])
 
 
 def start(program: str, *arguments: Any, cwd: Path, **environment: str) -> Any:
@@ -85,8 +85,8 @@ def _run(program: str, arguments: list[str], cwd: Path, environment: dict[str, s
     os.chdir(cwd)
     os.environ.update(environment)
     # After a fork torch makes its pool of threads again when a thread first asks for it, and two that ask at once abort
-    # the process ("Invalid thread pool"). So this thread asks before others can. A process that forks again, as torchrun
-    # may, would have to do the same, so launchers start new interpreters here.
+    # the process ("Invalid thread pool"). So this thread asks before others can. A process that forks again would have
+    # to do the same, so launchers such as torchrun start new interpreters here.
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     sys.argv = ["-c", *arguments]

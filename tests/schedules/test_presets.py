@@ -5,11 +5,11 @@ from importlib.resources import files
 import pytest
 import torch
 
+from dynrank.app.runs.config import CONFIG_MODULE, compose
+from dynrank.app.runs.job import make_scheduler
 from dynrank.callbacks import RankScheduler, RankTrainerCallback
 from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
-from dynrank.runs.config import CONFIG_MODULE, compose
-from dynrank.runs.job import make_scheduler
 from dynrank.schedules import (
     How,
     Stage,

@@ -6,7 +6,7 @@ The oracle judges runs by times and plateaus, and test_presets.py which of these
 import pytest
 
 import dynrank
-from dynrank.runs.job import make_scheduler
+from dynrank.app.runs.job import make_scheduler
 
 ONE = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynrank.adapters.squeeze import squeeze
-from dynrank.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 
 CRASH_MATRIX = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash_matrix import main; sys.exit(main())"
 

@@ -1,0 +1,1 @@
+"""The application, ``dynrank[train]``: the commands, their configuration, tasks, models, runs, reports and plans."""

@@ -1,0 +1,224 @@
+"""``dynrank predict``: answers to texts, or to the rows of a file as training reads them, printed or in a file."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tqdm import tqdm
+
+from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
+from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
+from dynrank.app.console import one_line, print_facts
+from dynrank.app.models.predicting import Answerer
+from dynrank.app.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of, refuse_unread
+from dynrank.app.tasks.data.rows import Numbered
+from dynrank.app.tasks.data.source import READERS, Source
+from dynrank.app.tasks.data.stored import RawRows, usable_rows
+from dynrank.digest import digest
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.output_folder import new_file
+
+# The forms of questions to a model that generates text; the first one whose columns the file has is used.
+_WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
+# How many labels are printed for each text.
+_SHOWN = 3
+# Batches that are sorted by length, and kept if the command is interrupted, together.
+_TOGETHER = 8
+_KINDS = (".csv", ".parquet", ".jsonl")
+
+
+def predict(
+    source: Path,
+    texts: Sequence[str],
+    out: Path | None,
+    *,
+    model: str | None,
+    columns: Mapping[str, Theirs],
+    system: str | None,
+    chat: bool,
+    skip_unusable: bool,
+    batch_size: int,
+    max_new_tokens: int,
+) -> None:
+    """Print the answers to ``texts``, or write them to ``out``; see ``dynrank predict --help``."""
+    if out is not None and out.suffix not in _KINDS:
+        raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
+    if out is not None and out.exists():
+        raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+    learned = read_inputs(source)
+    known = "chat" if chat or system is not None else learned.form
+    forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
+    ask = partial(_questions, texts, learned=learned, columns=columns, skip=skip_unusable)
+    system = learned.system if system is None else system
+    options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
+    # Only answers go to the standard output.
+    with redirect_stdout(sys.stderr):
+        # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
+        asked = ask(forms[0]) if forms else None
+        answerer = Answerer(read_adapter(source), model, system=system, **options)
+        rows, form = asked or ask(None if answerer.writes else "classification")
+    if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
+        raise ConfigurationError(
+            "chats (--chat, --system) need a model that generates text, and a tokenizer with a chat template"
+        )
+    if (form == "classification") == answerer.writes:
+        raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
+    if out is None:
+        for start in range(0, len(rows), batch_size):
+            batch = rows.select(range(start, min(start + batch_size, len(rows)))).to_list()
+            for line in answerer.texts(batch) if answerer.writes else map(_ranked, answerer.labels(batch)):
+                print(one_line(line) if answerer.writes else line, flush=True)
+        return
+    if out.suffix == ".csv" and answerer.several:
+        raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
+    weights = (source / WEIGHTS_FILE).stat()
+    how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
+    key = digest((*how, asdict(learned), rows._fingerprint))
+    _write(rows, out, key, answerer, batch_size)
+
+
+def _questions(
+    texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
+) -> tuple[datasets.Dataset, str]:
+    """The rows to answer, with their form: of texts, of the lines of a text file, or of a table.
+
+    Args:
+        texts: texts, or the name of one file.
+        form: form of the rows; None: by the columns of the file.
+        learned: how training made its inputs; the columns that it used are used where the file has them.
+        columns: the user's names of columns.
+        skip: leave out rows that cannot be used; otherwise one error lists them.
+    """
+    files = [text for text in texts if _is_file(text)]
+    if files and len(texts) > 1:
+        raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
+    file = Path(files[0]) if files else None
+    if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
+        table = Source(str(file), "FILE", "test")
+        form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
+        used = _columns(table, form, learned, columns)
+        print_facts({"columns": used})
+        rows, unusable = table.read(used, skip=skip)
+    else:
+        form = form or "completion"
+        name = "prompt" if form == "chat" else COLUMNS[form][0]
+        if columns:
+            raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
+        used = Columns(form, {name: name}, asked=True)
+        where = "TEXT" if file is None else f"FILE={file}"
+        read = partial(_named, name, texts if file is None else file)
+        stamp = "" if file is None or not file.exists() else str(file.stat().st_mtime_ns)
+        rows, unusable = usable_rows(RawRows(where, str((*texts, stamp)), read), used, skip=skip)
+        if not len(rows):
+            raise ConfigurationError(f"{where} has no rows")
+    if unusable:
+        print_facts({"left out": f"{unusable:,} rows that cannot be used"})
+    return rows, used.form
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text is a file, or a misspelt name of one."""
+    named = len(text.split()) == 1 and Path(text).suffix.lower() in READERS
+    # Unlike Path.is_file, this raises no error for a text that is too long for a name.
+    return named or isfile(text)
+
+
+def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
+    """Rows with one column ``name``: of each text, or of each line of a file."""
+    if isinstance(texts, Path):
+        with texts.open(encoding="utf-8-sig") as lines:
+            yield from enumerate(({name: line.removesuffix("\n")} for line in lines), start=1)
+    else:
+        yield from enumerate(({name: text} for text in texts), start=1)
+
+
+def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
+    """The columns of a table: those that the user names, otherwise those of training, otherwise usual ones."""
+    known = {name for row in table.sample for name in row}
+    trained = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
+    trained = {ours: theirs for ours, theirs in trained.items() if known.issuperset(each(theirs))}
+    found = find_columns(table.sample, trained | {**given}, form, table.where, table.types, asked=True)
+    refuse_unread(given, found)
+    return found
+
+
+def _ranked(labels: list[tuple[str, float]]) -> str:
+    return "\t".join(f"{one_line(name)} {value:.4f}" for name, value in labels[:_SHOWN])
+
+
+def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int) -> None:
+    """Write the answers to ``out``; an interrupted command goes on with the parts that the cache of ``datasets`` has.
+
+    ``key`` is in their fingerprints, and changes with everything on which the answers depend.
+    """
+    print_facts({"writing": f"{out}, {len(rows):,} rows; if it is interrupted, the same command goes on"})
+    # One bar shows all parts.
+    datasets.disable_progress_bars()
+    together = _TOGETHER * batch_size
+    parts = []
+    with tqdm(total=len(rows), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for start in range(0, len(rows), together):
+            part = rows.select(range(start, min(start + together, len(rows))))
+            parts.append(
+                part.map(
+                    _answers,
+                    batched=True,
+                    batch_size=together,
+                    fn_kwargs={"answerer": answerer, "batch_size": batch_size},
+                    remove_columns=rows.column_names,
+                    features=_features(answerer),
+                    new_fingerprint=digest((key, start)),
+                )
+            )
+            bar.update(len(part))
+    answers = datasets.concatenate_datasets(parts)
+    with new_file(out) as file:
+        if out.suffix == ".csv":
+            answers.to_csv(file)
+        elif out.suffix == ".jsonl":
+            answers.to_json(file, force_ascii=False)
+        else:
+            answers.to_parquet(file)
+    # Another command answers anew, because the base model may be another by then.
+    for stored in answers.cache_files:
+        Path(stored["filename"]).unlink(missing_ok=True)
+
+
+def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:
+    """The columns of the answers to rows, which are answered in batches of similar lengths."""
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    found: list[Any] = [None] * len(rows)
+    # Batches of texts with similar lengths need less padding.
+    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        asked = [rows[i] for i in batch]
+        for i, answer in zip(batch, answerer.texts(asked) if answerer.writes else answerer.labels(asked), strict=True):
+            found[i] = answer
+    if answerer.writes:
+        return {"row": columns["place"], "answer": found}
+    if not answerer.several:
+        best = [labels[0] for labels in found]
+        names = [name for name, _ in best]
+        return {"row": columns["place"], "label": names, "probability": [value for _, value in best]}
+    likely = [[pair for pair in labels if pair[1] >= 0.5] for labels in found]
+    return {
+        "row": columns["place"],
+        "label": [[name for name, _ in labels] for labels in likely],
+        "probability": [[value for _, value in labels] for labels in likely],
+    }
+
+
+def _features(answerer: Answerer) -> datasets.Features:
+    cells: dict[str, Any] = {"answer": datasets.Value("string")}
+    if not answerer.writes:
+        cells = {"label": datasets.Value("string"), "probability": datasets.Value("float64")}
+        if answerer.several:
+            cells = {name: datasets.List(kind) for name, kind in cells.items()}
+    return datasets.Features({"row": datasets.Value("int64"), **cells})

@@ -1,0 +1,153 @@
+"""The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from dynrank.adapters.export import base_name
+from dynrank.adapters.load import load_adapter
+from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.sidecar_files import input_files, modelfile, read_inputs, with_labels
+from dynrank.app.models.names import ModelSettings, model_source, stored_source
+from dynrank.app.models.pretrained import load_by_name, load_weights, read_config
+from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import modules_by_name
+from dynrank.layers.placing import merge
+from dynrank.output.output_folder import check_free, whole_or_nothing
+
+# Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
+# stored as an encoder and trained with a head. Each has the task_type by which PEFT names it in the adapter, if any.
+_AUTO_CLASSES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModelForMaskedLM": "",
+    "AutoModelForImageClassification": "",
+    "AutoModel": "FEATURE_EXTRACTION",
+}
+
+
+def base_source(adapter: Adapter, given: str | None) -> str:
+    """Folder or hub name of the base model: ``given`` by the user, or named by the adapter."""
+    return model_source(stored_source(base_name(adapter, given)), "--model")
+
+
+def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
+    """The base model with ``adapter``, and with the label names in the adapter's folder."""
+    base = _base_model(base_source(adapter, given), adapter, _settings(adapter, given))
+    return with_labels(load_adapter(base, adapter), Path(adapter.source))
+
+
+def _settings(adapter: Adapter, given: str | None) -> ModelSettings:
+    """How to load the base: at the adapter's revision, unless the user has ``given`` a base."""
+    return ModelSettings(revision=None if given else adapter.config.revision or None)
+
+
+def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
+    """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
+
+    Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
+    one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
+    common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
+    adapter's folder has precedence. ``out`` is written whole or not at all. No code from the model's folder is run.
+
+    Args:
+        source: folder of a PEFT LoRA adapter.
+        model: folder or hub name of the base model; None: as the adapter names it.
+        out: new or empty folder.
+        ollama: whether to write a Modelfile, too, from which Ollama makes a model of the folder.
+
+    Raises:
+        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
+            of its folder, or ``out`` is not free or cannot be written.
+    """
+    source = Path(source)
+    out = Path(out)
+    adapter = read_adapter(source)
+    origin = base_source(adapter, model)
+    check_free(out, source, Path(origin))
+    # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
+    text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
+    own = input_files(source)
+    of_base = input_files(Path(origin))
+    merged: PreTrainedModel = merge(on_base(adapter, model))
+    with whole_or_nothing(out) as folder:
+        merged.save_pretrained(folder)
+        if not own and not Path(origin).is_dir():
+            settings = _settings(adapter, model)
+            load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
+        for file in own + of_base:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+        if text is not None:
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return merged
+
+
+def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:
+    """The model that the adapter was trained on, with all its weights.
+
+    Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
+    """
+    labels_of_base = read_config(origin, "--model", settings).num_labels
+    shapes = {name: tuple(adapter.tensor(key).shape) for name, key in adapter.others.items()}
+    heads = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2]
+    tried: dict[str, list[str]] = {}
+    for labels in dict.fromkeys([labels_of_base, *heads]):
+        options = {} if labels == labels_of_base else {"num_labels": labels}
+        config = read_config(origin, "--model", settings, **options)
+        for make in _makers(config, adapter):
+            try:
+                with torch.device("meta"):
+                    empty = make(config)
+            # This error means that transformers has no class of this kind for the model.
+            except ValueError:
+                continue
+            lacks = _misfits(empty, adapter, shapes)
+            if not lacks:
+                given = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
+                cls: Any = type(empty)
+                model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
+                absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
+                if not absent:
+                    return model
+                lacks = [f"would have no weights {sorted(absent)[:5]}"]
+            tried.setdefault(type(empty).__name__, lacks)
+    raise ConfigurationError(
+        f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has:\n  "
+        + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
+    )
+
+
+def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[PretrainedConfig], nn.Module]]:
+    """The classes to try in order: the adapter's, those in the model's config, the usual ones."""
+    mapping = adapter.config.auto_mapping
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    by_task = [name for name, task in _AUTO_CLASSES.items() if task == adapter.config.task_type]
+    names = [named, *by_task, *(config.architectures or ()), *_AUTO_CLASSES]
+    for name in (name for name in names if isinstance(name, str)):
+        cls: Any = getattr(transformers, name, None)
+        is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+        if name in _AUTO_CLASSES:
+            yield partial(cls.from_config, trust_remote_code=False)
+        elif is_model and cls.config_class is type(config):
+            yield cls
+
+
+def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    modules = modules_by_name(model)
+    state = model.state_dict()
+    faults = [f"has no module {name!r}" for name in adapter.layers if name not in modules]
+    for name, shape in shapes.items():
+        if ".base_layer." not in name and (name not in state or state[name].shape != shape):
+            faults.append(f"has no {[*shape]} parameter {name!r}")
+    return faults

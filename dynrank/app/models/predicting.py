@@ -1,0 +1,111 @@
+"""Answers to texts by a stored adapter on its base model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel
+
+from dynrank.adapters.read import Adapter
+from dynrank.adapters.sidecar_files import tokenizer_source
+from dynrank.app.models.base_model import base_source, on_base
+from dynrank.app.models.pretrained import end_tokens, load_tokenizer
+from dynrank.errors import ConfigurationError, shown
+
+# Rows as dynrank.app.tasks.data.rows makes them: with text, with prompt, or with messages.
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Answerer:
+    """A stored adapter on its base model, with its tokenizer, ready to answer.
+
+    Args:
+        adapter: the adapter.
+        base: name of the base model; None: as the adapter names it.
+        system: system prompt of chats that have none.
+        max_length: number of tokens after which a classifier's text is cut; None: the model's own.
+        max_new_tokens: largest number of tokens to generate for a row.
+
+    Attributes:
+        writes: whether the model generates text; otherwise it classifies.
+        several: whether a text may have several labels.
+    """
+
+    def __init__(
+        self, adapter: Adapter, base: str | None, *, system: str | None, max_length: int | None, max_new_tokens: int
+    ) -> None:
+        self.model, tokenizer_at = answering(adapter, base)
+        self.tokenizer = load_tokenizer(tokenizer_at, "--model")
+        # Decoders classify by the last token that is not padding.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.system = system
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens
+        self.writes: bool = self.model.can_generate()
+        self.several = self.model.config.problem_type == "multi_label_classification"
+
+    @torch.no_grad()
+    def labels(self, rows: Rows) -> list[list[tuple[str, float]]]:
+        """For each row of a batch all labels with their probabilities, the most likely first."""
+        texts = [row["text"] for row in rows]
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        made = self.tokenizer(texts, **options, return_token_type_ids=False).to(self.model.device)
+        logits = self.model(**made).logits.float()
+        names = self.model.config.id2label
+        found = []
+        for row in logits.sigmoid() if self.several else logits.softmax(-1):
+            values, indices = row.sort(descending=True)
+            found.append([(names[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)])
+        return found
+
+    @torch.no_grad()
+    def texts(self, rows: Rows) -> list[str]:
+        """The text that greedy decoding generates for each row of a batch."""
+        self.tokenizer.padding_side = "left"
+        chats = "messages" in rows[0]
+        prompts = [self._chat(row["messages"]) if chats else row.get("prompt", row.get("text")) for row in rows]
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chats)
+        inputs = inputs.to(self.model.device)
+        made = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        # Only a decoder repeats the prompt.
+        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        texts = self.tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for an answer to a chat, in the format of the tokenizer's template."""
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigurationError(f"the chat template refuses {shown(messages)}: {error}; correct it") from error
+        return prompt
+
+
+def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]:
+    """(the base model with ``adapter``, ready to answer; the folder or name of its tokenizer).
+
+    ``base`` is the name of the base model; None: as the adapter names it. A tokenizer and label names in the adapter's
+    folder have precedence over the base's.
+    """
+    origin = base_source(adapter, base)
+    model = on_base(adapter, base).eval()
+    # The one output of a reward model or a regression is a number, and no class.
+    of_number = model.config.num_labels == 1 and model.config.problem_type != "multi_label_classification"
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and not of_number
+    if not (classifies or model.can_generate()):
+        raise ConfigurationError(
+            f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__} "
+            f"with {model.config.num_labels} outputs"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)

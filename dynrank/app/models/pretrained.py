@@ -1,0 +1,287 @@
+"""Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dynrank.app.models.names import ModelSettings, hub_is_known, model_source, public_name
+from dynrank.errors import ConfigurationError
+from dynrank.layers.base import note
+from dynrank.layers.quantized import is_quantized
+
+# The errors of transformers and the libraries below it for files that they cannot use.
+_FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+_FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
+# The names that transformers gives the head of a sequence classifier.
+_HEADS = ("classifier", "pre_classifier", "score")
+# The names that transformers gives tables with a vector for each position.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+_PLAIN = ModelSettings()
+
+
+def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> Any:
+    """The config, tokenizer or model that ``loader``, a ``from_pretrained`` of transformers, loads with ``options``.
+
+    ``name`` and ``key`` are as for :func:`dynrank.app.models.names.model_source`, also in the functions below.
+    """
+    source = model_source(name, key)
+    if source.endswith(".json") and loader != AutoConfig.from_pretrained:
+        raise ConfigurationError(f"{key}={name} is a config without weights; set {key} to a folder or to ORG/NAME")
+    if source.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
+        options = {**options, "gguf_file": Path(source).name}
+        source = str(Path(source).parent)
+    options |= {"revision": settings.revision} if settings.revision is not None else {}
+    if not Path(source).exists() and not hub_is_known():
+        options["local_files_only"] = True
+    try:
+        return loader(source, trust_remote_code=settings.trust_remote_code, **options)
+    except _FAULTS as error:
+        if "trust_remote_code" in str(error):
+            read = "read that code, and set model.trust_remote_code=true"
+            never = "commands do not run such code; use PEFT in your own program"
+            advice = never if key.startswith("--") else read
+            raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
+        if options.get("local_files_only"):
+            raise ConfigurationError(
+                f"{key}={name} is not in the cache, and {ENDPOINT} cannot be reached; set {key} to a folder, or "
+                "connect to a network"
+            ) from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+        fix = _fix(error, key, settings)
+        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
+
+
+def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
+    """The tokenizer of a model, with a padding token."""
+    tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key, settings)
+    # Most decoders have no padding token.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_config(
+    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any
+) -> PretrainedConfig:
+    """The config of a model, with ``changes`` such as ``num_labels=3``."""
+    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes))
+
+
+def load_classifier(
+    name: str, num_labels: int, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
+) -> nn.Module:
+    """A pre-trained sequence classifier with a new head, in float32, for ``num_labels`` classes.
+
+    ``on_meta`` builds it from its config only, without memory for weights.
+    """
+    config = read_config(name, key, settings, num_labels=num_labels)
+    cls = AutoModelForSequenceClassification
+    if on_meta:
+        model = _on_meta(cls, config, key, settings, kept=_HEADS)
+    else:
+        # A new head replaces one that was trained for other classes.
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
+        misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(_HEADS)]
+        if misfits:
+            raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
+    # Decoders classify by the last token before the padding. Without weights any token serves, and no file is needed.
+    model.config.pad_token_id = 0 if on_meta else load_tokenizer(name, key, settings).pad_token_id
+    # The head is trained, so it needs float32 even if the frozen base has fewer bits.
+    for head in head_names(model):
+        model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
+    return cast(nn.Module, model)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the new classification layers of a model from :func:`load_classifier`."""
+    return [name for name, _ in model.named_children() if name in _HEADS]
+
+
+def positions(model: nn.Module) -> float:
+    """The most tokens that a model can read, if it has learned a vector for each position; otherwise inf."""
+    tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS) and isinstance(m, nn.Embedding)]
+    # RoBERTa and others count from behind the padding's position.
+    return min((m.num_embeddings - (-1 if m.padding_idx is None else m.padding_idx) - 1 for m in tables), default=inf)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's end, and the model's own, as of a turn in Gemma's chats."""
+    own = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(found) or None
+
+
+def load_causal_lm(
+    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
+) -> nn.Module:
+    """A pre-trained causal language model; ``on_meta`` builds it without memory for weights."""
+    config = read_config(name, key, settings)
+    if on_meta:
+        return cast(nn.Module, _on_meta(AutoModelForCausalLM, config, key, settings))
+    model, info = _load(AutoModelForCausalLM, config, name, key, settings)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigurationError(f"{key}={name!r} is no causal language model: it lacks {missing[:3]}")
+    return cast(nn.Module, model)
+
+
+def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
+    """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers."""
+    gguf = model_source(name, key).endswith(".gguf")
+    packing = options.get("quantization_config")
+    # Without this config, newer versions of transformers may keep layers packed.
+    if gguf and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
+    quantizer = getattr(model, "hf_quantizer", None) if gguf else None
+    # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    # bitsandbytes can pack only weights from safetensors files.
+    if gguf and packing is not None:
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model, info = loader(folder, output_loading_info=True, **options | {"quantization_config": packing})
+    return model, info
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
+    if not model.supports_gradient_checkpointing:
+        name = type(model).__name__
+        raise ConfigurationError(f"{name} does not support checkpointing; set model.gradient_checkpointing=false")
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _load(
+    cls: Any, config: Any, name: str, key: str, settings: ModelSettings, kept: Sequence[str] = (), **options: Any
+) -> tuple[Any, Any]:
+    options |= _options(config, settings)
+    if settings.quantization != "none":
+        options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
+    model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
+    # An adapter says by these on which base it was trained; transformers itself forgets the revision.
+    note(model, "revision", settings.revision)
+    model.config.name_or_path = public_name(model.config.name_or_path)
+    _keep_packing(model)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model, info
+
+
+def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Sequence[str] = ()) -> Any:
+    options = _options(config, settings)
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+    except _FAULTS as error:
+        fix = _fix(error, key, settings)
+        raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error
+    if settings.quantization != "none":
+        _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _fix(error: Exception, key: str, settings: ModelSettings) -> str:
+    """The key that fixes ``error``: an ImportError means that the package of the chosen attention is missing."""
+    return "model.attention" if isinstance(error, ImportError) and settings.attention != "auto" else key
+
+
+def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any]:
+    """Arguments that ``from_pretrained`` and ``from_config`` share."""
+    own = config.dtype or torch.float32
+    dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+    return {"dtype": dtype, **attention}
+
+
+def _in_dtype_of_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) for value in args)
+
+
+def _packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """The config for ``from_pretrained`` that packs all linear layers except ``kept`` (if empty, the output head)."""
+    for package in ("bitsandbytes", "accelerate"):
+        if find_spec(package) is None:
+            needed = f"model.quantization={settings.quantization} needs {package}"
+            raise ConfigurationError(f"{needed}: pip install 'dynrank[hf,optimizers]'")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options = {"load_in_4bit": True, **nf4} if settings.quantization == "nf4" else {"load_in_8bit": True}
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=[*kept] or None)
+
+
+def _pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers into a model on the meta device, in place, as ``from_pretrained`` does."""
+    # At the head of the file, this import would load every installed library of quantisation.
+    from transformers.quantizers import AutoHfQuantizer
+
+    before = torch.get_default_dtype()
+    # New layers create their biases in the default dtype.
+    torch.set_default_dtype(dtype)
+    try:
+        AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing NF4 weights again in every evaluation on CPUs with AVX512-BF16.
+
+    It does so for its own product. That product does not support every shape, and undoing the packing is not exact.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, for mypy
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer, and the scales and tables of weights that bitsandbytes has packed."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            yield from (tensor for tensor in tensors.values() if tensor is not None)
+        if is_quantized(module):
+            weight: Any = module.weight
+            state = getattr(weight, "quant_state", None)
+            kept = [getattr(weight, "CB", None), getattr(weight, "SCB", None)]
+            for level in (state, getattr(state, "state2", None)):
+                kept += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+            yield from (tensor for tensor in kept if tensor is not None)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that is the same for all tensors with the same storage, while one of them exists."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The bytes of the storages of ``tensors``; a shared storage counts once."""
+    held = [tensor for tensor in tensors if tensor is not None]
+    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())

@@ -1,0 +1,270 @@
+"""The keys of a run with their defaults, of which ``conf/`` changes some; and the objects that they name."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields
+from importlib.resources import files
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+from pydantic import BeforeValidator, ByteSize, Field
+
+from dynrank.app.models.names import ModelSettings
+from dynrank.app.runs.overrides import check_keys, overrides_explained
+from dynrank.errors import ConfigurationError, Count, Name, configured, validated
+from dynrank.rank_map import load_rank_map, parse_rank_map
+
+CONFIG_MODULE = "dynrank.conf"
+CONFIG_NAME = "train"
+
+
+# How the names of metrics end whose smaller values are better.
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
+# Arguments of add_lora that are no keys: the task, or another group, gives them.
+_NOT_KEYS = ("rank_map", "modules_to_save", "dtype")
+
+
+@validated()
+class RunKeys:
+    """The keys of a run outside of groups.
+
+    Attributes:
+        seed: seed of everything random; NumPy's generator allows none from 2**32 on.
+        ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir`` goes on there.
+        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
+        objective: a sweeper that looks for the best run is told this of the exported weights; a smaller value is better
+            if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
+        export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
+            if validations log it, otherwise by val/loss; ``last``: those of the last step.
+        plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    ckpt_path: str | None = None
+    checkpoint_every: Count = 50
+    objective: str | None = "val/loss"
+    export_weights: Literal["best", "last"] = "best"
+    plots: bool = True
+
+
+@validated("rank_map")
+class RankMapKeys:
+    """Rules for single layers: in an override file, and what such a file would hold."""
+
+    file: Name | None = None
+    rank_pattern: Mapping[Any, Any] = field(default_factory=dict)
+
+
+def _with_unit(size: object) -> object:
+    if not str(size).strip().lower().endswith("b"):
+        raise ValueError(f"must be a size with its unit, such as 24GiB or 500 MB, got {size!r}")
+    return size
+
+
+@validated()
+class PlanKeys:
+    """The keys of ``dynrank plan`` in addition to a run's.
+
+    Attributes:
+        ranks: ranks of layers that no rule of rank_map sets.
+        budget: memory to fit into, such as 24GiB; None: no budget.
+    """
+
+    ranks: Annotated[list[Count], Field(min_length=1)] = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None = None
+
+
+def _arguments(target: str) -> dict[str, Any]:
+    """{keyword-only argument: its default} of a function, read from its source.
+
+    An import would load torch, and ``--help`` must not wait for that.
+    """
+    module, _, name = target.rpartition(".")
+    tree = ast.parse(files(module.rpartition(".")[0]).joinpath(f"{module.rpartition('.')[2]}.py").read_bytes())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return {
+        argument.arg: ast.literal_eval(default) if default is not None else MISSING
+        for argument, default in pairs
+        if argument.arg not in _NOT_KEYS
+    }
+
+
+# Every key of a run with its default. Groups of None have the arguments of what their _target_ names.
+_RUN: dict[str, Any] = {
+    **asdict(RunKeys()),
+    # This word cannot be the name of an argument.
+    "lora": {"from": None, **_arguments("dynrank.layers.placing.add_lora")},
+    "optimizer": _arguments("dynrank.app.tasks.optimizers.make_optimizer"),
+    "rank_map": asdict(RankMapKeys()),
+    "model": asdict(ModelSettings()),
+    **dict.fromkeys(("data", "task", "schedule", "trainer", "logger")),
+}
+_SCHEMAS = {"train": _RUN, "plan": {**_RUN, **asdict(PlanKeys())}}
+
+
+def _open(keys: Mapping[str, Any]) -> DictConfig:
+    """A node with these keys whose groups take new keys, which are checked when all keys are there."""
+    node = OmegaConf.create(dict(keys))
+    for name in ("lora", "optimizer", "rank_map", "model", "data", "task", "schedule", "trainer", "logger"):
+        node[name] = DictConfig(keys[name] or {}, flags={"struct": False})
+    return node
+
+
+def _half(rank: Any) -> Any:
+    # What is no number is refused by what reads the rank.
+    return max(1, rank // 2) if isinstance(rank, int) else rank
+
+
+def better(metric: str) -> Literal["min", "max"]:
+    """Whether a smaller or a larger value of a metric is better."""
+    return "min" if metric.endswith(LOWER_IS_BETTER) else "max"
+
+
+def _direction(metric: str | None) -> str:
+    if metric is None:
+        raise ConfigurationError("this search needs an objective, got null; set objective=val/loss")
+    return f"{better(metric)}imize"
+
+
+# In a file: ${dynrank.times:2,${lora.rank}}, ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
+OmegaConf.register_new_resolver("dynrank.times", lambda first, second: first * second, replace=True)
+OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
+OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
+ConfigStore.instance().store(name="schema", node=_open(_RUN))
+ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
+ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
+
+
+@configured()
+def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path | None = None) -> DictConfig:
+    """The configuration that ``dynrank-train`` would run with these overrides, for notebooks and dry runs.
+
+    Args:
+        overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
+        name: name of the file in ``conf/``; ``dynrank plan`` composes ``plan``.
+        folder: folder with your own groups, as for ``dynrank-train --config-dir``.
+
+    Raises:
+        ConfigurationError: if an override cannot be used.
+
+    >>> import dynrank
+    >>> dynrank.compose(["lora.rank=8", "schedule=fixed"]).lora.rank
+    8
+    """
+    beside = []
+    if folder is not None:
+        place = str(folder.resolve()).replace("'", r"\'")
+        beside = [f"hydra.searchpath=['file://{place}']"]
+    with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        config = hydra_compose(name, overrides=[*beside, *overrides])
+    complete(config, overrides, name)
+    return config
+
+
+@configured()
+def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NAME) -> None:
+    """Check the keys of what was composed from ``conf/NAME.yaml``, and set the values that follow from others."""
+    check_run_keys(config, name)
+    _fill_length(config)
+    _fill_adapter(config, overrides)
+
+
+@configured()
+def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
+    """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
+    check_keys(config, _SCHEMAS[name])
+    RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
+
+
+def _fill_length(config: DictConfig) -> None:
+    """Set the length of training and the validations where nothing says them: your own files take 3 epochs.
+
+    Other data take 560 steps. A run whose length or validations are in epochs validates four times in each, another
+    every 30 batches.
+    """
+    trainer = config.trainer
+    if trainer is None:
+        return
+    steps = trainer.get("max_steps")
+    if steps is None and trainer.get("max_epochs") is None:
+        own = OmegaConf.select(config, "data.train", default=None) is not None
+        trainer.max_epochs, steps = (3, None) if own else (None, 560)
+    trainer.max_steps = -1 if steps is None else steps
+    if trainer.get("val_check_interval") is None:
+        if trainer.max_steps == -1 and trainer.get("check_val_every_n_epoch") is None:
+            trainer.check_val_every_n_epoch = 1
+        # An epoch may have fewer than 30 batches, which are counted across epochs where this is null.
+        trainer.val_check_interval = 30 if trainer.get("check_val_every_n_epoch") is None else 0.25
+
+
+# What an adapter sets in a run that goes on from it.
+_OF_ADAPTER = {"lora.rank", "lora.alpha", "lora.target_modules", "lora.rslora"}
+
+
+def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Set the rank of a run that goes on from an adapter (``lora.from``) to the mean rank of its parameters."""
+    place = config.lora.get("from")
+    if place is None:
+        return
+    given = _OF_ADAPTER & {override.partition("=")[0].lstrip("+~") for override in overrides}
+    if given or config.rank_map.file is not None or config.rank_map.rank_pattern:
+        names = ", ".join(sorted(given)) or "rank_map"
+        both = f"{names} cannot go with lora.from={place}, whose adapter sets layers and ranks"
+        raise ConfigurationError(f"{both}; remove one of the two; a schedule changes the ranks")
+    # This import loads torch, and --help must not wait for that.
+    from dynrank.adapters.config import adapter_folder
+    from dynrank.adapters.read import open_adapter
+
+    with open_adapter(adapter_folder(Path(place))) as adapter:
+        sizes = [(layer.rank, layer.params_per_rank) for layer in adapter.layers.values()]
+    config.lora.rank = round(sum(rank * size for rank, size in sizes) / sum(size for _, size in sizes))
+
+
+@configured()
+def make(node: Any, key: str) -> Any:
+    """The object that the ``_target_`` of the configuration node at ``key`` makes."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(target, str) or not target:
+        raise ConfigurationError(f"_target_ must name what {key} makes, got {target!r}; set {key}._target_")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        arguments = isinstance(cause, ImportError | TypeError | ValueError | InstantiationException)
+        if not arguments or isinstance(cause, ConfigurationError):
+            # The class's own error already names the fault.
+            raise cause from error
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
+
+
+def argument(node: DictConfig, name: str) -> Any:
+    """The value of an argument of what ``_target_`` names: the node's, else the default; None if there is neither."""
+    known = signature(get_object(node._target_)).parameters
+    default = known[name].default if name in known else None
+    return plain(node.get(name, None if default is Parameter.empty else default))
+
+
+@configured()
+def rank_pattern(config: DictConfig) -> dict[str, Any]:
+    """The rules of ``rank_map.rank_pattern`` and, after them, of ``rank_map.file`` as one plain mapping, checked."""
+    keys = RankMapKeys(**plain(config))
+    in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
+    here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
+    both = sorted(in_file.keys() & here.keys())
+    if both:
+        raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")
+    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (here | in_file).items()}
+
+
+def plain(config: Any) -> Any:
+    """Builtin containers of a configuration node, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

@@ -1,0 +1,95 @@
+"""The files of a finished run: the adapter, summary.json and the report."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynrank.adapters.save import save_adapter
+from dynrank.adapters.sidecar_files import write_sidecar_files
+from dynrank.app.models.pretrained import storage_bytes
+from dynrank.app.runs.command import command
+from dynrank.app.runs.folder import drop_repeated_rows
+from dynrank.app.runs.report.page import write_card, write_report
+from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
+from dynrank.app.runs.summary import Summary, print_summary, write_summary
+from dynrank.app.tasks.account import ClassResult, SplitAccount
+from dynrank.callbacks import RankEvent
+from dynrank.layers.finding import adapter_parameters, lora_layers
+
+# Prefix of the metrics that a test measures on training and validation data.
+_FINAL = "final/"
+
+
+def summarise(
+    model: nn.Module,
+    history: Iterable[RankEvent],
+    metrics: Mapping[str, float],
+    meter: RunMeter,
+    held: dict[str, int],
+    seconds: float,
+    data: dict[str, SplitAccount],
+    weights: str,
+    classes: dict[str, ClassResult],
+) -> Summary:
+    """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
+    final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
+    both = final.keys() >= {"train/loss", "val/loss"}
+    return Summary(
+        test={name: float(value) for name, value in metrics.items() if not name.startswith(_FINAL)},
+        final=final,
+        gap=final["val/loss"] - final["train/loss"] if both else None,
+        final_ranks={name: layer.rank for name, layer in lora_layers(model)},
+        changes=[{"step": event.step, "reason": event.account, "undone": event.undone} for event in history],
+        parameters={
+            "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        bytes=held,
+        seconds=seconds,
+        step_seconds=meter.step_seconds,
+        tokens_per_second=meter.tokens_per_second,
+        peak_memory_bytes=peak_memory_bytes(),
+        data=data,
+        weights=weights,
+        classes=classes,
+        cost=_cost(history, final),
+    )
+
+
+def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
+    """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
+    for event in reversed([event for event in history if not event.undone]):
+        if event.measured is not None:
+            now = f", {final[event.measured.metric]:.4g} now" if event.measured.metric in final else ""
+            return f"{event.cost} at step {event.step:,}{now}"
+    return ""
+
+
+def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
+    """Bytes of the LoRA factors, of the gradients of all trained parameters, and of the optimizer state, as of now."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return {
+        "adapter": sum(factor.nbytes for factor in adapter_parameters(model)),
+        "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        "optimizer": storage_bytes(value for state in states for value in state.values() if isinstance(value, Tensor)),
+    }
+
+
+def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
+    """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
+    # Not every task has a tokenizer, or says how it makes inputs.
+    tokenizer = getattr(task, "tokenizer", None)
+    inputs = getattr(task, "training_inputs", None)
+    drop_repeated_rows(folder)
+    adapter = folder / "adapter"
+    save_adapter(model, adapter)
+    write_sidecar_files(adapter, model, tokenizer, inputs)
+    write_card(adapter, model, summary, steps, command(folder))
+    write_summary(summary, folder)
+    report = write_report(folder) if config.plots else None
+    print_summary(summary, folder, report)

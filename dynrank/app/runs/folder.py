@@ -1,0 +1,120 @@
+"""The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dynrank.app.runs.summary import SUMMARY
+from dynrank.errors import ConfigurationError
+from dynrank.output.whole_file import PART, whole_file
+
+METRICS = "metrics.csv"
+HISTORY = "rank_history.csv"
+LOCK = ".lock"
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Path of the last checkpoint of the run in ``folder``."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
+    """The checkpoint file that ``ckpt_path`` means for a run in ``folder``."""
+    if ckpt_path != "last":
+        return Path(ckpt_path) if ckpt_path is not None else None
+    path = last_checkpoint(folder)
+    if not path.is_file():
+        raise ConfigurationError(
+            f"ckpt_path=last: {str(folder)!r} holds no run with a checkpoint; set hydra.run.dir to the folder of the "
+            "run to resume, or ckpt_path=null to begin a new run"
+        )
+    if (folder / SUMMARY).exists():
+        raise ConfigurationError(
+            f"ckpt_path=last: the run in {str(folder)!r} has ended; to train on, set hydra.run.dir to a new folder and "
+            f"ckpt_path={path}"
+        )
+    return path
+
+
+@contextmanager
+def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
+    """Lock ``folder`` against other runs; the lock is released however this process ends.
+
+    A new run replaces one that was killed before its first checkpoint.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigurationError(
+            f"{str(folder)!r} is in use by another process; wait for its end, or set hydra.run.dir (of a sweep "
+            "hydra.sweep.dir) to another folder"
+        ) from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
+            "to another folder"
+        ) from None
+    try:
+        _make_ready(folder, resumed)
+        try:
+            yield
+        except ConfigurationError:
+            # Some values are refused only when training starts.
+            if not resumed and not (folder / METRICS).exists():
+                _empty(folder)
+            raise
+    finally:
+        lock.release()
+
+
+def _make_ready(folder: Path, resumed: bool) -> None:
+    """Remove what a killed process left behind; refuse to begin a new run in the folder of another."""
+    last = last_checkpoint(folder)
+    for part in last.parent.glob(f"{last.name}.*{PART}"):
+        part.unlink()
+    if resumed:
+        # The process that had the folder until now may have ended its run.
+        checkpoint_of(folder, "last")
+        return
+    if (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*")):
+        raise ConfigurationError(
+            f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
+            "or ckpt_path=last to resume that run"
+        )
+    _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Remove the files that a run may have written before its first checkpoint."""
+    for name in (METRICS, HISTORY):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Remove the rows of ``step`` and later from a table, before its run is resumed there."""
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        # A row that was cut short by a kill may have no step.
+        rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, reader.fieldnames or ["step"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def drop_repeated_rows(folder: Path) -> None:
+    """Remove the second of equal rows from metrics.csv: a resumed run repeats the validation after its checkpoint."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    with whole_file(folder / METRICS) as part:
+        part.write_text("".join(dict.fromkeys(lines)), encoding="utf-8")

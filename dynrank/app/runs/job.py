@@ -1,0 +1,278 @@
+"""One run from its composed configuration: check, build, train, test, export."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
+from torch import Tensor, nn
+
+from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.load import start_from
+from dynrank.adapters.read import open_adapter
+from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
+from dynrank.app.runs.export import export, held_bytes, summarise
+from dynrank.app.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
+from dynrank.app.runs.overrides import unknown_key
+from dynrank.app.runs.run_meter import RunMeter
+from dynrank.app.runs.summary import Summary
+from dynrank.app.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training, stoppable
+from dynrank.app.tasks.data.splits import SPLITS
+from dynrank.callbacks import BestWeights, RankScheduler
+from dynrank.driver.check import checked_metrics
+from dynrank.errors import ConfigurationError, Count, Positive, configured, read_as, validated_call
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.frozen_base import check_base, left_out
+from dynrank.output.checkpoint_file import read_checkpoint
+from dynrank.output.console import span
+from dynrank.schedules.stage import check_schedule
+from dynrank.triggers import Run
+
+VAL_LOSS = "val/loss"
+# Parts that a checkpoint must have to resume from it.
+_PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+
+
+@dataclass
+class Job:
+    """The objects of a run; the module's attribute ``model`` has LoRA layers."""
+
+    task: Any
+    module: LightningModule
+    scheduler: RankScheduler
+
+
+@configured()
+def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callable[[], None] | None = None) -> Summary:
+    """Train, test and export into ``folder``; returns the contents of summary.json.
+
+    With several processes, process 0 writes the files. With ``ckpt_path=last`` the interrupted run in ``folder`` is
+    resumed. ``config`` is written into the folder and not changed; ``record`` then writes more, if it is given.
+    """
+    start = time.perf_counter()
+    quiet_training()
+    given = config
+    config = config.copy()
+    resumed = config.ckpt_path == "last"
+    checkpoint = checkpoint_of(folder, config.ckpt_path)
+    config.ckpt_path = str(checkpoint) if checkpoint is not None else None
+    job = build(config)
+    meter = RunMeter()
+    best = BestWeights(*_judged_by(config.objective, job.task.metrics))
+    trainer = make_trainer(config, folder, job.scheduler, meter, best, sweep=sweep)
+    first = trainer.is_global_zero
+    lock = locked(folder, resumed=resumed) if first else nullcontext()
+    with finished(), lock, stoppable(trainer, checkpoint, folder):
+        if first:
+            _write_config(given, folder)
+        if first and record is not None:
+            record()
+        place = config.lora.get("from")
+        if first and place is not None and checkpoint is None:
+            ranks = span([layer.rank for _, layer in lora_layers(job.module)])
+            print(f"goes on from     the adapter {place}, at rank {ranks}")
+        if first and checkpoint is not None:
+            step = read_checkpoint(checkpoint)["global_step"]
+            print(f"goes on from     step {step}, {checkpoint}")
+            if resumed:
+                # There the n-th step has number n - 1.
+                drop_rows_after(folder / METRICS, step)
+                csv_logger: Any = trainer.loggers[0]
+                add_to_metrics(folder, csv_logger)
+        trainer.fit(job.module, job.task, ckpt_path=checkpoint)
+        model: Any = job.module.model
+        bytes_held = held_bytes(model, trainer.optimizers)
+        weights = _choose_weights(job.module, best, config.export_weights, trainer.global_step)
+        # The trainer returns one mapping for each data loader.
+        tested = trainer.test(job.module, job.task, verbose=False)
+        metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
+        seconds = time.perf_counter() - start
+        # Only some tasks count their data.
+        data = dict(getattr(job.task, "account", {}))
+        # Only classifiers have classes.
+        classes = dict(getattr(job.module, "class_results", {}))
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
+        if first:
+            export(model, job.task, summary, folder, config, trainer.global_step)
+    return summary
+
+
+def _write_config(config: DictConfig, folder: Path) -> None:
+    (folder / ".hydra").mkdir(exist_ok=True)
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+
+
+@configured()
+def build(config: DictConfig, *, on_meta: bool = False) -> Job:
+    """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
+    check_run_keys(config)
+    lora = lora_arguments(config)
+    # add_lora checks it, too, but only when the model is loaded.
+    read_as(Count, plain(config.lora.rank), "lora.rank")
+    _check_run(config)
+    steps = config.trainer.get("max_steps", -1)
+    run = Run(steps if steps > 0 else None)
+    scheduler = make_scheduler(config.schedule)
+    check_schedule(scheduler.driver.stages, run)
+    if config.plots and find_spec("matplotlib") is None:
+        raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
+    checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
+    seed_everything(config.seed, verbose=False)
+    task = make_task(config, on_meta=on_meta)
+    # A task of your own need not log what is measured.
+    measured = checked_metrics(scheduler.driver.stages, measure=True)
+    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
+    _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
+    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
+    if config.lora.get("from") is not None and not on_meta:
+        # The factors of a checkpoint replace these.
+        start_from(module.model, adapter_folder(Path(config.lora["from"])))
+    scheduler.driver.check_model(module.model, run)
+    if checkpoint is not None and not on_meta:
+        _check_checkpoint(config, checkpoint, module)
+    return Job(task, module, scheduler)
+
+
+@configured()
+def lora_arguments(config: DictConfig) -> dict[str, Any]:
+    """The arguments of add_lora: the keys of ``lora`` and ``rank_map``, or the layers of the adapter ``lora.from``."""
+    lora = {**plain(config.lora), "rank_map": rank_pattern(config.rank_map)}
+    place = lora.pop("from", None)
+    if place is not None:
+        with open_adapter(adapter_folder(Path(place))) as adapter:
+            # The name of a layer also matches a longer one that ends with it, so the longer one comes first.
+            layers = sorted(adapter.layers.items(), key=lambda pair: -len(pair[0]))
+        rules = {re.escape(name): {"rank": of.rank, "alpha": of.scaling * of.rank} for name, of in layers}
+        lora |= {"target_modules": [name for name, _ in layers], "rank_map": rules}
+    return lora
+
+
+def make_task(config: DictConfig, *, on_meta: bool) -> Any:
+    """The task of a run; with ``on_meta``, a task that :func:`lacks_data` gets two classes, to inspect its layers."""
+    if on_meta and lacks_data(config):
+        config = config.copy()
+        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
+    return make(config.task, "task")
+
+
+def lacks_data(config: DictConfig) -> bool:
+    """Whether a required data.train is not set; layers depend on data only by the number of classes."""
+    return OmegaConf.select(config, "data.train", default="") is None
+
+
+def make_scheduler(node: DictConfig) -> RankScheduler:
+    """The scheduler of a ``schedule`` node."""
+    return RankScheduler(make(node, "schedule"))
+
+
+def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:
+    """The metric that says which validation was the best, and whether a smaller value is better."""
+    monitor = objective if objective is not None and objective in logged and objective.startswith("val/") else VAL_LOSS
+    return monitor, better(monitor)
+
+
+def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step: int) -> str:
+    """Put the weights that ``export_weights`` chooses into ``module``; returns which they are."""
+    if choice == "last":
+        return f"of the last step, {last_step:,} (export_weights=last)"
+    if best.step is None:
+        unknown = f"no validation after the last change of ranks logged {best.monitor}, or all were NaN"
+        return f"of the last step, {last_step:,}: {unknown}"
+    best.restore(module)
+    return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
+
+
+def _check_run(config: DictConfig) -> None:
+    """Refuse values of the trainer."""
+    trainer = plain(config.trainer)
+    for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
+        raise ConfigurationError(unknown_key(f"trainer.{name}", config))
+    _check_trainer(**trainer)
+
+
+@validated_call("trainer")
+def _check_trainer(
+    *,
+    max_steps: Annotated[int, Field(ge=-1)] = -1,
+    accumulate_grad_batches: Count = 1,
+    max_epochs: int | None = None,
+    val_check_interval: Positive | None = None,
+    fast_dev_run: bool | int = False,
+    devices: Any = 1,
+    strategy: Any = "auto",
+    **_: Any,
+) -> None:
+    """Refuse values that Lightning does not refuse before training."""
+    if max_epochs == -1 and max_steps == -1:
+        raise ConfigurationError("trainer.max_epochs=-1 has no end; set trainer.max_steps, or a number of epochs")
+    if fast_dev_run:
+        raise ConfigurationError(
+            f"trainer.fast_dev_run={fast_dev_run} writes no metrics and no checkpoint; a run of seconds is debug=smoke"
+        )
+    if devices is None:
+        raise ConfigurationError(
+            "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
+            "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
+        )
+    if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
+        raise ConfigurationError(
+            f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"
+        )
+
+
+def _check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:
+    """Refuse what the task never measures: a schedule's ``monitors`` in training, an ``objective`` at the end."""
+    unknown = [name for name in monitors if name not in logged]
+    if unknown:
+        raise ConfigurationError(
+            f"a schedule must watch a logged metric, got {unknown}; logged: {sorted(logged)}; "
+            "set schedule.trigger.monitor or schedule.how.check_monitor"
+        )
+    if objective is not None and objective not in final:
+        raise ConfigurationError(f"objective must be null or one of {sorted(final)}, got {objective!r}")
+
+
+def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ."""
+    path = config.ckpt_path
+    wrong = sorted(name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind))
+    if wrong:
+        raise ConfigurationError(f"the checkpoint {path!r} lacks {wrong}, or holds something else there; set ckpt_path")
+    stored = checkpoint["state_dict"]
+    try:
+        optimizer = checkpoint["hyper_parameters"]["optimizer"]["name"]
+    except (KeyError, TypeError):
+        optimizer = "unknown"
+    if optimizer != config.optimizer.name:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
+            "set ckpt_path or optimizer"
+        )
+    mine = module.state_dict()
+    absent = left_out(stored)
+    shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
+    # bitsandbytes stores a packed weight under keys of its own beside the weight's.
+    beside = tuple(f"{name}." for name in absent)
+    wrong = sorted((shapes.keys() | absent) ^ {name for name in mine if not name.startswith(beside)})
+    wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
+    if wrong:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} is of another model: {wrong[:3]} differ; "
+            "set ckpt_path, task or lora.target_modules"
+        )
+    check_base(module, stored)

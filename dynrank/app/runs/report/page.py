@@ -1,0 +1,217 @@
+"""The page of a finished run, which needs no other file, no script and no network, and the README.md of its adapter."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from dynrank import __version__
+from dynrank.adapters.sidecar_files import label_names
+from dynrank.app.console import one_line
+from dynrank.app.runs.command import command
+from dynrank.app.runs.report.record import RunRecord, read_run
+from dynrank.app.runs.summary import Summary, read_summary
+from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import lora_layers
+from dynrank.output.console import span
+from dynrank.output.ranks import layer_kinds, slot_rank
+from dynrank.output.whole_file import whole_file
+from dynrank.private import source_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
+    """Write ``report.html`` of the run in ``folder`` from its files, and pictures into ``plots/``; returns the page.
+
+    Without matplotlib the page has no pictures, and says so. It compares the run with those in the folders ``against``.
+    """
+    run = read_run(folder)
+    results = _results(run.summary)
+    rivals = [_results(read_summary(other)) for other in against]
+    file = folder / "report.html"
+    try:
+        page = template("page.html.jinja").render(
+            run=run,
+            title=f"dynrank run {_run_name(folder)}",
+            results={"steps": f"{run.last_step:,}"} | results,
+            compared=_compared([results, *rivals]),
+            rivals=[_run_name(other) for other in against],
+            pictures=_draw(run),
+            ranks=run.ranks(),
+            next_commands=next_commands(run),
+            version=__version__,
+        )
+        with whole_file(file) as part:
+            part.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {str(file)!r}: {error.strerror or error}") from None
+    return file
+
+
+def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
+    """Write README.md into the adapter's ``folder``; ``command`` trains such an adapter, None if it is not known."""
+    base = source_of(model)
+    ranks: dict[str, list[int]] = {}
+    layers = {name: layer.rank for name, layer in lora_layers(model)}
+    for name, kind in layer_kinds(layers).items():
+        ranks.setdefault(kind, []).append(layers[name])
+    page = template("card.md.jinja").render(
+        base=base,
+        on_hub=bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists(),
+        kind=type(model).__name__,
+        labels=label_names(model),
+        ranks=ranks,
+        slot=slot_rank(max(layers.values())),
+        summary=summary,
+        steps=steps,
+        command=command,
+        version=__version__,
+    )
+    with whole_file(folder / "README.md") as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def template(name: str) -> Template:
+    """The template in the file ``name``; in HTML, inserted values are escaped."""
+    found = Environment(
+        loader=PackageLoader("dynrank.app.runs.report", ""),
+        autoescape=".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {"as": format, "span": span, "data_uri": _data_uri, "code": _code}
+    return found.get_template(name)
+
+
+def _code(text: str) -> str:
+    """``text`` as code in one line of Markdown, so that it makes no links and no HTML."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {one_line(text)} {fence}" if len(fence) > 1 else f"`{one_line(text)}`"
+
+
+def _data_uri(picture: Path) -> str:
+    return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
+
+
+def _run_name(folder: Path) -> str:
+    """The last two parts of the path: the date and the time for a run without a name."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _results(summary: Summary) -> dict[str, str]:
+    """{name: value} of what a run ended with; metrics of training and validation data are of the final weights."""
+    metrics = summary.test | {f"{name} at the end": value for name, value in summary.final.items()}
+    if summary.gap is not None:
+        metrics["gap: val/loss - train/loss"] = summary.gap
+    return {name: f"{value:.4g}" for name, value in metrics.items()} | {
+        "rank": span(summary.final_ranks.values()),
+        **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
+        "seconds": f"{summary.seconds:,.0f}",
+        "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
+        "peak memory": f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+
+
+def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """{name: its value in each of ``runs``}; "–" means not measured."""
+    names = dict.fromkeys(name for results in runs for name in results)
+    return {name: [results.get(name, "–") for results in runs] for name in names}
+
+
+def _draw(run: RunRecord) -> dict[str, Path]:
+    """Write the pictures of ``run``; returns {caption: PNG file} for the page, empty without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return {}
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    pictures = {}
+    for name, caption, figure in _figures(run):
+        figure.savefig(folder / f"{name}.png")
+        pictures[caption] = folder / f"{name}.png"
+    return pictures
+
+
+def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
+    """(name of the file, caption, figure) of each picture."""
+    # matplotlib is an optional dependency.
+    from dynrank import plot
+
+    over = f"over {run.last_step:,} optimizer steps"
+    # A run that was resumed at its last step has no losses.
+    if run.metrics.keys() & {"train/loss", "val/loss"}:
+        caption = (
+            f"Training and validation loss {over}; dashed: ranks change. Training loss is of one batch before its "
+            "step, with the dropout and label smoothing that are set; validation has neither. The losses at the end "
+            "are measured alike."
+        )
+        yield "loss", caption, plot.loss(run)
+    quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
+    if quality:
+        yield "quality", f"In validation {over}: {', '.join(quality)}.", plot.quality(quality, run.change_texts())
+    caption = (
+        f"Ranks of {len(run.layers)} layers, the first → the last: a row for each block, a column for each kind of "
+        "layer."
+    )
+    brought = run.brought()
+    ranks = run.ranks()
+    if len({ranks[name][-1] for name in brought}) > 1:
+        caption += (
+            " Where layers share a pool, the rank of each is in proportion to what it has brought (the table of layers "
+            "has it): the decrease of the loss by its updates before the change, at least 0, plus its standard error."
+        )
+    yield "ranks", caption, plot.ranks(run)
+    caption = f"Singular values of {len(run.layers)} updates at the end, relative to the largest of each."
+    yield "spectra", caption, plot.spectra(run, "at the end")
+
+
+def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
+    """(reason, command) for each run that is worth trying next, and for uses of this one."""
+    if run.overrides is not None:
+        for why, changes, without in _variations(run):
+            yield why, str(command(run.folder, *changes, without=("ckpt_path", *without)))
+    yield "use the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
+    yield (
+        "compare the run with others on this page",
+        shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"]),
+    )
+
+
+def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
+    """(reason, overrides to add, groups to leave out) of each variation of the run."""
+    ranks = run.summary.final_ranks.values()
+    middle = round(sum(ranks) / len(ranks))
+    schedule = run.config["schedule"]
+    how = schedule.get("how")
+    # The adapter that a run goes on from sets the ranks at its start.
+    free = run.config["lora"].get("from") is None
+    if run.made and free:
+        yield (
+            "compare with a run that has the final rank from the start",
+            [f"lora.rank={middle}", "schedule=fixed"],
+            ("schedule",),
+        )
+    if run.made:
+        if how and how.get("max_regression") is None:
+            yield "measure what a change costs, and undo one that costs much", ["schedule.how.max_regression=0.01"], ()
+        if "final_rank" in schedule and middle > 1:
+            yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
+    if len({*ranks}) == 1 and free:
+        yield (
+            "give all layers one budget, not one rank",
+            [f"lora.rank={2 * middle}", "schedule=early_budget"],
+            ("schedule",),
+        )
+    if run.summary.gap is not None and not run.config["lora"].get("dropout"):
+        yield "regularise, if the gap is wide", ["lora.dropout=0.1"], ()
+    yield "measure how much runs differ by chance", ["--multirun", "seed=1,2,3"], ()

@@ -1,0 +1,98 @@
+"""summary.json: the results of a finished run."""
+
+import json
+from dataclasses import asdict, field
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from dynrank.app.console import print_facts
+from dynrank.app.tasks.account import ClassResult, SplitAccount, print_classes
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.console import span
+from dynrank.output.whole_file import whole_file
+
+SUMMARY = "summary.json"
+
+# Another version may write more fields.
+_FORMAT = ConfigDict(strict=True, extra="ignore")
+
+
+@dataclass(config=_FORMAT)
+class Summary:
+    """The contents of summary.json; fields with a default are missing where an earlier version wrote it.
+
+    Attributes:
+        test: metric -> value on test data.
+        final_ranks: layer -> rank.
+        parameters: how many are in the ``adapter``, ``trainable``, and in ``total``.
+        seconds: of the whole run.
+        tokens_per_second: in training batches.
+        peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
+        changes: step and reason of each change, and whether it was undone.
+        final: metric -> value on training and validation data, at the final weights.
+        gap: validation loss minus training loss, at the final weights.
+        bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
+        step_seconds: median of the optimizer steps at the last ranks that were trained; None where there was none.
+        data: split -> its counts, if the task counts its data.
+        weights: which step's weights are tested and exported, and why.
+        cost: what the last change of ranks cost when it was made; empty if it was not measured.
+        classes: class -> its result on test data, for a classifier.
+    """
+
+    test: dict[str, float]
+    final_ranks: dict[str, int]
+    parameters: dict[str, int]
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    changes: list[dict[str, int | str | bool]] = field(default_factory=list)
+    final: dict[str, float] = field(default_factory=dict)
+    gap: float | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
+    step_seconds: float | None = None
+    data: dict[str, SplitAccount] = field(default_factory=dict)
+    weights: str = ""
+    cost: str = ""
+    classes: dict[str, ClassResult] = field(default_factory=dict)
+
+
+def read_summary(folder: Path) -> Summary:
+    """The summary of the run in ``folder``."""
+    file = folder / SUMMARY
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{str(file)!r} is not what a run writes at its end: {error}") from None
+    return read_as(Summary, content, str(file))
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """Write summary.json into ``folder``; this marks its run as finished."""
+    with whole_file(folder / SUMMARY) as part:
+        part.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
+    """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
+    if summary.classes:
+        print_classes(summary.classes)
+    facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
+    if summary.gap is not None:
+        validation = summary.final["val/loss"]
+        training = summary.final["train/loss"]
+        facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
+    if summary.cost:
+        facts["cost"] = summary.cost
+    facts["weights"] = summary.weights
+    facts["final rank"] = span(summary.final_ranks.values())
+    facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)
+    facts["time"] = f"{summary.seconds:.0f} s, {summary.tokens_per_second:.0f} tokens/s in training"
+    facts["peak memory"] = f"{summary.peak_memory_bytes / 2**20:.0f} MiB"
+    facts["files"] = str(folder)
+    if report is not None:
+        facts["report"] = str(report)
+    print_facts(facts)

@@ -1,0 +1,232 @@
+"""The runs of a sweep, and their table and picture from the files in the runs' folders."""
+
+import csv
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
+from rich.table import Table
+
+from dynrank.app.console import print_facts, quiet_imports
+from dynrank.app.runs.command import read_overrides
+from dynrank.app.runs.config import complete
+from dynrank.app.runs.folder import HISTORY
+from dynrank.app.runs.summary import SUMMARY, Summary, read_summary
+from dynrank.errors import ConfigurationError
+from dynrank.output.console import empty_table, print_table
+from dynrank.output.whole_file import whole_file
+
+TABLE = "sweep.csv"
+PICTURE = "sweep.png"
+# Runs that differ only in these overrides have the same setting.
+_REPEATED = ("seed", "ckpt_path")
+# {result: its format} in the table, beside the test metrics.
+_FORMATS = {"gap": ".4f", "adapter_parameters": ",.0f", "step_seconds": ".4f"}
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep, as its folder describes it.
+
+    Attributes:
+        overrides: {key: value as text} of the overrides that started the run.
+        results: metrics of the test and of other data (``final/…``), the gap, the adapter's size, bytes and the seconds
+            of a step, as far as summary.json has them; empty if the run has not ended.
+        fault: why the run has no results.
+    """
+
+    folder: Path
+    overrides: dict[str, str]
+    results: dict[str, float]
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        setting: {override: value} of the overrides that differ between arms.
+        runs: all runs of the arm, finished or not.
+    """
+
+    setting: dict[str, str]
+    runs: list[SweepRun]
+
+    @property
+    def ended(self) -> int:
+        return sum(run.fault is None for run in self.runs)
+
+    def values(self, name: str) -> list[float]:
+        return [run.results[name] for run in self.runs if name in run.results]
+
+    def mean(self, name: str) -> float | None:
+        return fmean(self.values(name)) if self.values(name) else None
+
+    def deviation(self, name: str) -> float | None:
+        """Sample standard deviation; None for fewer than two values."""
+        return stdev(self.values(name)) if len(self.values(name)) > 1 else None
+
+
+def read_sweep(folder: Path) -> list[SweepRun]:
+    """The runs of the sweep in ``folder``, in the order of their numbers, without those that were refused."""
+    folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
+    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, HISTORY))]
+    if not found:
+        raise ConfigurationError(f"{str(folder)!r} must be the folder of a sweep (hydra.sweep.dir); it holds no run")
+    return [_read_run(run) for run in sorted(found, key=_order)]
+
+
+def arms(runs: Sequence[SweepRun]) -> list[Arm]:
+    """Group runs whose overrides differ only in ``seed``; groups ascend if their settings are numbers."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.overrides if key not in _REPEATED))
+    varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    members: dict[tuple[str, ...], list[SweepRun]] = {}
+    for run in runs:
+        members.setdefault(tuple(run.overrides.get(key, "") for key in varied), []).append(run)
+    try:
+        settings = sorted(members, key=lambda setting: [float(text) for text in setting])
+    except ValueError:
+        settings = list(members)
+    return [Arm(dict(zip(varied, setting, strict=True)), members[setting]) for setting in settings]
+
+
+def show_sweep(folder: Path, plot: bool = True) -> None:
+    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
+    runs = read_sweep(folder)
+    names = list(dict.fromkeys(name for run in runs for name in run.results))
+    if names:
+        made = arms(runs)
+        print_table(_table(made, names))
+        _write(folder / TABLE, made, names)
+        print_facts({"table": folder / TABLE})
+        if plot:
+            _draw(folder / PICTURE, made, names)
+            print_facts({"plot": folder / PICTURE})
+    for run in runs:
+        if run.fault is not None:
+            given = " ".join(f"{key}={value}" for key, value in run.overrides.items())
+            print_facts({"no result": f"{run.folder} ({given}): {run.fault}"})
+
+
+def _read_run(folder: Path) -> SweepRun:
+    pairs = (text.lstrip("+~").partition("=") for text in read_overrides(folder) or ())
+    overrides = {key: value for key, _, value in pairs}
+    if not (folder / SUMMARY).exists():
+        return SweepRun(folder, overrides, {}, "has not ended")
+    try:
+        return SweepRun(folder, overrides, _results(read_summary(folder)))
+    # One broken file must not hide the other runs.
+    except ConfigurationError as error:
+        return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
+
+
+def _results(summary: Summary) -> dict[str, float]:
+    final = {f"final/{name}": value for name, value in summary.final.items()}
+    held = {f"{part.removesuffix('s')}_bytes": count for part, count in summary.bytes.items()}
+    one = {"gap": summary.gap, "adapter_parameters": summary.parameters["adapter"], **held}
+    results = {**summary.test, **final, **one, "step_seconds": summary.step_seconds}
+    return {name: float(value) for name, value in results.items() if value is not None}
+
+
+def _order(folder: Path) -> list[tuple[int, int, str]]:
+    """Sort key that orders numbers in a path by value."""
+    parts = re.split(r"(\d+)", str(folder))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _shown(names: Sequence[str]) -> dict[str, str]:
+    """{name: heading} of the results of ``names`` in the table."""
+    shown = {name: name.replace("_", " ") for name in names if name in _FORMATS}
+    return {name: name for name in names if name.startswith("test/")} | shown
+
+
+def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
+    shown = _shown(names)
+    several = any(arm.ended > 1 for arm in made)
+    title = "mean ± standard deviation over seeds" if several else "runs of the sweep"
+    table = empty_table(title, *made[0].setting, "runs", *shown.values())
+    for arm in made:
+        count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
+        # A value such as [query,value] must not be read as markup.
+        table.add_row(*map(escape, arm.setting.values()), count, *(_cell(arm, name) for name in shown))
+    return table
+
+
+def _cell(arm: Arm, name: str) -> str:
+    mean = arm.mean(name)
+    deviation = arm.deviation(name)
+    digits = _FORMATS.get(name, ".4f")
+    if mean is None:
+        return "-"
+    # Parameters are the same for every seed, so they have no spread.
+    return f"{mean:{digits}}" + (f" ± {deviation:{digits}}" if deviation else "")
+
+
+def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        columns = [column for name in names for column in (name, f"{name}_sd")]
+        writer.writerow([*made[0].setting, "runs", "without_result", *columns])
+        for arm in made:
+            numbers = [number for name in names for number in (arm.mean(name), arm.deviation(name))]
+            writer.writerow([*arm.setting.values(), arm.ended, len(arm.runs) - arm.ended, *numbers])
+
+
+def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
+    # matplotlib is an optional dependency.
+    from dynrank import plot
+
+    shown = _shown(names)
+    # The ranks decide it, so a panel of it would say nothing of the runs.
+    shown.pop("adapter_parameters", None)
+    panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
+    settings = [list(arm.setting.values()) for arm in made]
+    plot.arms(settings, ", ".join(made[0].setting), panels).savefig(file)
+
+
+def run_in_sweep(
+    config: DictConfig, overrides: Sequence[str], folder: Path, record: Callable[[], None]
+) -> float | None:
+    """Make the run of ``config`` and its ``overrides`` in ``folder``; returns its ``objective`` at the final weights.
+
+    ``record`` writes what Hydra was called with into the folder.
+    """
+    # This import loads torch and transformers, which takes seconds.
+    from dynrank.app.runs.job import run
+
+    try:
+        complete(config, overrides)
+        summary = run(config, folder, sweep=True, record=record)
+        # A run without a test (trainer.limit_test_batches=0) has measured nothing.
+        return None if config.objective is None else summary.final.get(config.objective)
+    except Exception as error:
+        # Hydra raises only the first error of a sweep, after all runs.
+        print(f"no result        {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        if not isinstance(error, ConfigurationError):
+            traceback.print_exception(error)
+        raise
+
+
+class SweepTable(Callback):
+    """Says at the start of a sweep how to get its table, and prints the table at the end.
+
+    Hydra calls the end only if no run has failed.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        # Sweepers import libraries that print messages.
+        quiet_imports()
+        folder = config.hydra.sweep.dir
+        print_facts({"sweep": f"{folder}; the table of the runs so far, also if one fails: dynrank sweep {folder}"})
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        show_sweep(Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True)))

@@ -1,0 +1,164 @@
+"""The lightning.Trainer of a run: its callbacks and loggers, its end by a signal, and silence of libraries."""
+
+import csv
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig
+
+from dynrank.app.console import quiet_loading
+from dynrank.app.runs.command import command, override
+from dynrank.app.runs.config import make, plain
+from dynrank.app.runs.folder import HISTORY, METRICS, last_checkpoint
+from dynrank.app.runs.progress_lines import ProgressLines
+from dynrank.app.runs.run_meter import RunMeter
+from dynrank.app.runs.summary import SUMMARY
+from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
+from dynrank.callbacks.lightning.strategies import check_strategy
+from dynrank.errors import ConfigurationError
+from dynrank.output.console import table_console
+from dynrank.output.whole_file import whole_file
+
+# AdapterCheckpoint saves after the step in which one of them comes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def make_trainer(
+    config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, best: BestWeights, *, sweep: bool
+) -> Trainer:
+    """The trainer of the run that ``config`` describes, which writes into ``folder``."""
+    checkpoint = AdapterCheckpoint(
+        last_checkpoint(folder).parent,
+        filename=last_checkpoint(folder).stem,
+        every_n_train_steps=config.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    checkpoint.stop_signals = STOP_SIGNALS
+    callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
+    callbacks += [_Bar()] if config.trainer.enable_progress_bar else []
+    callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
+    loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
+    options = plain(config.trainer)
+    if isinstance(config.trainer.strategy, DictConfig):
+        options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
+    try:
+        trainer = Trainer(
+            **options,
+            default_root_dir=folder,
+            callbacks=[*callbacks, checkpoint, *([best] if config.export_weights == "best" else [])],
+            logger=[CSVLogger(str(folder), name="", version=""), *loggers],
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
+    # Under SLURM each run of a sweep is a job of its own.
+    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        raise ConfigurationError(
+            f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
+            "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
+        )
+    # The scheduler checks this, too, but only when the other processes have been started.
+    check_strategy(trainer)
+    return trainer
+
+
+class _Bar(RichProgressBar):
+    """Shows no total of epochs in a run that has none, where Lightning would show -2."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.max_epochs == -1 and self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
+
+
+def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
+    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
+    file = folder / METRICS
+    if not file.exists():
+        return
+    with whole_file(file) as part:
+        shutil.copyfile(file, part)
+        # Lightning deletes the file here; the copy then replaces it.
+        writer = logger.experiment
+    with file.open(newline="", encoding="utf-8") as opened:
+        writer.metrics_keys = next(csv.reader(opened))
+
+
+@contextmanager
+def finished() -> Iterator[None]:
+    """End the Weights & Biases run of the block, which this process's next run would otherwise continue."""
+    try:
+        yield
+    finally:
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if run is not None:
+            run.finish()
+
+
+@contextmanager
+def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterator[None]:
+    """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
+
+    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which
+    the run itself was resumed.
+    """
+    saver: Any = trainer.checkpoint_callback
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Outside of training steps, Lightning turns Ctrl-C into exit code 1.
+        pressed = saver.stopped_by == signal.SIGINT or KeyboardInterrupt in (type(stop), type(stop.__context__))
+        if not pressed and not isinstance(stop, SIGTERMException):
+            raise
+        if trainer.is_global_zero:
+            saved = saver.last_saved or checkpoint
+            advice = _advice(str(saved), folder) if saved else "there is no checkpoint yet"
+            name = "Ctrl-C" if pressed else "SIGTERM"
+            print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
+        if pressed:
+            raise KeyboardInterrupt from stop
+        raise
+
+
+def _advice(saved: str, folder: Path) -> str:
+    """How to resume: a command to paste if the run was started by a command, otherwise a key."""
+    if (folder / SUMMARY).exists():
+        return f"the run has ended; its page: {shlex.join(['dynrank', 'report', str(folder)])}"
+    changes = [override("ckpt_path", saved)]
+    # Lightning follows links.
+    if Path(saved).resolve() == last_checkpoint(folder).resolve():
+        changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
+    return f"go on with {command(folder, *changes) or changes[0]}"
+
+
+def quiet_training() -> None:
+    """Silence what libraries print in every run."""
+    quiet_loading()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The folder exists because .hydra/ is in it; one with an old run has been refused.
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
+    # A resumed run goes on in a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    # A run exports its model, and its checkpoint is only there to resume from.
+    warnings.filterwarnings("ignore", "the last checkpoint, ")
+    # Lightning 2.6 itself uses what torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
+    # Batches are ready in memory, so workers would not help.
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

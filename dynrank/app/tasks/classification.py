@@ -1,0 +1,220 @@
+"""Classification of texts: a pre-trained encoder or decoder with LoRA and a new linear head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from math import inf
+from typing import Annotated, Any, Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import Accuracy, ConfusionMatrix, F1Score, Precision, Recall
+
+from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.pretrained import load_classifier
+from dynrank.app.tasks.account import ClassResult, class_results
+from dynrank.app.tasks.adapter_module import AdapterModule
+from dynrank.app.tasks.data.stored import counted
+from dynrank.app.tasks.text_task import Recipe, TextTask
+from dynrank.errors import ConfigurationError, validated_call
+
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
+
+
+class Classification(TextTask):
+    """Texts and their classes as a task.
+
+    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
+    each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
+
+    Args:
+        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
+        data: rows with a text, and a label or a list of labels; see
+            :func:`dynrank.app.tasks.data.splits.rows_by_split`. Labels are texts or ints.
+        batch_size: training texts per batch of each process; evaluation takes four times as many.
+        max_length: longer texts are cut to this many tokens.
+        label_smoothing: share of the target that is spread over all classes in training.
+        class_weights: ``balanced``: in the training loss all classes weigh alike, whatever their numbers of texts; with
+            lists of labels, having a label and not having it weigh alike. None: all texts weigh alike.
+        seed: seed of the order of the training batches.
+        limit: keep only this many texts of each split, for short tests; None keeps all.
+        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
+    """
+
+    evaluation_factor = 4
+    metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
+
+    @validated_call("task")
+    def __init__(
+        self,
+        model: str,
+        data: Any,
+        *,
+        batch_size: Annotated[int, Field(ge=1)] = 32,
+        max_length: Annotated[int, Field(ge=3)] = 128,
+        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        class_weights: Literal["balanced"] | None = None,
+        seed: int = 0,
+        limit: Annotated[int, Field(ge=1)] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
+        super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+
+    def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
+        rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
+        rest["class_weights"] = self.weights
+        return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of each class in the training loss; None: all texts weigh alike."""
+        if self.class_weights is None:
+            return None
+        rows = len(self.rows["train"])
+        counts = counted(self.rows["train"])
+        if self.several:
+            # Of a label that every text has, no text without it could weigh alike.
+            return [(rows - counts[label]) / counts[label] or 1.0 for label in self.labels]
+        return [rows / (len(counts) * counts[label]) for label in self.labels]
+
+    @property
+    def several(self) -> bool:
+        """Whether a text has a list of labels."""
+        return isinstance(self.rows["train"][0]["label"], list)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of the classes: the training texts' labels, sorted, whole numbers by value."""
+        if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
+            raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
+        labels, *others = ({*counted(rows)} for rows in self.rows.values())
+        unknown = sorted(set().union(*others) - labels)
+        if len(labels) < 2 or unknown:
+            only = f"; not among them, but in other splits: {unknown[:9]}" if unknown else ""
+            few = f"training texts must have two or more labels, got {sorted(labels)[:9]}"
+            raise ConfigurationError(f"{few}{only}; set data")
+        return sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
+
+    @property
+    def recipe(self) -> Recipe:
+        label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
+        ids = datasets.Sequence(datasets.Value("int32"))
+        features = {"input_ids": ids, "label": label, "length": datasets.Value("int32"), "cut": datasets.Value("int32")}
+        return Recipe(_make_examples, datasets.Features(features), {"labels": self.labels})
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
+        labels = torch.tensor([example["label"] for example in examples])
+        return {**padded, "labels": labels.float() if self.several else labels}
+
+
+def _make_examples(
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, labels: list[str]
+) -> dict[str, list[Any]]:
+    texts = rows["text"]
+    options = {"return_token_type_ids": False, "return_attention_mask": False}
+    made = tokenizer(texts, truncation=True, max_length=max_length, **options)
+    full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
+    # Of the examples of full length, some were cut; a tokenizer in Python does not say which, so it runs again.
+    if made.is_fast:
+        longer = {i for i in full if made[i].overflowing}
+    else:
+        longer = {i for i in full if len(tokenizer(texts[i], verbose=False).input_ids) > max_length}
+    index = {label: i for i, label in enumerate(labels)}
+    values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
+    cut = [i in longer for i in range(len(values))]
+    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut}
+
+
+class Classifier(AdapterModule):
+    """Sequence classification with LoRA on the body, and a new head.
+
+    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
+    are those of :class:`Classification` and :class:`AdapterModule`, and ``labels``, the names of the classes. With
+    ``several``, a text may have several labels, so each class is a separate yes or no. After a test, ``class_results``
+    has the result of each class.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: str,
+        labels: Sequence[str],
+        lora: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        settings: Mapping[str, Any] | None = None,
+        several: bool = False,
+        class_weights: Sequence[float] | None = None,
+        on_meta: bool = False,
+    ) -> None:
+        labels = list(labels)
+        lora = dict(lora)
+        optimizer = dict(optimizer)
+        kind: Any = {"task": "multiclass", "num_classes": len(labels)}
+        if several:
+            kind = {"task": "multilabel", "num_labels": len(labels)}
+        shares: Any = {"accuracy": Accuracy(**kind, average="micro"), "macro_f1": F1Score(**kind, average="macro")}
+        splits = ("val", "test", "final/val")
+        quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
+        classifier: Any = load_classifier(model, len(labels), settings=ModelSettings(**settings or {}), on_meta=on_meta)
+        classifier.config.id2label = dict(enumerate(labels))
+        if several:
+            # This problem type makes probabilities sigmoids.
+            classifier.config.problem_type = "multi_label_classification"
+        super().__init__(classifier, lora, optimizer, quality)
+        names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
+        self.save_hyperparameters(*names)
+        self.labels = labels
+        self.label_smoothing = label_smoothing
+        self.several = several
+        weights = torch.tensor(class_weights) if class_weights is not None else None
+        # A checkpoint has these among its hyperparameters.
+        self.register_buffer("class_weights", weights, persistent=False)
+        of_each: Any = {
+            "precision": Precision(**kind, average=None),
+            "recall": Recall(**kind, average=None),
+            "f1": F1Score(**kind, average=None),
+            "confusion": ConfusionMatrix(**kind),
+        }
+        self.by_class = MetricCollection(of_each)
+        self.class_results: dict[str, ClassResult] = {}
+
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return logits.float(), batch["labels"]
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
+        if not self.several:
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
+        wanted = labels * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(logits, labels, self.label_smoothing, self.class_weights)
+
+    def measure(self, split: str, logits: Tensor, labels: Tensor) -> None:
+        found = (logits.sigmoid(), labels.int()) if self.several else (logits, labels)
+        super().measure(split, *found)
+        if split == "test":
+            self.by_class.update(*found)
+
+    def on_test_epoch_start(self) -> None:
+        self.by_class.reset()
+
+    def on_test_epoch_end(self) -> None:
+        found = {name: value.tolist() for name, value in self.by_class.compute().items()}
+        self.class_results = class_results(found, self.labels)

@@ -1,0 +1,78 @@
+"""Terms of ICD-10-CM with their blocks of codes; no term is in two splits."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from dynrank.app.tasks.data.splits import Pairs, place
+from dynrank.errors import ConfigurationError, validated_call
+
+# Chapters of injuries and of external causes. Half of all codes are theirs, made from templates ("... initial
+# encounter"), so only their categories are used.
+_TEMPLATED = ("19", "20")
+
+
+@validated_call("data")
+def icd10_terms(
+    chapters: Sequence[Annotated[int, Field(ge=1, le=22)]] | None,
+    code_length: Annotated[int, Field(ge=3, le=7)],
+    min_terms: Annotated[int, Field(ge=1)],
+    seed: int,
+) -> Pairs:
+    """Terms and their blocks (code ranges such as ``A00-A09``) by split.
+
+    Inclusion terms are the words that clinicians use for a code. All official descriptions and 70% of the inclusion
+    terms are for training, 10% of these terms for validation and 20% for the test. Texts are compared case-folded with
+    single spaces. A text in two blocks is left out, and a description is never also an inclusion term. The split of an
+    inclusion term depends only on (``seed``, text).
+
+    Args:
+        chapters: ICD-10-CM chapters to use, 1 to 22; None for all.
+        code_length: longest code whose description is used, in characters without the dot.
+        min_terms: blocks with fewer training texts are left out.
+        seed: seed of the splits.
+    """
+    described, included = _terms(chapters, code_length)
+    blocks: dict[str, set[str]] = defaultdict(set)
+    for text, block in [*described, *included]:
+        blocks[text].add(block)
+    descriptions = {text for text, _ in described}
+    pairs: Pairs = {"train": [], "val": [], "test": []}
+    for text in sorted(blocks):
+        if len(blocks[text]) == 1:
+            split = "train" if text in descriptions else place(text, seed, 0.7, 0.8)
+            pairs[split].append((text, min(blocks[text])))
+    sizes = Counter(block for _, block in pairs["train"])
+    pairs = {split: [pair for pair in rows if sizes[pair[1]] >= min_terms] for split, rows in pairs.items()}
+    if not all(pairs.values()):
+        raise ConfigurationError("no ICD-10-CM terms are left; set data.chapters, data.code_length or data.min_terms")
+    return pairs
+
+
+def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(description, block) of codes, and (inclusion term, block)."""
+    try:
+        import simple_icd_10_cm as icd
+    except ImportError:
+        raise ConfigurationError(
+            "data=icd10 needs the package simple-icd-10-cm; pip install 'dynrank[medical]'"
+        ) from None
+    described: list[tuple[str, str]] = []
+    included: list[tuple[str, str]] = []
+    for chapter in map(str, range(1, 23) if chapters is None else chapters):
+        for code in icd.get_descendants(chapter):
+            block = next((c for c in [code, *icd.get_ancestors(code)] if icd.is_block(c)), None)
+            # 'C7A' is a block and a category.
+            if block is None or (icd.is_block(code) and not icd.is_category(code)):
+                continue
+            if icd.is_category(code) or chapter not in _TEMPLATED:
+                if len(code.replace(".", "")) <= code_length:
+                    described.append((_normal(icd.get_description(code)), block))
+                included += [(_normal(term), block) for term in icd.get_inclusion_term(code)]
+    return described, included
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())

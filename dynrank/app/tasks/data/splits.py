@@ -1,0 +1,194 @@
+"""The rows of a task's data by split: of files, folders and names on the hub, or of what a function returns."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from pydantic import Field
+
+from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
+from dynrank.app.tasks.data.source import Source, say
+from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
+from dynrank.errors import ConfigurationError, shown, validated_call
+
+SPLITS = ("train", "val", "test")
+Pairs = dict[str, list[tuple[str, str]]]
+
+
+class Checked(dict[str, datasets.Dataset]):
+    """{split: its rows}, in the columns of their form and checked.
+
+    Attributes:
+        dropped: number of training rows that were left out, because their text is also in another split's file.
+        unusable: {split: number of rows of its file that were left out, because they cannot be used}.
+        columns: {our name of a column: its name in the training file}.
+    """
+
+    dropped: int = 0
+    unusable: Mapping[str, int] = MappingProxyType({})
+    columns: Mapping[str, Theirs] = MappingProxyType({})
+
+
+def number_of(key: str, seed: int) -> int:
+    """A random whole number below 2**64 that depends only on (``seed``, ``key``)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8])
+
+
+def place(key: str, seed: int, train: float, val: float) -> str:
+    """The split of ``key``, a text or the name of a group, which depends only on (``seed``, ``key``).
+
+    The share ``train`` of all keys is in the training split, and the share ``val`` in this or the validation split.
+    """
+    share = number_of(key, seed) / 2**64
+    return "train" if share < train else "val" if share < val else "test"
+
+
+def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str], seed: int) -> Any:
+    """(rows,) numbers from 0 to below 1, alike in each class: a share of them is the same share of each class.
+
+    Rows of the same text have the same number, and count once, in the class of the first. No share of the highest
+    numbers has all texts of a class.
+
+    Args:
+        digests: (rows,) hashes of the texts.
+        numbers: (rows,) random numbers of the texts.
+        classes: (rows,) the index of each row's class in ``names``.
+        names: names of the classes.
+        seed: seed of the places where the shares begin; without these, small classes would all lack the same splits.
+    """
+    _, firsts, text = np.unique(digests, return_index=True, return_inverse=True)
+    of_texts = classes[firsts]
+    order = np.lexsort((numbers[firsts], of_texts))
+    starts = np.flatnonzero(np.diff(of_texts[order], prepend=-1))
+    sizes = np.diff(starts, append=len(order))
+    offsets = np.array([number_of(names[index], seed) / 2**64 for index in of_texts[order][starts]])
+    places = np.arange(len(order)) - np.repeat(starts, sizes)
+    found = np.empty(len(order))
+    found[order] = (places + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)
+    found[order[starts]] = 0
+    return found[text]
+
+
+def rows_by_split(data: Any, form: Form) -> Checked:
+    """The rows of train, val and test with our names of columns (see :data:`dynrank.app.tasks.data.columns.COLUMNS`).
+
+    Args:
+        data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset``, or to a list of mappings or of
+            tuples in the order of the columns; or a function without arguments that returns such a mapping.
+        form: form of the rows.
+    """
+    splits: Any = data() if callable(data) else data
+    if isinstance(splits, Checked):
+        return splits
+    if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
+        found = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
+        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found}; set data")
+    return Checked({split: _rows(splits[split], form, f"data, {split}") for split in SPLITS})
+
+
+def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
+    if isinstance(part, str) or not hasattr(part, "__len__"):
+        raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
+    if not len(part):
+        raise ConfigurationError(f"{where} has 0 rows; set data")
+    if isinstance(part, datasets.Dataset):
+        rows = of_dataset(part, where)
+    else:
+        named = [*enumerate((_named(row, form) for row in part), start=1)]
+        rows = RawRows(where, Hasher.hash(str(named)), lambda: iter(named))
+    first = islice(rows.read(), SNIFFED)
+    columns = find_columns([row for _, row in first if isinstance(row, Mapping)], {}, form, where, rows.types)
+    made, _ = usable_rows(rows, columns)
+    return made.remove_columns(["digest", "place"])
+
+
+def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
+    names = COLUMNS[form]
+    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
+        return dict(zip(names, row, strict=True))
+    return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
+
+
+@validated_call("data")
+def from_files(
+    train: str | None,
+    val: str | None,
+    test: str | None,
+    *,
+    form: Form,
+    columns: Given,
+    share: Annotated[float, Field(gt=0, lt=0.5)],
+    seed: int,
+    skip_unusable: bool = False,
+) -> Checked:
+    """Train, val and test with the columns of ``form``. Prints the columns that it found.
+
+    No text of ``train`` is in two of them.
+
+    The rows are in the cache of ``datasets`` (HF_HOME) and are read from there when they are needed.
+
+    Args:
+        train: the training rows; those whose text is in another split's file are left out.
+        val: the validation rows; None takes ``share`` of the texts in ``train``.
+        test: the test rows; None takes ``share`` of the texts in ``train``.
+        form: form of the rows, see :data:`dynrank.app.tasks.data.columns.COLUMNS`.
+        columns: {our name of a column: its name in the files, or a list of names, whose texts are joined}; None: a
+            usual name.
+        share: share of the texts, and of the texts of each class; without classes, whether a text is among them
+            depends only on (``seed``, text).
+        seed: seed of the splits.
+        skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
+    """
+    names = {"train": train, "val": val, "test": test}
+    parts = dict[str, datasets.Dataset]()
+    unusable = dict[str, int]()
+    found = Checked()
+    for split, name in names.items():
+        if split == "train" or name:
+            parts[split], unusable[split], used = _read(name, split, columns, form, skip_unusable)
+            found.columns = found.columns or used.names
+    digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
+    numbers = _numbers(parts["train"], digests["train"], form, seed)
+    parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
+    # The split of each row, in one byte.
+    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in (1 - 2 * share, 1 - share))
+    for i, split in enumerate(SPLITS[1:], start=1):
+        if split in parts:
+            drawn[drawn == i] = 0
+            drawn[np.isin(digests["train"], digests[split])] = -1
+    rows = parts["train"]
+    found.dropped = int((drawn == -1).sum())
+    found.unusable = unusable
+    for i, split in enumerate(SPLITS):
+        found[split] = rows.select(np.flatnonzero(drawn == i)) if i == 0 or split not in parts else parts[split]
+        if not len(found[split]):
+            twice = f", of which {found.dropped} are also in the other files" if found.dropped else ""
+            few = f"data.train={train} has {len(rows)} rows{twice}, which leaves none for {split}"
+            raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
+    return found
+
+
+def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any:
+    """(rows,) random numbers from 0 to below 1, the same for equal texts; those of each class are spread alike."""
+    # An odd factor permutes the numbers below 2**64, so each seed draws others.
+    numbers = digests * np.uint64(number_of("", seed) | 1)
+    if form != "classification":
+        return numbers / 2.0**64
+    classes = class_of_rows(rows)
+    return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+
+
+def _read(name: str | None, split: str, given: Given, form: Form, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
+    source = Source(name, f"data.{split}", split)
+    columns = find_columns(source.sample, given, form, source.where, source.types)
+    refuse_unread(given, columns, "data.columns")
+    if split == "train":
+        say({"columns": columns})
+        if columns.unused:
+            say({"not used": ", ".join(columns.unused)})
+    return *source.read(columns, skip=skip), columns

@@ -1,0 +1,283 @@
+"""Training of a causal language model with LoRA on answers, chats or texts, with metrics of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.text import Perplexity, SacreBLEUScore
+
+from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.pretrained import end_tokens, load_causal_lm, load_tokenizer
+from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
+from dynrank.app.tasks.data.stdlib import parsed
+from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
+from dynrank.app.tasks.loader import spread
+from dynrank.app.tasks.text_task import Recipe, TextTask
+from dynrank.errors import ConfigurationError, Count, Steps, validated_call
+
+
+class Share(MeanMetric):
+    """Share of the examples for which ``holds(prediction, target, prompt)`` is true."""
+
+    def __init__(self, holds: Callable[[Any, Any, str], bool]) -> None:
+        super().__init__()
+        self.holds = holds
+
+    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
+        """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
+        found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
+        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
+
+
+def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
+    """Whether greedy decoding generates exactly the answer and its end.
+
+    One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
+    decoding generates these tokens. Logits (length, vocabulary) and labels (length,) belong to the next token.
+    """
+    return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
+
+
+def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
+    """Whether the first lines of ``text`` and the answer that are not blank are equal, without outer spaces."""
+    written, right = (next((line.strip() for line in t.split("\n") if line.strip()), "") for t in (text, answers[0]))
+    return written == right
+
+
+def python(text: str, answers: Sequence[str], prompt: str) -> bool:
+    """Whether ``text`` is not empty, and is valid Python together with its prompt."""
+    return bool(text) and parsed(prompt + text) is not None
+
+
+# OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
+Metrics = dict[str, Callable[[], Metric]]
+OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
+OF_TEXTS: Metrics = {
+    "bleu": SacreBLEUScore,
+    "exact_match": partial(Share, first_line),
+    "parses": partial(Share, python),
+}
+
+
+def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
+    """The metrics of ``table`` with these names; they are logged as ``prefix`` + name."""
+    made: Any = {name: table[name]() for name in names if name in table}
+    # Metrics are not grouped, because two shares may be equal by chance.
+    return MetricCollection(made, prefix=prefix, compute_groups=False)
+
+
+class LanguageModeling(TextTask):
+    """Prompts with answers, chats or texts as a task.
+
+    A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
+    positions without a loss. Examples of more than ``max_length`` tokens are left out, and ``account`` counts them;
+    texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
+    and the texts in ``prompts`` and ``answers``; the answer of a chat is the assistant's last turn.
+
+    Args:
+        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
+        data: rows with a prompt and an answer, with messages (each has role and content), or with a text; see
+            :func:`dynrank.app.tasks.data.splits.rows_by_split`.
+        form: form of the rows: completion, chat or text.
+        packed: with form=text, the texts are one stream, with the tokenizer's end token after each, that is cut into
+            examples of ``max_length`` tokens; otherwise each text is cut alone.
+        batch_size: training examples per batch of each process; evaluation takes twice as many.
+        max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
+        measures: metrics that are logged with the loss, see ``OF_LOGITS`` and ``OF_TEXTS`` in this module.
+        val_examples: number of validation examples; None for all. The test uses all its examples.
+        val_generate: for how many validation examples each validation generates answers; 0: for none.
+        generate: for how many test examples a test generates answers.
+        max_new_tokens: longest generated answer in tokens; examples with longer answers are not used for generation.
+        indented: whether only the indented lines after the first line of a generated text are its answer.
+        seed: seed of the order of the training batches.
+        limit: keep only this many examples of each split, for short tests; None keeps all.
+        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
+    """
+
+    evaluation_factor = 2
+    final = ("train/loss", "val/loss")
+
+    @validated_call("task")
+    def __init__(
+        self,
+        model: str,
+        data: Any,
+        *,
+        form: Literal["completion", "chat", "text"] = "completion",
+        packed: bool = False,
+        batch_size: Count = 8,
+        max_length: Count = 256,
+        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
+        val_examples: Count | None = None,
+        val_generate: Steps = 0,
+        generate: Steps = 0,
+        max_new_tokens: Count = 64,
+        indented: bool = False,
+        seed: int = 0,
+        limit: Count | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit, "val_examples": val_examples}
+        super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
+        self.packed = packed
+        self.measures = list(measures)
+        self.val_generate = val_generate
+        self.generate = generate
+        self.max_new_tokens = max_new_tokens
+        self.indented = indented
+        written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
+        if packed and form != "text":
+            raise ConfigurationError(f"task.packed must go with task=text, got task.form={form}; set task.packed=false")
+        if form == "text" and (written or val_generate or generate):
+            raise ConfigurationError(
+                "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
+            )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        measured = [name for name in self.measures if name in OF_LOGITS or self.val_generate]
+        return ("train/loss", "val/loss", *(f"val/{name}" for name in measured))
+
+    def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
+        written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
+        written["settings"] = asdict(self.settings)
+        if self.form == "chat":
+            check_template(self.tokenizer, self.model)
+        if not on_meta:
+            # The rows are checked before the weights are loaded, so that faults are reported early.
+            _ = self.rows
+        return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(make_examples, FEATURES, {"form": self.form, "packed": self.packed})
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        batch = self._padded(rows, "right")
+        learned = [torch.tensor(example["learned"]) for example in examples]
+        labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
+        return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [*super().val_dataloader(), *self._to_write("val", self.val_generate)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return [*super().test_dataloader(), *self._to_write("test", self.generate)]
+
+    def _to_write(self, split: str, count: int) -> list[DataLoader[Any]]:
+        """[a loader of ``count`` prompts for generation], or []."""
+        if not count:
+            return []
+        rows = self.examples[split]
+        sizes = zip(rows["length"], rows["prompt_length"], strict=True)
+        short = rows.select([i for i, (whole, prompt) in enumerate(sizes) if whole - prompt <= self.max_new_tokens])
+        if not len(short):
+            raise ConfigurationError(
+                f"no {split} example has an answer of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
+            )
+        return [self.evaluation(spread(short, count), self._collate_prompts)]
+
+    def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer")}
+        prompts = [torch.tensor(example["input_ids"][: example["prompt_length"]]) for example in examples]
+        return {**self._padded(prompts, "left"), **texts}
+
+    def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
+        masks = [torch.ones_like(row) for row in rows]
+        return {
+            "input_ids": pad_sequence(rows, True, self.tokenizer.pad_token_id, side),
+            "attention_mask": pad_sequence(masks, True, 0, side),
+        }
+
+
+class LanguageModel(AdapterModule):
+    """A causal language model with LoRA.
+
+    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
+    store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
+    :class:`AdapterModule`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lora: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        measures: Sequence[str] = (),
+        max_new_tokens: int = 64,
+        indented: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        on_meta: bool = False,
+    ) -> None:
+        lora = dict(lora)
+        optimizer = dict(optimizer)
+        measures = list(measures)
+        quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
+        self.settings = ModelSettings(**settings or {})
+        super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
+        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings")
+        self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
+        self.name = model
+        self.max_new_tokens = max_new_tokens
+        self.indented = indented
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.name, settings=self.settings)
+
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        masked = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits: Tensor = self.model(**masked, use_cache=False).logits
+        # Each position predicts the next token.
+        return logits[:, :-1].float(), batch["labels"][:, 1:]
+
+    def evaluate(self, batch: dict[str, Any], split: str) -> None:
+        if "answers" not in batch:
+            super().evaluate(batch, split)
+            return
+        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
+        texts = [_indented(text) for text in texts] if self.indented else texts
+        written: Any = self.written[split]
+        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
+        self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
+
+    @torch.no_grad()
+    def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
+        """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
+
+        Args:
+            input_ids: int64 (batch, length), padded on the left.
+            attention_mask: (batch, length).
+        """
+        writer: Any = self.model
+        made = writer.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_tokens(writer, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
+            synced_gpus=self.device_mesh is not None,
+        )
+        texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+
+def _indented(text: str) -> str:
+    """The lines of ``text`` after the first, up to a line that is not indented: another function, or prose."""
+    kept: list[str] = []
+    for line in text.split("\n")[1:]:
+        if line.strip() and not line[0].isspace():
+            break
+        kept.append(line)
+    return ("\n" + "\n".join(kept)).rstrip()

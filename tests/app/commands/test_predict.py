@@ -1,0 +1,240 @@
+"""``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from trained import updated
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import dynrank
+from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
+from dynrank.app.commands import cli
+from dynrank.app.models.predicting import Answerer
+from dynrank.app.tasks.language_modeling import LanguageModeling
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LABELS = ["billing", "login", "other"]
+SUBJECTS = ["" if i % 5 == 0 else f"Ticket {i}" for i in range(90)]
+BODIES = [f'first line {i * i}\nsecond, "{i}" ' * (i % 4 + 1) for i in range(90)]
+ROWS = [{"id": str(i), "Subject": SUBJECTS[i], "Body": BODIES[i]} for i in range(90)]
+TEXTS = ["\n".join(filter(None, (row["Subject"], row["Body"]))) for row in ROWS]
+
+
+def adapter(folder, model, base, inputs, **options):
+    updated(dynrank.add_lora(model, rank=2, alpha=8, **options))
+    model.config.name_or_path = str(base)
+    dynrank.save_adapter(model, folder)
+    write_sidecar_files(folder, model, AutoTokenizer.from_pretrained(base), inputs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bert, tmp_path_factory):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
+    model.config.id2label = dict(enumerate(LABELS))
+    model.classifier.weight.data *= 30
+    inputs = Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"}, None, max_length=20)
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    return adapter(folder, model, tiny_bert, inputs, modules_to_save=["classifier"])
+
+
+@pytest.fixture(scope="module")
+def by_peft(classifier, tiny_bert):
+    """The label and probability of each text by PEFT, alone, cut as in training."""
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, classifier).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    found = []
+    for text in TEXTS:
+        inputs = tokenizer(text, truncation=True, max_length=20, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            value, index = model(**inputs).logits[0].softmax(-1).max(0)
+        found.append((LABELS[index], float(value)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_llama, tmp_path_factory):
+    base = tmp_path_factory.mktemp("chatty") / "base"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    # A turn may end otherwise than a text, as in Gemma's chats.
+    GenerationConfig(eos_token_id=[0, *range(1, 600, 16)]).save_pretrained(base)
+    inputs = Inputs("chat", {"messages": "talk"}, "Be kind.")
+    return adapter(base.parent / "adapter", AutoModelForCausalLM.from_pretrained(base), base, inputs)
+
+
+def write(path, rows):
+    table = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=True)
+    return path
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path).to_dict("records")
+    if path.suffix == ".csv":
+        return pd.read_csv(path).to_dict("records")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("kind", "out"), [("csv", "csv"), ("jsonl", "parquet"), ("parquet", "jsonl")])
+def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classifier, by_peft, launch, tmp_path):
+    file = write(tmp_path / f"rows.{kind}", ROWS)
+    code, printed, said = launch(cli.main, "predict", classifier, file, "--out", f"out.{out}", "--batch-size", 4)
+    assert code == 0, said
+    assert "text <- Subject + Body" in said
+    answers = read(tmp_path / f"out.{out}")
+    # The heading of a csv file is row 1.
+    assert [row["row"] for row in answers] == [*range(2 if kind == "csv" else 1, 92 if kind == "csv" else 91)]
+    assert [row["label"] for row in answers] == [label for label, _ in by_peft]
+    assert len({row["label"] for row in answers}) > 1
+    assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-4)
+    assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
+
+
+def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
+    file = write(tmp_path / "rows.csv", ROWS)
+    command = ["predict", classifier, file, "--batch-size", 4, "--out"]
+    assert launch(cli.main, *command, "whole.parquet")[0] == 0
+    asked = []
+    labels = Answerer.labels
+
+    def stopping(self, rows):
+        asked.extend(row["place"] for row in rows)
+        # 32 rows are kept together.
+        if len(asked) == 60:
+            raise KeyboardInterrupt
+        return labels(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "labels", stopping)
+        assert launch(cli.main, *command, "out.parquet")[0] == 130
+        asked.clear()
+        # With another option the answers may differ, so it does not go on.
+        changed = launch(cli.main, *command, "out.parquet", "--columns", "text=Body")
+        assert (changed[0], min(asked)) == (130, 2)
+        asked.clear()
+        code, _, said = launch(cli.main, *command, "out.parquet")
+    assert code == 0, said
+    assert sorted(asked) == [*range(34, 92)]
+    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def written(adapter, prompt, cls=AutoModelForCausalLM):
+    base = adapter.parent / "base"
+    model = PeftModel.from_pretrained(cls.from_pretrained(base), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    start = 0 if model.config.is_encoder_decoder else ids.shape[1]
+    return tokenizer.decode(made[0, start:], skip_special_tokens=True).strip()
+
+
+def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, launch, tmp_path):
+    asked = [{"role": "user", "content": "who\nare you"}]
+    answered = [*asked, {"role": "assistant", "content": "no one"}]
+    with_system = [{"role": "system", "content": "Be brief."}, *asked]
+    write(tmp_path / "rows.jsonl", [{"talk": talk} for talk in (asked, answered, with_system)])
+    prompt = "<|system|>{}<|end|><|user|>who\nare you<|end|><|assistant|>"
+    learned, brief, given = (written(chatty, prompt.format(text)) for text in ("Be kind.", "Be brief.", "Be rude."))
+    assert len({learned, brief, given}) == 3
+    options = ["--max-new-tokens", 12, "--batch-size", 2]
+    for extra, expected in (((), learned), (("--system", "Be rude."), given)):
+        out = tmp_path / f"{len(extra)}.jsonl"
+        code, _, said = launch(cli.main, "predict", chatty, "rows.jsonl", *options, *extra, "--out", out)
+        assert code == 0, said
+        assert [row["answer"] for row in read(out)] == [expected, expected, brief]
+    # Texts are first turns of a chat, without --chat.
+    code, printed, _ = launch(cli.main, "predict", chatty, "who\nare you", *options)
+    assert printed.rstrip("\n") == "".join(c if c.isprintable() else repr(c)[1:-1] for c in learned)
+
+
+def test_an_encoder_decoder_answers_as_in_peft(tiny_llama, launch, tmp_path):
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    config = T5Config(vocab_size=600, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    dynrank.save_adapter(updated(dynrank.add_lora(model, rank=2, alpha=8)), tmp_path / "adapter")
+    # No file can have so long a name.
+    prompt = "who are you " * 30
+    expected = written(tmp_path / "adapter", prompt, T5ForConditionalGeneration)
+    assert expected
+    assert launch(cli.main, "predict", "adapter", prompt, "--max-new-tokens", 12)[:2] == (0, expected + "\n")
+
+
+@pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
+def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system, tiny_llama):
+    rows = [
+        {"messages": [*([{"role": "system", "content": prompt}] if prompt else []),
+                      {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        for prompt in prompts
+    ]  # fmt: skip
+    task = LanguageModeling(str(tiny_llama), dict.fromkeys(["train", "val", "test"], rows), form="chat")
+    assert (task.training_inputs.form, task.training_inputs.system) == ("chat", system)
+
+
+def test_the_number_of_a_regression_is_no_class(tiny_bert, launch, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=1, ignore_mismatched_sizes=True)
+    adapter(tmp_path / "adapter", model, tiny_bert, None, modules_to_save=["classifier"])
+    code, printed, said = launch(cli.main, "predict", "adapter", "a fine film")
+    assert (code, printed) == (2, "")
+    assert "got a BertForSequenceClassification with 1 outputs" in said
+
+
+def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classifier, launch, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dynrank.app.commands.predict.Answerer", never)
+    empty = {"id": "", "Subject": "", "Body": " "}
+    file = write(tmp_path / "rows.csv", [empty, *ROWS[:3], empty])
+    (tmp_path / "taken.csv").write_text("")
+    for options, message in {
+        (file,): "rows 2, 6: each has an empty text; correct these 2, or give --skip-unusable",
+        (file, "--out", "out.xlsx"): "--out must end in one of ['.csv', '.parquet', '.jsonl']",
+        (file, "--out", "taken.csv"): "'taken.csv' exists",
+        (file, "--columns", "text=Text"): "no column 'Text'; it has ['Subject', 'Body']; give --columns text=NAME",
+        (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
+        ("absent.csv",): "FILE=absent.csv does not exist",
+        (file, "taken.csv"): "a file must be the only TEXT",
+    }.items():
+        code, _, said = launch(cli.main, "predict", classifier, *options)
+        assert code == 2
+        assert message in said.replace("'id', ", ""), said
+    assert (tmp_path / "taken.csv").read_text() == ""
+
+
+def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):
+    file = write(tmp_path / "rows.csv", [{**ROWS[0], "Body": " "}, *ROWS[:3]])
+    with file.open("a") as more:
+        more.write("one,two\n")
+    code, _, said = launch(cli.main, "predict", classifier, file, "--skip-unusable", "--out", "out.jsonl")
+    assert code == 0, said
+    assert "left out         2 rows" in said
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [3, 4, 5]

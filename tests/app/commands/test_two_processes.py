@@ -1,0 +1,229 @@
+"""``dynrank-train`` in two real processes, however they are started: one run's files, written once."""
+
+import csv
+import json
+import math
+import re
+import signal
+import time
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import dynrank
+from dynrank.app.runs import job
+from dynrank.app.runs.report.record import read_metrics
+from dynrank.app.tasks.data.stdlib import stdlib_functions
+from dynrank.app.tasks.language_modeling import LanguageModeling
+from dynrank.app.tasks.loader import spread
+
+# Lightning gives advice about small data.
+pytestmark = pytest.mark.filterwarnings("ignore")
+SAVED = 7
+CHANGE = 9
+STEPS = 12
+LONG = ["schedule=after_convergence"]
+LONG += ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
+FILES = {
+    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "adapter/labels.json",
+    "adapter/inputs.json", "adapter/tokenizer.json", "adapter/tokenizer_config.json", "checkpoints/last.ckpt",
+    "hparams.yaml", "metrics.csv", "rank_history.csv",
+    "summary.json", ".lock",
+}  # fmt: skip
+
+
+@pytest.fixture
+def cwd(tmp_path):
+    """Where commands are started."""
+    (tmp_path / "cwd").mkdir()
+    return tmp_path / "cwd"
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_bert):
+    """A run of 16 examples a step over all processes, whose last checkpoint was made before its ranks change."""
+    return [
+        "debug=smoke", "schedule=after_convergence", f"task.model={tiny_bert}",
+        "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
+        "lora.alpha=6", "schedule.final_rank=2", f"schedule.deadline={CHANGE / STEPS}", f"checkpoint_every={SAVED}",
+        "schedule.shared=false", "optimizer=sgd", "optimizer.lr=0.5", "plots=false", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(overrides, tmp_path_factory):
+    """The folder of the run as one process makes it."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    job.run(dynrank.compose([*overrides, "task.batch_size=16"]), folder)
+    return folder
+
+
+def pair(folder, *overrides):
+    return forked.pair(forked.TRAIN, *overrides, "trainer=ddp", "trainer.devices=2", cwd=folder)
+
+
+def wait_for(condition, process):
+    # Other programs may keep the machine busy.
+    deadline = time.monotonic() + 400
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def one_run(cwd, codes):
+    """The folder that all processes with these exit codes have written, once."""
+    printed = forked.printed(cwd)
+    assert set(codes) == {0}, printed
+    (folder,) = cwd.glob("outputs/*/*")
+    assert files(cwd) == {str((folder / name).relative_to(cwd)) for name in FILES}
+    for text in ("rank change at step", "test/accuracy", "files  "):
+        assert printed.count(text) == 1, printed
+    assert "Traceback" not in printed
+    return folder
+
+
+def assert_same_adapter(folder, alone):
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
+    assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def assert_same_run(folder, alone):
+    """What two processes have written is what one wrote that took both their batches."""
+    assert_same_adapter(folder, alone)
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
+    assert one["final_ranks"] == two["final_ranks"]
+    assert one["test"] == pytest.approx(two["test"], abs=1e-5)
+    one, two = (list(csv.DictReader((f / "rank_history.csv").read_text().splitlines())) for f in (folder, alone))
+    assert [(row["step"], row["layer"]) for row in one] == [(row["step"], row["layer"]) for row in two]
+    assert {row["step"] for row in one} == {str(CHANGE)}
+    one, two = (validations(f) for f in (folder, alone))
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def validations(folder):
+    with (folder / "metrics.csv").open() as file:
+        return {row["step"]: float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+
+
+def step_of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["global_step"]
+
+
+LAUNCHED = "import runpy; runpy.run_module('dynrank.train', run_name='__main__', alter_sys=True)"
+
+
+def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, cwd, tmp_path):
+    """As a user starts it: Lightning starts the second process, in a new interpreter."""
+    command = [*overrides, "trainer=ddp", "trainer.devices=2"]
+    code, _ = forked.run(LAUNCHED, *command, cwd=cwd, PYTHONWARNINGS="ignore")
+    folder = one_run(cwd, [code])
+    assert_same_run(folder, alone)
+
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    assert step_of(checkpoint) == SAVED
+    job.run(dynrank.compose([*overrides, "task.batch_size=16", f"ckpt_path={checkpoint}"]), tmp_path / "resumed")
+    assert_same_adapter(tmp_path / "resumed", alone)
+
+
+def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, cwd):
+    checkpoint = alone / "checkpoints" / "last.ckpt"
+    assert step_of(checkpoint) == SAVED
+    torchrun = ["--nproc-per-node", "2", "--master-port", forked.free_port(), "-m", "dynrank.train"]
+    command = [*overrides, "trainer=fsdp2", f"ckpt_path={checkpoint}", "checkpoint_every=10"]
+    program = "from torch.distributed.run import main; main()"
+    code, _ = forked.run(program, *torchrun, *command, cwd=cwd, PYTHONWARNINGS="ignore")
+    assert_same_adapter(one_run(cwd, [code]), alone)
+
+
+def test_slurm_runs_what_srun_would_start(overrides, alone, cwd):
+    """The variables are those of ``srun`` in a job of one node and two tasks; SLURM itself is not there."""
+    job_of = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dynrank", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
+    job_of |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    job_of |= {"MASTER_PORT": forked.free_port()}
+    command = [*overrides, "trainer=slurm", "trainer.accelerator=cpu"]
+    numbers = [{"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in ("0", "1")]
+    tasks = [forked.start(forked.TRAIN, *command, cwd=cwd, **job_of, **number) for number in numbers]
+    assert_same_run(one_run(cwd, forked.end(tasks)), alone)
+
+
+def test_run_resumes_after_one_process_got_sigterm_or_was_killed(overrides, cwd, tmp_path):
+    """Two go on after each; the end knows no step twice."""
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    command = [*overrides, *LONG, f"hydra.run.dir={folder}"]
+    first, second = pair(cwd, *command)
+    try:
+        wait_for(lambda: checkpoint.exists(), first)
+        # A machine that is taken away ends its processes like this.
+        second.terminate()
+    finally:
+        codes = forked.end([first, second])
+        printed = forked.printed(cwd)
+    assert codes == [0, 0], printed
+    assert "Traceback" not in printed
+    stopped = step_of(checkpoint)
+    (hint,) = re.findall(rf"SIGTERM: stopped after step {stopped}; go on with dynrank-train (.*)", printed)
+    assert f"ckpt_path=last hydra.run.dir={folder}" in hint
+
+    written = checkpoint.stat().st_mtime_ns
+    first, second = pair(cwd, *command, "ckpt_path=last")
+    try:
+        wait_for(lambda: checkpoint.stat().st_mtime_ns > written, first)
+        time.sleep(0.5)
+    finally:
+        # Nobody watches over the processes, so process 0 has to notice by itself.
+        second.kill()
+        codes = forked.end([first, second])
+        printed = forked.printed(cwd)
+    assert codes == [1, -signal.SIGKILL], printed
+    assert "by peer" in printed
+
+    saved = step_of(checkpoint)
+    steps = saved + 3
+    assert saved > max(stopped, CHANGE)
+    last = ["ckpt_path=last", f"trainer.max_steps={steps}", f"schedule.deadline={CHANGE / steps}"]
+    assert forked.end(pair(cwd, *overrides, *last, f"hydra.run.dir={folder}")) == [0, 0], forked.printed(cwd)
+    assert files(folder) == FILES
+    assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
+    with (folder / "metrics.csv").open() as file:
+        found = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert found == sorted(set(found))
+    # The row of this step is written after its checkpoint.
+    assert {*range(steps)} - {*found} <= {saved - 1}
+
+
+MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
+
+
+def odd_limit(model):
+    """How many test functions to keep for an odd number of tokens, which two processes cannot halve."""
+    task = LanguageModeling(model, stdlib_functions(MODULES, 0), batch_size=2, max_length=128)
+    task.setup("test")
+    parts = {n: spread(task.examples["test"], n) for n in range(5, 40)}
+    lengths = {n: sum(part["length"]) - sum(part["prompt_length"]) for n, part in parts.items()}
+    return next(n for n, tokens in lengths.items() if tokens % 2)
+
+
+def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
+    """The loss is the logarithm of the perplexity, which adds up its counts by itself; also at the drop."""
+    command = [
+        "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
+        f"task.limit={odd_limit(str(tiny_llama))}", f"data.modules=[{','.join(MODULES)}]", "task.val_examples=7",
+        "task.val_generate=3", "task.generate=5", "task.max_new_tokens=48", "task.batch_size=2", "plots=false",
+        "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run", "trainer.val_check_interval=2",
+    ]  # fmt: skip
+    assert forked.end(pair(tmp_path, *command)) == [0, 0], forked.printed(tmp_path)
+    tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
+    assert tested["test/loss"] == pytest.approx(math.log(tested["test/perplexity"]), rel=1e-5)
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    losses, perplexities, bleu = (metrics[f"val/{name}"][1] for name in ("loss", "perplexity", "bleu"))
+    # The drop makes two of the four.
+    assert len(losses) == len(bleu) == 4
+    assert losses == pytest.approx([math.log(perplexity) for perplexity in perplexities], rel=1e-5)

@@ -1,0 +1,187 @@
+"""Merged models: equal to the adapted ones in float64, to PEFT's merge, and to themselves when loaded from disk."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2LMHeadModel,
+)
+
+import dynrank
+from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.pretrained import load_causal_lm
+from dynrank.errors import ConfigurationError
+from dynrank.layers.kinds import layer_class
+
+ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
+IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def everything(model, tied=True):
+    left_out = ("token_type_embeddings", *(() if tied else ("lm_head", "wte")))
+    return [n for n, m in model.named_modules() if layer_class(m) and not n.endswith(left_out)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "conv"])
+def test_merge_equals_the_adapted_model_and_the_merge_of_peft_in_float64(kind, zoo, tmp_path):
+    base = zoo.plain(kind).double()
+    options = {"rslora": True, "modules_to_save": (), "dtype": torch.float64}
+    model = zoo.adapted(kind, base=copy.deepcopy(base), target_modules=everything(base), **options)
+    expected = zoo.outputs(model)
+    assert_close(zoo.outputs(dynrank.merge(model)), expected, **ROUNDING)
+    assert (expected - zoo.outputs(base)).abs().max() > 1e-2
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+    # PEFT's merge changes both ends of a tied weight
+    model = zoo.adapted(kind, base=copy.deepcopy(base), target_modules=everything(base, tied=False), **options)
+    dynrank.save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
+    theirs = theirs.double().merge_and_unload().state_dict()
+    ours = dynrank.merge(model).state_dict()
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        assert_close(value, theirs[name], **ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_merge_keeps_the_dtype_and_rounds_once(dtype, zoo):
+    base = zoo.plain("llama").to(dtype)
+    model = zoo.adapted("llama", base=copy.deepcopy(base))
+    layers = dict(dynrank.lora_layers(model))
+    updates = {name: layer.scaling * layer.lora_B.double() @ layer.lora_A.double() for name, layer in layers.items()}
+    dynrank.merge(model)
+    for name, update in updates.items():
+        exact = base.get_submodule(name).weight.double() + update
+        found = model.get_submodule(name).weight
+        assert found.dtype == dtype
+        half_step = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
+        # the sum is made in float32, with a few of its roundings
+        assert ((found.double() - exact).abs() <= half_step + 4e-7 * exact.abs().max()).all()
+
+
+@pytest.fixture
+def stored(zoo, tmp_path):
+    """(folder of a GPT-2, folder of an adapter for it, what it computes then); its tied head is adapted, too."""
+    zoo.plain("gpt2").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"model_max_length": 16}')
+    model = zoo.adapted("gpt2", target_modules=["c_attn", "lm_head", "wte"], rank_map={"wte": 5})
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "model", tmp_path / "adapter", zoo.outputs(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, launch, zoo, tmp_path):
+    model, adapter, expected = stored
+    GPT2LMHeadModel.from_pretrained(model, dtype=dtype).save_pretrained(model)
+    code, printed, _ = launch("merge", adapter, "--model", model, "--out", tmp_path / "merged")
+    assert code == 0
+    assert f"GPT2LMHeadModel, {str(dtype).removeprefix('torch.')}" in printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    if dtype == torch.float32:
+        assert_close(zoo.outputs(merged), expected, **IN_FLOAT32)
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"model_max_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "labels"),
+    # the last two have a head of the same shapes as the first: only the name, or PEFT's task, tells them apart
+    [
+        (BertForSequenceClassification, {}, 2),
+        (BertForSequenceClassification, {"auto_mapping": None}, 3),
+        (BertForTokenClassification, {}, 2),
+        (BertForTokenClassification, {"auto_mapping": None, "task_type": "TOKEN_CLS"}, 2),
+    ],
+)
+def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, changes, labels, zoo, tmp_path):
+    """An encoder stored by itself, trained with a head that is in the adapter only."""
+    zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
+    base = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()
+    names = [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
+    model = zoo.adapted("bert", base=base, target_modules=names)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    zoo.edit_config(tmp_path / "adapter", **changes)
+    merged = merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
+    assert type(merged).__name__ == cls.__name__
+    assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)
+
+
+def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):
+    zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
+    zoo.saved(tmp_path / "adapter", "bert", target_modules=["query"], modules_to_save=())
+    with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification would have no weights \['classifier"):
+        merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_refuses_what_it_cannot_use_runs_no_code_and_writes_nothing(stored, launch, zoo, tmp_path):
+    model, _, _ = stored
+    zoo.plain("llama").save_pretrained(tmp_path / "llama")
+    shutil.copytree(model, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no model")
+    shutil.copytree(model, tmp_path / "own")
+    config = json.loads((model / "config.json").read_text())
+    # With this width all classes are tried, those too that only the folder's code would have.
+    config |= {"architectures": [], "n_embd": 4, "auto_map": {"AutoModelForSeq2SeqLM": "code.Mine"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
+    before = sorted(tmp_path.rglob("*"))
+    for base, out, message in (
+        ("model", "model", "--out must be another folder"),
+        ("llama", "out", "LlamaForCausalLM has no module 'transformer."),
+        ("./absent", "out", "--model"),
+        ("broken", "out", "--model"),
+        ("own", "out", "--model"),
+    ):
+        code, _, said = launch("merge", "adapter", "--model", base, "--out", out)
+        assert (code, message in said) == (2, True), said
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tokenizer_files_are_no_links_out_of_the_model_or_its_hubs_cache(stored, tmp_path):
+    model, adapter, _ = stored
+    (tmp_path / "secret").write_text("of mine")
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigurationError, match="chat_template.jinja' must not be a link"):
+        merge_adapter(adapter, str(model), tmp_path / "out")
+    (model / "chat_template.jinja").unlink()
+    blobs = tmp_path / "models--mine" / "blobs"
+    snapshot = tmp_path / "models--mine" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in model.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    merge_adapter(adapter, str(snapshot), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"model_max_length": 16}'
+
+
+def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(tiny_llama, monkeypatch, tmp_path):
+    """The hub's cache has a newer one, which the user may name."""
+    old, new = "a" * 40, "b" * 40
+    home = tmp_path / "models--org--tiny"
+    for commit in (old, new):
+        shutil.copytree(tiny_llama, home / "snapshots" / commit)
+    newer = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.nn.init.normal_(newer.lm_head.weight)
+    newer.save_pretrained(home / "snapshots" / new)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(new)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = load_causal_lm("org/tiny", settings=ModelSettings(revision=old))
+    head = model.lm_head.weight.detach().clone()
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    assert torch.equal(merge_adapter(tmp_path / "adapter", None, tmp_path / "out").lm_head.weight, head)
+    named = merge_adapter(tmp_path / "adapter", "org/tiny", tmp_path / "named")
+    assert torch.equal(named.lm_head.weight, newer.lm_head.weight)

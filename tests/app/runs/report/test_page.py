@@ -1,0 +1,175 @@
+"""report.html holds what the run's files say, alone or beside other runs, as a whole page that needs nothing else."""
+
+import base64
+import io
+import json
+import re
+import shlex
+
+import pytest
+from hydra._internal.utils import get_args_parser
+from PIL import Image
+from report_pages import NASTY, Page, write_run
+
+import dynrank
+from dynrank.app.commands import cli
+from dynrank.app.runs.report import page as report_page
+from dynrank.app.runs.report.page import next_commands, write_report
+from dynrank.app.runs.report.record import read_run
+from dynrank.errors import ConfigurationError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("report") / "run", undone=[(15, 1)])
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return Page(write_report(folder))
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
+
+
+def test_every_layer_has_a_row_with_its_ranks(report, folder):
+    headings, *rows = report.table("The adapter's layers")
+    assert headings[:4] == ["layer", "d_out × d_in", "rank", "brought"]
+    # A layer that never changed has no row in the history.
+    brought = {row[0].split(".")[-1]: row[3] for row in rows}
+    assert brought == {"up": "0.2 ± 0.05", NASTY: "–", "head": "–"}
+    ranks = {row[0]: row[2] for row in rows}
+    assert list(ranks) == list(json.loads((folder / "summary.json").read_text())["final_ranks"])
+    assert ranks[f"layers.1.{NASTY}"] == "8 → 4 → 2"
+    assert ranks["head"] == "8"
+    assert {row[1] for row in rows} == {"16 × 12"}
+    assert {row[0]: int(row[-1]) for row in rows} == {n: (8 if n == "head" else 2) * 28 for n in ranks}
+
+
+def test_changes_stand_in_order_and_one_taken_back_says_so(report):
+    rows = report.table("Each change")[1:]
+    assert [row[:3] for row in rows] == [["10", "8 → 4", "4"], ["15", "4 → 1", "4"], ["20", "4 → 2", "4"]]
+    assert [row[-1].startswith("undone") for row in rows] == [False, True, False]
+    assert len(report.root.findall(".//tr[@class='undone']")) == 1
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_page_begins_with_results_final_weights_cost_and_data(tmp_path):
+    said = {"weights": "of step 20 of 30: the best val/loss", "cost": "val/loss 1 → 2 by the cut at step 10, 1.5 now"}
+    split = {"rows": 1234, "examples": 1200, "tokens": 9, "max_length": 8, "unusable": 31, "dropped": 3}
+    # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
+    more = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "data": {"train": split}}
+    report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], **said, **more)))
+    facts = {"test/loss": "1.25", "steps": "30", "val/loss at the end": "0.9", "train/loss at the end": "0.2"}
+    facts |= {"gap: val/loss - train/loss": "0.7", "rank": "4-8", "adapter parameters": "1,234"}
+    assert facts.items() <= report.facts().items()
+    paragraphs = " ".join(report.texts("p"))
+    assert all(words in paragraphs for words in said.values())
+    counts = {"split": "train", "rows": "1,234", "unusable, left out": "31", "in another split, left out": "3"}
+    counts |= {"too long, left out": "0", "too long, cut": "0", "examples": "1,200", "tokens": "9"}
+    headings, row = report.table("The data")
+    assert dict(zip(headings, row, strict=True)) == counts
+
+
+def test_caption_of_the_ranks_says_why_they_differ(report, tmp_path):
+    history = write_run(tmp_path) / "rank_history.csv"
+    history.write_text(history.read_text().replace("20,layers.0.up,4,2", "20,layers.0.up,4,3"))
+    for page, said in ((report, False), (Page(write_report(tmp_path)), True)):
+        assert ("in proportion to what it has brought" in page.captions()[1]) is said
+
+
+def test_configuration_and_what_was_given_are_there_word_for_word(report, folder):
+    assert report.texts("pre") == [(folder / ".hydra" / "config.yaml").read_text()]
+    assert report.texts("code")[:2] == ["lora.rank=8", f"note={NASTY!r}"]
+    assert not list(report.root.iter("b"))
+
+
+def test_page_needs_nothing_else_and_can_be_heard(report, folder):
+    assert not {element.tag for element in report.root.iter()} & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?:|@import|url\(", (folder / "report.html").read_text())
+    for image, name in zip(report.root.iter("img"), ["loss", "ranks", "spectra"], strict=True):
+        content = base64.b64decode(image.get("src").removeprefix("data:image/png;base64,"))
+        assert content == (folder / "plots" / f"{name}.png").read_bytes()
+        assert Image.open(io.BytesIO(content)).width > 900
+    assert [caption.split()[0] for caption in report.captions()] == ["Training", "Ranks", "Singular"]
+    assert {heading.get("scope") for heading in report.root.iter("th")} == {"col", "row"}
+    assert report.root.attrib == {"lang": "en"}
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_run_without_changes_and_a_page_without_matplotlib_say_so(tmp_path):
+    report = Page(write_report(write_run(tmp_path, drops=())))
+    assert not report.captions()
+    paragraphs = report.texts("p")
+    assert "No rank changed in this run." in paragraphs
+    assert any("dynrank[plots]" in text for text in paragraphs)
+    assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"8"}
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_other_runs_stand_beside_it_and_every_section_stays(tmp_path, launch):
+    for name, test in (("a", {}), ("b/run", {"test/loss": 1.5}), ("b/b/run", {"test/loss": 1.0, "test/bleu": 0.5})):
+        write_run(tmp_path / name, test={"test/loss": 1.25} | test)
+    code, printed, _ = launch(cli.main, "report", "a")
+    assert (code, printed.split()) == (0, ["report", "a/report.html"])
+    alone = Page(tmp_path / "a" / "report.html").texts("h2")
+    assert alone == ["Changes of rank", "Pictures", "Layers", "Configuration", "What to try next"]
+    # Both have one name on the page.
+    code, _, said = launch(cli.main, "report", "a", "--against", "b/run", "b/b/run")
+    assert code == 0, said
+    report = Page(tmp_path / "a" / "report.html")
+    compared = {row[0]: row[1:] for row in report.table("Results of the runs")[1:]}
+    assert compared["test/loss"] == ["1.25", "1.5", "1"]
+    assert compared["test/bleu"] == ["–", "–", "0.5"]
+    assert compared["rank"] == ["2-8"] * 3
+    assert report.texts("h2") == ["Against other runs", *alone]
+    assert launch(cli.main, "report", "a", "b")[0] == 2
+    (tmp_path / "empty").mkdir()
+    before = (tmp_path / "a" / "report.html").read_bytes()
+    with pytest.raises(ConfigurationError, match="empty.*finished run"):
+        write_report(tmp_path / "a", against=[tmp_path / "empty"])
+    assert (tmp_path / "a" / "report.html").read_bytes() == before
+
+
+def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke_run):
+    assert read_run(smoke_run[0]).last_step == 12
+    report = Page(smoke_run[0] / "report.html")
+    assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"32 → 16"}
+    assert any("val/accuracy, val/macro_f1" in caption for caption in report.captions())
+
+
+def trained(run):
+    """{reason: arguments} of the commands that train."""
+    commands = {why: shlex.split(command) for why, command in next_commands(run)}
+    return {why: arguments for why, (name, *arguments) in commands.items() if name == "dynrank-train"}
+
+
+def test_commands_compose(smoke_run):
+    run = read_run(smoke_run[0])
+    commands = trained(run)
+    assert len(commands) >= 5
+    for arguments in commands.values():
+        assert get_args_parser().parse_args(arguments).multirun is ("--multirun" in arguments)
+        config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
+        # debug=smoke, which the run was given, makes 12 steps.
+        assert config.trainer.max_steps == 12
+    used = [shlex.split(command) for _, command in next_commands(run)]
+    assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in used
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
+        ({"lora": {"dropout": 0.1}}, "regularise"),
+        ({"lora": {"from": "adapter"}}, "compare with a run that has the final rank"),
+        ({"lora": {"from": "adapter"}}, "give all layers one budget"),
+    ],
+)
+def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):
+    run = read_run(smoke_run[0])
+    assert any(why.startswith(reason) for why in trained(run))
+    run.config.update(setting)
+    assert not any(why.startswith(reason) for why in trained(run))

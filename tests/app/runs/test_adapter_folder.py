@@ -1,0 +1,181 @@
+"""The adapter's folder can be used: by PEFT, by transformers once it is merged, and by ``dynrank predict``."""
+
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+from markdown_it import MarkdownIt
+from report_pages import Page
+from transformers import AutoTokenizer, pipeline
+
+import dynrank
+from dynrank.app.commands import cli
+from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.runs.job import run
+from dynrank.app.runs.report.page import template, write_report
+from dynrank.app.runs.summary import read_summary
+from dynrank.app.tasks.classification import Classifier
+from dynrank.app.tasks.language_modeling import LanguageModel
+
+SMALL = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
+SMALL += ["schedule=after_convergence", "schedule.shared=false"]
+ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
+ROWS += [f"c number {i},so-so" for i in range(30)]
+TEXTS = ["a number 3", "something else entirely, and longer", "c"]
+
+
+def made(folder, *overrides):
+    run(dynrank.compose([*SMALL, *overrides]), folder)
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tiny_bert):
+    """An adapter of three labels on a base whose own head has two."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "rows.csv").write_text("\n".join(ROWS))
+    return made(
+        folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
+        "optimizer.lr=0.01", "optimizer.head_lr=0.1", "lora.alpha=64",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory, tiny_llama):
+    folder = tmp_path_factory.mktemp("writer")
+    rows = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    own = ["task=completion", f"task.model={tiny_llama}", f"data.train={folder / 'rows.jsonl'}"]
+    return made(folder / "run", *own)
+
+
+def probabilities(line):
+    return {cell.rpartition(" ")[0]: float(cell.rpartition(" ")[2]) for cell in line.split("\t")}
+
+
+def card(folder):
+    """What the Python of the model card leaves behind, run in its folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    here = os.getcwd()
+    names = {}
+    os.chdir(folder)
+    try:
+        exec(block, names)
+    finally:
+        os.chdir(here)
+    return names
+
+
+def test_folder_of_a_classifier_is_complete(classifier, tiny_bert):
+    names = {"README.md", "inputs.json", "labels.json", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in classifier.iterdir()} == names
+    config = json.loads((classifier / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_bert)
+    assert json.loads((classifier / "labels.json").read_text())["labels"] == ["bad", "ok", "so-so"]
+    page = (classifier / "README.md").read_text()
+    # A folder is no name on the hub, which would refuse the card.
+    assert "base_model:" not in page
+    said = ("4 steps", "`bad`, `ok`, `so-so`", "| test/accuracy |", "| attention.self.query | 2 | 2 |", "hf upload")
+    assert all(text in page for text in said), page
+
+
+def test_report_and_summary_have_the_result_of_each_class(classifier):
+    run_folder = classifier.parent
+    summary = json.loads((run_folder / "summary.json").read_text())
+    classes = summary["classes"]
+    assert sum(found["texts"] for found in classes.values()) == summary["data"]["test"]["rows"]
+    right = sum(found["answers"].get(name, 0) for name, found in classes.items())
+    assert summary["test"]["test/accuracy"] == pytest.approx(right / summary["data"]["test"]["rows"])
+    heads, *table = Page(write_report(run_folder)).table("Confusion matrix")
+    found = {row[0]: {name: int(cell) for name, cell in zip(heads[1:], row[1:], strict=True) if cell} for row in table}
+    assert found == {name: result["answers"] for name, result in classes.items()}
+
+
+def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(classifier, launch, tmp_path):
+    code, printed, said = launch(cli.main, "predict", classifier, *TEXTS)
+    assert code == 0, said
+    found = [probabilities(line) for line in printed.splitlines()]
+    trained = Classifier.load_from_checkpoint(classifier.parent / "checkpoints" / "last.ckpt").model
+    merge_adapter(classifier, None, tmp_path / "merged")
+    for model in (trained, card(classifier)["model"], str(tmp_path / "merged")):
+        answers = pipeline("text-classification", model=model, tokenizer=str(classifier))(TEXTS, top_k=None)
+        for row, answer in zip(found, answers, strict=True):
+            assert {cell["label"]: cell["score"] for cell in answer} == pytest.approx(row, abs=1e-4)
+    assert {max(row, key=row.get) for row in found} <= {"bad", "ok", "so-so"}
+    assert len({*printed.splitlines()}) > 1
+
+
+def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
+    code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)
+    assert code == 0, said
+    trained = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    for model in (trained, card(writer)["model"]):
+        for prompt, line in zip(("def f7(x):", "class"), printed.splitlines(), strict=True):
+            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert line == text.strip().replace("\n", "\\n")
+
+
+def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):
+    folder = smoke_run[0] / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+    texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md")]
+    assert not [text for text in texts if sys.prefix in text]
+    page = (folder / "README.md").read_text()
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2\n" in page
+    assert "$ dynrank-train debug=smoke" in page
+    code, printed, said = launch(cli.main, "predict", folder, "type 2 diabetes")
+    assert code == 0, said
+    assert set(probabilities(printed.strip())) < set(json.loads((folder / "labels.json").read_text())["labels"])
+
+
+def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
+    def said(*arguments):
+        code, _, error = launch(cli.main, "predict", *arguments)
+        assert (code, error.count("error")) == (2, 1)
+        return error
+
+    assert "No such file" in said(classifier, "rows.txt")
+    assert "row 2 has an empty text" in said(classifier, "a", " ")
+    assert "--chat" in said(classifier, "a", "--chat")
+    assert "--model" in said(classifier, "a", "--model", "./absent")
+    assert "adapter_config.json" in said(tmp_path, "a")
+    file = classifier / "labels.json"
+    labels = file.read_text()
+    try:
+        file.write_text('{"labels": ["one"]}')
+        assert "must name 3 labels, got 1" in said(classifier, "a")
+        file.write_text("[" * 10_000)
+        assert f"{str(file)!r} cannot be read" in said(classifier, "a")
+    finally:
+        file.write_text(labels)
+
+
+LABELS = ["<img src=x>", "[link](http://x)\nsecond line", "\x1b[31mred `code`"]
+
+
+def test_names_of_labels_stay_within_their_line_and_are_no_markup(classifier, tiny_bert, launch, tmp_path):
+    shutil.copytree(classifier, tmp_path / "copy")
+    (tmp_path / "copy" / "labels.json").write_text(json.dumps({"labels": LABELS}))
+    code, printed, said = launch(cli.main, "predict", tmp_path / "copy", *TEXTS)
+    assert (code, printed.count("\n")) == (0, len(TEXTS)), said
+    assert "\x1b" not in printed
+    assert {name for line in printed.splitlines() for name in probabilities(line)} == {
+        "<img src=x>", r"[link](http://x)\nsecond line", r"\x1b[31mred `code`"
+    }  # fmt: skip
+    card = template("card.md.jinja").render(
+        base="b", on_hub=False, kind="XForSequenceClassification", labels=LABELS, ranks={}, steps=1, command=None,
+        summary=read_summary(classifier.parent), version="",
+    )  # fmt: skip
+    shown = MarkdownIt().render(card)
+    assert "<img" not in shown
+    assert "<a href" not in shown
+    assert r"[link](http://x)\nsecond line" in shown

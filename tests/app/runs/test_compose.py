@@ -1,0 +1,154 @@
+"""Every option of every group composes, and unknown or ill-typed values are refused by name."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn
+
+import dynrank
+from dynrank.app import train
+from dynrank.app.runs.config import make, rank_pattern
+from dynrank.app.runs.job import make_scheduler
+from dynrank.driver.check import check_model
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import after_convergence, early_budget
+from dynrank.triggers import Run
+
+CONF = Path(dynrank.__file__).parent / "conf"
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes_without_a_missing_value(option):
+    config = dynrank.compose([option])
+    # Only a running job knows these values.
+    OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
+    assert not OmegaConf.missing_keys(config)
+    OmegaConf.to_container(config, resolve=True)
+
+
+def test_a_folder_of_ones_own_may_have_any_name(tmp_path):
+    folder = tmp_path / "it's [mine]"
+    (folder / "task").mkdir(parents=True)
+    (folder / "task" / "mine.yaml").write_text("defaults: [classification]\n")
+    assert dynrank.compose(["task=mine"], folder=folder).task.model == "minilm"
+
+
+def test_output_that_has_no_arrow_ends_no_run(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="latin-1"))
+    monkeypatch.setattr(sys, "argv", ["dynrank-train", "--version"])
+    train.main()
+    print("32 → 16", flush=True)
+    assert printed.getvalue().endswith(b"32 ? 16\n")
+
+
+@pytest.mark.parametrize(("rank", "final"), [(7, [3, 1]), (32, [16, 4])])
+def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
+    for name, end in zip(("after_convergence", "early_budget", "anneal"), [final[0], *final], strict=True):
+        config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
+        assert (config.lora.alpha, config.schedule.final_rank) == (2 * rank, end)
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), rank=rank)
+        check_model(model, make_scheduler(config.schedule).driver.stages, Run(total_steps=None))
+
+
+def test_default_is_early_budget_and_after_convergence_is_one_key_away():
+    assert make_scheduler(dynrank.compose().schedule).driver.stages == early_budget(16)
+    assert make_scheduler(dynrank.compose(["schedule=after_convergence"]).schedule).driver.stages == after_convergence(
+        16
+    )
+
+
+def test_debug_wins_over_groups_and_a_key_over_what_follows_from_others():
+    assert dynrank.compose(["debug=smoke"]).checkpoint_every == 4
+    config = dynrank.compose(["lora.rank=4", "lora.alpha=3"])
+    assert config.lora.alpha == 3
+    # Values may be changed after compose, too.
+    config.lora.rank = 8
+    assert config.schedule.final_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("lr=1e-4", ["lr", "optimizer.lr"]),
+        ("++rank=8", ["rank", "lora.rank"]),
+        ("lora.rnak=8", ["lora.rnak", "lora.rank"]),
+        ("+lora.rnk=8", ["lora.rnk", "lora.rank"]),
+        ("optimizer.learning_rate=8", ["optimizer.learning_rate", "optimizer.lr"]),
+        ("shedule=fixed", ["shedule", "schedule"]),
+        ("schedule=never", ["never", "after_convergence"]),
+        ("budget=24GiB", ["budget is not a configuration key"]),
+    ],
+)
+def test_compose_names_the_wrong_key_or_value(override, named):
+    with pytest.raises(ConfigurationError) as caught:
+        dynrank.compose([override])
+    assert all(text in str(caught.value) for text in named), caught.value
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_a_key_that_a_schedule_does_not_take_is_refused_when_it_is_made(plus):
+    with pytest.raises(
+        ConfigurationError, match=r"finl_rank is unknown; nearest: final_rank.*; set schedule\.finl_rank"
+    ):
+        make_scheduler(dynrank.compose([f"{plus}schedule.finl_rank=1"]).schedule)
+
+
+@pytest.mark.parametrize("key", ["data.train=tickets.csv", "+data.train=tickets.csv", "data.val=tickets.csv"])
+def test_data_of_ones_own_need_a_task_for_it(key):
+    with pytest.raises(ConfigurationError, match="choose task=classification, completion, chat or text"):
+        dynrank.compose([key])
+    assert dynrank.compose(["task=classification", key])
+
+
+OPEN = ["optimizer.options.eps=1", "trainer.fast_dev_run=true", "rank_map.rank_pattern.q=4", "task.mine=1"]
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize("override", OPEN)
+def test_open_groups_take_new_keys(override, plus):
+    assert OmegaConf.select(dynrank.compose([plus + override]), override.partition("=")[0]) is not None
+
+
+def test_rank_pattern_joins_file_and_rules_and_refuses_a_key_in_both(tmp_path):
+    file = tmp_path / "ranks.yaml"
+    file.write_text("rank_pattern: {query: {rank: 8, pinned: true}}\n")
+    config = dynrank.compose(["rank_map=head_16", f"rank_map.file={file}"])
+    assert rank_pattern(config.rank_map) == {
+        "query": {"rank": 8, "pinned": True},
+        "lm_head": {"rank": 16, "alpha": 32, "pinned": False},
+    }
+    with pytest.raises(ConfigurationError, match=r"\['query'\] are in rank_map.file and in"):
+        rank_pattern(dynrank.compose([f"rank_map.file={file}", "+rank_map.rank_pattern.query=4"]).rank_map)
+
+
+MODULE = """class Task:
+    def __init__(self, size=1):
+        self.size = size
+        if size > 1:
+            raise RuntimeError("a fault of this class")
+"""
+
+
+def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
+    (tmp_path / "my_pkg.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def made(**values):
+        return make(OmegaConf.create({"task": values}).task, "task")
+
+    assert made(_target_="my_pkg.Task", size=0).size == 0
+    for target, named in [("my_pkg.Tsk", "Tsk"), ("nowhere.Task", "nowhere"), (None, "_target_"), ("", "_target_")]:
+        with pytest.raises(ConfigurationError, match=named) as caught:
+            made(_target_=target)
+        assert "set task" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="unexpected keyword argument 'width'"):
+        made(_target_="my_pkg.Task", width=3)
+    # A fault of the class keeps its own traceback.
+    with pytest.raises(RuntimeError, match="a fault of this class"):
+        made(_target_="my_pkg.Task", size=2)

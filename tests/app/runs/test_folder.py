@@ -1,0 +1,71 @@
+"""The folder of a run: what ckpt_path means there, who may use it, and its tables where a run goes on."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from tables import rows
+
+from dynrank.app.runs import folder as run_folder
+from dynrank.app.runs.trainer import add_to_metrics
+from dynrank.errors import ConfigurationError
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    write(metrics, "a,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n,1,,4.0\n,2,0.8,\n,3,0.7\n4")
+    for file in (metrics, tmp_path / "none.csv"):
+        run_folder.drop_rows_after(file, 2)
+    logger = CSVLogger(tmp_path, name="", version="")
+    add_to_metrics(tmp_path, logger)
+    assert len(rows(metrics)) == 4
+    # The second validation after the checkpoint is another one.
+    for values, step in (({"val": 4.0}, 1), ({"train": 0.8, "new": 1.0}, 2)):
+        logger.log_metrics(values, step)
+        logger.save()
+    run_folder.drop_repeated_rows(tmp_path)
+    found = [(row["step"], row["train"], row["val"], row["new"]) for row in rows(metrics)]
+    assert found == [("0", "1.0", "", ""), ("1", "0.9", "", ""), ("1", "", "5.0", ""), ("1", "", "4.0", ""),
+                     ("2", "0.8", "", "1.0")]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line():
+    refused = pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir")
+    with refused, run_folder.locked(Path("/proc"), resumed=False):
+        pass
+
+
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
+    # A lock holds against the same process, too.
+    with run_folder.locked(tmp_path, resumed=False):
+        for resumed in (False, True):
+            with (
+                pytest.raises(ConfigurationError, match="in use by another process"),
+                run_folder.locked(tmp_path, resumed=resumed),
+            ):
+                pass
+    write(tmp_path / "checkpoints" / "last.ckpt", "x")
+    write(tmp_path / "checkpoints" / "last.ckpt.12.part", "left by a killed writer")
+    with run_folder.locked(tmp_path, resumed=True):
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    # The run has ended between the first look at its folder and the lock.
+    write(tmp_path / "summary.json", "{}")
+    with pytest.raises(ConfigurationError, match="has ended"), run_folder.locked(tmp_path, resumed=True):
+        pass
+
+
+def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
+    for name in ("metrics.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt"):
+        write(tmp_path / name, "x")
+    with run_folder.locked(tmp_path, resumed=False):
+        assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}
+    write(tmp_path / "checkpoints" / "last.ckpt", "x")
+    with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.locked(tmp_path, resumed=False):
+        pass
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -1,0 +1,96 @@
+"""``lora.from``: a run goes on from an adapter, ours or PEFT's, with its layers, ranks and scalings."""
+
+import json
+
+import peft
+import pytest
+import torch
+from trained import updated
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import dynrank
+from dynrank.app.commands.cli import print_ranks
+from dynrank.app.runs.job import build, run
+from dynrank.errors import ConfigurationError
+
+SMALL = ["debug=smoke", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
+IDS = torch.tensor([[5, 9, 30, 41, 7]])
+
+
+@pytest.fixture(scope="module")
+def task(tiny_llama, tmp_path_factory):
+    """Overrides of a small run on prompts and answers."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)))
+    return [*SMALL, "task=completion", f"task.model={tiny_llama}", f"data.train={file}"]
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_llama, tmp_path_factory):
+    """An adapter of PEFT's with unlike ranks and alphas, and rsLoRA."""
+    folder = tmp_path_factory.mktemp("theirs")
+    patterns = {"rank_pattern": {"q_proj": 6, r"0\..*down_proj": 1}, "alpha_pattern": {"q_proj": 5}}
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], use_rslora=True, **patterns)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, theirs, tiny_llama, tmp_path, capsys):
+    overrides = [*task, f"lora.from={theirs}", "schedule=fixed"]
+    model = build(dynrank.compose(overrides)).module.model.eval()
+    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs).eval()
+    with torch.no_grad():
+        assert (model(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
+    layers = dynrank.read_adapter(theirs).layers
+    found = {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(model)}
+    assert found == {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
+    assert {rank for rank, _ in found.values()} == {1, 4, 6}
+    print_ranks(dynrank.compose(overrides))
+    assert "4 layers" in capsys.readouterr().out
+    run(dynrank.compose(overrides), tmp_path / "run")
+    assert f"goes on from     the adapter {theirs}, at rank 1-6" in capsys.readouterr().out
+    trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
+    assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
+    name = next(iter(layers))
+    before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
+    assert 0 < abs(before - after) < 0.5 * before
+
+
+def test_a_schedule_reckons_from_the_mean_rank_of_the_adapter(task, theirs):
+    config = dynrank.compose([*task, f"lora.from={theirs}"])
+    # by hand: a direction of q_proj has 32 + 32 parameters, one of down_proj 32 + 48
+    assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
+    assert config.schedule.final_rank == config.lora.rank // 2
+
+
+def test_what_contradicts_the_adapter_is_refused(task, theirs):
+    for override in ("lora.rank=8", "lora.alpha=3", "lora.target_modules=attention", "rank_map=head_16"):
+        with pytest.raises(ConfigurationError, match="cannot go with lora.from="):
+            dynrank.compose([*task, f"lora.from={theirs}", override])
+    with pytest.raises(ConfigurationError, match="adapter_config.json"):
+        dynrank.compose([*task, "lora.from=absent"])
+
+
+def test_a_classifier_goes_on_with_its_head_and_refuses_other_labels(tiny_bert, tmp_path):
+    def overrides(labels, *more):
+        rows = [f"{word} {i},{labels[i % 2]}" for i in range(40) for word in ("fine", "dull")]
+        (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+        data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
+        return dynrank.compose([*SMALL, *data, *more])
+
+    run(overrides("ab", "lora.rank=4", "schedule=fixed", "optimizer.head_lr=0.1"), tmp_path / "run")
+    again = build(overrides("ab", f"lora.from={tmp_path / 'run'}")).module.model.eval()
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    expected = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        assert (again(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
+    with pytest.raises(ConfigurationError, match=r"its labels are \['a', 'b'\], those of the task \['b', 'c'\]"):
+        build(overrides("bc", f"lora.from={tmp_path / 'run'}"))
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    dynrank.save_adapter(updated(dynrank.add_lora(plain, rank=2)), tmp_path / "headless")
+    with pytest.raises(ConfigurationError, match=r"'classifier\.weight' is trained by the task, .* no values"):
+        build(overrides("ab", f"lora.from={tmp_path / 'headless'}"))

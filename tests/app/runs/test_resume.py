@@ -1,0 +1,143 @@
+"""A run that is stopped by a signal and resumed ends with exactly the weights of an uninterrupted one."""
+
+import os
+import re
+import shlex
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from tables import rows
+
+import dynrank
+from dynrank.app import train
+from dynrank.app.runs import job
+
+STEPS = 72
+DROP = 24
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_bert):
+    settings = ["debug=smoke", f"task.model={tiny_bert}", f"trainer.max_steps={STEPS}", "checkpoint_every=4"]
+    settings += ["schedule=after_convergence", f"schedule.deadline={DROP / STEPS}", "lora.rank=6"]
+    return [*settings, "schedule.final_rank=2", "plots=false", "trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job.run(dynrank.compose(settings), folder)
+    return folder
+
+
+def stopped(settings, number, after):
+    """Send a signal to a run in ./run once its checkpoint holds ``after`` steps; returns its exit code and output."""
+    child = forked.start(forked.TRAIN, *settings, "hydra.run.dir=run", cwd=Path.cwd())
+    try:
+        while saved_step(Path("run/checkpoints/last.ckpt")) < after:
+            assert child.is_alive(), forked.printed(Path.cwd())
+            time.sleep(0.05)
+        os.kill(child.pid, number)
+    finally:
+        (code,) = forked.end([child])
+    return code, forked.printed(Path.cwd())
+
+
+def saved_step(file):
+    return torch.load(file, weights_only=True)["global_step"] if file.exists() else -1
+
+
+def assert_same(folder, whole):
+    """Weights, optimizer and files of two runs are exactly equal."""
+    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, whole))
+    assert one["global_step"] == two["global_step"] == STEPS
+    tensors = {name: value for name, value in two["state_dict"].items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(one["state_dict"][name], value) for name, value in tensors.items())
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
+    for index, state in states[1].items():
+        assert all(torch.equal(states[0][index][key], value) for key, value in state.items())
+    for name in ("adapter/adapter_model.safetensors", "rank_history.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "code"),
+    [(signal.SIGKILL, DROP + 4, -9), (signal.SIGTERM, 4, 0), (signal.SIGINT, 4, 130)],
+    ids=["killed after the drop", "SIGTERM before it", "Ctrl-C before it"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(launch, settings, whole, number, after, code):
+    returned, said = stopped(settings, number, after)
+    assert returned == code, said
+    again = [*settings, "hydra.run.dir=run", "ckpt_path=last"]
+    if number != signal.SIGKILL:
+        reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        step, pasted = re.search(rf"{reason}: stopped after step (\d+); go on with dynrank-train (.*)", said).groups()
+        assert saved_step(Path("run/checkpoints/last.ckpt")) == int(step)
+        again = shlex.split(pasted)
+    assert {path.name for path in Path("run/.hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    saved = saved_step(Path("run/checkpoints/last.ckpt"))
+    code, printed, message = launch(train.main, *again)
+    assert (code, message) == (0, "")
+    (step,) = re.search(r"goes on from +step (\d+), ", printed).groups()
+    assert int(step) == saved
+    assert_same(Path("run"), whole)
+    for metric in ("train/loss", "val/loss"):
+        one, two = (rows(folder / "metrics.csv", metric) for folder in (Path("run"), whole))
+        assert [(row["step"], row[metric]) for row in one] == [(row["step"], row[metric]) for row in two]
+
+
+def test_the_folder_of_a_finished_run_is_taken(launch, settings, whole):
+    files = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    for more, said in (("seed=1", "holds a run already"), ("ckpt_path=last", "has ended")):
+        code, _, message = launch(train.main, *settings, more, f"hydra.run.dir={whole}")
+        assert (code, said in message) == (2, True)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == files
+
+
+def test_a_run_from_the_end_of_another_only_tests_and_exports(launch, settings, whole):
+    file = whole / "checkpoints" / "last.ckpt"
+    code, _, message = launch(train.main, *settings, "hydra.run.dir=again", f"ckpt_path={file}")
+    assert (code, message) == (0, "")
+    adapter = "adapter/adapter_model.safetensors"
+    assert (whole / adapter).read_bytes() == Path("again", adapter).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts", "named"),
+    [
+        (["lora.target_modules=attention"], {}, "of another model"),
+        (["optimizer=sgd"], {}, r"made with optimizer\.name=AdamW"),
+        ([], {"loops": None}, r"lacks \['loops'\]"),
+        ([], {"optimizer_states": {}}, r"lacks \['optimizer_states'\]"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(overrides, parts, named, launch, settings, whole):
+    torch.save({**torch.load(whole / "checkpoints" / "last.ckpt"), **parts}, "other.ckpt")
+    code, _, said = launch(train.main, *settings, *overrides, "hydra.run.dir=run", "ckpt_path=other.ckpt")
+    assert code == 2
+    assert re.search(rf"other.ckpt.*{named}.*set ckpt_path", said, re.DOTALL), said
+    assert not Path("run").exists()
+
+
+class Trap:
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(launch, settings, whole):
+    torch.save({**torch.load(whole / "checkpoints" / "last.ckpt"), "extra": Trap()}, "trap.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=trap.ckpt")
+    assert (code, "ckpt_path" in said) == (2, True)
+    assert not Path("run").exists()
+    assert not Path("trapped").exists()
+    # The trap works where its file is trusted.
+    torch.load("trap.ckpt", weights_only=False)["extra"].close()
+    assert Path("trapped").exists()

@@ -1,0 +1,82 @@
+"""A run that Ctrl-C ends: after the step, or at once."""
+
+import os
+import signal
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dynrank.app.runs.command import override
+from dynrank.app.runs.trainer import STOP_SIGNALS, _advice, stoppable
+from dynrank.callbacks import AdapterCheckpoint
+
+
+class Saver(AdapterCheckpoint):
+    stop_signals = STOP_SIGNALS
+
+
+@pytest.fixture
+def ended(regression, tmp_path, capsys):
+    """Trains and tests with other methods of the module until Ctrl-C ends it; returns what that prints."""
+    make, data, trainer = regression
+
+    def run(steps, **methods):
+        module = make()
+        vars(module).update(methods)
+        saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
+        run = trainer(max_steps=steps, callbacks=[saver], enable_checkpointing=True)
+        train, val = data()
+        with stoppable(run, None, tmp_path):
+            run.fit(module, train)
+            run.test(module, val)
+
+    def said(steps, **methods):
+        with pytest.raises(KeyboardInterrupt):
+            run(steps, **methods)
+        return capsys.readouterr().err
+
+    return said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(ended, regression):
+    step = regression[0]().training_step
+    pressed = []
+
+    def twice_in_the_second_step(batch, batch_idx):
+        if batch_idx == 1:
+            for press in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                pressed.append(press)
+        return step(batch, batch_idx)
+
+    said = ended(4, training_step=twice_in_the_second_step)
+    # The first Ctrl-C let the step go on, and the second did not return.
+    assert pressed == [0]
+    assert "Ctrl-C: stopped after step 1; go on with" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_in_the_test_says_how_to_go_on(ended):
+    said = ended(2, test_step=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_while_the_page_is_written_names_the_command_that_writes_it(ended, tmp_path):
+    def end(*_):
+        (tmp_path / "summary.json").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert f"the run has ended; its page: dynrank report {tmp_path}" in ended(1, test_step=end)
+
+
+def test_a_folder_behind_a_link_goes_on_in_itself(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert _advice(str(tmp_path / "run/checkpoints/last.ckpt"), tmp_path / "link") == "go on with ckpt_path=last"
+
+
+@pytest.mark.parametrize("folder", ["plain/2026-11-28_run.1", "josé/run", "two words", "o'clock"])
+def test_override_is_what_hydra_reads(folder):
+    (parsed,) = OverridesParser.create().parse_overrides([override("hydra.run.dir", folder)])
+    assert parsed.value() == folder

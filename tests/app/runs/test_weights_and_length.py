@@ -1,0 +1,135 @@
+"""Which weights a run exports, how long it trains on your own files, and what it says where no terminal shows a bar."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tables import rows
+
+import dynrank
+from dynrank.app import train
+from dynrank.callbacks import BestWeights
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# The rate is so high that the loss rises again.
+SMALL = ["plots=false", "lora.rank=4", "task.batch_size=4", "optimizer.lr=0.2", "optimizer.head_lr=0.2"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, tiny_bert):
+    """Overrides of a run with own files, 2 epochs of 16 steps."""
+    folder = tmp_path_factory.mktemp("own")
+    first = 0
+    for split, count in (("train", 32), ("val", 8), ("test", 8)):
+        texts = [[f"{word} of row {i}", word] for i in range(first, first + count) for word in ("good", "bad")]
+        first += count
+        with (folder / f"{split}.csv").open("w", newline="") as opened:
+            csv.writer(opened).writerows([["text", "label"], *texts])
+    files = [f"data.{split}={folder / split}.csv" for split in ("train", "val", "test")]
+    return ["task=classification", *files, f"task.model={tiny_bert}", "trainer.max_epochs=2", *SMALL]
+
+
+def summary(folder):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def validations(folder):
+    """{steps made: val/loss} of the run's own validations."""
+    return {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(Path(folder, "metrics.csv"), "val/loss")}
+
+
+def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own):
+    settings = [*own, "schedule.final_rank=2", "checkpoint_every=20"]
+    code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
+    assert code == 0, said
+    found = summary("whole")
+    (change,) = found["changes"]
+    values = {step: value for step, value in validations("whole").items() if step > change["step"] + 1}
+    best = min(values, key=values.get)
+    step, of, value = re.search(
+        r"of step (\d+) of (\d+): the best val/loss since the last change, (\S+)$", found["weights"]
+    ).groups()
+    assert found["weights"] in re.sub(r"\s+", " ", printed)
+    assert int(of) == 32
+    # The final metrics are measured again, with the weights that are exported.
+    assert found["final"]["val/loss"] == pytest.approx(float(value), rel=1e-3)
+    if int(step) in values:
+        assert (int(step), found["final"]["val/loss"]) == (best, pytest.approx(values[best]))
+    assert found["final"]["val/loss"] <= min(values.values()) + 1e-6
+
+    # The only checkpoint is of step 20.
+    adapter = "adapter/adapter_model.safetensors"
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=again", "ckpt_path=whole/checkpoints/last.ckpt")
+    assert code == 0, said
+    assert Path("again", adapter).read_bytes() == Path("whole", adapter).read_bytes()
+
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=last", "export_weights=last", "checkpoint_every=32")
+    assert code == 0, said
+    assert "(export_weights=last)" in summary("last")["weights"]
+    state = torch.load("last/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name, exported in load_file(Path("last", adapter)).items():
+        if name.endswith("lora_A.weight"):
+            layer = name.removeprefix("base_model.model.").removesuffix(".weight")
+            assert torch.equal(exported, state[f"model.{layer}"])
+
+
+def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
+    late = ["schedule.at=1.0", "schedule.final_rank=2"]
+    code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
+    assert code == 0, said
+    found = summary("run")
+    history = rows(Path("run/rank_history.csv"))
+    last = max(int(row["step"]) for row in history)
+    assert last == 32, printed
+    cut = {row["layer"]: int(row["rank_after"]) for row in history if int(row["step"]) == last}
+    assert {name: rank for name, rank in found["final_ranks"].items() if name in cut} == cut
+    exported = load_file("run/adapter/adapter_model.safetensors")
+    for name, rank in cut.items():
+        assert len(exported[f"base_model.model.{name}.lora_A.weight"]) == rank
+    assert "no validation after the last change" in found["weights"]
+
+
+def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
+    of_loss = BestWeights("val/loss")
+    of_loss.step = 7
+    of_loss.value = 2.3
+    resumed = {name: BestWeights(name, mode) for name, mode in (("val/loss", "min"), ("val/accuracy", "max"))}
+    for best in resumed.values():
+        best.load_state_dict(of_loss.state_dict())
+    assert [best.step for best in resumed.values()] == [7, None]
+
+
+def test_own_files_train_in_epochs_and_say_so_where_output_is_a_file(launch, own):
+    code, printed, said = launch(train.main, *own, "schedule=fixed", "hydra.run.dir=run")
+    assert code == 0, said
+    assert re.search(r"length +32 steps, 2 epochs of 16 steps", printed)
+    assert re.search(r"time left +\d+ s, by the first 10 steps", printed)
+    followed = re.findall(r"step (\d+) +train/loss \S+, val/loss (\S+); \d+ s left", printed)
+    assert {int(step): float(loss) for step, loss in followed} == pytest.approx(validations("run"), rel=1e-3)
+    # Four in each epoch.
+    assert [int(step) for step, _ in followed] == [4 * n for n in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        ([], (560, None, 30, None)),
+        (["task=classification", "data.train=x.csv"], (-1, 3, 0.25, 1)),
+        (["task=chat", "data.train=x.jsonl", "trainer.max_epochs=7"], (-1, 7, 0.25, 1)),
+        (["task=classification", "data.train=x.csv", "trainer.max_steps=9"], (9, None, 30, None)),
+        (["trainer.max_epochs=1", "trainer.val_check_interval=5"], (-1, 1, 5, None)),
+        (["trainer.max_steps=9", "trainer.max_epochs=2"], (9, 2, 30, None)),
+        (["trainer=ddp", "trainer.devices=1"], (560, None, 30, None)),
+        (["trainer.max_steps=9", "trainer.check_val_every_n_epoch=2"], (9, None, 0.25, 2)),
+    ],
+    ids=str,
+)
+def test_steps_and_epochs_work_as_they_are_typed(overrides, length):
+    trainer = dynrank.compose(overrides).trainer
+    names = ("max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch")
+    assert tuple(trainer[name] for name in names) == length

@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import DistilBertConfig, LlamaConfig, RobertaConfig
+
+import dynrank
+from dynrank.app.tasks.classification import Classification, Classifier
+from dynrank.errors import ConfigurationError
+
+LORA = {"rank": 4, "alpha": 8}
+WORDS = ["fever", "cough with blood", "rash", "broken arm", "headache in the morning"]
+TERMS = {
+    split: [(f"{split}, patient {i}: {WORDS[i % 5]}", f"class {i % 7 % 5}") for i in range(40)]
+    for split in ("train", "val", "test")
+}
+
+
+@pytest.fixture(scope="module")
+def task(tiny_bert):
+    made = Classification(str(tiny_bert), TERMS, batch_size=8, max_length=16, limit=39)
+    made.setup("fit")
+    return made
+
+
+def test_batches_are_padded_to_their_longest_text_and_have_its_class(task):
+    batch = next(iter(task.train_dataloader()))
+    train = task.examples["train"]
+    assert len(train) == 39
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, int(lengths.max()))
+    assert batch["labels"].shape == (8,)
+    assert lengths.max() <= 16
+    classes = {tuple(ids): label for ids, label in zip(train["input_ids"], train["label"], strict=True)}
+    texts = [tuple(ids[:length].tolist()) for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+    assert [classes[text] for text in texts] == batch["labels"].tolist()
+
+
+def test_results_are_those_of_a_plain_evaluation_and_of_scikit_learn(task, optimizer, regression, tiny_bert):
+    made = Classifier(str(tiny_bert), task.labels, {**LORA, "dropout": 0.5}, optimizer, label_smoothing=0.5)
+    trainer = regression[2]()
+    # The second test starts from 0 again.
+    _, results = (trainer.test(made, task, verbose=False) for _ in range(2))
+    metrics = {name: value for of_loader in results for name, value in of_loader.items()}
+    assert {name for name in metrics if name.startswith("final/")} == {f"final/{name}" for name in task.final}
+    made.eval()
+    answers = {}
+    for name, loader in zip(("test", "final/val", "final/train"), task.test_dataloader(), strict=True):
+        losses = []
+        answers[name] = []
+        for batch in loader:
+            for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+                with torch.no_grad():
+                    logits = made.model(input_ids=ids[mask.bool()][None]).logits[0].double()
+                losses.append(-float(logits.log_softmax(0)[label]))
+                answers[name].append((int(label), int(logits.argmax())))
+        assert metrics[f"{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        if name != "final/train":
+            right = sum(label == answer for label, answer in answers[name])
+            assert metrics[f"{name}/accuracy"] == pytest.approx(right / len(losses))
+    wanted, answered = zip(*answers["test"], strict=True)
+    classes = range(len(task.labels))
+    matrix = confusion_matrix(wanted, answered, labels=classes)
+    scores = precision_recall_fscore_support(wanted, answered, labels=classes, zero_division=0)
+    assert made.class_results.keys() == {task.labels[i] for i in classes if scores[3][i]}
+    for i, (*expected, texts) in enumerate(zip(*scores, strict=True)):
+        if texts:
+            found = made.class_results[task.labels[i]]
+            assert (found.precision, found.recall, found.f1) == pytest.approx(expected)
+            assert found.texts == texts
+            assert found.answers == {task.labels[k]: matrix[i, k] for k in classes if matrix[i, k]}
+
+
+def test_training_is_smoothed_and_with_dropout(task, optimizer, tiny_bert):
+    module = Classifier(str(tiny_bert), task.labels, LORA, optimizer, label_smoothing=0.5)
+    assert all(part.training for part in module.model.modules())
+    module.eval()
+    batch = next(iter(task.train_dataloader()))
+    logits = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    module.log = lambda *args, **kwargs: None
+    assert torch.equal(module.training_step(batch, 0), F.cross_entropy(logits, batch["labels"], label_smoothing=0.5))
+
+
+def test_balanced_classes_weigh_alike_in_training_alone(tiny_bert, optimizer):
+    rows = [(f"{label} {i}", label) for label, count in (("a", 2), ("b", 12), ("c", 6)) for i in range(count)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), class_weights="balanced")
+    labels = [label for _, label in rows]
+    expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=labels)
+    assert task.weights == pytest.approx(expected)
+    task.setup("fit")
+    module = task.module(LORA, optimizer).eval()
+    module.log = lambda *args, **kwargs: None
+    batch = task.collate([*task.examples["train"]])
+    with torch.no_grad():
+        logits = module.predict(batch)[0]
+        trained, plain = (
+            float(loss) for loss in (module.training_step(batch, 0), module.loss(logits, batch["labels"]))
+        )
+    likely = logits.double().softmax(-1)[torch.arange(20), batch["labels"]].log()
+    # Each class has the same share of the loss.
+    means = [likely[batch["labels"] == index].mean() for index in range(3)]
+    assert trained == pytest.approx(-float(sum(means)) / 3, rel=1e-5)
+    assert plain == pytest.approx(-float(likely.mean()), rel=1e-5)
+    again = Classifier(**{**module.hparams, "on_meta": True})
+    assert again.class_weights.tolist() == pytest.approx(expected)
+
+
+def test_several_labels_are_learned_weighed_and_measured_each_by_itself(tiny_bert, optimizer):
+    rows = [{"text": f"t {i}", "label": ["all"] + ["most"] * (i % 4 < 3) + ["rare"] * (i % 10 == 0)} for i in range(20)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), class_weights="balanced")
+    # To have the label weighs as much as not to have it, if both occur.
+    assert task.weights == pytest.approx([1, 5 / 15, 18 / 2])
+    made = task.module(LORA, optimizer)
+    logits = torch.randn(20, 3)
+    labels = torch.tensor([[label in row["label"] for label in task.labels] for row in rows]).float()
+    wanted = 0.8 * labels + 0.1
+    likely = logits.sigmoid()
+    loss = -(torch.tensor(task.weights) * wanted * likely.log() + (1 - wanted) * (1 - likely).log()).mean()
+    torch.testing.assert_close(made.loss(logits, labels, label_smoothing=0.2, weights=made.class_weights), loss)
+    made.measure("test", logits, labels)
+    made.on_test_epoch_end()
+    scores = precision_recall_fscore_support(labels.int(), (logits > 0).int(), zero_division=0)
+    for found, *expected in zip(made.class_results.values(), *scores, strict=True):
+        assert (found.precision, found.recall, found.f1, found.texts) == pytest.approx(expected)
+    assert made.quality["test"].compute()["test/accuracy"] == ((logits > 0) == labels.bool()).float().mean()
+
+
+ROWS = [("one", 10), ("two", 9), ("three", 10)]
+
+
+def test_classes_are_the_labels_in_order(tiny_bert, optimizer):
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], ROWS), batch_size=2)
+    task.setup("fit")
+    assert [*task.examples["train"]["label"]] == [1, 0, 1]
+    texts = [task.tokenizer.decode(ids, skip_special_tokens=True) for ids in task.examples["train"]["input_ids"]]
+    assert texts == [text for text, _ in ROWS]
+    assert task.module(LORA, optimizer, on_meta=True).hparams["labels"] == ["9", "10"]
+
+
+REFUSED = {
+    "max_length": ({"max_length": 1}, r"task\.max_length"),
+    "one class": ({"data": dict.fromkeys(["train", "val", "test"], [("x", "a")])}, "'a'.*set data"),
+    "a list in one split": (
+        {"data": {"train": ROWS, "val": [{"text": "x", "label": ["9"]}], "test": ROWS}},
+        "lists.*set data",
+    ),
+    "a new label": ({"data": {"train": ROWS, "val": [("x", 3)], "test": ROWS}}, r"\['3'\].*set data"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_named(case, tiny_bert):
+    values, named = REFUSED[case]
+    with pytest.raises(ConfigurationError, match=named):
+        Classification(**{"model": str(tiny_bert), "data": {}, **values}).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "said"),
+    [(600, {"max_steps": 1}, r"max_length must be at most 512"), (9, {"max_epochs": -1}, r"set trainer\.max_steps")],
+)
+def test_what_could_not_be_trained_is_refused_before_the_first_step(
+    length, options, said, tiny_bert, optimizer, regression
+):
+    rows = [("word " * length, "a"), ("word", "b")]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=600)
+    with pytest.raises(ConfigurationError, match=said):
+        regression[2](**options).fit(task.module(LORA, optimizer), task)
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+# Each has the config of a model, and its parts that are new and have no LoRA.
+HEADS = {
+    "decoder": (LlamaConfig(num_key_value_heads=2, **SMALL), {"score"}),
+    "two-layer head": (RobertaConfig(**SMALL), {"classifier"}),
+    "pre_classifier": (
+        DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+        {"pre_classifier", "classifier"},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_a_new_head_is_trained_whole_and_the_body_by_lora(architecture, optimizer, tmp_path):
+    config, heads = HEADS[architecture]
+    config.save_pretrained(tmp_path)
+    model = Classifier(str(tmp_path), ["a", "b", "c"], LORA, optimizer, on_meta=True).model
+    assert not [name for name, _ in dynrank.lora_layers(model) if name.split(".")[0] in heads]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {name for name, _ in model.named_parameters() if name.split(".")[0] in heads}

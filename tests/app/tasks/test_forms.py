@@ -1,0 +1,208 @@
+"""Chats, texts and several labels: what is learned of them."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from functools import cache
+from itertools import chain
+
+import pytest
+import torch
+import transformers as hf
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import dynrank
+from dynrank.app.models.pretrained import load_tokenizer
+from dynrank.app.runs import job
+from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.examples import make_examples, tokens_of_chat
+from dynrank.app.tasks.language_modeling import LanguageModeling
+from dynrank.errors import ConfigurationError
+
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>\n"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Some templates shorten the thoughts of earlier turns like this.
+SHORTENED = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:3] }}")
+
+
+def turns(*contents, system=None):
+    roles = ["user", "assistant"] * len(contents)
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))]
+
+
+CHATS = {
+    "one turn": turns("def f(x):", "return x"),
+    "several turns and a system": turns("import os", "os.path", "and é, 漢?", "  return 1\n", system="class Path"),
+    "the user has the last word": turns("a", "b", "c"),
+    "words of the template": turns("<|assistant|>\nno<|end|>", "<|user|>\nreturn"),
+}
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_llama, tmp_path_factory):
+    """Makes the tiny Llama's folder with a chat template."""
+
+    @cache
+    def make(template):
+        folder = tmp_path_factory.mktemp("chatty") / "llama"
+        shutil.copytree(tiny_llama, folder)
+        tokenizer = load_tokenizer(str(folder))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, template, chatty):
+    """Beside bytes that are counted by hand in the text as it has to be."""
+    tokenizer = load_tokenizer(str(chatty(template)))
+    ids, learned = tokens_of_chat(tokenizer, CHATS[chat])
+    text = b""
+    own = []
+    for turn in CHATS[chat]:
+        head = f"<|{turn['role']}|>\n".encode()
+        body = f"{turn['content']}<|end|>\n".encode()
+        text += head + body
+        own += [False] * len(head) + [turn["role"] == "assistant"] * len(body)
+    table = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
+    place = 0
+    for token, is_learned in zip(tokenizer.convert_ids_to_tokens(ids), learned, strict=True):
+        written = token.encode() if token == "<|end|>" else b"".join(table[char] for char in token)
+        assert text[place:].startswith(written)
+        assert is_learned == own[place]
+        place += len(written)
+    assert place == len(text)
+    assert any(learned)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (SHORTENED, r"when later turns follow.*generation"),
+        ("{{ messages[0].content }}", r"drops whole turns.*set task\.model"),
+        ("{{ raise_exception('never') }}", "refuses .*never.*set data"),
+    ],
+    ids=["rewrites", "drops", "refuses"],
+)
+def test_a_template_that_rewrites_or_drops_turns_or_refuses_a_chat_is_named(template, said, chatty):
+    rows = {"messages": [turns("long question", "long answer", "q", "a")]}
+    tokenizer = load_tokenizer(str(chatty(template)))
+    with pytest.raises(ConfigurationError, match=said):
+        make_examples(rows, tokenizer=tokenizer, max_length=99, form="chat", packed=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "template", "said"),
+    [("chat", None, "no chat template"), ("chat", PLAIN, "is in Python"), ("completion", None, "no eos_token")],
+)
+def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
+    hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
+    rows = dict.fromkeys(["train", "val", "test"], [("x", "y")])
+    task = LanguageModeling("minilm" if form == "completion" else str(tmp_path), rows, form=form)
+    with pytest.raises(ConfigurationError, match=rf"task\.model=.* {said}.*; set task\.model"):
+        task.setup("fit") if form == "completion" else task.module({}, {})
+
+
+WORDS = ["class", "import", "return x", "def", "with open", "lambda"]
+ROWS = {
+    "chat": [{"messages": turns(f"item {i}" * (1 + i % 3 * 9), WORDS[i % 3], "more", WORDS[i % 6])} for i in range(90)],
+    "text": [{"text": f"def item{i}():\n    return {i}\n" * (1 + i % 5)} for i in range(90)],
+    "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
+}
+LENGTH = 100
+
+
+@pytest.fixture
+def task_of(chatty, tiny_bert, tmp_path):
+    def make(form, *overrides):
+        file = tmp_path / f"{form}.jsonl"
+        if not file.exists():
+            file.write_text("\n".join(map(json.dumps, ROWS[form])))
+        task = ["task=classification", f"task.model={tiny_bert}"]
+        if form != "several":
+            task = [f"task={form}", f"task.model={chatty(PLAIN)}"]
+        options = [f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4", "plots=false"]
+        made = job.make(dynrank.compose([*task, *options, *overrides]).task, "task")
+        made.setup("fit")
+        return made
+
+    return make
+
+
+def test_examples_are_made_once_and_then_read_from_the_disk(task_of, monkeypatch):
+    first = task_of("chat").examples
+    assert all(part.cache_files for part in first.values())
+
+    def fail(*_, **__):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "__call__", fail)
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "apply_chat_template", fail)
+    again = task_of("chat").examples
+    assert all(again[split].to_list() == part.to_list() for split, part in first.items())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of):
+    task = task_of("text", f"task.packed={packed}")
+    for split, examples in task.examples.items():
+        texts = [[*task.tokenizer(text)["input_ids"], 0] for text in task.rows[split]["text"]]
+        parts = [sum(texts, [])] if packed else texts
+        expected = [part[start : start + LENGTH] for part in parts for start in range(0, len(part), LENGTH)]
+        assert examples["input_ids"][:] == expected
+    # The end of the first text would be alone, with nothing before it to predict it from.
+    options = {"tokenizer": hf.ByT5Tokenizer(), "max_length": 4, "form": "text", "packed": False}
+    assert make_examples({"text": ["abc", "abcd"]}, **options)["length"] == [4, 4, 2]
+    batch = task.collate([*task.examples["train"]][-4:])
+    real = batch["attention_mask"].bool()
+    assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
+
+
+@pytest.mark.parametrize("form", ["chat", "text", "several"])
+def test_account_says_what_became_of_every_row(form, task_of, capsys):
+    """Beside the rows, tokenised whole."""
+    task = task_of(form, *(["task.packed=false"] if form == "text" else []))
+    printed = capsys.readouterr().out
+    for split, rows in task.rows.items():
+        account = task.account[split]
+        examples = task.examples[split]
+        if form == "chat":
+            lengths = [len(tokens_of_chat(task.tokenizer, row["messages"])[0]) for row in rows]
+            assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
+            assert account.tokens == sum(length for length in lengths if length <= LENGTH)
+        elif form == "text":
+            lengths = [len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
+            assert (account.cut, account.left_out) == (sum(length > LENGTH for length in lengths), 0)
+            assert account.tokens == sum(lengths)
+        else:
+            assert account.classes == Counter(chain(*rows["label"]))
+            assert examples["label"][:] == [[label in own for label in "abc"] for own in rows["label"]]
+        assert (account.rows, account.examples) == (len(rows), len(examples))
+        assert re.search(rf"│ {split} +│ +{len(rows)} │.* {account.tokens:,} │", printed)
+
+
+def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_bert):
+    rows = [(f"{i} {'word ' * i}", "ab"[i % 2]) for i in range(40)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=16)
+    task.setup("fit")
+    whole = [len(ids) for ids in task.tokenizer([text for text, _ in rows])["input_ids"]]
+    assert task.account["train"].cut == sum(length > 16 for length in whole) > 0
+    expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
+    assert task.examples["train"]["input_ids"][:] == expected
+
+    letters = {"text": ["a" * 14, "a" * 15, "a" * 16], "label": ["a"] * 3}
+    # Letters and an end, by a tokenizer that is written in Python.
+    made = task.recipe.make(letters, tokenizer=hf.ByT5Tokenizer(), max_length=16, labels=["a"])
+    assert (made["length"], made["cut"]) == ([15, 16, 16], [False, False, True])
