@@ -51,6 +51,8 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # filelock takes a folder that cannot be written to for one that is in use.
+        (folder / LOCK).touch()
         lock.acquire(blocking=False)
     except Timeout:
         raise ConfigurationError(
