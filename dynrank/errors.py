@@ -75,8 +75,10 @@ class ConfigurationError(ValueError):
     final_rank must be greater than or equal to 1, got 0
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *arguments: str) -> None:
         super().__init__(for_its_reader(message))
+        # The names of the arguments at fault; the application adds their keys.
+        self.arguments = arguments
 
 
 def for_its_reader(message: str) -> str:
