@@ -1,4 +1,4 @@
-"""A training run whose ranks change, as ../shared/maths.md has it: dense, naive, in float64, and without dynrank."""
+"""A training run whose ranks change, as README.md beside it derives it: dense, naive, in float64, without dynrank."""
 
 import math
 from dataclasses import dataclass, field, replace
