@@ -149,9 +149,9 @@ class LayerReport:
         predicted_error: norm of the dropped singular values, the Frobenius norm of the update's change.
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
-        brought: what the layer had brought before: the decrease of the loss by its updates in this run (see
-            :mod:`dynrank.driver.brought`); None if unknown.
-        brought_error: its standard error; None if unknown. The sum of both (of brought at least 0) is the reason for
+        importance: what the layer had brought before: the decrease of the loss by its updates in this run (see
+            :mod:`dynrank.driver.importance`); None if unknown.
+        importance_error: its standard error; None if unknown. The sum of both (of brought at least 0) is the reason for
             the layer's rank in a pool.
     """
 
@@ -162,8 +162,8 @@ class LayerReport:
     predicted_error: float
     singular_values: tuple[float, ...]
     params_per_rank: int
-    brought: float | None = None
-    brought_error: float | None = None
+    importance: float | None = None
+    importance_error: float | None = None
 
     @property
     def parameters_saved(self) -> int:

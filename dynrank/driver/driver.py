@@ -10,12 +10,12 @@ from torch import nn
 
 from dynrank.change.resize import LayerDirections, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.brought import Brought
-from dynrank.driver.check import check_model, check_training, checked_metrics, metric_value, observed_metrics
+from dynrank.driver.importance import Importance
+from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.event import Decision, Progress, RankEvent
-from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
-from dynrank.driver.states import DueStage
+from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, read_as
@@ -41,7 +41,7 @@ class RankDriver:
     Attributes:
         stages: the stages of the schedule.
         progress: which stages are over, and what is pending.
-        rate_factor: factor of the adapters' learning rates since the last change.
+        lr_factor: factor of the adapters' learning rates since the last change.
 
     >>> import torch, dynrank
     >>> from dynrank.schedules import early_budget
@@ -70,10 +70,10 @@ class RankDriver:
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
         # What layers have brought; None before start() and after the last stage.
-        self._brought: Brought | None = None
-        self.rate_factor = 1.0
+        self._importance: Importance | None = None
+        self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
-        self._rates: list[Rates] = []
+        self._rates: list[LearningRates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
         # What a checkpoint says that layers have brought, kept until start() brings the layers.
@@ -108,7 +108,7 @@ class RankDriver:
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
-        """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
+        """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
         check_model(model, self.stages, run)
 
     def start(self, training: Training, run: Run) -> None:
@@ -132,17 +132,17 @@ class RankDriver:
         self._remove_rates()
         adapters = adapter_parameters(training.model)
         self._rates = [
-            Rates(optimizer, adapters, self.rate_factor, training.schedulers) for optimizer in training.optimizers
+            LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
         ]
         layers = dict(lora_layers(training.model))
         if self.finished:
-            self._brought = None
-        elif self._brought is None or not self._brought.is_of(layers):
-            self._brought = Brought(layers)
+            self._importance = None
+        elif self._importance is None or not self._importance.is_of(layers):
+            self._importance = Importance(layers)
         else:
-            self._brought.restart()
-        if self._brought is not None and self._loaded is not None:
-            self._brought.load_state_dict(self._loaded)
+            self._importance.restart()
+        if self._importance is not None and self._loaded is not None:
+            self._importance.load_state_dict(self._loaded)
         self._loaded = None
 
     def advance(self, training: Training) -> None:
@@ -158,9 +158,9 @@ class RankDriver:
         """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._brought is not None:
+            if self._importance is not None:
                 taken = [rates.take_stepped() for rates in self._rates]
-                self._brought.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
+                self._importance.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -196,13 +196,13 @@ class RankDriver:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
-        brought = self._brought.state_dict() if self._brought is not None else self._loaded
+        importance = self._importance.state_dict() if self._importance is not None else self._loaded
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "brought": brought,
-            "rate_factor": self.rate_factor,
+            "importance": brought,
+            "lr_factor": self.lr_factor,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,9 +230,9 @@ class RankDriver:
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self._remove_rates()
-        self.rate_factor = float(state["rate_factor"])
-        self._brought = None
-        self._loaded = state["brought"]
+        self.lr_factor = float(state["lr_factor"])
+        self._importance = None
+        self._loaded = state["importance"]
         self._ended_step = 0
 
     # Deciding
@@ -275,7 +275,7 @@ class RankDriver:
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
-        brought = self._brought.contributions() if self._brought is not None else {}
+        importance = self._importance.of_layers() if self._importance is not None else {}
         due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, brought)
         event = None
         try:
@@ -344,16 +344,16 @@ class RankDriver:
         if event is not None:
             self.history.append(event)
         if self.finished:
-            self._brought = None
+            self._importance = None
         if event is not None and not event.undone:
-            if self._brought is not None:
-                self._brought.restart()
+            if self._importance is not None:
+                self._importance.restart()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
             before = after | {report.layer: report.rank_before for report in event.layers}
-            factor = rate_factor(self.stages[index].how, before, after)
-            self.rate_factor *= factor
+            factor = factor_of_change(self.stages[index].how, before, after)
+            self.lr_factor *= factor
             for rates in self._rates:
                 rates.multiply(factor)
 

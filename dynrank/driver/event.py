@@ -12,8 +12,8 @@ from dynrank.output.ranks import change_table, ranks_in_words
 
 # Columns of rank_history.csv.
 FIELDS = (
-    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"),
-    *("brought", "brought_error"),
+    *("step", "layer", "rank_before", "rank_after", "importance", "importance_error"),
+    *("energy_kept", "predicted_error", "reason"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dynrank.change.resize import Change, LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.event import RankEvent
-from dynrank.driver.states import DueStage
+from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
 from dynrank.layers.base import params_per_rank

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dynrank.change.resize import Snapshot
-from dynrank.driver.check import CHECK_MONITOR, metric_value
+from dynrank.driver.checks import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
 from dynrank.driver.training import Training
 from dynrank.schedules import How

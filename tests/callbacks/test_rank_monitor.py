@@ -75,7 +75,7 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
     monitors = LearningRateMonitor("step"), RankMonitor(model_name="net")
     _, scheduler, _ = changed(taken, *monitors, logger=loggers, stage=RAISED)
     assert taken.rates[4] == pytest.approx(2 * 0.5e-2 * (1 + math.cos(math.pi * 4 / 60)))
-    assert scheduler.driver.rate_factor == 2
+    assert scheduler.driver.lr_factor == 2
     board = EventAccumulator(str(tmp_path)).Reload()
     rows_of_wandb = stored()
     logged = dict.fromkeys(["rank/mean", "rank/layer/0", "rank/layer/2"], [6, 3])

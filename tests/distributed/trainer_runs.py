@@ -172,7 +172,7 @@ def outcome(made: Any, schedule: Any) -> dict[str, Any]:
             (event.step, event.undone, [(la.layer, la.rank_before, la.rank_after) for la in event.layers])
             for event in schedule.history
         ],
-        "brought": [la.brought for event in schedule.history for la in event.layers],
+        "importance": [la.importance for event in schedule.history for la in event.layers],
         "losses": [row["loss"] for row in made.state.log_history if "loss" in row],
         "shards": sum(isinstance(p, DTensor) for p in made.model.parameters()),
     }

@@ -102,7 +102,7 @@ def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     training, (first, last) = searched(auto(0.005, share=0.5, at=0.5, how=How()))
     assert (first.step, last.step) == (2, 4)
     assert first.reason == "fraction 0.5"
-    # Nothing moves, so no layer has brought anything, and ranks fall alike, to what the first layer needs.
+    # Nothing moves, so no layer has any importance, and ranks fall alike, to what the first layer needs.
     assert training.ranks == {"0": 3, "1": 2}
     # The layers keep 156 of 496 parameters.
     assert "0.315 of the bytes at the start" in last.reason

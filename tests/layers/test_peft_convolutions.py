@@ -85,7 +85,7 @@ def trained(optimizer, *, filters):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_convolution_of_one_pixel_trains_as_the_linear_layer_that_it_is(optimizer):
-    """It has brought the same, and its optimizer's state is carried to the same numbers."""
+    """Its importance is the same, and its optimizer's state is carried to the same numbers."""
     updates, ranks = trained(optimizer, filters=True)
     expected, linear_ranks = trained(optimizer, filters=False)
     assert ranks == linear_ranks

@@ -117,7 +117,7 @@ def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> Non
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     from dynrank.app.runs.job import build
-    from dynrank.driver.check import depends_on_data, final_ranks
+    from dynrank.driver.checks import depends_on_data, final_ranks
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
     from dynrank.output.ranks import ranks, slot_line

@@ -1,4 +1,4 @@
-"""What each layer has brought: the part of the loss's decrease that its updates have caused (loss change allocation).
+"""What each layer has importance: the part of the loss's decrease that its updates have caused (loss change allocation).
 
 ``L = -sum_t g_{t+1} . (theta_{t+1} - theta_t)`` over the optimizer steps (Lan et al., arXiv:1909.01440). The gradient
 is that of the next step, so an update is not judged by the noise of its own batch. The terms come from the factors and
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dynrank.layers.base import RankedLayer
 
 
-class Contribution(NamedTuple):
+class LayerImportance(NamedTuple):
     """A part of the loss's decrease.
 
     Attributes:
@@ -34,7 +34,7 @@ class Contribution(NamedTuple):
         return max(self.value, 0.0) + self.error
 
 
-class Brought:
+class Importance:
     """Sums the decrease of the loss by layer; all sums are float64 on the device of the first layer.
 
     Args:
@@ -102,7 +102,7 @@ class Brought:
         for now, before in zip(factors, self._before, strict=True):
             before.copy_(now)
 
-    def contributions(self) -> dict[str, Contribution]:
+    def of_layers(self) -> dict[str, LayerImportance]:
         """{layer: its part of the decrease}; empty before the second step."""
         steps = self._steps.tolist()
         if not any(steps):
@@ -113,7 +113,7 @@ class Brought:
         for name, value, square, count in zip(self._layers, sums, squares, steps, strict=True):
             # The standard deviation of a step's term, times the root of the number of steps.
             spread = max(square - value**2 / max(count, 1.0), 0.0)
-            found[name] = Contribution(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
+            found[name] = LayerImportance(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
         return found
 
     def state_dict(self) -> dict[str, Any]:

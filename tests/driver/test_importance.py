@@ -1,4 +1,4 @@
-"""What layers have brought, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
+"""The importance of layers, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import dynrank
-from dynrank.driver.brought import Brought
+from dynrank.driver.importance import Importance
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.muon import Muon
@@ -68,22 +68,22 @@ def model_of(dtype=torch.float32):
 )
 def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
     model = model_of(dtype).to(dtype)
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
     trained(model, 12, measured, hand, optimizer=OPTIMIZERS[name], dtype=dtype)
-    for layer, share in measured.contributions().items():
+    for layer, share in measured.of_layers().items():
         terms = hand.terms(layer)
         assert len(terms) == 11
         assert share.value == pytest.approx(sum(terms), rel=1e-4, abs=1e-7)
         assert share.error == pytest.approx(stdev(terms) * 11**0.5, rel=1e-4, abs=1e-7)
-    assert measured.contributions()["idle"] == (0.0, 0.0)
-    assert measured.contributions()["twice"].value > 0
+    assert measured.of_layers()["idle"] == (0.0, 0.0)
+    assert measured.of_layers()["twice"].value > 0
 
 
 def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
     """With one batch and small steps, up to the second order."""
     model = model_of()
-    before = Brought(dict(dynrank.lora_layers(model)))
+    before = Importance(dict(dynrank.lora_layers(model)))
     losses = []
 
     def step(_, made, __):
@@ -93,8 +93,8 @@ def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
         made.step()
 
     trained(model, 20, before, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), backward=step)
-    brought = sum(share.value for share in before.contributions().values())
-    assert brought == pytest.approx(losses[0] - losses[-1], rel=0.02)
+    importance = sum(share.value for share in before.of_layers().values())
+    assert importance == pytest.approx(losses[0] - losses[-1], rel=0.02)
 
 
 def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
@@ -108,12 +108,12 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
 
     plain = model_of()
     scaled = model_of()
-    seen = [Brought(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
+    seen = [Importance(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
     trained(plain, 10, seen[0], backward=lambda loss, made, step: ((1024 * loss).backward(), step > 0 and made.step()))
     trained(scaled, 10, seen[1], backward=step)
     assert scaler.get_scale() < 2.0**127
-    for name, share in seen[0].contributions().items():
-        assert seen[1].contributions()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
+    for name, share in seen[0].of_layers().items():
+        assert seen[1].of_layers()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
 
 
 def in_halves(model, x, target):
@@ -152,14 +152,14 @@ def test_ways_to_make_a_step_bring_the_same(way, tolerance):
     found = []
     for make_gradients in (backward, way):
         model = model_of()
-        measured = Brought(dict(dynrank.lora_layers(model)))
+        measured = Importance(dict(dynrank.lora_layers(model)))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for x in X[:10]:
             optimizer.zero_grad()
             make_gradients(model, x, x.roll(1, -1))
             optimizer.step()
             measured.end_step()
-        found.append(measured.contributions())
+        found.append(measured.of_layers())
     for name in ("words", "twice"):
         assert found[1][name].value == pytest.approx(found[0][name].value, rel=tolerance)
 
@@ -178,7 +178,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
     )
     names = ["q_proj", "experts.down_proj", "embed_tokens"]
     model = dynrank.add_lora(MixtralForCausalLM(config), rank=3, target_modules=names)
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tokens = torch.randint(24, (8, 2, 10), generator=torch.Generator().manual_seed(0))
@@ -188,7 +188,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
         optimizer.step()
         measured.end_step()
         hand.end_step()
-    found = measured.contributions()
+    found = measured.of_layers()
     assert any("experts" in name for name in found)
     assert any("embed_tokens" in name for name in found)
     for name, share in found.items():
@@ -198,7 +198,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
 
 def test_step_without_finite_gradients_is_left_out():
     model = model_of()
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
 
     def step(loss, made, number):
@@ -210,23 +210,23 @@ def test_step_without_finite_gradients_is_left_out():
 
     trained(model, 10, measured, hand, backward=step)
     terms = hand.terms("twice")
-    assert measured.contributions()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
-    assert measured.contributions()["words"].value == pytest.approx(
+    assert measured.of_layers()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
+    assert measured.of_layers()["words"].value == pytest.approx(
         sum(hand.terms("words")) - hand.terms("words")[4], rel=1e-5
     )
 
 
 def test_ranks_that_somebody_else_has_changed_start_the_updates_anew():
     model = model_of()
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     trained(model, 5, measured)
     dynrank.resize(model, 2)
     trained(model, 1, measured)
-    before = measured.contributions()
+    before = measured.of_layers()
     trained(model, 1, measured)
-    assert measured.contributions() == before
+    assert measured.of_layers() == before
     trained(model, 1, measured)
-    assert measured.contributions() != before
+    assert measured.of_layers() != before
 
 
 # Ranks
@@ -255,7 +255,7 @@ def problems(draw):
     sizes = draw(st.sampled_from([[10], [10, 25]]))
     widths = [sizes[index % len(sizes)] for index in range(count)]
     layers = {
-        f"{index}": LayerState(rank, size, size, brought=value)
+        f"{index}": LayerState(rank, size, size, importance=value)
         for index, (value, rank, size) in enumerate(zip(values, ranks, widths, strict=True))
     }
     least, most = (sum(layers[n].params_per_rank * r for n, r in of.items()) for of in (
@@ -266,12 +266,12 @@ def problems(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
+def test_ranks_are_in_proportion_to_importance(problem):
     layers, pool = problem
     ranks = Budget(parameters=pool).ranks(layers)
     sizes = {name: layer.params_per_rank for name, layer in layers.items()}
     expected = bisected(
-        {name: layer.brought for name, layer in layers.items()},
+        {name: layer.importance for name, layer in layers.items()},
         sizes,
         {name: layer.rank for name, layer in layers.items()},
         pool,
@@ -286,8 +286,8 @@ def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
         assert sum(count * sizes[name] for name, count in extra.items()) <= left < max(sizes.values())
 
 
-def state(brought, rank=8, **options):
-    return LayerState(rank, 10, 10, brought=brought, **options)
+def state(importance, rank=8, **options):
+    return LayerState(rank, 10, 10, importance=importance, **options)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def state(brought, rank=8, **options):
         ({"final_rank": 6}, [1.0, 1.0, 0.0], [8, 8, 1]),
     ],
 )
-def test_bounds_of_ranks_by_what_layers_have_brought(budget, layers, expected):
+def test_bounds_of_ranks_by_importance(budget, layers, expected):
     states = {f"{index}": state(value) for index, value in enumerate(layers)}
     assert [*Budget(**budget).ranks(states).values()] == expected
 
@@ -354,9 +354,9 @@ def test_optimizers_that_step_in_turn_are_judged_by_their_next_own_gradients():
         updates[name] = [p.detach() - old for p, old in zip(factors[name], before, strict=True)]
         training.step += 1
         driver.end_step(training)
-    measured = Brought(layers)
-    measured.load_state_dict(driver.state_dict()["brought"])
-    for name, share in measured.contributions().items():
+    measured = Importance(layers)
+    measured.load_state_dict(driver.state_dict()["importance"])
+    for name, share in measured.of_layers().items():
         assert share.value == pytest.approx(sum(terms[name]), rel=1e-9)
         assert share.error == pytest.approx(stdev(terms[name]) * len(terms[name]) ** 0.5, rel=1e-9)
 
@@ -366,9 +366,9 @@ def test_second_start_of_the_same_layers_goes_on_with_the_sums():
     model = model_of()
     driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
     driven(driver, model, range(5))
-    first = driver.state_dict()["brought"]
+    first = driver.state_dict()["importance"]
     driven(driver, model, range(5, 10))
-    second = driver.state_dict()["brought"]
+    second = driver.state_dict()["importance"]
     # The layer that no loss reaches has none.
     assert (first["steps"].tolist(), second["steps"].tolist()) == ([4, 4, 0], [8, 8, 0])
 
@@ -389,12 +389,12 @@ def test_run_leaves_nothing_on_a_model_that_is_copied_stored_or_used_again(by_pe
     torch.save(model, file)
     file.seek(0)
     copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
-    before = interrupted.state_dict()["brought"]["sums"]
+    before = interrupted.state_dict()["importance"]["sums"]
     drivers = [RankDriver(schedule) for _ in range(3)]
     for driver, each in zip(drivers, [*copies, model], strict=True):
         driven(driver, each, range(5))
-    assert torch.equal(interrupted.state_dict()["brought"]["sums"], before)
-    first, *others = [driver.state_dict()["brought"]["sums"] for driver in drivers]
+    assert torch.equal(interrupted.state_dict()["importance"]["sums"], before)
+    first, *others = [driver.state_dict()["importance"]["sums"] for driver in drivers]
     assert first.any()
     assert all(torch.equal(first, other) for other in others)
 
@@ -405,6 +405,6 @@ def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
     driven(driver, model, range(5))
     state = driver.state_dict()
     other = RankDriver(Stage(At(step=15), Budget(share=0.5)))
-    other.load_state_dict({**state, "rate_factor": 2.0})
-    assert other.state_dict()["rate_factor"] == 2.0
-    assert torch.equal(other.state_dict()["brought"]["sums"], state["brought"]["sums"])
+    other.load_state_dict({**state, "lr_factor": 2.0})
+    assert other.state_dict()["lr_factor"] == 2.0
+    assert torch.equal(other.state_dict()["importance"]["sums"], state["importance"]["sums"])

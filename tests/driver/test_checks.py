@@ -8,8 +8,8 @@ from trained import updated
 
 import dynrank
 from dynrank.change.resize import LayerDirections
-from dynrank.driver.check import check_model, check_training, depends_on_data, final_ranks
-from dynrank.driver.states import DueStage
+from dynrank.driver.checks import check_model, check_training, depends_on_data, final_ranks
+from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow

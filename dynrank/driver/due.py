@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynrank.change.resize import Change, LayerDirections, LayerReport
-from dynrank.driver.brought import Contribution
+from dynrank.driver.importance import LayerImportance
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
 from dynrank.layers.base import RankedLayer, max_rank
@@ -28,7 +28,7 @@ class DueStage:
         reason: why it is due.
         layers: {name: layer} of the model.
         directions: the directions of the layers that are not pinned.
-        brought: what each layer has brought; empty if unknown.
+        importance: what each layer has brought; empty if unknown.
     """
 
     stage: Stage
@@ -36,12 +36,12 @@ class DueStage:
     reason: str
     layers: Mapping[str, RankedLayer]
     directions: LayerDirections
-    brought: Mapping[str, Contribution]
+    importance: Mapping[str, LayerImportance]
 
     def states(self) -> dict[str, LayerState]:
         """The state of each layer that the stage's target reads."""
         needs = self.stage.to.needs
-        worth = {name: share.worth for name, share in self.brought.items()} if "brought" in needs else {}
+        worth = {name: share.worth for name, share in self.importance.items()} if "importance" in needs else {}
         values = self.directions.values() if "values" in needs else {}
         states = {}
         for name, layer in self.layers.items():
@@ -61,8 +61,8 @@ class DueStage:
         """The event of a change, with what each of its layers has brought, where that is known."""
         layers = []
         for report in reports:
-            share = self.brought.get(report.layer)
-            layers.append(report if share is None else replace(report, brought=share.value, brought_error=share.error))
+            share = self.importance.get(report.layer)
+            layers.append(report if share is None else replace(report, importance=share.value, importance_error=share.error))
         return RankEvent(step, reason, tuple(layers), undone)
 
 
@@ -75,7 +75,7 @@ def expected_states(
 
 
 def _state(
-    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, brought: float | None = None
+    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, importance: float | None = None
 ) -> LayerState:
     """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
     lowest = layer.final_rank or 1
@@ -87,4 +87,4 @@ def _state(
     d_out = len(layer.lora_B)
     d_in = layer.lora_A[0].numel()
     own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "num_products": layer.num_products}
-    return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
+    return LayerState(rank, d_out, d_in, lowest, highest, values=values, importance=brought, **own)

@@ -20,7 +20,7 @@ from dynrank.schedules import How
 LOW_RATE = 0.1
 
 
-def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
+def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
     """Factor of the adapters' learning rates for a change from the ranks ``before`` to the ranks ``after``."""
     if how.lr_factor == "sqrt":
         return sqrt(mean(before.values()) / mean(after.values()))
@@ -28,12 +28,12 @@ def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -
 
 
 # The factor that the rate of a param group contains. It stands in the group, so a checkpoint stores it with that rate.
-CARRIED = "rank_rate"
+LR_FACTOR = "lr_factor"
 # The rates in a param group: the present one, and those by which torch's schedulers compute it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
-class Rates:
+class LearningRates:
     """Multiplies the learning rates of adapters by a factor.
 
     Where a param group has adapters alone and its schedulers are torch's, the factor is multiplied into the group's
@@ -80,8 +80,8 @@ class Rates:
         for index, group in enumerate(self._optimizer.param_groups if self._of_torch is not None else ()):
             own, others = self._parted(group["params"])
             if own and not others:
-                _multiply(group, index, self.factor / group[CARRIED], self._of_torch or [])
-                group[CARRIED] = self.factor
+                _multiply(group, index, self.factor / group[LR_FACTOR], self._of_torch or [])
+                group[LR_FACTOR] = self.factor
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
@@ -104,7 +104,7 @@ class Rates:
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""
         # A group that was added after the start contains none.
-        return self.factor / float(group.get(CARRIED, 1.0))
+        return self.factor / float(group.get(LR_FACTOR, 1.0))
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
         self._has_stepped = True
@@ -139,7 +139,7 @@ class Rates:
 def mark(optimizer: Optimizer) -> None:
     """Let every param group say which factor its rate contains; a new one contains none."""
     for group in optimizer.param_groups:
-        group.setdefault(CARRIED, 1.0)
+        group.setdefault(LR_FACTOR, 1.0)
 
 
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
