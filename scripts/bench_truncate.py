@@ -53,7 +53,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     delta = layers[0].delta_weight().detach()
-    (report,) = resize(model, {"0": 1}, dry_run=True)
+    (report,) = resize(model, {"0": 1}, dry_run=True, optimizers=())
     before = _peak_bytes(reset=True)
     start = time.perf_counter()
     driver.advance(loop)

@@ -53,7 +53,6 @@ from dynrank import lora_layers, resize
 from dynrank.app.tasks.classification import Classification
 from dynrank.driver.importance import Importance, LayerImportance
 from dynrank.driver.learning_rates import LearningRates
-from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
 
@@ -155,7 +154,9 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
             yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.of_layers(), unit.lr)))
 
 
-def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, LayerImportance], lr: float) -> tuple[Trainee | None, object]:
+def finish(
+    trunk: Trainee, arm: Arm, brought: Mapping[str, LayerImportance], lr: float
+) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee = deepcopy(trunk)
     rise = ""
@@ -167,7 +168,7 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, LayerImportance], lr:
         if arm.by in ("AdaLoRA's ranks", "AdaLoRA's bytes"):
             ranks = adalora_ranks(trunk.setting, arm.rank)
         if arm.by == "AdaLoRA's bytes":
-            parameters = sum(params_per_rank(layer) * ranks[name] for name, layer in layers.items())
+            parameters = sum(layer.params_per_rank * ranks[name] for name, layer in layers.items())
             ranks = budget_ranks(layers, arm.rank, arm.highest, brought, parameters)
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]

@@ -23,7 +23,7 @@ from dynrank.app.runs.config import plain
 from dynrank.app.tasks.adapter_module import IGNORED
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.optimizers import make_optimizer
-from dynrank.change.resize import LayerDirections
+from dynrank.change.directions import LayerDirections
 from dynrank.driver.importance import LayerImportance
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer

@@ -27,8 +27,8 @@ class RankMonitor(Callback):
     A progress bar shows ``rank/mean`` in every step.
 
     Args:
-        history_file: CSV file of all changes of the run, also those before a resume, with the importance of
-            each layer before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
+        history_file: CSV file of all changes of the run, also those before a resume, with the importance of each layer
+            before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
 

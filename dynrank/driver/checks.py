@@ -11,8 +11,8 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.due import expected_states
+from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer

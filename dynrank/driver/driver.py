@@ -8,18 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from dynrank.change.resize import LayerDirections, uninterrupted
+from dynrank.change.change import Change
+from dynrank.change.directions import LayerDirections
+from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.importance import Importance
+from dynrank.driver.change import apply_change, compute_change
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
+from dynrank.driver.due import DueStage
 from dynrank.driver.event import Decision, Progress, RankEvent
+from dynrank.driver.importance import Importance
 from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
-from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import Schedule, Stage
 from dynrank.schedules.presets import stages_of
@@ -69,14 +71,14 @@ class RankDriver:
         self._run = Run(None)
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
-        # What layers have brought; None before start() and after the last stage.
+        # None before start(), and when no remaining stage asks for it.
         self._importance: Importance | None = None
         self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
         self._rates: list[LearningRates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # What a checkpoint says that layers have brought, kept until start() brings the layers.
+        # The importance in a checkpoint, kept until start() brings the layers.
         self._loaded: Mapping[str, Any] | None = None
         # Whether the checkpoint was made under another schedule.
         self._schedule_differs = False
@@ -101,6 +103,11 @@ class RankDriver:
         used = [rate for rates in self._rates for rate in rates.of_next_step()]
         hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
         return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
+
+    @property
+    def _needs_importance(self) -> bool:
+        """Whether a stage that is not over shares ranks by importance."""
+        return any("importance" in stage.to.needs for stage in self.stages[self.progress.stage :])
 
     @property
     def monitors(self) -> list[str]:
@@ -135,7 +142,7 @@ class RankDriver:
             LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
         ]
         layers = dict(lora_layers(training.model))
-        if self.finished:
+        if not self._needs_importance:
             self._importance = None
         elif self._importance is None or not self._importance.is_of(layers):
             self._importance = Importance(layers)
@@ -159,8 +166,11 @@ class RankDriver:
         if training.step > self._ended_step:
             self._ended_step = training.step
             if self._importance is not None:
-                taken = [rates.take_stepped() for rates in self._rates]
-                self._importance.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
+                stepped = [rates.pop_stepped() for rates in self._rates]
+                # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps
+                # not all have: the gradients of the others may be old.
+                ids = None if len(stepped) == 1 else {id(p) for parameters in stepped for p in parameters}
+                self._importance.end_step(ids)
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -201,7 +211,7 @@ class RankDriver:
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "importance": brought,
+            "importance": importance,
             "lr_factor": self.lr_factor,
         }
 
@@ -271,22 +281,23 @@ class RankDriver:
         index = decided.stage
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
+        # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
         directions = LayerDirections({name: layer for name, layer in layers.items() if not layer.pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
-        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, brought)
+        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, importance)
         event = None
         try:
             if stage.how.max_regression is None:
-                change = due.change(training)
+                change = self._compute(training, due)
                 event = due.event(training.step, change.reports, due.reason) if change.reports else None
                 measurement = self._measurement(training, stage) if event is not None else None
                 # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
                 with uninterrupted():
                     if event is not None:
-                        training.put(change.put)
+                        apply_change(training, change)
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
                     self.history[-1] = event = replace(event, measured=measurement.measure())
@@ -308,13 +319,18 @@ class RankDriver:
                 training.tell(event)
         return event
 
+    def _compute(self, training: Training, due: DueStage) -> Change:
+        """The change to the ranks that the stage's target gives for the present state of the layers; not yet made."""
+        return compute_change(training, lambda: due.stage.to.ranks(due.states()), due.directions, due.stage.how)
+
     def _try(self, training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
         """Make the change of ``due``, and undo it if it costs too much; None if nothing would change."""
-        change = due.change(training)
+        change = self._compute(training, due)
         if not change.reports:
             return None
         test = self._test(training, due.stage)
-        training.put(change.put)
+        with uninterrupted():
+            apply_change(training, change)
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
@@ -343,7 +359,7 @@ class RankDriver:
                 later.when.reset()
         if event is not None:
             self.history.append(event)
-        if self.finished:
+        if not self._needs_importance:
             self._importance = None
         if event is not None and not event.undone:
             if self._importance is not None:
@@ -360,7 +376,7 @@ class RankDriver:
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
         saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
-        return saved + sum(layer.rank * params_per_rank(layer) for _, layer in lora_layers(training.model))
+        return saved + sum(layer.rank * layer.params_per_rank for _, layer in lora_layers(training.model))
 
     def _remove_rates(self) -> None:
         for rates in self._rates:

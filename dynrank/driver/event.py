@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from dynrank.change.resize import LayerReport
+from dynrank.change.reports import LayerReport
 from dynrank.output.ranks import change_table, ranks_in_words
 
 # Columns of rank_history.csv.
@@ -44,7 +44,7 @@ class RankEvent:
 
     >>> import torch, dynrank
     >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
-    >>> event = RankEvent(100, "half of the run", tuple(dynrank.resize(model, 2)))
+    >>> event = RankEvent(100, "half of the run", tuple(dynrank.resize(model, 2, optimizers=())))
     >>> print(event)
     rank change at step 100: half of the run (rank 4 → rank 2 in 1 layers)
     >>> event.lowers, event.layers[0].parameters_saved

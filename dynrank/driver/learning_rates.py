@@ -27,7 +27,7 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
     return how.lr_factor
 
 
-# The factor that the rate of a param group contains. It stands in the group, so a checkpoint stores it with that rate.
+# The key in a param group of the factor that its rate contains. So a checkpoint stores the factor with that rate.
 LR_FACTOR = "lr_factor"
 # The rates in a param group: the present one, and those by which torch's schedulers compute it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -89,7 +89,7 @@ class LearningRates:
         groups = zip(self._optimizer.param_groups, raised, strict=True)
         return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 
-    def take_stepped(self) -> list[nn.Parameter]:
+    def pop_stepped(self) -> list[nn.Parameter]:
         """The optimizer's parameters, if it has made a step since the last call."""
         stepped = [p for group in self._optimizer.param_groups for p in group["params"]] if self._has_stepped else []
         self._has_stepped = False

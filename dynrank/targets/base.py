@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dynrank.linalg import OfShape
+
 UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(OfShape):
     """The state of one layer.
 
     Attributes:
@@ -44,11 +46,6 @@ class LayerState:
     cap: int | None = None
     num_products: int = 1
     importance: float | None = None
-
-    @property
-    def params_per_rank(self) -> int:
-        """The parameters of one direction."""
-        return self.num_products * (self.d_out + self.d_in)
 
     def shrunk(self, rank: int) -> int:
         """``rank`` clipped to the bounds, and never above the rank now."""

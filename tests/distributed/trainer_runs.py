@@ -245,7 +245,9 @@ def late(base: Path, folder: Path) -> None:
 
 def by_fsdp1() -> None:
     model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
-    dynrank.resize(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2)
+    dynrank.resize(
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2, optimizers=()
+    )
 
 
 def by_accelerate_alone() -> None:

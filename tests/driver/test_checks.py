@@ -7,7 +7,7 @@ from torch import nn
 from trained import updated
 
 import dynrank
-from dynrank.change.resize import LayerDirections
+from dynrank.change.directions import LayerDirections
 from dynrank.driver.checks import check_model, check_training, depends_on_data, final_ranks
 from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training

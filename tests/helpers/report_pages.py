@@ -35,7 +35,7 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
         now = now if taken_back else to
     for _, layer in dynrank.lora_layers(model):
         nn.init.normal_(layer.lora_B)
-    dynrank.resize(model, {name: now for name in names if name != "head"})
+    dynrank.resize(model, {name: now for name in names if name != "head"}, optimizers=())
     folder.mkdir(parents=True, exist_ok=True)
     dynrank.save_adapter(model, folder / "adapter")
     metrics = [["step", "test/loss", "train/loss", "val/loss"]]

@@ -21,7 +21,8 @@ from dynrank.app.runs.summary import Summary, read_summary
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
-from dynrank.output.ranks import layer_kinds, slot_rank
+from dynrank.output.ranks import layer_kinds
+from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.private import source_of
 
