@@ -16,7 +16,7 @@ from dynrank.driver.change import apply_change, compute_change
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import Decision, Progress, RankEvent
-from dynrank.driver.importance import Importance
+from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -107,7 +107,7 @@ class RankDriver:
     @property
     def _needs_importance(self) -> bool:
         """Whether a stage that is not over shares ranks by importance."""
-        return any("importance" in stage.to.needs for stage in self.stages[self.progress.stage :])
+        return shares_by_importance(self.stages[self.progress.stage :])
 
     @property
     def monitors(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dynrank.layers.base import RankedLayer
 from dynrank.private import foreach_copy_, foreach_mul_, foreach_sub_
+from dynrank.schedules import Stage
 
 # Sums over blocks of so many numbers are in float64, and those of a factor's blocks are then added.
 BLOCK = 1024
@@ -212,6 +213,11 @@ class _Updates:
             foreach_copy_(updates, [factors[number] for number in known])
             foreach_sub_(updates, [self._before[number] for number in known])
         foreach_copy_([*self._before.values()], [factors[number] for number in self._before])
+
+
+def shares_by_importance(stages: Iterable[Stage]) -> bool:
+    """Whether a stage shares ranks by importance."""
+    return any("importance" in stage.to.needs for stage in stages)
 
 
 def bytes_held(factors: Iterable[nn.Parameter]) -> int:

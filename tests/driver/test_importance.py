@@ -10,17 +10,19 @@ from by_hand import ByHand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from storages import storages_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import dynrank
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.importance import Importance
+from dynrank.driver.importance import Importance, bytes_held
 from dynrank.driver.training import Training
 from dynrank.muon import Muon
 from dynrank.schedules import Stage
-from dynrank.targets import Budget, LayerState
+from dynrank.targets import Budget, LayerState, Rank
 from dynrank.triggers import At, Run
 
 X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
@@ -227,6 +229,99 @@ def test_ranks_that_somebody_else_has_changed_start_the_updates_anew():
     assert measured.of_layers() == before
     trained(model, 1, measured)
     assert measured.of_layers() != before
+
+
+def test_layers_of_several_dtypes_get_the_sums_of_a_loop_by_hand():
+    """Each dtype has a buffer of its own; a factor of 1,500 numbers fills a block and a part of the next."""
+    torch.manual_seed(0)
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(6, 500), nn.Tanh(), nn.Linear(500, 6)), rank=3, backend="reference")
+    net[2].lora_A.data = net[2].lora_A.data.bfloat16()
+    net[0].lora_B.data = net[0].lora_B.data.double()
+    measured = Importance(dict(dynrank.lora_layers(net)))
+    hand = ByHand(net)
+    trained(net, 8, measured, hand, optimizer=OPTIMIZERS["SGD"])
+    for name, found in measured.of_layers().items():
+        assert found.value == pytest.approx(sum(hand.terms(name)), rel=1e-4, abs=1e-9)
+        assert found.value != 0
+
+
+def test_loaded_state_goes_on_bit_for_bit():
+    """From a step in which one layer had no gradient, so that its update waits."""
+    model = model_of()
+    layers = dict(dynrank.lora_layers(model))
+    measured = Importance(layers)
+    trained(model, 4, measured)
+    model.words.requires_grad_(False)
+    trained(model, 1, measured)
+    other = Importance(layers)
+    state = io.BytesIO()
+    torch.save(measured.state_dict(), state)
+    state.seek(0)
+    other.load_state_dict(torch.load(state, weights_only=True))
+    for factor in (model.words.lora_A, model.words.lora_B):
+        factor.requires_grad_(True)
+    trained(model, 4, measured, other)
+    for name, tensor in measured.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that torch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_in_a_step(layers, target):
+    """How many operations the driver dispatches after a step."""
+    model = dynrank.add_lora(nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))), rank=2)
+    driver = RankDriver(Stage(At(step=15), target))
+    driven(driver, model, range(5))
+    optimizer = torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)
+    model(X[5]).square().mean().backward()
+    training = Training(model, [optimizer], step=6)
+    with Counted() as counted:
+        driver.end_step(training)
+    return counted.count
+
+
+def test_step_takes_as_many_operations_for_few_layers_as_for_many():
+    few, many = (operations_in_a_step(layers, Budget(share=0.5)) for layers in (8, 224))
+    assert 0 < few == many <= 40
+
+
+@pytest.mark.parametrize("target", [Rank(1), Budget(share=0.5, by="weight")])
+def test_step_takes_no_operation_where_no_stage_asks_for_importance(target):
+    assert operations_in_a_step(8, target) == 0
+
+
+def test_importance_is_measured_until_the_last_stage_that_asks_for_it():
+    model = model_of()
+    shared = Stage(At(step=10), Budget(share=0.8))
+    driver = RankDriver([Stage(At(step=5), Rank(2)), shared, Stage(At(step=15), Rank(1))])
+    driven(driver, model, range(20))
+    known = [[layer.importance is not None for layer in event.layers] for event in driver.history]
+    assert [set(each) for each in known] == [{True}, {True}, {False}]
+    assert driver.state_dict()["importance"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_held_are_those_of_two_copies_of_each_factor(dtype):
+    torch.manual_seed(0)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 1024), nn.Linear(1024, 6)), rank=4, dtype=dtype).to(dtype)
+    measured = Importance(dict(dynrank.lora_layers(model)))
+    trained(model, 4, measured, dtype=dtype)
+    factors = dynrank.adapter_parameters(model)
+    held = bytes_held(factors)
+    # Three sums by layer, two flags, and three numbers of each factor.
+    assert 0 <= sum(storages_of(measured, ["_layers"]).values()) - held <= 8 * (3 * 2 + 3 * 4 + 2 * 4)
+    # Each small factor is filled up to a block.
+    assert held == pytest.approx(sum(factor.numel() * (dtype.itemsize + 4) for factor in factors), rel=0.3)
 
 
 # Ranks
