@@ -136,7 +136,7 @@ def _computed(
 def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bool) -> dict[str, int]:
     """{name: new rank} for the layers that get new factors, in model order; ``balance`` as in ``dynrank.resize``."""
     if not layers:
-        raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
+        raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first", "model")
     targets = target if isinstance(target, Mapping) else dict.fromkeys(layers, target)
     faults = []
     for name, rank in targets.items():
@@ -151,7 +151,7 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
         if layers[name].merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
-        raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
+        raise ConfigurationError("ranks cannot be changed:\n  " + "\n  ".join(faults), "target")
     balance = balance and not any(rank > layers[name].rank for name, rank in targets.items())
     return {
         name: targets[name]

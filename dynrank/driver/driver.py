@@ -123,7 +123,8 @@ class RankDriver:
         if training.step == 0 and self._ended_step > 0:
             raise ConfigurationError(
                 f"this schedule is at step {self._ended_step} of another run; make a new schedule with new stages for "
-                "each run, or resume that run (ckpt_path)"
+                "each run, or resume that run",
+                "ckpt_path",
             )
         self._run = run
         self._ended_step = training.step
@@ -197,7 +198,7 @@ class RankDriver:
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
-                f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
+                f"no {self.stages[self.progress.stage].when.reason}; set deadline or train longer"
             )
 
     def abort(self) -> None:
@@ -228,12 +229,14 @@ class RankDriver:
         if done != wanted:
             raise ConfigurationError(
                 f"the checkpoint was made under another schedule: its first stages went to {', '.join(done)}, here "
-                f"they go to {', '.join(wanted) or 'nothing'}; set schedule as it was; only later stages may differ"
+                f"they go to {', '.join(wanted) or 'nothing'}; give the schedule as it was, of which only later stages "
+                "may differ",
+                "schedule",
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
-        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
+        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
         # A decision stays if its stage has the same time or trigger.
         present = dict(enumerate(mine))
         pending = self.progress.pending

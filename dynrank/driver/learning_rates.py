@@ -205,19 +205,21 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
         if others < len(group["params"]) and group.get("relative_step", False):
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates, but {name} computes its own; "
-                f"set lr_factor=1 (schedule.how.lr_factor), or {name}(..., lr=1e-3, relative_step=False)"
+                f"set lr_factor=1, or {name}(..., lr=1e-3, relative_step=False)",
+                "lr_factor",
             )
         # The d of torch's Adafactor is a setting.
         state = _GROUP_STATE & group.keys() if not isinstance(optimizer, Adafactor) else ()
         if 0 < others < len(group["params"]) and state:
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, but {name} keeps state in "
-                f"param group {number}, which also has {others} other parameters. Set lr_factor=1 "
-                "(schedule.how.lr_factor), or give the optimizer two groups:\n"
+                f"param group {number}, which also has {others} other parameters. Set lr_factor=1, "
+                "or give the optimizer two groups:\n"
                 "  own = list(dynrank.adapter_parameters(model))\n"
                 "  ids = {id(p) for p in own}\n"
                 "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
-                f'  {name}([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})'
+                f'  {name}([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})',
+                "lr_factor",
             )
 
 
@@ -230,5 +232,5 @@ def warn_of_low_rate(training: Training) -> None:
     if share < LOW_RATE:
         training.warn(
             f"the learning rate at the change of rank is {share:.1%} of its start, too low to recover from the change; "
-            "set an earlier schedule.deadline or a later decay (optimizer.decay)"
+            "set an earlier deadline or a later decay"
         )
