@@ -1,4 +1,4 @@
-"""A change of ranks: everything is checked and computed first, and then put in place by assignments alone."""
+"""A change of ranks: everything is checked and computed first, and then assigned at once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Change:
         return cls(adapters, *(from_first(parts, device=device) if in_first else parts()))
 
     def apply(self) -> None:
-        """Make the change by assignments alone; call it within :func:`dynrank.change.interrupts.uninterrupted`."""
+        """Make the change by assignments; call it within :func:`dynrank.change.interrupts.uninterrupted`."""
         layers = self.adapters.layers
         peft_ranks = {}
         for name, (lora_A, _) in self.factors.items():

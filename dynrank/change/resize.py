@@ -1,4 +1,4 @@
-"""The public change of ranks in a model: check all, compute all, then put all in place at once."""
+"""The public change of ranks in a model: check all, compute all, then assign all at once."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def compute_change(
     In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
     """
     adapters = Adapters(training.model, training.optimizers)
-    # The step alone is the seed, so a growth at the same step draws the same rows in runs of every seed. The global
-    # generator is left alone: data and dropout go on as without the growth, and a resumed run draws the same rows.
+    # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The global
+    # generator stays as it is: data and dropout go on as without the growth, and a resumed run draws the same rows.
     generator = torch.Generator().manual_seed(training.step)
     return Change.compute(adapters, plan, directions, how.optimizer_state, generator, balance=True, in_first=True)
 

@@ -181,7 +181,8 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measur
     if its prefix (such as ``val/``) is that of a logged one.
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
-    names = {name: said for name, said in observed_metrics(stages).items() if name.partition("/")[0] in groups}
+    observed = observed_metrics(stages)
+    names = {name: argument for name, argument in observed.items() if name.partition("/")[0] in groups}
     names |= checked_metrics(stages, measure=measure)
     for name in names.keys() - set(logged):
         raise _not_logged(name, names, logged, "; if later validations log it, set num_sanity_val_steps=0")

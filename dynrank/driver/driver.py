@@ -15,9 +15,10 @@ from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.change import apply_change, compute_change
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import Decision, Progress, RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
+from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure

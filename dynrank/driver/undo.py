@@ -81,7 +81,7 @@ class RegressionTest:
     def measure(self) -> Measured:
         """Validate the changed weights."""
         after = self.value(self._validate())
-        return Measured(self._how.check_monitor, self.before, after, whole=self._batches is None)
+        return Measured(self._how.check_monitor, self.before, after, all_data=self._batches is None)
 
     def record(self) -> None:
         """Log the validations of a change that was kept."""
