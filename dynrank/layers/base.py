@@ -121,7 +121,8 @@ def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (rank**0.5 if rslora else rank)
 
 
-class LoRALayer(OfFactors, nn.Module):
+# nn.Module is the first base, because FSDP2 assigns another class to the layer, and that needs its layout.
+class LoRALayer(nn.Module, OfFactors):
     """A frozen layer plus ``scaling * lora_B @ lora_A`` (Hu et al., arXiv:2106.09685, section 4.1).
 
     The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
