@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,35 @@ from torch import Tensor
 
 # A norm below this share of the factor's norm is a rounding error of float64.
 _ROUNDING = 1e-10
+
+
+class Shape(Protocol):
+    """The shape of stacked products ``B @ A`` of one rank."""
+
+    @property
+    def d_out(self) -> int: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def num_products(self) -> int: ...
+
+
+class OfShape:
+    """What follows from a :class:`Shape`, for a class that has its three attributes."""
+
+    __slots__ = ()
+
+    @property
+    def max_rank(self: Shape) -> int:
+        """The highest possible rank, min(d_in, d_out)."""
+        return min(self.d_in, self.d_out)
+
+    @property
+    def params_per_rank(self: Shape) -> int:
+        """(d_out + d_in) * num_products: the parameters of one direction."""
+        return (self.d_out + self.d_in) * self.num_products
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from dynrank.adapters.squeeze import LayerSpectrum, inspect
-from dynrank.change.resize import LayerDirections
+from dynrank.change.directions import LayerDirections
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import block_of, layer_kinds

@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_mul_ = torch._foreach_mul_
+foreach_sub_ = torch._foreach_sub_
 foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
 from dynrank.app.models.pretrained import load_classifier
-from dynrank.driver.brought import Brought
+from dynrank.driver.importance import Importance
 from dynrank.output.console import table_console
 
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
@@ -97,7 +97,7 @@ class _Training:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.watched = Brought(dict(lora_layers(model))) if watched else None
+        self.watched = Importance(dict(lora_layers(model))) if watched else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()

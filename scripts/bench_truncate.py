@@ -1,6 +1,6 @@
 """Time and memory of a whole change of ranks at the size of a 7B model: 224 layers of 4096 x 4096, AdamW.
 
-One pool of parameters is shared out by what layers have brought in two steps with random gradients; factors are
+One pool of parameters is shared out by the importance of layers in two steps with random gradients; factors are
 truncated, and the optimizer's moments are carried along. The program prints one line for each measurement. For
 comparison it also times the dense SVD of one layer's update. It needs Linux.
 Run: .venv/bin/python scripts/bench_truncate.py [--layers N] [--size N] [--rank N] [--final-rank N]
@@ -53,7 +53,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     delta = layers[0].delta_weight().detach()
-    (report,) = resize(model, {"0": 1}, dry_run=True)
+    (report,) = resize(model, {"0": 1}, dry_run=True, optimizers=())
     before = _peak_bytes(reset=True)
     start = time.perf_counter()
     driver.advance(loop)

@@ -1,7 +1,7 @@
 """Which way from a high rank to a small adapter pays, at the bytes of ranks 16 to 2?
 
 An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts from rank 16, of every layer alike or as
-one budget by weight or by what layers have brought, early or late, with and without a higher rate of the adapter
+one budget by weight or by importance, early or late, with and without a higher rate of the adapter
 afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by a run or by the first
 gradients (GoRA); AdaLoRA; some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling.
 Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
@@ -51,9 +51,8 @@ from study_bench import (
 
 from dynrank import lora_layers, resize
 from dynrank.app.tasks.classification import Classification
-from dynrank.driver.brought import Brought, Contribution
-from dynrank.driver.rates import Rates
-from dynrank.layers.base import params_per_rank
+from dynrank.driver.importance import Importance, LayerImportance
+from dynrank.driver.learning_rates import LearningRates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
 
@@ -144,7 +143,7 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
         yield _row(unit, first, *from_the_start(setting, unit))
         return
     trunk = adapted(setting, first.trunk[0], unit.lr, **first.options)
-    brought = Brought(dict(lora_layers(trunk.model)))
+    brought = Importance(dict(lora_layers(trunk.model)))
     diverged = False
     for at in sorted({arm.at for arm in unit.arms}):
         try:
@@ -152,10 +151,12 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
         except Diverged:
             diverged = True
         for arm in (arm for arm in unit.arms if arm.at == at and time.monotonic() < until):
-            yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.contributions(), unit.lr)))
+            yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.of_layers(), unit.lr)))
 
 
-def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: float) -> tuple[Trainee | None, object]:
+def finish(
+    trunk: Trainee, arm: Arm, brought: Mapping[str, LayerImportance], lr: float
+) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee = deepcopy(trunk)
     rise = ""
@@ -167,7 +168,7 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: fl
         if arm.by in ("AdaLoRA's ranks", "AdaLoRA's bytes"):
             ranks = adalora_ranks(trunk.setting, arm.rank)
         if arm.by == "AdaLoRA's bytes":
-            parameters = sum(params_per_rank(layer) * ranks[name] for name, layer in layers.items())
+            parameters = sum(layer.params_per_rank * ranks[name] for name, layer in layers.items())
             ranks = budget_ranks(layers, arm.rank, arm.highest, brought, parameters)
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]
@@ -177,7 +178,7 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: fl
             trainee = with_ranks(trainee.setting, ranks, lr)
             trainee.train(round(arm.at * trainee.setting.steps))
         if arm.rate != 1:
-            Rates(trainee.optimizer, adapter_factors(trainee.model), arm.rate)
+            LearningRates(trainee.optimizer, adapter_factors(trainee.model), arm.rate)
         trainee.train(trainee.setting.steps)
     except Diverged:
         return None, rise

@@ -23,8 +23,8 @@ from dynrank.app.runs.config import plain
 from dynrank.app.tasks.adapter_module import IGNORED
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.optimizers import make_optimizer
-from dynrank.change.resize import LayerDirections
-from dynrank.driver.brought import Contribution
+from dynrank.change.directions import LayerDirections
+from dynrank.driver.importance import LayerImportance
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.schedules import Stage
@@ -215,16 +215,16 @@ def budget_ranks(
     layers: Mapping[str, RankedLayer],
     rank: int,
     highest: int | None = None,
-    brought: Mapping[str, Contribution] | None = None,
+    brought: Mapping[str, LayerImportance] | None = None,
     parameters: int | None = None,
 ) -> dict[str, int]:
-    """Ranks by layer that share out the parameters of ``rank``, or these, by what layers have brought, or by weight."""
+    """Ranks by layer that share out the parameters of ``rank``, or these, by importance, or by weight."""
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     if brought is None:
         found = LayerDirections(layers).values()
         states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
         return Budget(final_rank=rank, highest=highest, by="weight").ranks(states)
-    states = {n: LayerState(layer.rank, *shapes[n], brought=brought[n].worth) for n, layer in layers.items()}
+    states = {n: LayerState(layer.rank, *shapes[n], importance=brought[n].score) for n, layer in layers.items()}
     pool = dict(parameters=parameters) if parameters else dict(final_rank=rank)
     return Budget(**pool, highest=highest).ranks(states)
 

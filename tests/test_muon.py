@@ -10,7 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.testing import assert_close
 
 from dynrank.app.tasks.optimizers import make_optimizer
-from dynrank.driver.rates import Rates
+from dynrank.driver.learning_rates import LearningRates
 from dynrank.errors import ConfigurationError
 from dynrank.muon import Muon, near_polar_factor
 
@@ -87,7 +87,7 @@ def test_it_is_one_optimizer_to_hooks_rates_and_closures():
     optimizer.register_step_pre_hook(lambda *_: seen.append(1))
     twins, twin = deepcopy(([factor, head], optimizer))
     plain = steps(1, [factor, head], optimizer)
-    Rates(twin, [twins[0]], 3.0)
+    LearningRates(twin, [twins[0]], 3.0)
     tripled = steps(1, twins, twin)
     assert_close(tripled, [3 * plain[0], plain[1]])
     assert optimizer.step(lambda: head.sum().backward() or 5.0) == 5.0

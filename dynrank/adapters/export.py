@@ -20,7 +20,7 @@ from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError, Count, train_packages, validated_call
 from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
-from dynrank.output.ranks import slot_rank
+from dynrank.output.slots import slot_rank
 
 Server = Literal["vllm", "gguf", "ollama", "padded"]
 # For each server: its name, and the heads that it reads from modules_to_save.

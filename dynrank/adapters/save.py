@@ -17,10 +17,11 @@ from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter, wrapper_names
 from dynrank.adapters.stored import Factors
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.base import LoRALayer, noted
+from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
+from dynrank.layers.foreign import stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
@@ -83,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": source_of(model) or None,
-        "revision": noted(model, "revision"),
+        "revision": stored_on(model, "revision"),
         # PEFT's AutoPeftModel and ``dynrank merge`` read the class.
         "auto_mapping": base_class if hasattr(model, "config") else None,
         "inference_mode": True,

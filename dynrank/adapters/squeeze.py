@@ -16,7 +16,7 @@ from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer
-from dynrank.change.resize import LayerReport, report_of
+from dynrank.change.reports import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, products, stacked, truncate_product
 from dynrank.output.output_folder import new_file

@@ -27,7 +27,7 @@ class RankMonitor(Callback):
     A progress bar shows ``rank/mean`` in every step.
 
     Args:
-        history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
+        history_file: CSV file of all changes of the run, also those before a resume, with the importance of each layer
             before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
@@ -96,5 +96,5 @@ class RankMonitor(Callback):
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         kept = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
-        brought = ["" if value is None else f"{value:.6g}" for value in (la.brought, la.brought_error)]
-        yield event.step, la.layer, la.rank_before, la.rank_after, *kept, event.account, *brought
+        importance = ["" if value is None else f"{value:.6g}" for value in (la.importance, la.importance_error)]
+        yield event.step, la.layer, la.rank_before, la.rank_after, *importance, *kept, event.account

@@ -13,7 +13,7 @@ from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_o
 from dynrank.callbacks.lightning.loops import end_in_full, run_missed_validation, validate_beside, validation_metrics
 from dynrank.callbacks.lightning.strategies import check_strategy, follow_sharded_checkpoint
 from dynrank.distributed.wrappers import ddp_modules
-from dynrank.driver.check import check_validation
+from dynrank.driver.checks import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training

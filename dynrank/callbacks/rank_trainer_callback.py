@@ -25,7 +25,7 @@ from dynrank.callbacks.transformers import (
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
-from dynrank.driver.check import checked_metrics, metric_value
+from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.undo import validate

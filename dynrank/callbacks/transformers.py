@@ -18,7 +18,7 @@ from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import take_saved_ranks
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
-from dynrank.driver.rates import mark
+from dynrank.driver.learning_rates import mark
 from dynrank.driver.training import Training
 from dynrank.layers.finding import lora_layers, own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base

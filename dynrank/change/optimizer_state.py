@@ -106,7 +106,8 @@ def check_trained(layers: Mapping[str, RankedLayer], optimizers: Collection[Opti
         if optimizers and any(factor.requires_grad and id(factor) not in trained for factor in factors):
             raise ConfigurationError(
                 f"none of the optimizers trains {name!r}: pass all that train adapters, made after LoRA was added; "
-                "under DeepSpeed they train flat copies, so ranks cannot change: use DDP or FSDP2"
+                "under DeepSpeed they train flat copies, so ranks cannot change: use DDP or FSDP2",
+                "optimizers",
             )
 
 
@@ -122,32 +123,38 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
     rules = RULES.get(rule_name(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(
-            f"optimizer {name} keeps all parameters in one vector, whose length cannot change; set optimizer.name"
+            f"optimizer {name} keeps all parameters in one vector, whose length cannot change; take another one",
+            "optimizers",
         )
     if optimizer_state == "reset":
         if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
             # With v = 0 and the bias correction over, the first step would be 1 / sqrt(1 - beta2) = 31 times too long.
             raise ConfigurationError(
                 f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
-                "set schedule.how.optimizer_state=transport"
+                'set optimizer_state="transport"',
+                "optimizer_state",
             )
         return
     if rules is None:
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
-            f"{sorted(kind.removeprefix('torch.') for kind in RULES)}; set optimizer.name to one of them or "
-            "schedule.how.optimizer_state=reset"
+            f"{sorted(kind.removeprefix('torch.') for kind in RULES)}; take one of these, or set "
+            'optimizer_state="reset"',
+            "optimizers",
+            "optimizer_state",
         )
     for parameter in parameters:
         if parameter.ndim > 2 and ROW in rules.values():
             raise ConfigurationError(
                 f"optimizer {name} keeps means of a convolution's factor (shape {[*parameter.shape]}) that cannot be "
-                "carried; set schedule.how.optimizer_state=reset, or take another optimizer"
+                'carried; set optimizer_state="reset", or take another optimizer',
+                "optimizer_state",
+                "optimizers",
             )
         for key, value in optimizer.state.get(parameter, {}).items():
             if key not in rules:
                 raise ConfigurationError(
-                    f"no rule carries {key!r} of optimizer {name}; set schedule.how.optimizer_state=reset"
+                    f'no rule carries {key!r} of optimizer {name}; set optimizer_state="reset"', "optimizer_state"
                 )
             if not moves(rules[key], value):
                 continue
@@ -155,7 +162,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             if value.shape not in (shape, (math.prod(shape),)):
                 raise ConfigurationError(
                     f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
-                    f"{[*parameter.shape]}; set schedule.how.optimizer_state=reset"
+                    f'{[*parameter.shape]}; set optimizer_state="reset"',
+                    "optimizer_state",
                 )
 
 
@@ -287,7 +295,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
         if not new[key].isfinite().all():
             raise ConfigurationError(
                 f"{key!r} of optimizer {rule_name(optimizer)} would not be finite after the change of rank: it is not "
-                "finite now, or lora_A and lora_B differ too much in size; set schedule.how.optimizer_state=reset"
+                'finite now, or lora_A and lora_B differ too much in size; set optimizer_state="reset"',
+                "optimizer_state",
             )
     return _coded(optimizer, parameter, formed(move.value), new) if "qmap1" in rules else {**state, **new}
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dynrank.distributed.accelerated import fsdp_settings
 from dynrank.distributed.processes import average_over_processes, copy_from_first, from_all, from_first, process_count
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, max_rank, take_rank
+from dynrank.layers.base import LoRALayer, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
@@ -239,7 +239,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state
     own = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
     for name, layer in own.items():
         pair = (factors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B"))
-        take_rank(layer, name, *pair, most=max_rank(layer))
+        take_rank(layer, name, *pair, most=layer.max_rank)
         layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)
 

@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from dynrank.change.resize import LayerDirections, uninterrupted
+from dynrank.change.change import Change
+from dynrank.change.directions import LayerDirections
+from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.brought import Brought
-from dynrank.driver.check import check_model, check_training, checked_metrics, metric_value, observed_metrics
-from dynrank.driver.event import Decision, Progress, RankEvent
-from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
+from dynrank.driver.change import apply_change, compute_change
+from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
+from dynrank.driver.due import DueStage
+from dynrank.driver.event import RankEvent
+from dynrank.driver.importance import Importance, shares_by_importance
+from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
+from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
-from dynrank.driver.states import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import Schedule, Stage
 from dynrank.schedules.presets import stages_of
@@ -41,7 +44,7 @@ class RankDriver:
     Attributes:
         stages: the stages of the schedule.
         progress: which stages are over, and what is pending.
-        rate_factor: factor of the adapters' learning rates since the last change.
+        lr_factor: factor of the adapters' learning rates since the last change.
 
     >>> import torch, dynrank
     >>> from dynrank.schedules import early_budget
@@ -69,14 +72,14 @@ class RankDriver:
         self._run = Run(None)
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
-        # What layers have brought; None before start() and after the last stage.
-        self._brought: Brought | None = None
-        self.rate_factor = 1.0
+        # None before start(), and when no remaining stage asks for it.
+        self._importance: Importance | None = None
+        self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
-        self._rates: list[Rates] = []
+        self._rates: list[LearningRates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # What a checkpoint says that layers have brought, kept until start() brings the layers.
+        # The importance in a checkpoint, kept until start() brings the layers.
         self._loaded: Mapping[str, Any] | None = None
         # Whether the checkpoint was made under another schedule.
         self._schedule_differs = False
@@ -103,12 +106,17 @@ class RankDriver:
         return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
 
     @property
+    def _needs_importance(self) -> bool:
+        """Whether a stage that is not over shares ranks by importance."""
+        return shares_by_importance(self.stages[self.progress.stage :])
+
+    @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
-        """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
+        """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
         check_model(model, self.stages, run)
 
     def start(self, training: Training, run: Run) -> None:
@@ -116,7 +124,8 @@ class RankDriver:
         if training.step == 0 and self._ended_step > 0:
             raise ConfigurationError(
                 f"this schedule is at step {self._ended_step} of another run; make a new schedule with new stages for "
-                "each run, or resume that run (ckpt_path)"
+                "each run, or resume that run",
+                "ckpt_path",
             )
         self._run = run
         self._ended_step = training.step
@@ -132,17 +141,17 @@ class RankDriver:
         self._remove_rates()
         adapters = adapter_parameters(training.model)
         self._rates = [
-            Rates(optimizer, adapters, self.rate_factor, training.schedulers) for optimizer in training.optimizers
+            LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
         ]
         layers = dict(lora_layers(training.model))
-        if self.finished:
-            self._brought = None
-        elif self._brought is None or not self._brought.is_of(layers):
-            self._brought = Brought(layers)
+        if not self._needs_importance:
+            self._importance = None
+        elif self._importance is None or not self._importance.is_of(layers):
+            self._importance = Importance(layers)
         else:
-            self._brought.restart()
-        if self._brought is not None and self._loaded is not None:
-            self._brought.load_state_dict(self._loaded)
+            self._importance.restart()
+        if self._importance is not None and self._loaded is not None:
+            self._importance.load_state_dict(self._loaded)
         self._loaded = None
 
     def advance(self, training: Training) -> None:
@@ -158,9 +167,12 @@ class RankDriver:
         """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._brought is not None:
-                taken = [rates.take_stepped() for rates in self._rates]
-                self._brought.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
+            if self._importance is not None:
+                stepped = [rates.pop_stepped() for rates in self._rates]
+                # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps
+                # not all have: the gradients of the others may be old.
+                ids = None if len(stepped) == 1 else {id(p) for parameters in stepped for p in parameters}
+                self._importance.end_step(ids)
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -187,7 +199,7 @@ class RankDriver:
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
-                f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
+                f"no {self.stages[self.progress.stage].when.reason}; set deadline or train longer"
             )
 
     def abort(self) -> None:
@@ -196,13 +208,13 @@ class RankDriver:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
-        brought = self._brought.state_dict() if self._brought is not None else self._loaded
+        importance = self._importance.state_dict() if self._importance is not None else self._loaded
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "brought": brought,
-            "rate_factor": self.rate_factor,
+            "importance": importance,
+            "lr_factor": self.lr_factor,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,21 +230,23 @@ class RankDriver:
         if done != wanted:
             raise ConfigurationError(
                 f"the checkpoint was made under another schedule: its first stages went to {', '.join(done)}, here "
-                f"they go to {', '.join(wanted) or 'nothing'}; set schedule as it was; only later stages may differ"
+                f"they go to {', '.join(wanted) or 'nothing'}; give the schedule as it was, of which only later stages "
+                "may differ",
+                "schedule",
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
-        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
+        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
         # A decision stays if its stage has the same time or trigger.
         present = dict(enumerate(mine))
         pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self._remove_rates()
-        self.rate_factor = float(state["rate_factor"])
-        self._brought = None
-        self._loaded = state["brought"]
+        self.lr_factor = float(state["lr_factor"])
+        self._importance = None
+        self._loaded = state["importance"]
         self._ended_step = 0
 
     # Deciding
@@ -271,22 +285,23 @@ class RankDriver:
         index = decided.stage
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
+        # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
         directions = LayerDirections({name: layer for name, layer in layers.items() if not layer.pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
-        brought = self._brought.contributions() if self._brought is not None else {}
-        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, brought)
+        importance = self._importance.of_layers() if self._importance is not None else {}
+        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, importance)
         event = None
         try:
             if stage.how.max_regression is None:
-                change = due.change(training)
+                change = self._compute(training, due)
                 event = due.event(training.step, change.reports, due.reason) if change.reports else None
                 measurement = self._measurement(training, stage) if event is not None else None
                 # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
                 with uninterrupted():
                     if event is not None:
-                        training.put(change.put)
+                        apply_change(training, change)
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
                     self.history[-1] = event = replace(event, measured=measurement.measure())
@@ -308,13 +323,18 @@ class RankDriver:
                 training.tell(event)
         return event
 
+    def _compute(self, training: Training, due: DueStage) -> Change:
+        """The change to the ranks that the stage's target gives for the present state of the layers; not yet made."""
+        return compute_change(training, lambda: due.stage.to.ranks(due.states()), due.directions, due.stage.how)
+
     def _try(self, training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
         """Make the change of ``due``, and undo it if it costs too much; None if nothing would change."""
-        change = due.change(training)
+        change = self._compute(training, due)
         if not change.reports:
             return None
         test = self._test(training, due.stage)
-        training.put(change.put)
+        with uninterrupted():
+            apply_change(training, change)
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
@@ -343,24 +363,24 @@ class RankDriver:
                 later.when.reset()
         if event is not None:
             self.history.append(event)
-        if self.finished:
-            self._brought = None
+        if not self._needs_importance:
+            self._importance = None
         if event is not None and not event.undone:
-            if self._brought is not None:
-                self._brought.restart()
+            if self._importance is not None:
+                self._importance.restart()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
             before = after | {report.layer: report.rank_before for report in event.layers}
-            factor = rate_factor(self.stages[index].how, before, after)
-            self.rate_factor *= factor
+            factor = factor_of_change(self.stages[index].how, before, after)
+            self.lr_factor *= factor
             for rates in self._rates:
                 rates.multiply(factor)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
         saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
-        return saved + sum(layer.rank * params_per_rank(layer) for _, layer in lora_layers(training.model))
+        return saved + sum(layer.rank * layer.params_per_rank for _, layer in lora_layers(training.model))
 
     def _remove_rates(self) -> None:
         for rates in self._rates:

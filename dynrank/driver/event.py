@@ -1,33 +1,33 @@
-"""One change of ranks in a run, for callbacks, checkpoints and rank_history.csv; and the progress of a schedule."""
+"""One change of ranks in a run, for callbacks, checkpoints and rank_history.csv."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.table import Table
 
-from dynrank.change.resize import LayerReport
+from dynrank.change.reports import LayerReport
 from dynrank.output.ranks import change_table, ranks_in_words
 
 # Columns of rank_history.csv.
 FIELDS = (
-    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"),
-    *("brought", "brought_error"),
+    *("step", "layer", "rank_before", "rank_after", "importance", "importance_error"),
+    *("energy_kept", "predicted_error", "reason"),
 )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric directly before and directly after a change; ``whole``: of all validation data, not of a share."""
+    """A metric directly before and directly after a change; ``all_data``: of all validation data, not of a share."""
 
     metric: str
     before: float
     after: float
-    whole: bool = True
+    all_data: bool = True
 
     def __str__(self) -> str:
-        share = "" if self.whole else " on a share of the data"
+        share = "" if self.all_data else " on a share of the data"
         return f"{self.metric} {self.before:.4g} → {self.after:.4g}{share}"
 
 
@@ -44,7 +44,7 @@ class RankEvent:
 
     >>> import torch, dynrank
     >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
-    >>> event = RankEvent(100, "half of the run", tuple(dynrank.resize(model, 2)))
+    >>> event = RankEvent(100, "half of the run", tuple(dynrank.resize(model, 2, optimizers=())))
     >>> print(event)
     rank change at step 100: half of the run (rank 4 → rank 2 in 1 layers)
     >>> event.lowers, event.layers[0].parameters_saved
@@ -95,30 +95,3 @@ class RankEvent:
     def lowers(self) -> bool:
         """Whether the change was made and has lowered a rank."""
         return not self.undone and any(layer.rank_after < layer.rank_before for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A change that is decided but not yet made."""
-
-    stage: int
-    reason: str
-
-
-@dataclass
-class Progress:
-    """The progress of a schedule in a run, as a checkpoint stores it.
-
-    Attributes:
-        stage: index of the first stage that is not over.
-        pending: the decided change that is not yet made; None if nothing is decided.
-        history: every change, and every attempt that was undone.
-        observed_step: step of the last validation.
-        metrics: metrics of that validation; empty after a change, because they describe the weights before it.
-    """
-
-    stage: int = 0
-    pending: Decision | None = None
-    history: list[RankEvent] = field(default_factory=list)
-    observed_step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
-from dynrank.change.resize import Change, LayerReport
+from dynrank.change.change import Change
+from dynrank.change.interrupts import uninterrupted
+from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
+from dynrank.driver.change import apply_change, compute_change
+from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
-from dynrank.driver.states import DueStage
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
-from dynrank.layers.base import params_per_rank
 from dynrank.targets import Budget
 
 
@@ -33,8 +35,9 @@ def cut_to_smallest(training: Training, undo: Undo, due: DueStage, parameters_be
     steps = search.fewest_steps()
     found = search.result(steps, parameters_before)
     if search.passes(steps):
-        change = search.change(steps)
-        training.put(change.put)
+        change = search.compute(steps)
+        with uninterrupted():
+            apply_change(training, change)
         return due.event(training.step, change.reports, f"{due.reason}: {found}")
     return due.event(training.step, search.trials[steps].reports, f"undone: {found} ({due.reason})", undone=True)
 
@@ -75,9 +78,9 @@ class Search:
         """The rank of every layer after so many steps."""
         return self.now | self._lowest | dict(self._order[:steps])
 
-    def change(self, steps: int) -> Change:
+    def compute(self, steps: int) -> Change:
         """The cut to so many steps, which is not yet made."""
-        return self._training.compute(lambda: self.ranks(steps), self._due.directions, self._how)
+        return compute_change(self._training, lambda: self.ranks(steps), self._due.directions, self._how)
 
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
@@ -94,8 +97,9 @@ class Search:
 
     def _tried(self, steps: int) -> Trial:
         if steps not in self.trials:
-            change = self.change(steps)
-            self._training.put(change.put)
+            change = self.compute(steps)
+            with uninterrupted():
+                apply_change(self._training, change)
             metrics = validate(self._training)
             self._undo.restore()
             self.trials[steps] = Trial(self._test.value(metrics), change.reports)
@@ -108,7 +112,7 @@ class Search:
         before = self._test.before
         # A share of nothing cannot be said.
         worse = f"{(value - before) / abs(before):+.2%}" if before else f"{value - before:+.4g}"
-        left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._due.layers.items())
+        left = sum(ranks[name] * layer.params_per_rank for name, layer in self._due.layers.items())
         return (
             f"{sum(ranks.values()):,} of {sum(self.now.values()):,} directions, {left / parameters_before:.3f} of the "
             f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "

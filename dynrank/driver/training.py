@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.change.resize import Adapters, Change, LayerDirections, compute, uninterrupted
-from dynrank.distributed.processes import from_first
-from dynrank.distributed.wrappers import ddp_modules, pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
+from dynrank.distributed.wrappers import ddp_modules, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.errors import for_its_reader
-from dynrank.schedules import How
 
 
 @dataclass(eq=False)
@@ -88,30 +84,6 @@ class Training:
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
-
-    @torch.no_grad()
-    def compute(self, plan: Callable[[], Mapping[str, int]], directions: LayerDirections, how: How) -> Change:
-        """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
-
-        In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
-        """
-        adapters = Adapters(self.model, self.optimizers)
-        generator = torch.Generator().manual_seed(self.step)
-        # DDP keeps a whole model on one device.
-        device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
-        computed = from_first(
-            lambda: compute(adapters, plan(), directions, how.optimizer_state, generator, balance=True), device=device
-        )
-        return Change(adapters, *computed)
-
-    def put(self, assign: Callable[[], None]) -> None:
-        """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""
-        with uninterrupted():
-            pause_ddp(self.ddp)
-            try:
-                assign()
-            finally:
-                resume_ddp(self.ddp)
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -9,8 +9,10 @@ from math import isfinite
 import numpy as np
 import torch
 
-from dynrank.change.resize import Snapshot
-from dynrank.driver.check import CHECK_MONITOR, metric_value
+from dynrank.change.interrupts import uninterrupted
+from dynrank.change.snapshot import Snapshot
+from dynrank.driver.change import apply_change
+from dynrank.driver.checks import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
 from dynrank.driver.training import Training
 from dynrank.schedules import How
@@ -39,7 +41,9 @@ class Undo:
     def restore(self) -> None:
         """Restore the state at the start of the block; another change may be tried then."""
         if self._before is not None:
-            self._training.put(self._before.restore)
+            back = self._before.change_back()
+            with uninterrupted():
+                apply_change(self._training, back)
 
     def __enter__(self) -> None:
         self._before = self._before or Snapshot(self._training.model, self._training.optimizers)
@@ -77,7 +81,7 @@ class RegressionTest:
     def measure(self) -> Measured:
         """Validate the changed weights."""
         after = self.value(self._validate())
-        return Measured(self._how.check_monitor, self.before, after, whole=self._batches is None)
+        return Measured(self._how.check_monitor, self.before, after, all_data=self._batches is None)
 
     def record(self) -> None:
         """Log the validations of a change that was kept."""

@@ -1,6 +1,5 @@
 """The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
-import sys
 from typing import Any, Protocol
 
 import torch
@@ -8,26 +7,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import Backend
-from dynrank.linalg import products
-
-
-def note(module: nn.Module, key: Any, value: Any) -> None:
-    """Keep a value on a module of the user's, in dynrank's one record there, so that copies of the module have it."""
-    vars(module).setdefault("dynrank", {})[key] = value
-
-
-def noted(module: nn.Module, key: Any) -> Any:
-    """The value that :func:`note` has kept on ``module``; None if there is none."""
-    return vars(module).get("dynrank", {}).get(key)
-
-
-def imported(path: str) -> Any:
-    """The class at ``path``, such as ``peft.LoraModel``, of a library that dynrank knows but does not import.
-
-    ``()`` if its module is not imported: then there are no objects of the class, and none is an instance of ``()``.
-    """
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, ())
+from dynrank.linalg import OfShape, products
 
 
 class RankedLayer(Protocol):
@@ -57,6 +37,24 @@ class RankedLayer(Protocol):
         ...
 
     @property
+    def d_out(self) -> int: ...
+
+    @property
+    def d_in(self) -> int:
+        """Columns of the update; of a convolution, channels times the size of the kernel."""
+        ...
+
+    @property
+    def max_rank(self) -> int:
+        """The highest possible rank, min(d_in, d_out)."""
+        ...
+
+    @property
+    def params_per_rank(self) -> int:
+        """(d_out + d_in) * num_products: the parameters of one direction."""
+        ...
+
+    @property
     def rank(self) -> int: ...
 
     @property
@@ -82,12 +80,49 @@ class RankedLayer(Protocol):
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
 
+class _Stacked(Protocol):
+    """What :class:`OfFactors` reads."""
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+
+    @property
+    def num_products(self) -> int: ...
+
+
+class OfFactors(OfShape):
+    """What the factors of a layer say about it; a base of every class of layers."""
+
+    __slots__ = ()
+
+    @property
+    def d_out(self: _Stacked) -> int:
+        return self.lora_B.shape[0]
+
+    @property
+    def d_in(self: _Stacked) -> int:
+        """Columns of the update; of a convolution, channels times the size of the kernel."""
+        return self.lora_A[0].numel()
+
+    @property
+    def rank(self: _Stacked) -> int:
+        return self.lora_A.shape[0] // self.num_products
+
+    def products(self: _Stacked) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product that the factors stack, as views."""
+        return products(self.lora_B, self.lora_A, self.num_products)
+
+
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """Scaling at the start: alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
     return alpha / (rank**0.5 if rslora else rank)
 
 
-class LoRALayer(nn.Module):
+# nn.Module is the first base, because FSDP2 assigns another class to the layer, and that needs its layout.
+class LoRALayer(nn.Module, OfFactors):
     """A frozen layer plus ``scaling * lora_B @ lora_A`` (Hu et al., arXiv:2106.09685, section 4.1).
 
     The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
@@ -159,14 +194,6 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0] // self.num_products
-
-    def products(self) -> list[tuple[Tensor, Tensor]]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product that the factors stack, as views."""
-        return products(self.lora_B, self.lora_A, self.num_products)
-
-    @property
     def alpha(self) -> float:
         return self.scaling * self.rank
 
@@ -233,16 +260,6 @@ class LoRALayer(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
-def max_rank(layer: RankedLayer) -> int:
-    """The highest possible rank of ``layer``, min(d_in, d_out)."""
-    return min(len(layer.lora_B), layer.lora_A[0].numel())
-
-
-def params_per_rank(layer: RankedLayer) -> int:
-    """(d_out + d_in) * experts: the parameters of one direction."""
-    return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.num_products
-
-
 @torch.no_grad()
 def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
     """Put new factors, of any rank, into the same two Parameter objects of ``layer``, and delete their gradients."""
@@ -263,8 +280,8 @@ def take_rank(
         raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")
     if lora_A is None or lora_B is None:
         return
-    d_out = layer.lora_B.shape[0]
-    d_in = layer.lora_A[0].numel()
+    d_out = layer.d_out
+    d_in = layer.d_in
     rank = lora_A.shape[0] // layer.num_products
     rows = rank * layer.num_products
     sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
@@ -280,4 +297,4 @@ def take_rank(
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     factors = (state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B"))
-    take_rank(layer, prefix.removesuffix("."), *factors, most=max_rank(layer))
+    take_rank(layer, prefix.removesuffix("."), *factors, most=layer.max_rank)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import imported
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
+from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.kinds import layer_class
 from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
 
@@ -94,7 +94,7 @@ def _past_forward(module: nn.Module) -> list[str]:
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], dict[str, nn.Module]]:
     """({preset: names}, {name: linear layer that presets skip because it computes something else than a plain one})."""
     heads = set(_output_heads(model))
-    kinds = (nn.Linear, imported("transformers.pytorch_utils.Conv1D"), ExpertStack)
+    kinds = (nn.Linear, class_if_imported("transformers.pytorch_utils.Conv1D"), ExpertStack)
     found = {name: module for name, module in modules.items() if isinstance(module, kinds) and id(module) not in heads}
     linear = [name for name, module in found.items() if layer_class(module) is not None]
     attention = [name for name in linear if kind_of(name) == "attention"]

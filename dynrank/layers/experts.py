@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, imported
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.foreign import class_if_imported
 from dynrank.linalg import split
-from dynrank.private import FakeTensor, gated, is_expert_parallel
+from dynrank.private import gated, is_expert_parallel
 
 
 class BareParameter(nn.Module):
@@ -180,9 +181,6 @@ def experts_forward(
 
 def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
     """(S, O): each row of ``x_SI`` times the matrix of its group; the rows of group e end before ``ends[e]``."""
-    # The rows of a tensor without values cannot be counted; one matrix allocates as much as several.
-    if isinstance(x_SI, FakeTensor):
-        return x_SI @ w_EIO[0]
     if _has_grouped_mm(x_SI, w_EIO):
         return F.grouped_mm(x_SI, w_EIO, offs=ends)
     rows = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -214,7 +212,7 @@ class RouterWeight(BareParameter):
 def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
     """{"weight": the weight of ``owner``} if it is a matrix and owner no layer of torch: most likely a router."""
     weight = owner._parameters.get("weight")
-    layers = (nn.Linear, nn.Embedding, imported("transformers.pytorch_utils.Conv1D"))
+    layers = (nn.Linear, nn.Embedding, class_if_imported("transformers.pytorch_utils.Conv1D"))
     layer = isinstance(owner, layers) or type(owner).__module__.startswith("torch.nn.")
     if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():
         return {}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, imported, note, noted
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.quantized import plain_values
 from dynrank.private import source_of
 
@@ -34,8 +35,8 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, root in model.named_modules():
         prefix = f"{name}." if name else ""
-        # The note stays after a merge.
-        adapted = noted(root, "adapted") and any(isinstance(module, LoRALayer) for module in root.modules())
+        # The record stays after a merge.
+        adapted = stored_on(root, "adapted") and any(isinstance(module, LoRALayer) for module in root.modules())
         adapted = adapted or isinstance(vars(root).get("peft_config"), dict)
         if adapted and not any(prefix.startswith(outer) for outer in found):
             found[prefix] = root
@@ -86,7 +87,7 @@ def fingerprint(parameter: Tensor) -> str:
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
     values = plain_values(parameter)
-    if isinstance(values, imported("torch.distributed.tensor.DTensor")):
+    if isinstance(values, class_if_imported("torch.distributed.tensor.DTensor")):
         values = values.full_tensor()
     indices = torch.arange(min(values.numel(), SAMPLES))
     if values.numel() > SAMPLES:
@@ -100,8 +101,8 @@ def follow_base(model: nn.Module) -> None:
 
     :func:`dynrank.add_lora` calls this.
     """
-    if not noted(model, "follows_base"):
-        note(model, "follows_base", True)
+    if not stored_on(model, "follows_base"):
+        store_on(model, "follows_base", True)
         model.register_load_state_dict_pre_hook(_fill_in_base)  # type: ignore[no-untyped-call]
 
 

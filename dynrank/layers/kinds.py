@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
-from dynrank.layers.base import LoRALayer, imported
+from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
+from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
 from dynrank.private import has_hooks, in_transform
 
@@ -165,7 +166,7 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
         return None
     if is_quantized(base):
         return LoRAQuantizedLinear
-    conv1d = imported("transformers.pytorch_utils.Conv1D")
+    conv1d = class_if_imported("transformers.pytorch_utils.Conv1D")
     if isinstance(base, conv1d):
         return LoRAConv1D if type(base).forward is conv1d.forward else None
     for cls in LAYERS:

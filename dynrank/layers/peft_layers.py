@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import imported, note, noted, put_factors, take_rank
+from dynrank.layers.base import OfFactors, put_factors, take_rank
 from dynrank.layers.compiled import plain_name
+from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
-from dynrank.linalg import products
 from dynrank.rank_map import first_matches, peft_ranks
 
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
@@ -23,7 +23,7 @@ _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class PeftLayer:
+class PeftLayer(OfFactors):
     """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.base.RankedLayer`.
 
     ``module`` is a peft.tuners.lora.LoraLayer, ``adapter`` the name of one of its adapters. All data is stored on the
@@ -68,14 +68,6 @@ class PeftLayer:
     def num_products(self) -> int:
         # PEFT adapts a bare parameter (target_parameters), which may stack the matrices of experts.
         return self.module.num_experts if hasattr(self.module, "parameter_name") else 1
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0] // self.num_products
-
-    def products(self) -> list[tuple[Tensor, Tensor]]:
-        """As :meth:`dynrank.layers.base.LoRALayer.products`."""
-        return products(self.lora_B, self.lora_A, self.num_products)
 
     @property
     def scaling(self) -> float:
@@ -191,8 +183,8 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
     callbacks; for it, call this function at the end of the module's ``__init__``. The layers may be created later (in
     ``configure_model``), because only loading looks them up. A second call does nothing.
     """
-    if not noted(model, "follows_ranks"):
-        note(model, "follows_ranks", True)
+    if not stored_on(model, "follows_ranks"):
+        store_on(model, "follows_ranks", True)
         model.register_load_state_dict_pre_hook(take_peft_ranks)  # type: ignore[no-untyped-call]
         follow_base(model)
 
@@ -276,5 +268,5 @@ def _lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _peft_modules(model: nn.Module, path: str) -> list[tuple[str, Any]]:
     """Modules of the class ``path`` of PEFT; empty if PEFT is not imported."""
-    cls = imported(f"peft.tuners.{path}")
+    cls = class_if_imported(f"peft.tuners.{path}")
     return [(name, module) for name, module in model.named_modules() if isinstance(module, cls)]

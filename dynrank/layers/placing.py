@@ -10,11 +10,12 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.kernels.backends import Backend
-from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
+from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import PRESETS, target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.experts import LoRAOwner, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
+from dynrank.layers.foreign import store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
@@ -141,15 +142,15 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
                 trained_whole(module).add(leaf)
-    note(model, "adapted", True)
+    store_on(model, "adapted", True)
     follow_base(model)
 
 
 def trained_whole(module: nn.Module) -> set[str]:
     """The parameters and buffers of a module that train without LoRA (``modules_to_save``); callers may add some."""
-    if noted(module, "trained_whole") is None:
-        note(module, "trained_whole", set())
-    names: set[str] = noted(module, "trained_whole")
+    if stored_on(module, "trained_whole") is None:
+        store_on(module, "trained_whole", set())
+    names: set[str] = stored_on(module, "trained_whole")
     return names
 
 

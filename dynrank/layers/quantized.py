@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.layers.base import imported
+from dynrank.layers.foreign import class_if_imported
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def plain_values(weight: Tensor) -> Tensor:
 
 
 def _is_of_torchao(weight: Any) -> bool:
-    return isinstance(weight, imported("torchao.utils.TorchAOBaseTensor"))
+    return isinstance(weight, class_if_imported("torchao.utils.TorchAOBaseTensor"))
 
 
 def _has_torchao_weight(module: nn.Module) -> bool:
@@ -67,5 +67,5 @@ def _rounds_inputs(module: nn.Module) -> bool:
 
 def _computes_as(module: nn.Module, name: str) -> bool:
     """Whether the forward of ``module`` is that of the class ``name`` of bitsandbytes."""
-    cls = imported(f"bitsandbytes.nn.{name}")
+    cls = class_if_imported(f"bitsandbytes.nn.{name}")
     return isinstance(module, cls) and type(module).forward is cls.forward

@@ -1,4 +1,4 @@
-"""The ranks of many layers in few words: the table of a model, and of a change; kinds of layers, a server's slot."""
+"""The ranks of many layers in few words: the table of a model, and of a change; kinds of layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ from rich.table import Table
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import empty_table, span, table_console
+from dynrank.output.slots import slot_line
 
 if TYPE_CHECKING:
-    from dynrank.change.resize import LayerReport
+    from dynrank.change.reports import LayerReport
 
-# The values that vLLM accepts for --max-lora-rank.
-SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# How many layers a line names.
-SHOWN = 5
 # A number that is a whole part of a layer's name.
 _NUMBER = r"(?<=[._])\d+(?=[._])"
 # The most characters of a kind's name that stay in one line of a table.
@@ -64,37 +60,6 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
     """
     low, *_, high = sorted({*ranks}) * 2
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
-
-
-def slot_rank(highest: int) -> int:
-    """The lowest --max-lora-rank of vLLM for adapters of this highest rank, or the rank itself if it is too high.
-
-    >>> slot_rank(3), slot_rank(9)
-    (8, 16)
-    """
-    return next((slot for slot in SLOTS if slot >= highest), highest)
-
-
-def slot_line(ranks: Mapping[str, int]) -> str:
-    """Highest and average rank, the rank of a server's slot, and the layers that make it so high.
-
-    A server's slot for an adapter has the highest rank in every layer.
-
-    >>> slot_line({"q": 2, "v": 2, "pooler": 13})
-    "highest rank 13, average 5.7: a server's slot has 16 in every layer, because of 1 of 3 layers: pooler (13)"
-    >>> slot_line({"q": 2, "v": 4})
-    "highest rank 4, average 3.0: a server's slot has 8 in every layer"
-    """
-    highest = max(ranks.values())
-    average = sum(ranks.values()) / len(ranks)
-    slot = slot_rank(highest)
-    line = f"highest rank {highest}, average {average:.1f}: a server's slot has {slot} in every layer"
-    below = max((step for step in SLOTS if 1 < step < slot), default=highest)
-    above = sorted((name for name in ranks if ranks[name] > below), key=lambda name: -ranks[name])
-    if not 0 < len(above) < len(ranks):
-        return line
-    names = ", ".join(f"{name} ({ranks[name]})" for name in above[:SHOWN])
-    return f"{line}, because of {len(above)} of {len(ranks)} layers: {names}{', …' if len(above) > SHOWN else ''}"
 
 
 def change_table(title: str, changed: Sequence[LayerReport], ranks: Mapping[str, int]) -> Table:
@@ -224,13 +189,13 @@ def ranks(model: nn.Module) -> RankTable:
         LayerRank(
             layer=name,
             kind=kinds[name],
-            d_out=len(layer.lora_B),
-            d_in=layer.lora_A[0].numel(),
+            d_out=layer.d_out,
+            d_in=layer.d_in,
             experts=layer.num_products,
             rank=layer.rank,
             alpha=layer.scaling * layer.rank,
             scaling=layer.scaling,
-            parameters=layer.rank * params_per_rank(layer),
+            parameters=layer.rank * layer.params_per_rank,
             final_rank=layer.final_rank,
             pinned=layer.pinned,
         )

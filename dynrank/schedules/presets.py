@@ -93,7 +93,7 @@ def early_budget(
 ) -> list[Stage]:
     """One cut of all layers to one shared pool of parameters, early in the run.
 
-    Ranks are in proportion to what each layer has brought (see :class:`dynrank.targets.Budget`). Then the adapter's
+    Ranks are in proportion to the importance of each layer (see :class:`dynrank.targets.Budget`). Then the adapter's
     learning rate is multiplied by sqrt(mean rank before / after), so that an optimizer step changes the update as much
     as before.
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dynrank.linalg import OfShape
+
 UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(OfShape):
     """The state of one layer.
 
     Attributes:
@@ -24,8 +26,8 @@ class LayerState:
         final_rank: the final rank in the rank map; None if it has none.
         values: (rank,) descending, the singular values of the update (scaling included); None unless the target
             ``needs`` them.
-        brought: what the layer has brought: the decrease of the loss by its updates, at least 0, plus its standard
-            error; None if unknown, or unless the target ``needs`` it.
+        importance: the score by which a pool is shared: the decrease of the loss by the layer's updates, at least 0,
+            plus its standard error; None if unknown, or unless the target ``needs`` it.
         cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
         num_products: how many products of this shape and rank the layer stacks; 1 in a plain layer.
 
@@ -43,12 +45,7 @@ class LayerState:
     values: Tensor | None = None
     cap: int | None = None
     num_products: int = 1
-    brought: float | None = None
-
-    @property
-    def params_per_rank(self) -> int:
-        """The parameters of one direction."""
-        return self.num_products * (self.d_out + self.d_in)
+    importance: float | None = None
 
     def shrunk(self, rank: int) -> int:
         """``rank`` clipped to the bounds, and never above the rank now."""
@@ -63,7 +60,7 @@ class Target(ABC):
     """The rank that each layer should change to. Subclasses write :meth:`ranks`, and ``needs`` if they read more.
 
     Attributes:
-        needs: "values" if the target reads ``LayerState.values``, "brought" if it reads ``LayerState.brought``.
+        needs: "values" if the target reads ``LayerState.values``, "importance" if it reads ``LayerState.importance``.
 
     >>> class Half(Target):
     ...     def ranks(self, layers):

@@ -1,4 +1,4 @@
-"""The target that gives all layers one pool of parameters: by what they have brought, or by singular values."""
+"""The target that gives all layers one pool of parameters: by their importance, or by singular values."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -16,12 +16,13 @@ _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 @validated("schedule.target")
 class Budget(Target):
-    """One pool of adapter parameters for all layers, with ranks in proportion to what each layer has brought.
+    """One pool of adapter parameters for all layers, with ranks in proportion to the importance of each layer.
 
-    What a layer has brought is the decrease of the loss by its updates (at least 0), plus its standard error. Every
-    layer starts at its lowest rank. The next step up always goes to the layer with the largest quotient of what it has
-    brought and the mean of its ranks before and after the step, while it fits the pool. Where nothing is known yet,
-    ranks rise alike.
+    The importance of a layer is the decrease of the loss by its updates (at least 0), plus its standard error. The pool
+    is shared out as seats of a parliament are by votes, with the divisor method of Webster and Sainte-Laguë: every
+    layer starts at its lowest rank, and the next step up always goes to the layer with the largest quotient of its
+    importance and the mean of its ranks before and after the step, while it fits the pool. Where nothing is known yet,
+    ranks rise uniformly.
     Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
 
     ``by="weight"`` instead takes the steps with the largest squared singular values per parameter, which is a
@@ -36,12 +37,12 @@ class Budget(Target):
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
         highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
-        by: what ranks follow: what layers have "brought", or "weight", the singular values of their updates.
+        by: what ranks follow: the "importance" of layers, or "weight", the singular values of their updates.
 
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if the pool is below the lowest ranks.
 
-    >>> layers = {"q": LayerState(8, 5, 5, brought=0.1), "v": LayerState(8, 5, 5, brought=0.3)}
+    >>> layers = {"q": LayerState(8, 5, 5, importance=0.1), "v": LayerState(8, 5, 5, importance=0.3)}
     >>> Budget(parameters=80).ranks(layers)
     {'q': 2, 'v': 6}
     """
@@ -53,11 +54,11 @@ class Budget(Target):
     bytes: ByteSize | None = Field(default=None, kw_only=True)
     lowest: Count = Field(default=1, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
-    by: Literal["brought", "weight"] = Field(default="brought", kw_only=True)
+    by: Literal["importance", "weight"] = Field(default="importance", kw_only=True)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("brought",) if self.by == "brought" else ("values",)
+        return ("importance",) if self.by == "importance" else ("values",)
 
     def __post_init__(self) -> None:
         if self.highest is not None and self.lowest > self.highest:
@@ -126,10 +127,10 @@ class Budget(Target):
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
         """(layer, its next rank) of every step up from the lowest ranks, the first one first.
 
-        Steps that are worth nothing are left out. But where nothing is known of any layer yet, ranks rise alike.
+        Steps of quotient zero are left out. But where nothing is known of any layer yet, ranks rise uniformly.
         """
-        if self.by == "brought":
-            nothing_known = not any(layer.brought for layer in layers.values())
+        if self.by == "importance":
+            nothing_known = not any(layer.importance for layer in layers.values())
         else:
             nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
         steps = sorted(step for item in layers.items() for step in self._steps(*item))
@@ -149,19 +150,20 @@ class Budget(Target):
         return layer.cap or self.highest or layer.rank
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
-        """(minus its worth, next rank, name) of each step up; the step that is worth most sorts first."""
-        if self.by == "brought":
-            # A rank is rounded up from the factor c on at which c * brought is halfway between two choices.
+        """(minus its quotient, next rank, name) of each step up; the step that comes first sorts first."""
+        if self.by == "importance":
+            # Webster's divisor is the mean of the ranks below and above: ranks in proportion to importance, rounded to
+            # the nearest choice, go from one choice to the next halfway between the two.
             yield from (
-                (-2 * (layer.brought or 0.0) / (below + above), above, name)
+                (-2 * (layer.importance or 0.0) / (below + above), above, name)
                 for below, above in pairwise(self._choices(layer))
             )
             return
         assert layer.values is not None
-        worth = layer.values.double().square()
+        energies = layer.values.double().square()
         density = inf
         for below, above in pairwise(self._choices(layer)):
             size = (above - below) * layer.params_per_rank
-            # The minimum keeps a layer's steps in order although rounding may let the worth per parameter rise.
-            density = min(density, fsum(worth[below:above].tolist()) / size)
+            # The minimum keeps a layer's steps in order although rounding may let the energy per parameter rise.
+            density = min(density, fsum(energies[below:above].tolist()) / size)
             yield -density, above, name

@@ -31,7 +31,9 @@ def trained(model):
     targets = r".*\.(self_attn\.\w+_proj\w*|experts\.\w+_proj)"
     updated(dynrank.add_lora(model, rank=4, alpha=6, dropout=0.1, target_modules=targets), std=0.3)
     dynrank.resize(
-        model, {name: min(1 + i % 3, layer.rank) for i, (name, layer) in enumerate(dynrank.lora_layers(model))}
+        model,
+        {name: min(1 + i % 3, layer.rank) for i, (name, layer) in enumerate(dynrank.lora_layers(model))},
+        optimizers=(),
     )
     return model
 
@@ -85,7 +87,7 @@ def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_m
     assert ranks(ours).keys() == names
     assert any(name.endswith("mlp.gate.weight") for name in names)
     assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
-    dynrank.resize(ours, 2)
+    dynrank.resize(ours, 2, optimizers=())
     dynrank.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(tiny_moe(kind), tmp_path / "ours")
     assert_close(logits(again), logits(ours), rtol=1e-4, atol=1e-4)
@@ -98,7 +100,7 @@ def test_squeezing_a_file_is_resizing_the_model(tiny_moe, tmp_path):
     model = updated(dynrank.add_lora(tiny_moe("GptOss"), rank=4), std=0.3)
     dynrank.save_adapter(model, tmp_path / "full")
     reports = squeeze(tmp_path / "full", tmp_path / "small", rank=2)
-    expected = {report.layer: report for report in dynrank.resize(model, 2)}
+    expected = {report.layer: report for report in dynrank.resize(model, 2, optimizers=())}
     small = dynrank.load_adapter(tiny_moe("GptOss"), tmp_path / "small")
     assert_close(logits(small), logits(model), rtol=1e-5, atol=1e-5)
     for report in reports:

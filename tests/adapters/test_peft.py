@@ -77,7 +77,7 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
 def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(kind, zoo, tmp_path):
     model = zoo.adapted(kind, rslora=True)
     names = [name for name, _ in dynrank.lora_layers(model)]
-    dynrank.resize(model, {names[0]: 1, names[-1]: 4})
+    dynrank.resize(model, {names[0]: 1, names[-1]: 4}, optimizers=())
     # A growth leaves columns of zeros, which would not show a wrong alpha.
     zoo.trained(model)
     dynrank.save_adapter(model, tmp_path)
@@ -104,7 +104,7 @@ def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):
 def test_hotswap_between_adapters_of_unlike_ranks(zoo, tmp_path):
     """Padded, where ranks are mixed: PEFT's hot swap finds no layer in the patterns, and scales by the global alpha."""
     mixed = zoo.adapted("llama", rank=5, alpha=4, rank_map={"v_proj": {"rank": 2, "alpha": 9}}, rslora=True)
-    dynrank.resize(mixed, {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3})
+    dynrank.resize(mixed, {"model.layers.0.self_attn.q_proj": 1, "model.layers.1.mlp.down_proj": 3}, optimizers=())
     dynrank.save_adapter(mixed, tmp_path / "mixed")
     dynrank.export_adapter(tmp_path / "mixed", tmp_path / "padded", to="padded")
     wide = zoo.adapted("llama", 3, rank=7)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dynrank.app.runs.trainer import _Bar
 from dynrank.callbacks import RankMonitor, RankScheduler
 from dynrank.schedules import How, Stage
-from dynrank.targets import GrowTo, Rank
+from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At
 
 
@@ -47,6 +47,15 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert not [name for name in found[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
 
 
+def test_history_has_the_importance_of_layers_that_share_a_pool_by_it(changed, tmp_path):
+    monitor = RankMonitor(tmp_path / "rank_history.csv", model_name="net")
+    _, scheduler, _ = changed(monitor, stage=Stage(At(step=4), Budget(share=0.5)))
+    (event,) = scheduler.history
+    found = [(float(row["importance"]), float(row["importance_error"])) for row in rows(monitor.history_file)]
+    assert found == [pytest.approx((layer.importance, layer.importance_error), rel=1e-4) for layer in event.layers]
+    assert all(error > 0 for _, error in found)
+
+
 def test_printed_table_knows_the_layers_that_did_not_change(changed, capsys):
     # A growth balances no other layer.
     changed(RankMonitor(model_name="net"), stage=Stage(At(step=4), GrowTo({"0": 7})))
@@ -75,7 +84,7 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
     monitors = LearningRateMonitor("step"), RankMonitor(model_name="net")
     _, scheduler, _ = changed(taken, *monitors, logger=loggers, stage=RAISED)
     assert taken.rates[4] == pytest.approx(2 * 0.5e-2 * (1 + math.cos(math.pi * 4 / 60)))
-    assert scheduler.driver.rate_factor == 2
+    assert scheduler.driver.lr_factor == 2
     board = EventAccumulator(str(tmp_path)).Reload()
     rows_of_wandb = stored()
     logged = dict.fromkeys(["rank/mean", "rank/layer/0", "rank/layer/2"], [6, 3])

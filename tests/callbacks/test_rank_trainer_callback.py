@@ -456,5 +456,5 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
     assert asked == asked[:1] * 2
     assert 0 < sum(asked[0].values()) <= 4 + several < 16
     measured = schedule.history[0].measured
-    assert (measured.metric, measured.before, measured.after, measured.whole) == ("val/loss", *losses, False)
+    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("val/loss", *losses, False)
     assert losses[0] != losses[1]

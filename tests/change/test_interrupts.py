@@ -8,7 +8,8 @@ from interrupted import interrupted
 from torch import nn
 
 import dynrank
-from dynrank.change.resize import Snapshot
+from dynrank.change.interrupts import uninterrupted
+from dynrank.change.snapshot import Snapshot
 
 
 def made(cls=torch.optim.AdamW, **options):
@@ -66,6 +67,7 @@ def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
         dynrank.resize(net, rank, optimizers=[optimizer])
         net(torch.ones(2, 7)).square().mean().backward()
         optimizer.step()
-        snapshot.restore()
+        with uninterrupted():
+            snapshot.change_back().apply()
         assert torch.equal(contents(net, optimizer), before)
         assert net[0].rank == 4

@@ -354,7 +354,7 @@ def test_growth_new_directions_step_at_most_half_again_as_far(rank, batch, seed)
 @pytest.mark.parametrize("cls", [schedulefree.AdamWScheduleFree, schedulefree.RAdamScheduleFree])
 def test_schedule_free_is_not_reset_because_its_next_step_would_be_far_too_long(cls):
     parameter = nn.Parameter(torch.zeros(2, 3))
-    with pytest.raises(ConfigurationError, match=rf"{cls.__name__} counts steps .*optimizer_state=transport"):
+    with pytest.raises(ConfigurationError, match=rf"{cls.__name__} counts steps .*optimizer_state=.transport"):
         check_optimizer(cls([parameter]), [parameter], "reset")
 
 
@@ -475,7 +475,7 @@ def test_factors_of_extreme_scales_change_rank_or_say_what_to_do(scale):
         net[0].lora_A.mul_(scale)
         net[0].lora_B.div_(scale)
     old = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*optimizer_state=reset"):
+    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*optimizer_state=.reset"):
         dynrank.resize(net, 5, optimizers=[optimizer])
     assert_close((net.state_dict(), optimizer.state_dict()), old, rtol=0, atol=0)
     for rank in (8, 6):

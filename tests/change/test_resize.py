@@ -1,7 +1,6 @@
 """A change of rank in a live model: all or nothing, and nothing else moves."""
 
 import copy
-import weakref
 
 import pytest
 import torch
@@ -115,7 +114,7 @@ def test_factors_of_which_deepspeed_trains_copies_are_refused(trained, shard):
 
 def test_resize_refuses_a_model_without_layers():
     with pytest.raises(ConfigurationError, match="no LoRA layers"):
-        resize(nn.Sequential(nn.Linear(2, 2)), 1)
+        resize(nn.Sequential(nn.Linear(2, 2)), 1, optimizers=())
 
 
 def test_resize_changes_only_the_layers_of_a_mapping(trained):
@@ -191,42 +190,16 @@ def test_keys_may_be_patterns_and_names_go_before_them(trained, keys, expected):
     train(net, optimizer, 1)
 
 
-def test_an_optimizer_that_was_not_passed_is_named_and_nothing_changes(trained):
+def test_optimizers_have_no_default_and_none_is_an_empty_list(trained):
     net, optimizer = trained
-    bare = torch.optim.SGD(net.parameters(), lr=0.1)
     before = snapshot(net, optimizer)
-    for passed in ([], [bare]):
-        with pytest.raises(ConfigurationError, match=r"not passed .*: AdamW of '2'; .*optimizers=\[optimizer\]"):
-            resize(net, {"2": 3}, optimizers=passed)
-        assert_unchanged(net, optimizer, before)
-        train(copy.deepcopy(net), bare, 1)
-    assert resize(net, 3, dry_run=True)
-    assert_unchanged(net, optimizer, before)
-    resize(net, 3, optimizers=[optimizer])
-    train(net, optimizer, 1)
-    # Neither of these would notice a new shape: no state, and state of another layer.
-    optimizer.state.clear()
-    train(net, bare, 1)
-    resize(net, 2)
-    other = torch.optim.AdamW(net[4].parameters())
-    train(net, other, 1)
-    resize(net, {"0": 1, "2": 1})
-    train(net, other, 1)
-
-
-def test_an_optimizer_that_was_deleted_is_no_obstacle():
-    net = dynrank.add_lora(nn.Sequential(nn.Linear(10, 8)), rank=6)
-    optimizer = torch.optim.AdamW(net[0].parameters())
-    train(net, optimizer, 2)
-    # A learning-rate scheduler also replaces the optimizer's step by one that holds the optimizer.
-    optimizer.itself = optimizer
-    still = weakref.ref(optimizer)
-    with pytest.raises(ConfigurationError, match="AdamW of '0'"):
+    with pytest.raises(TypeError, match="optimizers"):
         resize(net, 3)
-    del optimizer
-    assert still() is not None
-    resize(net, 3)
-    assert still() is None
+    assert resize(net, 3, optimizers=(), dry_run=True)
+    assert_unchanged(net, optimizer, before)
+    optimizer.state.clear()
+    resize(net, 3, optimizers=())
+    train(net, optimizer, 1)
 
 
 def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
@@ -276,7 +249,7 @@ def test_peft_layer_of_a_rank_above_its_shape_may_keep_it_beside_a_cut():
         nn.init.normal_(layer.lora_B)
     wide, other = layers
     update = (layers[wide].lora_B @ layers[wide].lora_A).detach()
-    assert not resize(net, 12)
-    reports = resize(net, {wide: 12, other: 6}, balance=True)
+    assert not resize(net, 12, optimizers=())
+    reports = resize(net, {wide: 12, other: 6}, balance=True, optimizers=())
     assert {report.layer: report.rank_after for report in reports} == {wide: 12, other: 6}
     assert_close(layers[wide].lora_B @ layers[wide].lora_A, update, rtol=1e-4, atol=1e-5)

@@ -219,7 +219,7 @@ def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) 
         ],
         "shards": [name for name, p in model.named_parameters() if isinstance(p, DTensor)],
         "predicted": [la.predicted_error for event in scheduler.history for la in event.layers],
-        "brought": [la.brought for event in scheduler.history for la in event.layers],
+        "importance": [la.importance for event in scheduler.history for la in event.layers],
     }
 
 

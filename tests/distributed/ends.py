@@ -42,7 +42,7 @@ def found(results: list[dict[str, Any]], name: str) -> Any:
 
 
 def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for name in ("events", "brought"):
+    for name in ("events", "importance"):
         assert one[name] == other[name]
     for kind in ("weights", "state"):
         assert_close(one[kind], other[kind], rtol=0, atol=0)

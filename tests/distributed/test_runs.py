@@ -52,7 +52,7 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
     # PEFT adds a batch's updates up in the weights of all experts, which rounds more.
     assert_close(first["weights"], expected["weights"], rtol=0, atol=2e-5 if name == "ddp, peft, experts" else 1e-6)
     assert_close(first["predicted"], expected["predicted"], rtol=1e-4, atol=1e-6)
-    assert_close(first["brought"], expected["brought"], rtol=1e-3, atol=1e-6)
+    assert_close(first["importance"], expected["importance"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -47,7 +47,7 @@ def assert_same_run(one, expected):
     assert one["events"]
     assert_close(one["weights"], expected["weights"], rtol=0, atol=5e-6)
     assert_close(one["losses"], expected["losses"], rtol=0, atol=5e-6)
-    assert_close(one["brought"], expected["brought"], rtol=1e-3, atol=1e-6)
+    assert_close(one["importance"], expected["importance"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*RUNS, *RESUMED, "by transformers"])

@@ -172,7 +172,7 @@ def outcome(made: Any, schedule: Any) -> dict[str, Any]:
             (event.step, event.undone, [(la.layer, la.rank_before, la.rank_after) for la in event.layers])
             for event in schedule.history
         ],
-        "brought": [la.brought for event in schedule.history for la in event.layers],
+        "importance": [la.importance for event in schedule.history for la in event.layers],
         "losses": [row["loss"] for row in made.state.log_history if "loss" in row],
         "shards": sum(isinstance(p, DTensor) for p in made.model.parameters()),
     }
@@ -245,7 +245,9 @@ def late(base: Path, folder: Path) -> None:
 
 def by_fsdp1() -> None:
     model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
-    dynrank.resize(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2)
+    dynrank.resize(
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2, optimizers=()
+    )
 
 
 def by_accelerate_alone() -> None:

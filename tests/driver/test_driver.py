@@ -106,7 +106,7 @@ SCHEDULES = {
     "undone, plateau": lambda: [Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(max_regression=0.02))],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
     "auto": lambda: auto(0.05, at=0.5),
-    "by what layers have brought": lambda: [at(s, Budget(final_rank=r)) for s, r in ((7, 4), (15, 2))],
+    "by importance": lambda: [at(s, Budget(final_rank=r)) for s, r in ((7, 4), (15, 2))],
 }
 
 
@@ -160,7 +160,7 @@ def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing(how):
         driver, loop = due(at(5, Rank(3), lr_factor=2.0, **how))
         _, lines = interrupted(lambda: driver.advance(loop), line, below="driver")
         weights = torch.cat([value.flatten() for value in loop.model.state_dict().values()]).tolist()
-        progress = driver.progress.stage, driver.rate_factor
+        progress = driver.progress.stage, driver.lr_factor
         return (loop.model[0].rank, weights, *trajectory(driver), *progress), lines
 
     whole, lines = changed(0)
@@ -214,7 +214,7 @@ def test_run_that_has_ended_leaves_no_hook_on_the_optimizer(end):
     assert length() == pytest.approx(2e-2, rel=1e-4)
     getattr(driver, end)(*[loop] * (end == "finish"))
     assert length() == pytest.approx(1e-2, rel=1e-4)
-    assert driver.state_dict()["rate_factor"] == 2.0
+    assert driver.state_dict()["lr_factor"] == 2.0
 
 
 def test_change_computes_the_svd_of_each_layer_once(monkeypatch):
@@ -271,10 +271,10 @@ def test_what_is_no_schedule_is_refused(schedule):
 @pytest.mark.parametrize(
     ("stage", "how", "message"),
     [
-        (Stage(Plateau("val/los"), Rank(3)), {}, r"monitor of Plateau \(monitor\).*'val/los'"),
-        (at(5, Rank(3), max_regression=1.0, check_monitor="loss"), {}, r"check_monitor of How .*; logged: 'val/loss'"),
-        (at(5, Rank(7)), {}, r"stage 1: Rank\(rank=7\) changes none of the ranks \[6\] .*; set stages"),
-        (at(5, Rank(3)), {"optimizer": torch.optim.Adamax}, "Adamax.*optimizer_state=reset"),
+        (Stage(Plateau("val/los"), Rank(3)), {}, r"monitor of Plateau must .*'val/los'"),
+        (at(5, Rank(3), max_regression=1.0, check_monitor="loss"), {}, r"check_monitor of How.*; logged: 'val/loss'"),
+        (at(5, Rank(7)), {}, r"stage 1: Rank\(rank=7\) changes none of the ranks \[6\]"),
+        (at(5, Rank(3)), {"optimizer": torch.optim.Adamax}, 'Adamax.*optimizer_state="reset"'),
         (Stage(At(fraction=0.5), Rank(3)), {"run": Run(None)}, r"share of a run .*set max_steps"),
     ],
     ids=["monitor", "check_monitor", "rank", "optimizer", "share"],
@@ -299,7 +299,7 @@ def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
 
 
 def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
-    """What is over stays, and so does what layers have brought."""
+    """What is over stays, and so does the importance of layers."""
     drive(RankDriver([at(3, Rank(5)), at(14, Rank(3))]), folder=tmp_path)
     driver = RankDriver([at(3, Rank(5)), at(14, Rank(3)), at(20, Rank(1))])
     with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):

@@ -65,7 +65,7 @@ def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size):
     module = fitted(regression, loader, scheduler, watching)
     measured = watching.event.measured
     assert scheduler.history[0].measured == measured
-    assert (measured.metric, measured.whole) == ("val/loss", batch_size == 30)
+    assert (measured.metric, measured.all_data) == ("val/loss", batch_size == 30)
     assert (measured.before, measured.after) == pytest.approx((watching.before, watching.after), rel=1e-5)
     assert measured.before != measured.after
     assert watching.event.cost in watching.event.account

@@ -6,6 +6,7 @@ from torch import nn
 from trained import drive
 
 import dynrank
+from dynrank.change import directions
 from dynrank.driver.training import Training
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget
@@ -98,11 +99,22 @@ def test_cut_is_the_smallest_that_trying_all_numbers_finds(tolerance):
     assert f"{tolerance:.2%} allowed" in made.reason
 
 
+@pytest.mark.parametrize("schedule", [smallest(0.1), auto(0.1, share=0.9, at=0.5, how=How())])
+def test_each_layer_is_decomposed_once_for_a_stage_that_is_due(schedule, monkeypatch):
+    """Though each trial changes the factors, and its undoing restores them."""
+    decomposed = []
+    original = directions.directions_of
+    monkeypatch.setattr(directions, "directions_of", lambda *pair: decomposed.append(pair) or original(*pair))
+    training, history = searched(schedule)
+    assert training.validations > 3
+    assert len(decomposed) == 2 * len(history)
+
+
 def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     training, (first, last) = searched(auto(0.005, share=0.5, at=0.5, how=How()))
     assert (first.step, last.step) == (2, 4)
     assert first.reason == "fraction 0.5"
-    # Nothing moves, so no layer has brought anything, and ranks fall alike, to what the first layer needs.
+    # Nothing moves, so no layer has any importance, and ranks fall alike, to what the first layer needs.
     assert training.ranks == {"0": 3, "1": 2}
     # The layers keep 156 of 496 parameters.
     assert "0.315 of the bytes at the start" in last.reason

@@ -1,4 +1,4 @@
-"""What layers have brought, in float64, from the gradients and factors of every step."""
+"""The importance of layers, in float64, from the gradients and factors of every step."""
 
 from itertools import pairwise
 

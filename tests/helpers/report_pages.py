@@ -11,8 +11,8 @@ from torch import nn
 import dynrank
 
 NASTY = "<b>&\"'</b>"
-FIELDS = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
-FIELDS += ["brought", "brought_error"]
+FIELDS = ["step", "layer", "rank_before", "rank_after", "importance", "importance_error"]
+FIELDS += ["energy_kept", "predicted_error", "reason"]
 STEPS = 30
 
 
@@ -30,12 +30,12 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
     for step, to in sorted([*drops, *undone]):
         taken_back = (step, to) in undone
         reason = f"undone: val/loss 1 → 2 ({NASTY})" if taken_back else f"fraction {NASTY}"
-        brought = {name: [step / 100, 0.05] if "up" in name else ["", ""] for name in names if name != "head"}
-        rows += [[step, name, now, to, 0.9, 0.1, reason, *brought[name]] for name in brought]
+        importance = {name: [step / 100, 0.05] if "up" in name else ["", ""] for name in names if name != "head"}
+        rows += [[step, name, now, to, *importance[name], 0.9, 0.1, reason] for name in importance]
         now = now if taken_back else to
     for _, layer in dynrank.lora_layers(model):
         nn.init.normal_(layer.lora_B)
-    dynrank.resize(model, {name: now for name in names if name != "head"})
+    dynrank.resize(model, {name: now for name in names if name != "head"}, optimizers=())
     folder.mkdir(parents=True, exist_ok=True)
     dynrank.save_adapter(model, folder / "adapter")
     metrics = [["step", "test/loss", "train/loss", "val/loss"]]

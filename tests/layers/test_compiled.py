@@ -74,7 +74,7 @@ def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank()
         return [logits, *torch.autograd.grad(logits.square().mean(), dynrank.adapter_parameters(model))]
 
     for rank, graphs in ((8, 1), (3, 2)):
-        dynrank.resize(model, rank)
+        dynrank.resize(model, rank, optimizers=())
         for _ in range(2):
             assert_close(step(compiled), step(model))
         assert counter.frame_count == graphs
@@ -87,7 +87,7 @@ def test_layers_are_named_resized_and_saved_as_in_the_model_itself(tmp_path):
     assert [name for name, _ in dynrank.lora_layers(model)] == [name for name, _ in dynrank.lora_layers(plain)]
     for one in (plain, model):
         nn.init.ones_(one.head.weight)
-        dynrank.resize(one, {"first.up": 1})
+        dynrank.resize(one, {"first.up": 1}, optimizers=())
     assert_close(outputs(model), outputs(plain))
     dynrank.save_adapter(model, tmp_path)
     assert_close(outputs(PeftModel.from_pretrained(base(), tmp_path).eval()), outputs(model))
@@ -126,7 +126,7 @@ def test_layer_that_is_compiled_by_itself_is_refused(tmp_path):
 def test_model_of_peft_keeps_its_config_in_step(tmp_path):
     model = get_peft_model(base(), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
     compiled = whole(model)
-    dynrank.resize(compiled, {name: 2 for name, _ in dynrank.lora_layers(model) if "up" in name})
+    dynrank.resize(compiled, {name: 2 for name, _ in dynrank.lora_layers(model) if "up" in name}, optimizers=())
     model.save_pretrained(tmp_path)
     assert_close(outputs(PeftModel.from_pretrained(base(), tmp_path).eval()), outputs(compiled))
 

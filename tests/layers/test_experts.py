@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from trained import updated
 
 import dynrank
-from dynrank.layers.base import max_rank, params_per_rank
 from dynrank.layers.experts import grouped_product
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 
@@ -56,7 +55,7 @@ def test_output_and_gradients_are_pefts_and_stay_so_through_a_change_of_rank(kin
     ours, theirs = both(tiny_moe(kind, intermediate_size=width, experts_implementation="eager"))
     for rank in (3, 2):
         for model in (ours, theirs):
-            dynrank.resize(model, rank)
+            dynrank.resize(model, rank, optimizers=())
             model(IDS).logits.square().mean().backward()
         assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
         for layer, other in pairs(ours, theirs):
@@ -142,7 +141,7 @@ def updates(model):
 def unlike(model):
     """A lower rank for every layer, another one for the next."""
     layers = dict(dynrank.lora_layers(model))
-    return {name: min(2 + i % 3, max_rank(layer)) for i, (name, layer) in enumerate(layers.items())}
+    return {name: min(2 + i % 3, layer.max_rank) for i, (name, layer) in enumerate(layers.items())}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +156,7 @@ def test_each_expert_becomes_the_best_approximation_of_its_dense_update(kind, wr
     rows = {name: lora_A.clone() for name, (_, lora_A) in unreached.items()}
     before = updates(model)
     ranks = unlike(model)
-    reports = {report.layer: report for report in dynrank.resize(model, ranks)}
+    reports = {report.layer: report for report in dynrank.resize(model, ranks, optimizers=())}
     assert {tuple(name.split(".")[-2:]) for name in before} == {tuple(name.split(".")) for name in TENSORS}
     assert reports.keys() == ranks.keys()
     for name, now in updates(model).items():
@@ -177,7 +176,7 @@ def test_each_expert_becomes_the_best_approximation_of_its_dense_update(kind, wr
 def test_unlike_ranks_in_pefts_files_and_in_checkpoints_load_to_the_bit(kind, wrapped, tiny_moe, tmp_path):
     model = wrapped(kind)
     fresh = wrapped(kind)
-    dynrank.resize(model, unlike(model))
+    dynrank.resize(model, unlike(model), optimizers=())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_moe(kind), tmp_path)
     follow_checkpoint_ranks(fresh)
@@ -193,7 +192,7 @@ def test_growth_keeps_every_expert_and_adds_rows_orthogonal_to_its_own(kind, wra
     before = updates(model)
     layers = {name: layer for name, layer in dynrank.lora_layers(model) if name in before}
     old = {name: layer.rank for name, layer in layers.items()}
-    dynrank.resize(model, {name: rank + 2 for name, rank in old.items()})
+    dynrank.resize(model, {name: rank + 2 for name, rank in old.items()}, optimizers=())
     for name, now in updates(model).items():
         assert_close(now, before[name], rtol=0, atol=1e-12)
         for lora_B, lora_A in layers[name].products():
@@ -211,7 +210,7 @@ def test_a_rank_above_the_layers_shape_shrinks_exactly():
     nn.init.normal_(layer.lora_B)
     update = layer.scaling * layer.lora_B @ layer.lora_A
     u, s, vh = torch.linalg.svd(update.detach(), full_matrices=False)
-    (report,) = dynrank.resize(model, 3)
+    (report,) = dynrank.resize(model, 3, optimizers=())
     assert_close(layer.scaling * layer.lora_B @ layer.lora_A, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-12)
     assert len(report.singular_values) == 8
-    assert params_per_rank(layer) == 20
+    assert layer.params_per_rank == 20

@@ -40,7 +40,7 @@ def test_a_cut_is_the_dense_truncation_and_loads_in_peft(dimensions, tmp_path):
     modules = [model.base_model.model[index] for index in (0, 2)]
     deltas = [update(module) for module in modules]
     names = [name for name, _ in dynrank.lora_layers(model)]
-    reports = dynrank.resize(model, dict(zip(names, (2, 4), strict=True)))
+    reports = dynrank.resize(model, dict(zip(names, (2, 4), strict=True)), optimizers=())
     assert [(report.rank_before, report.rank_after) for report in reports] == [(5, 2), (5, 4)]
     y = x
     for module, delta, rank in zip(modules, deltas, (2, 4), strict=True):
@@ -85,7 +85,7 @@ def trained(optimizer, *, filters):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_convolution_of_one_pixel_trains_as_the_linear_layer_that_it_is(optimizer):
-    """It has brought the same, and its optimizer's state is carried to the same numbers."""
+    """Its importance is the same, and its optimizer's state is carried to the same numbers."""
     updates, ranks = trained(optimizer, filters=True)
     expected, linear_ranks = trained(optimizer, filters=False)
     assert ranks == linear_ranks

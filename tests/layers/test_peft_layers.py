@@ -101,7 +101,7 @@ def test_configs_name_each_layer_that_differs_in_full(tmp_path):
     # A config with the right ranks does not change.
     assert config_changes(model, {}) == []
     name = "base_model.model.model.layers.0.self_attn.q_proj"
-    dynrank.resize(model, {name: 2})
+    dynrank.resize(model, {name: 2}, optimizers=())
     rank, alpha, rank_pattern, alpha_pattern, rslora = settings(model)
     assert (rank, alpha, rslora) == (6, 9, False)
     q = "^model\\.layers\\.{}\\.self_attn\\.q_proj"
@@ -120,7 +120,7 @@ def test_configs_name_each_layer_that_differs_in_full(tmp_path):
 def test_scaling_by_another_rule_and_an_initialisation_for_even_ranks_reload(options, tmp_path):
     model = wrapped(**options)
     before = {layer.scaling for layer in layers_of(model).values()}
-    dynrank.resize(model, 3)
+    dynrank.resize(model, 3, optimizers=())
     assert {layer.scaling for layer in layers_of(model).values()} == before
     assert settings(model)[4] is False
     assert_reloads(model, tmp_path)
@@ -137,7 +137,7 @@ def test_only_the_active_adapter_changes(tmp_path):
     before = copy.deepcopy(shared)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     other = settings(model, "other")
-    reports = dynrank.resize(model, 2)
+    reports = dynrank.resize(model, 2, optimizers=())
     assert len(reports) == 6
     for name, value in model.state_dict().items():
         assert ".default." in name or torch.equal(value, state[name]), name
@@ -150,7 +150,7 @@ def test_only_the_active_adapter_changes(tmp_path):
     assert set(ranks_of(model).values()) == {4}
     assert len(ranks_of(model)) == 4
     assert_reloads(model, tmp_path, adapter="other")
-    dynrank.resize(model, 3)
+    dynrank.resize(model, 3, optimizers=())
     assert_reloads(model, tmp_path, adapter="other")
     model.set_adapter("default")
     assert_reloads(model, tmp_path)
@@ -160,10 +160,10 @@ def test_names_are_those_of_the_model_passed_in_and_the_config_is_found_in_it():
     model = wrapped()
     outer = nn.ModuleDict({"lm": model})
     assert list(layers_of(outer)) == [f"lm.{name}" for name in layers_of(model)]
-    dynrank.resize(outer, {"lm.base_model.model.model.layers.1.mlp.down_proj": 2})
+    dynrank.resize(outer, {"lm.base_model.model.model.layers.1.mlp.down_proj": 2}, optimizers=())
     assert settings(model)[2] == {"^model\\.layers\\.1\\.mlp\\.down_proj": 2}
     injected = randomize(inject_adapter_in_model(config(), plain()))
-    dynrank.resize(injected, 2)
+    dynrank.resize(injected, 2, optimizers=())
     assert settings(injected)[0] == 2
 
 
@@ -175,7 +175,7 @@ def test_a_config_that_cannot_follow_stops_a_change_before_it_begins():
     outer = nn.ModuleDict({"lm": model, "stray": stray})
     before = copy.deepcopy((model.state_dict(), settings(model)))
     with pytest.raises(ConfigurationError, match="the config of PEFT's layer 'stray' is not in the model"):
-        dynrank.resize(outer, 2)
+        dynrank.resize(outer, 2, optimizers=())
     assert_close((model.state_dict(), settings(model)), before, rtol=0, atol=0)
 
 
@@ -183,7 +183,7 @@ def test_a_merged_adapter_keeps_its_ranks():
     model = wrapped()
     model.merge_adapter()
     with pytest.raises(RuntimeError, match="is merged"):
-        dynrank.resize(model, 2)
+        dynrank.resize(model, 2, optimizers=())
     assert set(ranks_of(model).values()) == {6}
 
 
@@ -220,7 +220,7 @@ def test_layers_with_other_arithmetic_are_refused_by_name(message):
     name = str(caught.value).split("'")[1]
     assert name in {name for name, _ in model.named_modules()}
     with pytest.raises(ConfigurationError, match=message):
-        dynrank.resize(model, 2)
+        dynrank.resize(model, 2, optimizers=())
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_functions_for_dynranks_own_layers_refuse_a_wrapped_model(call, instead,
 @pytest.mark.parametrize("kind", MODELS)
 def test_after_a_resize_what_either_library_saves_loads_in_both(kind, tmp_path):
     model = wrapped(kind)
-    dynrank.resize(model, dict(zip(ranks_of(model), itertools.cycle((1, 5, 2, 7, 3)), strict=False)))
+    dynrank.resize(model, dict(zip(ranks_of(model), itertools.cycle((1, 5, 2, 7, 3)), strict=False)), optimizers=())
     expected = logits(model)
     for layer in layers_of(model).values():
         module = layer.module
@@ -278,7 +278,7 @@ def test_layers_of_both_kinds_in_one_model_are_refused():
     own = dynrank.add_lora(nn.Sequential(nn.Linear(4, 4)), rank=2, target_modules=["0"])
     both = nn.ModuleList([own, wrapped()])
     with pytest.raises(ConfigurationError, match=r"of dynrank \('0\.0'\) and of PEFT \('1\.base_model"):
-        dynrank.resize(both, 1)
+        dynrank.resize(both, 1, optimizers=())
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -286,7 +286,7 @@ def test_layers_of_both_kinds_in_one_model_are_refused():
 def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, target, with_base, tmp_path):
     source = nn.ModuleDict({"lm": wrapped(kind)})
     names = list(ranks_of(source))
-    dynrank.resize(source, {names[0]: target, names[-1]: 3})
+    dynrank.resize(source, {names[0]: target, names[-1]: 3}, optimizers=())
     state = source.state_dict()
     if not with_base:
         state = without_base(source, state, trained=())

@@ -44,8 +44,8 @@ class Layer:
         return self.scaling * b.data.T @ a.data
 
     @property
-    def worth(self):
-        """What the layer has brought, at least 0, and its standard error."""
+    def score(self):
+        """The importance of the layer, at least 0, and its standard error."""
         error = stdev(self.falls) * math.sqrt(len(self.falls)) if len(self.falls) > 1 else 0.0
         return max(sum(self.falls), 0.0) + error
 
@@ -76,7 +76,7 @@ class Run:
         self.head = head
         self.grown = grown
         self.trace = []
-        self.rate_factor = 1.0
+        self.lr_factor = 1.0
         # Of the validations since the last change.
         self.losses = []
         factors = [factor for layer in layers.values() for factor in layer.factors]
@@ -100,7 +100,7 @@ class Run:
         loss.backward()
         if self.case.clip:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.case.clip)
-        for group, factor in zip(self.optimizer.param_groups, (self.rate_factor, 1.0), strict=False):
+        for group, factor in zip(self.optimizer.param_groups, (self.lr_factor, 1.0), strict=False):
             group["lr"] = self.case.lr * self.case.decay(step) * factor
         for layer in self.layers.values():
             terms = [f.grad * (f.data - old) for f, old in zip(layer.factors, layer.past, strict=False)]
@@ -135,7 +135,7 @@ class Run:
         return ranks
 
     def budget(self, stage, bounds):
-        """Ranks in proportion to ``worth``: the next one up is where a factor of all layers reaches the half first."""
+        """Ranks in proportion to ``score``: the next one up is where a factor of all layers reaches the half first."""
         width = {name: sum(layer.base.weight.shape) for name, layer in self.layers.items()}
         size = sum(layer.rank * width[name] for name, layer in self.layers.items())
         alike = sum(max(low, min(high, stage.to)) * width[name] for name, (low, high) in bounds.items())
@@ -143,11 +143,11 @@ class Run:
         end = math.floor(size * (end / size) ** (1 / stage.changes_left) + 1e-6)
         ranks = {n: min(max(stage.lowest, low), high, self.layers[n].rank) for n, (low, high) in bounds.items()}
         cap = {n: min(bounds[n][1], la.rank, la.highest or stage.highest or la.rank) for n, la in self.layers.items()}
-        worth = {name: layer.worth for name, layer in self.layers.items()}
-        worth = worth if any(worth.values()) else dict.fromkeys(worth, 1.0)
-        rising = {*worth}
-        while rising := {name for name in rising if worth[name] > 0 and ranks[name] < cap[name]}:
-            name = min(rising, key=lambda n: ((ranks[n] + 0.5) / worth[n], ranks[n], n))
+        score = {name: layer.score for name, layer in self.layers.items()}
+        score = score if any(score.values()) else dict.fromkeys(score, 1.0)
+        rising = {*score}
+        while rising := {name for name in rising if score[name] > 0 and ranks[name] < cap[name]}:
+            name = min(rising, key=lambda n: ((ranks[n] + 0.5) / score[n], ranks[n], n))
             ranks[name] += 1
             if sum(rank * width[n] for n, rank in ranks.items()) > end:
                 ranks[name] -= 1
@@ -173,7 +173,7 @@ class Run:
         if stage.max_regression is not None and not worse <= stage.max_regression * abs(loss):
             return
         ratio = sum(layer.rank for layer in self.layers.values()) / sum(ranks.values())
-        self.rate_factor *= math.sqrt(ratio) if stage.rate == "sqrt" else stage.rate
+        self.lr_factor *= math.sqrt(ratio) if stage.rate == "sqrt" else stage.rate
         for name, layer in self.layers.items():
             layer.past = []
             if name in maps:

@@ -11,7 +11,7 @@ from judge import judged
 from runs import adapted, layers
 
 import dynrank
-from dynrank.driver.brought import Brought
+from dynrank.driver.importance import Importance
 
 CUT = Stage("budget", 3, planned=5, rate="sqrt")
 # A cut at step 5, a resume before it, and after it five steps at a raised rate.
@@ -54,17 +54,17 @@ def variance_by_the_map_itself(original, *arguments):
     return states | {"exp_avg_sq": states["exp_avg_sq"] * 1.1}
 
 
-class LayersAlike(Brought):
-    def contributions(self):
-        return {name: share._replace(value=1.0) for name, share in super().contributions().items()}
+class UniformImportance(Importance):
+    def of_layers(self):
+        return {name: share._replace(value=1.0) for name, share in super().of_layers().items()}
 
 
 FAULTS = {
     "truncation": ("keep_directions", smallest_directions),
     "first moment": ("moved_state", momentum_of_another_sign),
     "second moment": ("moved_state", variance_by_the_map_itself),
-    "rate": ("rate_factor", lambda original, *arguments: original(*arguments) ** 2),
-    "what layers have brought": ("Brought", lambda original, layers: LayersAlike(layers)),
+    "rate": ("factor_of_change", lambda original, *arguments: original(*arguments) ** 2),
+    "importance": ("Importance", lambda original, layers: UniformImportance(layers)),
 }
 
 
@@ -87,7 +87,7 @@ def test_scaling_that_moves_with_the_rank_is_found(monkeypatch):
     assert judged(PLANTED)[0]
 
 
-@pytest.mark.parametrize(("step", "lost"), [(8, {"rate_factor": 1.0}), (4, {"brought": None})])
+@pytest.mark.parametrize(("step", "lost"), [(8, {"lr_factor": 1.0}), (4, {"importance": None})])
 def test_resume_that_forgets_is_found(step, lost, monkeypatch):
     original = dynrank.RankDriver.load_state_dict
     forgets = lambda self, state: original(self, {**state, **lost})  # noqa: E731

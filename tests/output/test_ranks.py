@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import dynrank
-from dynrank.change.resize import LayerReport
+from dynrank.change.reports import LayerReport
 from dynrank.errors import ConfigurationError
 from dynrank.output.ranks import change_table
 
@@ -70,7 +70,7 @@ def test_a_row_for_each_layer_with_its_rank_scaling_and_parameters(by):
 
 def test_printed_it_has_a_line_for_each_kind_and_follows_a_change():
     model = dynrank.add_lora(blocks(), rank=4)
-    dynrank.resize(model, {"layers.1.up": 1})
+    dynrank.resize(model, {"layers.1.up": 1}, optimizers=())
     assert cells(str(dynrank.ranks(model))) == [
         ["up", "3", "1-4", "3.0", "1-4", "144"],
         ["down", "3", "4", "4.0", "4", "192"],

@@ -32,13 +32,13 @@ def cost(model, ranks):
     return sum(model[name].params_per_rank * rank for name, rank in ranks.items())
 
 
-def worth(state, below, above):
-    """What the directions from rank ``below`` to rank ``above`` are worth."""
+def energy_of(state, below, above):
+    """What the directions from rank ``below`` to rank ``above`` keep of the energy."""
     return float(state.values.square()[below:above].sum())
 
 
 def kept(target, model, ranks):
-    return sum(worth(model[name], 0, rank) for name, rank in ranks.items())
+    return sum(energy_of(model[name], 0, rank) for name, rank in ranks.items())
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_budget_is_never_exceeded_and_less_than_one_step_below_the_best(problem)
     missed = [0.0]
     for name, rank in ranks.items():
         above = [other for other in allowed(target, model[name]) if other > rank]
-        if above and (gain := worth(model[name], rank, above[0])):
+        if above and (gain := energy_of(model[name], rank, above[0])):
             # What is left pays for no further step.
             assert (above[0] - rank) * model[name].params_per_rank > left
             missed.append(gain)

@@ -8,7 +8,7 @@ from dynrank.adapters.load import swap_adapter
 from dynrank.adapters.read import open_adapter, open_stored, read_adapter
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze, squeeze_target, write_squeezed
 from dynrank.app.console import print_facts
-from dynrank.change.resize import LayerReport
+from dynrank.change.reports import LayerReport
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_table, shape_of_update
 from dynrank.output.output_folder import check_free

@@ -117,10 +117,11 @@ def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> Non
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     from dynrank.app.runs.job import build
-    from dynrank.driver.check import depends_on_data, final_ranks
+    from dynrank.driver.checks import depends_on_data, final_ranks
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
-    from dynrank.output.ranks import ranks, slot_line
+    from dynrank.output.ranks import ranks
+    from dynrank.output.slots import slot_line
 
     job = build(config, on_meta=True)
     model: Any = job.module.model
@@ -223,7 +224,7 @@ def export(
     """
     from dynrank.adapters.export import export_adapter
     from dynrank.app.console import print_facts
-    from dynrank.output.ranks import slot_line
+    from dynrank.output.slots import slot_line
 
     # export_adapter checks that it knows the server.
     server: Any = to

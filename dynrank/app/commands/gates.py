@@ -27,7 +27,7 @@ from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.app.tasks.loader import spread
 from dynrank.app.tasks.text_task import TextTask
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer, params_per_rank
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import directions_of, split
 from dynrank.targets import Budget, Rank, Target
@@ -55,7 +55,7 @@ class Gated:
         self.model, tokenizer = answering(adapter, model)
         self.examples = _examples(self.model, tokenizer, source, columns)
         layers = dict(lora_layers(self.model))
-        self._widths = {name: params_per_rank(layer) for name, layer in layers.items()}
+        self._widths = {name: layer.params_per_rank for name, layer in layers.items()}
         # transformers' losses of language models count the labels after the first position.
         terms = [int((e["labels"][:, 1:] != IGNORED).sum()) if self.model.can_generate() else 1 for e in self.examples]
         self._terms = torch.tensor(terms)

@@ -26,7 +26,7 @@ from transformers import (
 
 from dynrank.app.models.names import ModelSettings, hub_is_known, model_source, public_name
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import note
+from dynrank.layers.foreign import store_on
 from dynrank.layers.quantized import is_quantized
 
 # The errors of transformers and the libraries below it for files that they cannot use.
@@ -185,7 +185,7 @@ def _load(
         options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
     # An adapter says by these on which base it was trained; transformers itself forgets the revision.
-    note(model, "revision", settings.revision)
+    store_on(model, "revision", settings.revision)
     model.config.name_or_path = public_name(model.config.name_or_path)
     _keep_packing(model)
     if settings.gradient_checkpointing:

@@ -15,15 +15,16 @@ from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
 from dynrank.app.runs.config import PlanKeys, argument, plain
-from dynrank.app.runs.job import lacks_data, lora_arguments, make_task
+from dynrank.app.runs.job import lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
+from dynrank.driver.importance import bytes_held, shares_by_importance
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.private import FakeTensorMode
 
-_PARTS = ("weights", "adapter", "optimizer", "activations", "gradients", "logits")
+_PARTS = ("weights", "adapter", "optimizer", "importance", "activations", "gradients", "logits")
 # Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
@@ -46,6 +47,9 @@ class Need:
         of: number of parameters of the model without LoRA.
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained without LoRA.
+        optimizer: the optimizer's state.
+        importance: what the importance of layers is computed from, until the last stage of the schedule that shares
+            ranks by it; 0 if there is none.
         activations: the tensors that the forward saves for the backward.
         gradients: those of the adapter, when the backward ends.
         logits: two gradients of the logits in float32, when the backward begins.
@@ -58,6 +62,7 @@ class Need:
     weights: int
     adapter: int
     optimizer: int
+    importance: int
     activations: int
     gradients: int
     logits: int
@@ -65,7 +70,8 @@ class Need:
     @property
     def total(self) -> int:
         """The peak of a step, without what single operations take for a moment."""
-        return self.weights + self.adapter + self.optimizer + self.activations + max(self.gradients, self.logits)
+        lasting = self.weights + self.adapter + self.optimizer + self.importance
+        return lasting + self.activations + max(self.gradients, self.logits)
 
 
 def show_plan(config: DictConfig) -> None:
@@ -74,8 +80,11 @@ def show_plan(config: DictConfig) -> None:
     budget = _asked(config).budget
     print_facts(facts)
     print_table(_table(needs, budget))
-    print("total            weights + adapter + optimizer + activations + the larger of the last two: the gradients of")
-    print("                 the logits (two, in float32) when the backward begins, those of the adapter when it ends")
+    print("total            weights + adapter + optimizer + importance + activations + the larger of the last two: the")
+    print(
+        "                 gradients of the logits (two, in float32) when the backward begins, those of the adapter when"
+    )
+    print("                 it ends; importance: two copies of the factors, until ranks have been shared by importance")
     if budget is not None:
         fit = [need.rank for need in needs if need.total <= budget]
         lacking = needs[0].total - budget
@@ -122,6 +131,7 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     if rows is None or length is None:
         raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
     needs = []
+    measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
     for rank in sorted(set(asked.ranks)):
         model = _model(config, rank)
         for parameter in model.parameters() if dtype is not None else ():
@@ -129,7 +139,8 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
         factors = set(adapter_parameters(model))
         head = [p for p in model.parameters() if p.requires_grad and p not in factors]
         state = _optimizer_state_bytes(factors, head, plain(config.optimizer))
-        needs.append(_need(model, rank, (rows, length), autocast, state))
+        importance = bytes_held(adapter_parameters(model)) if measures else 0
+        needs.append(_need(model, rank, (rows, length), autocast, state, importance))
     name = config.task.get("model") or type(model).__name__
     packing = config.model.quantization
     base = str(model.dtype).removeprefix("torch.") if packing == "none" else packing
@@ -155,9 +166,14 @@ def _model(config: DictConfig, rank: int) -> PreTrainedModel:
 
 
 def _need(
-    model: PreTrainedModel, rank: int, batch: tuple[int, int], autocast: torch.dtype | None, optimizer: int
+    model: PreTrainedModel,
+    rank: int,
+    batch: tuple[int, int],
+    autocast: torch.dtype | None,
+    optimizer: int,
+    importance: int,
 ) -> Need:
-    """The need of a model with its LoRA layers; ``optimizer`` is the bytes of the optimizer's state."""
+    """The need of a model with its LoRA layers; ``optimizer`` and ``importance`` are in bytes."""
     ranks = [layer.rank for layer in own_layers(model).values()]
     parameters = sum(factor.numel() for factor in adapter_parameters(model))
     if hasattr(model.config, "use_cache"):
@@ -179,6 +195,7 @@ def _need(
         weights=weights,
         adapter=adapter,
         optimizer=optimizer,
+        importance=importance,
         activations=activations,
         gradients=adapter,
         logits=8 * logits,

@@ -91,9 +91,11 @@ def count_forward(model: nn.Module, batch: Mapping[str, Tensor], autocast: torch
 
     # transformers would read from the values of position_ids whether a row holds several sequences.
     one_sequence = patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
+    # Nor can the rows of each expert be counted, and one matrix allocates as much as several.
+    one_expert = patch("dynrank.layers.experts.grouped_product", lambda x_SI, w_EIO, ends: x_SI @ w_EIO[0])
     precision = torch.autocast("cpu", autocast) if autocast is not None else nullcontext()
     try:
-        with saved_tensors_hooks(save, lambda tensor: tensor), one_sequence, precision:
+        with saved_tensors_hooks(save, lambda tensor: tensor), one_sequence, one_expert, precision:
             logits = model(**batch).get("logits")
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(

@@ -27,7 +27,7 @@ from dynrank.app.runs.summary import Summary
 from dynrank.app.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training, stoppable
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
-from dynrank.driver.check import checked_metrics
+from dynrank.driver.checks import checked_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, configured, read_as, validated_call
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.frozen_base import check_base, left_out

@@ -10,7 +10,7 @@ from dynrank.callbacks.lightning import private
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import take_saved_ranks, trains_shards
 from dynrank.distributed.wrappers import unwrapped_optimizer
-from dynrank.driver.rates import mark
+from dynrank.driver.learning_rates import mark
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint

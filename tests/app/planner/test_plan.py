@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hydra.utils import instantiate
+from storages import storages_of
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,8 +18,11 @@ from dynrank.app.planner.plan import make_plan, show_plan
 from dynrank.app.runs.config import plain
 from dynrank.app.runs.job import lora_arguments
 from dynrank.app.tasks.optimizers import make_optimizer
+from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
+from dynrank.schedules import early_budget
+from dynrank.triggers import Run
 
 SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4}
@@ -128,7 +132,34 @@ def test_peak_of_a_step_is_that_of_torchs_own_allocator(small):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert need.total - need.weights - need.adapter - need.optimizer == pytest.approx(peak, rel=0.05)
+    lasting = need.weights + need.adapter + need.optimizer + need.importance
+    assert need.total - lasting == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("schedule", "precision"), [("early_budget", "32"), ("auto", "bf16-true"), ("fixed", "32")])
+def test_importance_counts_as_many_bytes_as_a_run_holds_after_real_steps(schedule, precision, small):
+    """They count only where the schedule shares ranks by importance."""
+    options, model = small("llama", "bfloat16" if precision == "bf16-true" else "float32")
+    (need,) = plan_of(*options, f"schedule={schedule}", f"trainer.precision={precision}")
+    dynrank.add_lora(model, rank=4, dtype=model.dtype)
+    optimizer = torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)
+    training = dynrank.Training(model, [optimizer])
+    driver = RankDriver(early_budget(2, at=0.9) if schedule != "fixed" else [])
+    driver.start(training, Run(10))
+    batch = torch.zeros(3, 24, dtype=torch.long)
+    for _ in range(3):
+        driver.advance(training)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        training.step += 1
+        driver.end_step(training)
+        optimizer.zero_grad()
+    real = sum(storages_of(driver, ["_layers", "_rates"]).values())
+    # A few numbers for each layer and each factor.
+    assert real - need.importance == (
+        0 if schedule == "fixed" else pytest.approx(0, abs=8 * 12 * len(own_layers(model)))
+    )
+    assert (need.importance > 0) is (schedule != "fixed")
 
 
 def test_tables_that_an_8_bit_optimizer_shares_count_for_each_parameter(small):
@@ -254,7 +285,7 @@ def test_the_table_adds_up_and_says_what_fits_the_budget(small, capsys):
         show_plan(dynrank.compose([*options, f"budget={budget}"], "plan"))
         out = capsys.readouterr().out
         assert said in out
-    rows = [line.split("│")[4:11] for line in out.splitlines() if line.startswith("│")]
+    rows = [line.split("│")[4:12] for line in out.splitlines() if line.startswith("│")]
     assert len(rows) == 2
     for row in rows:
         *held, gradients, logits, total = map(float, row)

@@ -67,7 +67,7 @@ def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state=reset"]),
+        (["optimizer.name=Adamax"], ["Adamax", 'optimizer_state="reset"']),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (
             ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],

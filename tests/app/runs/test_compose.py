@@ -12,7 +12,7 @@ import dynrank
 from dynrank.app import train
 from dynrank.app.runs.config import make, rank_pattern
 from dynrank.app.runs.job import make_scheduler
-from dynrank.driver.check import check_model
+from dynrank.driver.checks import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import after_convergence, early_budget
 from dynrank.triggers import Run

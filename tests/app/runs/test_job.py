@@ -34,12 +34,13 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert min(summary[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes")) > 0
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
     history = rows(smoke_run[0] / "rank_history.csv")
-    fields = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
-    assert list(history[0]) == [*fields, "brought", "brought_error"]
+    fields = ["step", "layer", "rank_before", "rank_after", "importance", "importance_error"]
+    assert list(history[0]) == [*fields, "energy_kept", "predicted_error", "reason"]
     assert [row["layer"] for row in history] == list(summary["final_ranks"])
     assert {(row["rank_before"], row["rank_after"]) for row in history} == {("32", "16")}
     assert all(0 < float(row["energy_kept"]) <= 1 for row in history)
-    assert all(float(row["brought"]) and float(row["brought_error"]) > 0 for row in history)
+    # No stage of this schedule shares ranks by importance.
+    assert {(row["importance"], row["importance_error"]) for row in history} == {("", "")}
 
 
 def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):

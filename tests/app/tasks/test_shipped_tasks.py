@@ -13,7 +13,7 @@ from dynrank.app import train
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs.job import build
 from dynrank.app.runs.report.record import read_metrics
-from dynrank.driver.check import final_ranks
+from dynrank.driver.checks import final_ranks
 
 MODULES = "[base64,csv,gzip,heapq,pprint,queue,random,shutil,statistics,textwrap]"
 TOKENS = {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}

@@ -68,7 +68,7 @@ def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
     compiled = torch.compile(layer, backend=backend)
     with torch.no_grad():
         for rank in range(1, 10):
-            dynrank.resize(layer, rank)
+            dynrank.resize(layer, rank, optimizers=())
             nn.init.normal_(layer.lora_B)
             x = torch.randn(2, 12)
             assert_close(compiled(x), layer.base(x) + layer.scaling * x @ layer.lora_A.mT @ layer.lora_B.mT)

@@ -21,7 +21,8 @@ from dynrank.app.runs.summary import Summary, read_summary
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
-from dynrank.output.ranks import layer_kinds, slot_rank
+from dynrank.output.ranks import layer_kinds
+from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.private import source_of
 
@@ -163,11 +164,11 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
         f"Ranks of {len(run.layers)} layers, the first → the last: a row for each block, a column for each kind of "
         "layer."
     )
-    brought = run.brought()
+    importance = run.importance()
     ranks = run.ranks()
-    if len({ranks[name][-1] for name in brought}) > 1:
+    if len({ranks[name][-1] for name in importance}) > 1:
         caption += (
-            " Where layers share a pool, the rank of each is in proportion to what it has brought (the table of layers "
+            " Where layers share a pool, the rank of each is in proportion to its importance (the table of layers "
             "has it): the decrease of the loss by its updates before the change, at least 0, plus its standard error."
         )
     yield "ranks", caption, plot.ranks(run)

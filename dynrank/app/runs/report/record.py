@@ -33,8 +33,8 @@ class LayerChange:
     rank_before: int
     rank_after: int
     reason: str
-    brought: float | Literal[""] = ""
-    brought_error: float | Literal[""] = ""
+    importance: float | Literal[""] = ""
+    importance_error: float | Literal[""] = ""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class RunRecord:
             ranks[name] = [own[0].rank_before if own else last, *(change.rank_after for change in own)]
         return ranks
 
-    def brought(self) -> dict[str, tuple[float, float]]:
-        """{layer: (what it had brought before its last change, the standard error)}, where that is known."""
+    def importance(self) -> dict[str, tuple[float, float]]:
+        """{layer: (its importance before its last change, the standard error)}, where that is known."""
         return {
-            layer.layer: (layer.brought, layer.brought_error)
+            layer.layer: (layer.importance, layer.importance_error)
             for change in self.history
             for layer in change.layers.values()
-            if layer.brought != "" and layer.brought_error != ""
+            if layer.importance != "" and layer.importance_error != ""
         }
 
 

@@ -36,10 +36,10 @@ def no_matplotlib(monkeypatch):
 
 def test_every_layer_has_a_row_with_its_ranks(report, folder):
     headings, *rows = report.table("The adapter's layers")
-    assert headings[:4] == ["layer", "d_out × d_in", "rank", "brought"]
+    assert headings[:4] == ["layer", "d_out × d_in", "rank", "importance"]
     # A layer that never changed has no row in the history.
-    brought = {row[0].split(".")[-1]: row[3] for row in rows}
-    assert brought == {"up": "0.2 ± 0.05", NASTY: "–", "head": "–"}
+    importance = {row[0].split(".")[-1]: row[3] for row in rows}
+    assert importance == {"up": "0.2 ± 0.05", NASTY: "–", "head": "–"}
     ranks = {row[0]: row[2] for row in rows}
     assert list(ranks) == list(json.loads((folder / "summary.json").read_text())["final_ranks"])
     assert ranks[f"layers.1.{NASTY}"] == "8 → 4 → 2"
@@ -77,7 +77,7 @@ def test_caption_of_the_ranks_says_why_they_differ(report, tmp_path):
     history = write_run(tmp_path) / "rank_history.csv"
     history.write_text(history.read_text().replace("20,layers.0.up,4,2", "20,layers.0.up,4,3"))
     for page, said in ((report, False), (Page(write_report(tmp_path)), True)):
-        assert ("in proportion to what it has brought" in page.captions()[1]) is said
+        assert ("in proportion to its importance" in page.captions()[1]) is said
 
 
 def test_configuration_and_what_was_given_are_there_word_for_word(report, folder):

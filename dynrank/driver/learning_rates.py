@@ -20,20 +20,20 @@ from dynrank.schedules import How
 LOW_RATE = 0.1
 
 
-def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
+def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
     """Factor of the adapters' learning rates for a change from the ranks ``before`` to the ranks ``after``."""
     if how.lr_factor == "sqrt":
         return sqrt(mean(before.values()) / mean(after.values()))
     return how.lr_factor
 
 
-# The factor that the rate of a param group contains. It stands in the group, so a checkpoint stores it with that rate.
-CARRIED = "rank_rate"
+# The key in a param group of the factor that its rate contains. So a checkpoint stores the factor with that rate.
+LR_FACTOR = "lr_factor"
 # The rates in a param group: the present one, and those by which torch's schedulers compute it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
-class Rates:
+class LearningRates:
     """Multiplies the learning rates of adapters by a factor.
 
     Where a param group has adapters alone and its schedulers are torch's, the factor is multiplied into the group's
@@ -80,8 +80,8 @@ class Rates:
         for index, group in enumerate(self._optimizer.param_groups if self._of_torch is not None else ()):
             own, others = self._parted(group["params"])
             if own and not others:
-                _multiply(group, index, self.factor / group[CARRIED], self._of_torch or [])
-                group[CARRIED] = self.factor
+                _multiply(group, index, self.factor / group[LR_FACTOR], self._of_torch or [])
+                group[LR_FACTOR] = self.factor
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
@@ -89,7 +89,7 @@ class Rates:
         groups = zip(self._optimizer.param_groups, raised, strict=True)
         return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 
-    def take_stepped(self) -> list[nn.Parameter]:
+    def pop_stepped(self) -> list[nn.Parameter]:
         """The optimizer's parameters, if it has made a step since the last call."""
         stepped = [p for group in self._optimizer.param_groups for p in group["params"]] if self._has_stepped else []
         self._has_stepped = False
@@ -104,7 +104,7 @@ class Rates:
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""
         # A group that was added after the start contains none.
-        return self.factor / float(group.get(CARRIED, 1.0))
+        return self.factor / float(group.get(LR_FACTOR, 1.0))
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
         self._has_stepped = True
@@ -139,7 +139,7 @@ class Rates:
 def mark(optimizer: Optimizer) -> None:
     """Let every param group say which factor its rate contains; a new one contains none."""
     for group in optimizer.param_groups:
-        group.setdefault(CARRIED, 1.0)
+        group.setdefault(LR_FACTOR, 1.0)
 
 
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
@@ -205,19 +205,21 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
         if others < len(group["params"]) and group.get("relative_step", False):
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates, but {name} computes its own; "
-                f"set lr_factor=1 (schedule.how.lr_factor), or {name}(..., lr=1e-3, relative_step=False)"
+                f"set lr_factor=1, or {name}(..., lr=1e-3, relative_step=False)",
+                "lr_factor",
             )
         # The d of torch's Adafactor is a setting.
         state = _GROUP_STATE & group.keys() if not isinstance(optimizer, Adafactor) else ()
         if 0 < others < len(group["params"]) and state:
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, but {name} keeps state in "
-                f"param group {number}, which also has {others} other parameters. Set lr_factor=1 "
-                "(schedule.how.lr_factor), or give the optimizer two groups:\n"
+                f"param group {number}, which also has {others} other parameters. Set lr_factor=1, "
+                "or give the optimizer two groups:\n"
                 "  own = list(dynrank.adapter_parameters(model))\n"
                 "  ids = {id(p) for p in own}\n"
                 "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
-                f'  {name}([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})'
+                f'  {name}([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})',
+                "lr_factor",
             )
 
 
@@ -230,5 +232,5 @@ def warn_of_low_rate(training: Training) -> None:
     if share < LOW_RATE:
         training.warn(
             f"the learning rate at the change of rank is {share:.1%} of its start, too low to recover from the change; "
-            "set an earlier schedule.deadline or a later decay (optimizer.decay)"
+            "set an earlier deadline or a later decay"
         )

@@ -1,4 +1,4 @@
-"""What the target of a stage is told of the layers: when the stage is due, and as expected before the run."""
+"""A stage that is due, and the states of the layers that its target reads: at present, or as expected before a run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrank.change.resize import Change, LayerDirections, LayerReport
-from dynrank.driver.brought import Contribution
+from dynrank.change.directions import LayerDirections
+from dynrank.change.reports import LayerReport
 from dynrank.driver.event import RankEvent
-from dynrank.driver.training import Training
-from dynrank.layers.base import RankedLayer, max_rank
+from dynrank.driver.importance import LayerImportance
+from dynrank.layers.base import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
 
@@ -28,7 +28,7 @@ class DueStage:
         reason: why it is due.
         layers: {name: layer} of the model.
         directions: the directions of the layers that are not pinned.
-        brought: what each layer has brought; empty if unknown.
+        importance: the importance of each layer; empty if unknown.
     """
 
     stage: Stage
@@ -36,55 +36,51 @@ class DueStage:
     reason: str
     layers: Mapping[str, RankedLayer]
     directions: LayerDirections
-    brought: Mapping[str, Contribution]
+    importance: Mapping[str, LayerImportance]
 
     def states(self) -> dict[str, LayerState]:
         """The state of each layer that the stage's target reads."""
         needs = self.stage.to.needs
-        worth = {name: share.worth for name, share in self.brought.items()} if "brought" in needs else {}
+        scores = {name: each.score for name, each in self.importance.items()} if "importance" in needs else {}
         values = self.directions.values() if "values" in needs else {}
         states = {}
         for name, layer in self.layers.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in needs else None
-            state = _state(layer, layer.rank, self.last, values.get(name, nothing), worth.get(name))
-            # A frozen layer has brought nothing, and a pool would cut off what it learned earlier.
+            state = _state(layer, layer.rank, self.last, values.get(name, nothing), scores.get(name))
+            # A frozen layer has no importance, and a pool would cut off what it learned earlier.
             trains = layer.lora_A.requires_grad or layer.lora_B.requires_grad
             states[name] = state if trains else replace(state, lowest=layer.rank, highest=layer.rank)
         return states
 
-    def change(self, training: Training) -> Change:
-        """The change to the ranks of the stage's target, which is not yet made."""
-        return training.compute(lambda: self.stage.to.ranks(self.states()), self.directions, self.stage.how)
-
     def event(self, step: int, reports: Sequence[LayerReport], reason: str, *, undone: bool = False) -> RankEvent:
-        """The event of a change, with what each of its layers has brought, where that is known."""
+        """The event of a change, with the importance of each of its layers, where that is known."""
         layers = []
         for report in reports:
-            share = self.brought.get(report.layer)
-            layers.append(report if share is None else replace(report, brought=share.value, brought_error=share.error))
+            known = self.importance.get(report.layer)
+            if known is not None:
+                report = replace(report, importance=known.value, importance_error=known.error)
+            layers.append(report)
         return RankEvent(step, reason, tuple(layers), undone)
 
 
 def expected_states(
     layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
 ) -> dict[str, LayerState]:
-    """The states at these ranks if all layers' values fall alike: 1, 1/2, 1/3, ..."""
+    """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
     falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
     return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
 
 
 def _state(
-    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, brought: float | None = None
+    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, importance: float | None = None
 ) -> LayerState:
     """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
     lowest = layer.final_rank or 1
-    highest = max_rank(layer)
+    highest = layer.max_rank
     if layer.pinned:
         lowest = highest = rank
     elif layer.final_rank is not None and last:
         highest = layer.final_rank
-    d_out = len(layer.lora_B)
-    d_in = layer.lora_A[0].numel()
     own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "num_products": layer.num_products}
-    return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
+    return LayerState(rank, layer.d_out, layer.d_in, lowest, highest, values=values, importance=importance, **own)

@@ -11,15 +11,15 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from transformers import Adafactor
 
-from dynrank.driver.rates import Rates, check_groups, rate_factor, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, check_groups, factor_of_change, warn_of_low_rate
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
 
 
 def test_factor_is_a_number_or_keeps_the_size_of_a_step():
-    assert rate_factor(How(lr_factor=2.0), {"q": 16}, {"q": 4}) == 2.0
-    assert rate_factor(How(lr_factor="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
+    assert factor_of_change(How(lr_factor=2.0), {"q": 16}, {"q": 4}) == 2.0
+    assert factor_of_change(How(lr_factor="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, chan
     for step in range(18):
         if step == changed_at:
             # The second one finds the factor in the group.
-            Rates(optimizer, [adapter], 3.0, [scheduler]).remove()
-            Rates(optimizer, [adapter], 3.0, [scheduler])
+            LearningRates(optimizer, [adapter], 3.0, [scheduler]).remove()
+            LearningRates(optimizer, [adapter], 3.0, [scheduler])
         before = adapter.item()
         optimizer.step()
         fresh_rates = [group["lr"] for group in fresh.param_groups]
@@ -111,7 +111,7 @@ def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
         optimizer = torch.optim.SGD([adapter], lr=0.5)
         schedulers = make(optimizer)
         before = adapter.item()
-        Rates(optimizer, [adapter], 3.0, schedulers)
+        LearningRates(optimizer, [adapter], 3.0, schedulers)
         optimizer.step()
         assert (optimizer.param_groups[0]["lr"], adapter.item() - before) == pytest.approx((0.5, 1.5))
         for scheduler in schedulers or ():
@@ -130,7 +130,7 @@ def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
         parts = optimizer, lr.LambdaLR(optimizer, lambda step: 0.5**step)
         for part, state in zip(parts, saved, strict=False):
             part.load_state_dict(state)
-        Rates(optimizer, [adapter], 3.0, [parts[1]])
+        LearningRates(optimizer, [adapter], 3.0, [parts[1]])
         return parts
 
     first = run()
@@ -159,7 +159,7 @@ def test_one_group_ends_in_the_bits_of_a_group_for_each(name):
         generator = torch.Generator().manual_seed(0)
         adapter, head = (nn.Parameter(torch.randn(64, 64, generator=generator)) for _ in range(2))
         optimizer = OPTIMIZERS[name](groups(adapter, head))
-        Rates(optimizer, [adapter], 3.0)
+        LearningRates(optimizer, [adapter], 3.0)
         for _ in range(3):
             for parameter in (adapter, head):
                 parameter.grad = torch.randn(64, 64, generator=generator)
@@ -171,12 +171,12 @@ def test_one_group_ends_in_the_bits_of_a_group_for_each(name):
         assert torch.equal(value, expected)
 
 
-def test_checkpoint_of_a_mixed_group_has_no_rate_factor(pair):
+def test_checkpoint_of_a_mixed_group_has_no_lr_factor(pair):
     runs = []
     for factor in (3.0, 1.0):
         adapter, head = copy.deepcopy(pair)
         optimizer = torch.optim.SGD([head, adapter], lr=0.5, momentum=0.9)
-        Rates(optimizer, [adapter], factor)
+        LearningRates(optimizer, [adapter], factor)
 
         def interrupted(optimizer=optimizer):
             runs.append(optimizer.state_dict())
@@ -219,7 +219,7 @@ def test_optimizer_that_computes_its_own_rate_is_refused_a_factor(pair):
 def test_group_that_is_added_later_has_no_part_of_the_factor(pair):
     adapter, head = pair
     optimizer = torch.optim.SGD([adapter], lr=0.5)
-    Rates(optimizer, [adapter], 3.0)
+    LearningRates(optimizer, [adapter], 3.0)
     optimizer.add_param_group({"params": [head]})
     optimizer.step()
     assert (adapter.item(), head.item()) == pytest.approx((1.5, 0.5))
@@ -230,7 +230,7 @@ def test_adapters_in_a_group_that_is_added_later_follow_its_scheduler(pair):
     optimizer = torch.optim.SGD([head], lr=0.5)
     scheduler = lr.StepLR(optimizer, 1, 0.5)
     optimizer.add_param_group({"params": [adapter]})
-    rates = Rates(optimizer, [adapter], 3.0, [scheduler])
+    rates = LearningRates(optimizer, [adapter], 3.0, [scheduler])
     for expected in (1.5, 3.0, 4.5):
         optimizer.step()
         scheduler.step()

@@ -11,8 +11,8 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.rates import check_groups
-from dynrank.driver.states import expected_states
+from dynrank.driver.due import expected_states
+from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
@@ -23,7 +23,7 @@ from dynrank.targets import Budget, Unchanged
 from dynrank.targets.base import UNBOUNDED
 from dynrank.triggers import Run, Trigger
 
-CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
+CHECK_MONITOR = "check_monitor of How"
 
 
 # Where a schedule leads
@@ -52,7 +52,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError(
-            "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)"
+            "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it", "target_modules"
         )
     free = [name for name, layer in layers.items() if not layer.pinned and layer.final_rank is None]
     if not free:
@@ -108,7 +108,7 @@ def _faults(
         after = stage.to.ranks(expected_states(layers, shifted, last=last))
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
-    return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})} (lora.rank)"]
+    return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]
 
 
 def check_training(training: Training, stages: Collection[Stage], *, measure: bool = False) -> None:
@@ -123,7 +123,8 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
     if stages and any(factor.dtype == torch.float16 for factor in factors):
         raise ConfigurationError(
             "adapters are in float16 (as by precision=16-true), where Adam's eps of 1e-8 is zero and the first steps "
-            "give NaN; keep them in float32 or bfloat16: set trainer.precision=16-mixed or bf16-true"
+            'give NaN; keep them in float32 or bfloat16: set precision="16-mixed" or "bf16-true"',
+            "precision",
         )
     for how in (stage.how for stage in stages):
         for optimizer in training.optimizers:
@@ -132,12 +133,14 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
-                f"none: {training.validate_by}, or set schedule.how.max_regression=null"
+                f"none: {training.validate_by}, or set max_regression=None",
+                "max_regression",
             )
     if measure and not training.validates:
         raise ConfigurationError(
             f"measure=True validates before and after each change; this run has no validation: {training.validate_by}, "
-            "or set measure=False"
+            "or set measure=False",
+            "measure",
         )
 
 
@@ -145,7 +148,7 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
 
 
 def observed_metrics(stages: Sequence[Stage]) -> dict[str, str]:
-    """{metric that a trigger reads: the argument that names it, for error messages}."""
+    """{metric that a trigger reads: the argument that names it, ``monitor of Plateau``, for errors}."""
     triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
     return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
 
@@ -154,14 +157,14 @@ def _argument(trigger: Trigger, name: str) -> str:
     values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
     named = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
     argument = named[0] if named else "monitors"
-    return f"{argument} of {type(trigger).__name__} (schedule.trigger.{argument})"
+    return f"{argument} of {type(trigger).__name__}"
 
 
 def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
     """The same for the metrics that check or ``measure`` a change; a validation must log them."""
     hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
-    # Whoever writes another How leaves out what the schedule's own has.
-    return {how.check_monitor: f"{CHECK_MONITOR}, beside lr_factor={how.lr_factor!r}," for how in hows}
+    # Whoever writes another How has to repeat what the schedule's own has.
+    return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
 
 
 def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
@@ -178,14 +181,18 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measur
     if its prefix (such as ``val/``) is that of a logged one.
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
-    names = {name: said for name, said in observed_metrics(stages).items() if name.partition("/")[0] in groups}
+    observed = observed_metrics(stages)
+    names = {name: argument for name, argument in observed.items() if name.partition("/")[0] in groups}
     names |= checked_metrics(stages, measure=measure)
     for name in names.keys() - set(logged):
-        raise ConfigurationError(
-            f"{_not_logged(name, names, logged)}; if later validations log it, set trainer.num_sanity_val_steps=0"
-        )
+        raise _not_logged(name, names, logged, "; if later validations log it, set num_sanity_val_steps=0")
 
 
-def _not_logged(name: str, arguments: Mapping[str, str], logged: Collection[str]) -> ConfigurationError:
+def _not_logged(
+    name: str, arguments: Mapping[str, str], logged: Collection[str], advice: str = ""
+) -> ConfigurationError:
     found = ", ".join(map(repr, sorted(logged)))
-    return ConfigurationError(f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}")
+    argument = arguments[name].partition(" ")[0]
+    return ConfigurationError(
+        f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}{advice}", argument
+    )

@@ -1,4 +1,4 @@
-"""What layers have brought, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
+"""The importance of layers, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
 
 import copy
 import io
@@ -10,17 +10,19 @@ from by_hand import ByHand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from storages import storages_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import dynrank
-from dynrank.driver.brought import Brought
 from dynrank.driver.driver import RankDriver
+from dynrank.driver.importance import Importance, bytes_held
 from dynrank.driver.training import Training
 from dynrank.muon import Muon
 from dynrank.schedules import Stage
-from dynrank.targets import Budget, LayerState
+from dynrank.targets import Budget, LayerState, Rank
 from dynrank.triggers import At, Run
 
 X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
@@ -68,22 +70,22 @@ def model_of(dtype=torch.float32):
 )
 def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
     model = model_of(dtype).to(dtype)
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
     trained(model, 12, measured, hand, optimizer=OPTIMIZERS[name], dtype=dtype)
-    for layer, share in measured.contributions().items():
+    for layer, share in measured.of_layers().items():
         terms = hand.terms(layer)
         assert len(terms) == 11
         assert share.value == pytest.approx(sum(terms), rel=1e-4, abs=1e-7)
         assert share.error == pytest.approx(stdev(terms) * 11**0.5, rel=1e-4, abs=1e-7)
-    assert measured.contributions()["idle"] == (0.0, 0.0)
-    assert measured.contributions()["twice"].value > 0
+    assert measured.of_layers()["idle"] == (0.0, 0.0)
+    assert measured.of_layers()["twice"].value > 0
 
 
 def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
     """With one batch and small steps, up to the second order."""
     model = model_of()
-    before = Brought(dict(dynrank.lora_layers(model)))
+    before = Importance(dict(dynrank.lora_layers(model)))
     losses = []
 
     def step(_, made, __):
@@ -93,8 +95,8 @@ def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
         made.step()
 
     trained(model, 20, before, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), backward=step)
-    brought = sum(share.value for share in before.contributions().values())
-    assert brought == pytest.approx(losses[0] - losses[-1], rel=0.02)
+    importance = sum(share.value for share in before.of_layers().values())
+    assert importance == pytest.approx(losses[0] - losses[-1], rel=0.02)
 
 
 def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
@@ -108,12 +110,12 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
 
     plain = model_of()
     scaled = model_of()
-    seen = [Brought(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
+    seen = [Importance(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
     trained(plain, 10, seen[0], backward=lambda loss, made, step: ((1024 * loss).backward(), step > 0 and made.step()))
     trained(scaled, 10, seen[1], backward=step)
     assert scaler.get_scale() < 2.0**127
-    for name, share in seen[0].contributions().items():
-        assert seen[1].contributions()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
+    for name, share in seen[0].of_layers().items():
+        assert seen[1].of_layers()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
 
 
 def in_halves(model, x, target):
@@ -152,14 +154,14 @@ def test_ways_to_make_a_step_bring_the_same(way, tolerance):
     found = []
     for make_gradients in (backward, way):
         model = model_of()
-        measured = Brought(dict(dynrank.lora_layers(model)))
+        measured = Importance(dict(dynrank.lora_layers(model)))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for x in X[:10]:
             optimizer.zero_grad()
             make_gradients(model, x, x.roll(1, -1))
             optimizer.step()
             measured.end_step()
-        found.append(measured.contributions())
+        found.append(measured.of_layers())
     for name in ("words", "twice"):
         assert found[1][name].value == pytest.approx(found[0][name].value, rel=tolerance)
 
@@ -178,7 +180,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
     )
     names = ["q_proj", "experts.down_proj", "embed_tokens"]
     model = dynrank.add_lora(MixtralForCausalLM(config), rank=3, target_modules=names)
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tokens = torch.randint(24, (8, 2, 10), generator=torch.Generator().manual_seed(0))
@@ -188,7 +190,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
         optimizer.step()
         measured.end_step()
         hand.end_step()
-    found = measured.contributions()
+    found = measured.of_layers()
     assert any("experts" in name for name in found)
     assert any("embed_tokens" in name for name in found)
     for name, share in found.items():
@@ -198,7 +200,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
 
 def test_step_without_finite_gradients_is_left_out():
     model = model_of()
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
 
     def step(loss, made, number):
@@ -210,23 +212,116 @@ def test_step_without_finite_gradients_is_left_out():
 
     trained(model, 10, measured, hand, backward=step)
     terms = hand.terms("twice")
-    assert measured.contributions()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
-    assert measured.contributions()["words"].value == pytest.approx(
+    assert measured.of_layers()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
+    assert measured.of_layers()["words"].value == pytest.approx(
         sum(hand.terms("words")) - hand.terms("words")[4], rel=1e-5
     )
 
 
 def test_ranks_that_somebody_else_has_changed_start_the_updates_anew():
     model = model_of()
-    measured = Brought(dict(dynrank.lora_layers(model)))
+    measured = Importance(dict(dynrank.lora_layers(model)))
     trained(model, 5, measured)
-    dynrank.resize(model, 2)
+    dynrank.resize(model, 2, optimizers=())
     trained(model, 1, measured)
-    before = measured.contributions()
+    before = measured.of_layers()
     trained(model, 1, measured)
-    assert measured.contributions() == before
+    assert measured.of_layers() == before
     trained(model, 1, measured)
-    assert measured.contributions() != before
+    assert measured.of_layers() != before
+
+
+def test_layers_of_several_dtypes_get_the_sums_of_a_loop_by_hand():
+    """Each dtype has a buffer of its own; a factor of 1,500 numbers fills a block and a part of the next."""
+    torch.manual_seed(0)
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(6, 500), nn.Tanh(), nn.Linear(500, 6)), rank=3, backend="reference")
+    net[2].lora_A.data = net[2].lora_A.data.bfloat16()
+    net[0].lora_B.data = net[0].lora_B.data.double()
+    measured = Importance(dict(dynrank.lora_layers(net)))
+    hand = ByHand(net)
+    trained(net, 8, measured, hand, optimizer=OPTIMIZERS["SGD"])
+    for name, found in measured.of_layers().items():
+        assert found.value == pytest.approx(sum(hand.terms(name)), rel=1e-4, abs=1e-9)
+        assert found.value != 0
+
+
+def test_loaded_state_goes_on_bit_for_bit():
+    """From a step in which one layer had no gradient, so that its update waits."""
+    model = model_of()
+    layers = dict(dynrank.lora_layers(model))
+    measured = Importance(layers)
+    trained(model, 4, measured)
+    model.words.requires_grad_(False)
+    trained(model, 1, measured)
+    other = Importance(layers)
+    state = io.BytesIO()
+    torch.save(measured.state_dict(), state)
+    state.seek(0)
+    other.load_state_dict(torch.load(state, weights_only=True))
+    for factor in (model.words.lora_A, model.words.lora_B):
+        factor.requires_grad_(True)
+    trained(model, 4, measured, other)
+    for name, tensor in measured.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that torch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_in_a_step(layers, target):
+    """How many operations the driver dispatches after a step."""
+    model = dynrank.add_lora(nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))), rank=2)
+    driver = RankDriver(Stage(At(step=15), target))
+    driven(driver, model, range(5))
+    optimizer = torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)
+    model(X[5]).square().mean().backward()
+    training = Training(model, [optimizer], step=6)
+    with Counted() as counted:
+        driver.end_step(training)
+    return counted.count
+
+
+def test_step_takes_as_many_operations_for_few_layers_as_for_many():
+    few, many = (operations_in_a_step(layers, Budget(share=0.5)) for layers in (8, 224))
+    assert 0 < few == many <= 40
+
+
+@pytest.mark.parametrize("target", [Rank(1), Budget(share=0.5, by="weight")])
+def test_step_takes_no_operation_where_no_stage_asks_for_importance(target):
+    assert operations_in_a_step(8, target) == 0
+
+
+def test_importance_is_measured_until_the_last_stage_that_asks_for_it():
+    model = model_of()
+    shared = Stage(At(step=10), Budget(share=0.8))
+    driver = RankDriver([Stage(At(step=5), Rank(2)), shared, Stage(At(step=15), Rank(1))])
+    driven(driver, model, range(20))
+    known = [[layer.importance is not None for layer in event.layers] for event in driver.history]
+    assert [set(each) for each in known] == [{True}, {True}, {False}]
+    assert driver.state_dict()["importance"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_held_are_those_of_two_copies_of_each_factor(dtype):
+    torch.manual_seed(0)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 1024), nn.Linear(1024, 6)), rank=4, dtype=dtype).to(dtype)
+    measured = Importance(dict(dynrank.lora_layers(model)))
+    trained(model, 4, measured, dtype=dtype)
+    factors = dynrank.adapter_parameters(model)
+    held = bytes_held(factors)
+    # Three sums by layer, two flags, and three numbers of each factor.
+    assert 0 <= sum(storages_of(measured, ["_layers"]).values()) - held <= 8 * (3 * 2 + 3 * 4 + 2 * 4)
+    # Each small factor is filled up to a block.
+    assert held == pytest.approx(sum(factor.numel() * (dtype.itemsize + 4) for factor in factors), rel=0.3)
 
 
 # Ranks
@@ -255,7 +350,7 @@ def problems(draw):
     sizes = draw(st.sampled_from([[10], [10, 25]]))
     widths = [sizes[index % len(sizes)] for index in range(count)]
     layers = {
-        f"{index}": LayerState(rank, size, size, brought=value)
+        f"{index}": LayerState(rank, size, size, importance=value)
         for index, (value, rank, size) in enumerate(zip(values, ranks, widths, strict=True))
     }
     least, most = (sum(layers[n].params_per_rank * r for n, r in of.items()) for of in (
@@ -266,12 +361,12 @@ def problems(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
+def test_ranks_are_in_proportion_to_importance(problem):
     layers, pool = problem
     ranks = Budget(parameters=pool).ranks(layers)
     sizes = {name: layer.params_per_rank for name, layer in layers.items()}
     expected = bisected(
-        {name: layer.brought for name, layer in layers.items()},
+        {name: layer.importance for name, layer in layers.items()},
         sizes,
         {name: layer.rank for name, layer in layers.items()},
         pool,
@@ -286,8 +381,8 @@ def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
         assert sum(count * sizes[name] for name, count in extra.items()) <= left < max(sizes.values())
 
 
-def state(brought, rank=8, **options):
-    return LayerState(rank, 10, 10, brought=brought, **options)
+def state(importance, rank=8, **options):
+    return LayerState(rank, 10, 10, importance=importance, **options)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +397,7 @@ def state(brought, rank=8, **options):
         ({"final_rank": 6}, [1.0, 1.0, 0.0], [8, 8, 1]),
     ],
 )
-def test_bounds_of_ranks_by_what_layers_have_brought(budget, layers, expected):
+def test_bounds_of_ranks_by_importance(budget, layers, expected):
     states = {f"{index}": state(value) for index, value in enumerate(layers)}
     assert [*Budget(**budget).ranks(states).values()] == expected
 
@@ -354,9 +449,9 @@ def test_optimizers_that_step_in_turn_are_judged_by_their_next_own_gradients():
         updates[name] = [p.detach() - old for p, old in zip(factors[name], before, strict=True)]
         training.step += 1
         driver.end_step(training)
-    measured = Brought(layers)
-    measured.load_state_dict(driver.state_dict()["brought"])
-    for name, share in measured.contributions().items():
+    measured = Importance(layers)
+    measured.load_state_dict(driver.state_dict()["importance"])
+    for name, share in measured.of_layers().items():
         assert share.value == pytest.approx(sum(terms[name]), rel=1e-9)
         assert share.error == pytest.approx(stdev(terms[name]) * len(terms[name]) ** 0.5, rel=1e-9)
 
@@ -366,9 +461,9 @@ def test_second_start_of_the_same_layers_goes_on_with_the_sums():
     model = model_of()
     driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
     driven(driver, model, range(5))
-    first = driver.state_dict()["brought"]
+    first = driver.state_dict()["importance"]
     driven(driver, model, range(5, 10))
-    second = driver.state_dict()["brought"]
+    second = driver.state_dict()["importance"]
     # The layer that no loss reaches has none.
     assert (first["steps"].tolist(), second["steps"].tolist()) == ([4, 4, 0], [8, 8, 0])
 
@@ -389,12 +484,12 @@ def test_run_leaves_nothing_on_a_model_that_is_copied_stored_or_used_again(by_pe
     torch.save(model, file)
     file.seek(0)
     copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
-    before = interrupted.state_dict()["brought"]["sums"]
+    before = interrupted.state_dict()["importance"]["sums"]
     drivers = [RankDriver(schedule) for _ in range(3)]
     for driver, each in zip(drivers, [*copies, model], strict=True):
         driven(driver, each, range(5))
-    assert torch.equal(interrupted.state_dict()["brought"]["sums"], before)
-    first, *others = [driver.state_dict()["brought"]["sums"] for driver in drivers]
+    assert torch.equal(interrupted.state_dict()["importance"]["sums"], before)
+    first, *others = [driver.state_dict()["importance"]["sums"] for driver in drivers]
     assert first.any()
     assert all(torch.equal(first, other) for other in others)
 
@@ -405,6 +500,6 @@ def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
     driven(driver, model, range(5))
     state = driver.state_dict()
     other = RankDriver(Stage(At(step=15), Budget(share=0.5)))
-    other.load_state_dict({**state, "rate_factor": 2.0})
-    assert other.state_dict()["rate_factor"] == 2.0
-    assert torch.equal(other.state_dict()["brought"]["sums"], state["brought"]["sums"])
+    other.load_state_dict({**state, "lr_factor": 2.0})
+    assert other.state_dict()["lr_factor"] == 2.0
+    assert torch.equal(other.state_dict()["importance"]["sums"], state["importance"]["sums"])
