@@ -236,7 +236,7 @@ def test_a_cut_runs_few_files(fit):
     scheduler = RankScheduler(Stage(At(step=8), Budget(share=0.5)))
     advance = scheduler.driver.advance
     # The hook of the callback itself calls the driver.
-    files = {"callbacks/rank_scheduler.py"}
+    files = {"callbacks/lightning/rank_scheduler.py"}
 
     def note(frame, event, _):
         path = Path(frame.f_code.co_filename)

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.callbacks.transformers import follow
+from dynrank.callbacks.transformers.training import follow
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import GrowTo, Rank

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from dynrank.callbacks.transformers import (
+from dynrank.callbacks.transformers.training import (
     HFTraining,
     calling_trainer,
     follow,
