@@ -86,6 +86,11 @@ def last_saved(callback: ModelCheckpoint) -> str:
     return str(callback._last_checkpoint_saved)
 
 
+def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
+    """Let a ModelCheckpoint save into the file ``path`` now."""
+    callback._save_checkpoint(trainer, path)
+
+
 def save_now(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``."""
     metrics = callback._monitor_candidates(trainer)

@@ -1,39 +1,31 @@
-"""transformers' Trainer as a training run whose ranks change, and its checkpoints, also in FSDP2's shards."""
+"""transformers' Trainer as a training run whose ranks change."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from dynrank.adapters.save import save_adapter
 from dynrank.distributed.processes import process_count
-from dynrank.distributed.sharding import take_saved_ranks
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
-from dynrank.driver.rates import mark
 from dynrank.driver.training import Training
-from dynrank.layers.finding import lora_layers, own_layers
-from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
-from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.triggers import Run
 
 
-class HFTraining(Training):
-    """The present state of a run of transformers' Trainer; made anew for each event.
+class TrainerTraining(Training):
+    """A run of transformers' Trainer.
+
+    Make it when training starts, because it looks through all modules; :meth:`now` is cheap.
 
     Args:
         trainer: the Trainer, during ``train``.
         event: the arguments of the event by which the Trainer has called a callback.
-        evaluate: evaluates the present model; None: changes cannot be validated.
-        logged: the last value of every metric.
-        steps_uncounted: optimizer steps that the Trainer has made and not yet counted.
+        evaluate: evaluates the present model; None: ``trainer.evaluate``, if the Trainer has an ``eval_dataset``.
+        metrics: the last value of every metric, which the caller updates.
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
@@ -43,37 +35,51 @@ class HFTraining(Training):
         trainer: Trainer,
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
-        logged: Mapping[str, float],
-        steps_uncounted: int = 0,
+        metrics: Mapping[str, float],
     ) -> None:
         scheduler = event.get("lr_scheduler")
         schedulers = None if scheduler is None else [scheduler]
-        step = trainer.state.global_step + steps_uncounted
-        super().__init__(event["model"], [event["optimizer"]], step, schedulers=schedulers)
+        super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step, schedulers=schedulers)
         self.ddp = ddp_modules(trainer.model_wrapped)
         self.trainer = trainer
         self._event = event
         self._evaluate = evaluate
-        self._logged = logged
+        self._metrics = metrics
+
+    def now(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
+        """The run itself, at its present step, in which the Trainer has called a callback with ``event``.
+
+        ``steps_uncounted``: optimizer steps that the Trainer has made and not yet counted.
+        """
+        self.step = self.trainer.state.global_step + steps_uncounted
+        self._event = event
+        return self
 
     def logged(self) -> Mapping[str, float]:
-        return self._logged
+        return self._metrics
+
+    @property
+    def _evaluation(self) -> Callable[[], Mapping[str, Any]] | None:
+        """What evaluates the present model; None: changes cannot be validated."""
+        own = None if self.trainer.eval_dataset is None else self.trainer.evaluate
+        return self._evaluate or own
 
     @property
     def validates(self) -> bool:
-        return self._evaluate is not None
+        return self._evaluation is not None
 
     def validate(self) -> Mapping[str, float]:
         """Evaluate in addition to the run's own evaluations; no callback is called, and nothing is logged."""
+        evaluate = self._evaluation
         # The driver checks `validates` first.
-        assert self._evaluate is not None
+        assert evaluate is not None
         handler = self.trainer.callback_handler
         history = self.trainer.state.log_history
         present = handler.callbacks
         handler.callbacks = []
         logged = len(history)
         try:
-            return numbers(self._evaluate())
+            return numeric_metrics(evaluate())
         finally:
             handler.callbacks = present
             del history[logged:]
@@ -89,23 +95,23 @@ class HFTraining(Training):
 
     def validate_share(self, most: int) -> Mapping[str, float]:
         """As :meth:`validate`, with a share of the rows of the Trainer's evaluation sets."""
-        whole = self.trainer.eval_dataset
+        all_rows = self.trainer.eval_dataset
         arguments = self.trainer.args
         persistent = arguments.dataloader_persistent_workers
         assert self.validation_batches is not None
         apart = -(-self.validation_batches // most)
         few = {name: _every(rows, apart) for name, rows in self._evaluation_sets().items()}
-        self.trainer.eval_dataset = few if isinstance(whole, dict) else few[""]
+        self.trainer.eval_dataset = few if isinstance(all_rows, dict) else few[""]
         # Otherwise the Trainer would keep one loader for these rows and for its own evaluations.
         arguments.dataloader_persistent_workers = False
         try:
             return self.validate()
         finally:
-            self.trainer.eval_dataset = whole
+            self.trainer.eval_dataset = all_rows
             arguments.dataloader_persistent_workers = persistent
 
     def _evaluation_sets(self) -> dict[str, Any]:
-        """{name: the rows}; one set alone has the name ""."""
+        """{name: the rows}; a single set has the name ""."""
         rows = self.trainer.eval_dataset
         if isinstance(rows, dict):
             return rows
@@ -133,69 +139,15 @@ def _every(rows: Any, apart: int) -> Any:
     return rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
 
 
-def calling_trainer() -> Trainer:
-    """The Trainer that is calling this event."""
-    # Neither an event's arguments nor any public method of a callback leads to the Trainer (transformers 5.24), and
-    # callbacks are made before it is. Without its list of callbacks, changes could not be logged or told to others.
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            return found
-        frame = frame.f_back
-    raise RuntimeError("the events of RankTrainerCallback have to be called by transformers' Trainer")
-
-
-def ranks_of(model: nn.Module) -> list[int]:
-    """The rank of each LoRA layer."""
-    return [layer.rank for _, layer in lora_layers(model)]
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``metrics``; eval_loss is val/loss, too."""
     found = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return found | {f"val/{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
 
 
-def follow(model: nn.Module) -> None:
-    """Let ``model`` load checkpoints of other ranks; one of :func:`dynrank.add_lora` saves itself so that they fit."""
-    follow_checkpoint_ranks(model)
-    if own_layers(model) and hasattr(model, "save_pretrained"):
-        model.save_pretrained = partial(_save_with_adapter, model)  # type: ignore[assignment]
-
-
-def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
-    """Save what the Trainer resumes from, and the adapter in PEFT's format."""
-    adapted = bool(own_layers(model))
-    if adapted and isinstance(model, PreTrainedModel):
-        state = without_base(model, options.get("state_dict") or model.state_dict(), trained=())
-        # The Trainer loads by the model's own names, to which it does not translate those of transformers' files.
-        options |= {"state_dict": with_marks_as_tensors(state), "save_original_format": False}
-    type(model).save_pretrained(model, folder, **options)
-    if adapted and options.get("is_main_process", True):
-        save_adapter(model, folder)
-
-
-def resume_from_shards() -> None:
-    """Let the Trainer resume from FSDP2's checkpoints, which are loaded into tensors, and under keys, that exist.
-
-    What needs accelerate is imported here, because it is installed only if transformers' Trainer is used.
-    """
-    from accelerate.utils.constants import FSDP_MODEL_NAME
-
-    trainer: Any = calling_trainer()
-    train = trainer.train
-
-    @wraps(train)
-    def from_any_ranks(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder: Any = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(trainer.args.output_dir)
-        if folder:
-            shards = Path(folder) / f"{FSDP_MODEL_NAME}_0"
-            if shards.is_dir():
-                take_saved_ranks(trainer.model, shards, prefix="model.")
-            mark(trainer.create_optimizer())
-        return train(resume_from_checkpoint, *args, **kwargs)
-
-    trainer.train = from_any_ranks
+def run_length(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:
+    """The length of the run."""
+    batches = len(dataloader) if has_length(dataloader) else None
+    return Run(
+        int(state.max_steps), None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
+    )

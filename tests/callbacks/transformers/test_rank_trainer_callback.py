@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.callbacks.transformers.training import follow
+from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import GrowTo, Rank
@@ -333,7 +333,7 @@ def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_p
             (Path(folder) / "whole").write_text("")
 
     model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
-    follow(model)
+    prepare_checkpoints(model)
     model.save_pretrained(str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}
 
