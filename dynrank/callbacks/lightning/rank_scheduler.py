@@ -198,11 +198,13 @@ def _check_callbacks(scheduler: RankScheduler, trainer: Trainer) -> None:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigurationError(
                 f"{type(callback).__name__} averages weights of one rank, and the schedule changes ranks: take one of "
-                "the two out of callbacks"
+                "the two out of callbacks",
+                "callbacks",
             )
     others = [c for c in trainer.callbacks if isinstance(c, RankScheduler) and c is not scheduler]  # type: ignore[attr-defined]
     if others:
         raise ConfigurationError(
             f"one scheduler changes the ranks of a run, got {type(scheduler).__name__} and {type(others[0]).__name__} "
-            "in callbacks; join their stages in one list, RankScheduler([*first, *second])"
+            "in callbacks; join their stages in one list, RankScheduler([*first, *second])",
+            "callbacks",
         )

@@ -40,12 +40,10 @@ def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
 def resume_from_shards(trainer: Trainer) -> None:
     """Let the Trainer resume from FSDP2's checkpoints, which are loaded into tensors, and under keys, that exist.
 
-    A second call does nothing. accelerate is imported here, because it is slow and few runs need it.
+    accelerate is imported here, because it is slow and few runs need it.
     """
     from accelerate.utils.constants import FSDP_MODEL_NAME
 
-    if "train" in vars(trainer):
-        return
     train = trainer.train
 
     @wraps(train)
@@ -60,4 +58,4 @@ def resume_from_shards(trainer: Trainer) -> None:
             mark(trainer.create_optimizer())
         return train(resume_from_checkpoint, *args, **kwargs)
 
-    trainer.train = from_any_ranks  # type: ignore[method-assign]
+    trainer.train = from_any_ranks

@@ -174,7 +174,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if sum(isinstance(callback, RankTrainerCallback) for callback in handler.callbacks) > 1:
             raise ConfigurationError(
                 "one RankTrainerCallback changes the ranks of a run, got several in callbacks; join their stages in "
-                "one list, RankTrainerCallback([*first, *second])"
+                "one list, RankTrainerCallback([*first, *second])",
+                "callbacks",
             )
         # So a change behind the last step is reported before TensorBoard and others close their files.
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]

@@ -8,7 +8,7 @@ from transformers import Trainer
 def calling_trainer() -> Trainer:
     """The Trainer that is calling this event."""
     # Neither an event's arguments nor any public method of a callback leads to the Trainer (transformers 5.24), and
-    # callbacks are made before it is. Without its list of callbacks, changes could not be logged or told to others.
+    # callbacks are made before it is. Without its list of callbacks, changes could not be logged or reported to others.
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")

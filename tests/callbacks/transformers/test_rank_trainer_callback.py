@@ -81,7 +81,9 @@ def trainer(folder, model, callback, dataset=None, evaluated=None, **options):
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
     dataset = dataset or data()
     evaluated = evaluated or dataset
-    return Trainer(model, arguments, train_dataset=dataset, eval_dataset=evaluated, callbacks=[callback])
+    return Trainer(
+        model, arguments, train_dataset=dataset, eval_dataset=evaluated, callbacks=[callback] if callback else []
+    )
 
 
 # For each: the model, the stages, options of the Trainer, and the changes.
@@ -110,6 +112,78 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(name, 
         made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
         assert resumed.history == whole.history
         assert_same(again, model, start)
+
+
+@pytest.mark.parametrize("make", [own, wrapped])
+def test_attached_callback_does_what_the_constructor_s_does_also_in_a_resumed_run(
+    make, assert_same, tmp_path, monkeypatch
+):
+    """And no stack is walked."""
+    reference = make()
+    schedule = RankTrainerCallback(SHRINK_AND_GROW)
+    trainer(tmp_path / "reference", reference, schedule).train()
+    monkeypatch.delattr("dynrank.callbacks.transformers.rank_trainer_callback.calling_trainer")
+    # Checkpoints before the first change, at it, and after the second one.
+    for start in (None, 2, 4, 8):
+        model = make()
+        made = trainer(tmp_path, model, None, **SAVING)
+        attached = RankTrainerCallback(SHRINK_AND_GROW)
+        assert attached.attach(made) is attached
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
+        assert attached.history == schedule.history
+        assert_same(model, reference, start)
+    if make is wrapped:
+        late = trainer(tmp_path, make(), None)
+        late.add_callback(RankTrainerCallback(SHRINK_AND_GROW))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_attaching_checks_the_arguments_and_adds_the_callback_once(tmp_path):
+    made = trainer(tmp_path, own(), None, restore_callback_states_from_checkpoint=True)
+    with pytest.raises(ConfigurationError, match="set it to False") as raised:
+        RankTrainerCallback(CUT).attach(made)
+    assert raised.value.arguments == ("restore_callback_states_from_checkpoint",)
+    schedule = RankTrainerCallback(CUT)
+    made = trainer(tmp_path, own(), schedule)
+    schedule.attach(made)
+    assert made.callback_handler.callbacks.count(schedule) == 1
+    made.train()
+    assert len(schedule.history) == 1
+
+
+def test_callback_of_two_trainers_belongs_to_the_one_that_trains(tmp_path):
+    schedule = RankTrainerCallback(CUT)
+    first = trainer(tmp_path, own(), None)
+    schedule.attach(first)
+    second = trainer(tmp_path, own(), schedule)
+    second.train()
+    assert schedule.trainer is second
+    assert ranks(second.model) == {2}
+    assert ranks(first.model) == {4}
+
+
+def test_a_callback_that_waits_never_looks_through_the_modules(tmp_path, monkeypatch):
+    """While it trains, evaluates and accumulates."""
+    walks = []
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(module, *args, **options):
+        if isinstance(module, PeftModel):
+            walks.append(module)
+        return named_modules(module, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+
+    def run(steps, *stages):
+        walks.clear()
+        schedule = RankTrainerCallback([*stages]) if stages else None
+        options = {"gradient_accumulation_steps": 2, **EVALUATING}
+        trainer(tmp_path, wrapped(), schedule, max_steps=steps, **options).train()
+        return len(walks)
+
+    waiting = Stage(At(fraction=1.0), Rank(3))
+    assert run(10, waiting) - run(2, waiting) == run(10) - run(2)
 
 
 SCORING = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
@@ -151,10 +225,10 @@ def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(keep, t
         made.train()
     # Evaluations at 2, 4, 6, 8 and 10 had 9 to 5.
     assert (schedule.history[-1].measured.before, schedule.history[-1].measured.after) == (4, 3)
-    said = "\n".join(str(warning.message) for warning in caught)
+    messages = "\n".join(str(warning.message) for warning in caught)
     for kind, step, rank in (("last", 10, 3), ("best", 2, 4))[: 1 + keep]:
         words = f"the {kind} checkpoint, '.*checkpoint-{step}', has rank {rank}, but the trained model has rank 2:"
-        assert re.search(rf"{words}.*save_model", said)
+        assert re.search(rf"{words}.*save_model", messages)
     assert (made.state.best_model_checkpoint is None) != keep
     made.save_model(str(tmp_path / "end"))
     assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
