@@ -161,7 +161,7 @@ def _check_finite(module: LightningModule) -> None:
     # The parameter with NaN may be in one process only.
     found = [name for names in from_all(broken) for name in names]
     if found:
-        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower the learning rate", "lr")
+        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower lr", "lr")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

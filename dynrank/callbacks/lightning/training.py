@@ -11,7 +11,6 @@ from dynrank.callbacks.lightning.validations import validate_silently
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
-from dynrank.errors import for_its_reader
 from dynrank.triggers import Run
 
 
@@ -70,7 +69,7 @@ class LightningTraining(Training):
                 hook(self.trainer, self.pl_module, event)
 
     def warn(self, message: str) -> None:
-        rank_zero_warn(for_its_reader(message))
+        rank_zero_warn(message)
 
 
 def run_length(trainer: Trainer, pl_module: LightningModule) -> Run:
