@@ -16,11 +16,6 @@ def results(trainer: Trainer) -> Any:
     return trainer._results
 
 
-def metrics_of_callbacks(trainer: Trainer) -> dict[str, Any]:
-    """The metrics of the present results that callbacks can read."""
-    return dict(trainer._logger_connector.metrics["callback"])
-
-
 @contextmanager
 def nothing_logged(trainer: Trainer) -> Iterator[None]:
     """Log nothing inside the block, and restore the trainer's metrics afterwards."""

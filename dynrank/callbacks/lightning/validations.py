@@ -57,7 +57,7 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
         for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
             # Lightning returns only metrics of the selected data loader, and those that were logged without an index.
             results.dataloader_idx = index
-            found |= {name: float(value) for name, value in private.metrics_of_callbacks(trainer).items()}
+            found |= {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
     finally:
         results.dataloader_idx = loader
     return found
