@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 # The same names, for type checkers.
 if TYPE_CHECKING:
-    from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
-    from dynrank.callbacks.best_weights import BestWeights as BestWeights
-    from dynrank.callbacks.rank_monitor import RankMonitor as RankMonitor
-    from dynrank.callbacks.rank_scheduler import RankScheduler as RankScheduler
-    from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback as RankTrainerCallback
-    from dynrank.callbacks.step_seed import StepSeed as StepSeed
+    from dynrank.callbacks.lightning.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
+    from dynrank.callbacks.lightning.best_weights import BestWeights as BestWeights
+    from dynrank.callbacks.lightning.rank_monitor import RankMonitor as RankMonitor
+    from dynrank.callbacks.lightning.rank_scheduler import RankScheduler as RankScheduler
+    from dynrank.callbacks.lightning.step_seed import StepSeed as StepSeed
+    from dynrank.callbacks.transformers.rank_trainer_callback import RankTrainerCallback as RankTrainerCallback
     from dynrank.driver.event import RankEvent as RankEvent
 
 _HOMES = {
-    "AdapterCheckpoint": "dynrank.callbacks.adapter_checkpoint",
-    "BestWeights": "dynrank.callbacks.best_weights",
+    "AdapterCheckpoint": "dynrank.callbacks.lightning.adapter_checkpoint",
+    "BestWeights": "dynrank.callbacks.lightning.best_weights",
     "RankEvent": "dynrank.driver.event",
-    "RankMonitor": "dynrank.callbacks.rank_monitor",
-    "RankScheduler": "dynrank.callbacks.rank_scheduler",
-    "RankTrainerCallback": "dynrank.callbacks.rank_trainer_callback",
-    "StepSeed": "dynrank.callbacks.step_seed",
+    "RankMonitor": "dynrank.callbacks.lightning.rank_monitor",
+    "RankScheduler": "dynrank.callbacks.lightning.rank_scheduler",
+    "RankTrainerCallback": "dynrank.callbacks.transformers.rank_trainer_callback",
+    "StepSeed": "dynrank.callbacks.lightning.step_seed",
 }
 __all__ = list(_HOMES)
 

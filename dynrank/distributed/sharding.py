@@ -187,7 +187,7 @@ def sharded_error(names: list[str]) -> ConfigurationError:
         f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
         "keep them out of sharding by dynrank.distributed.sharding.shard_frozen: shard_frozen(model, mesh) in "
         "configure_model of Lightning and in parallelize_fn of Fabric, shard_frozen(model) before accelerator.prepare. "
-        "RankTrainerCallback does it, if transformers' Trainer gets it in its constructor (callbacks=[...])"
+        "RankTrainerCallback does it, if transformers' Trainer gets it in its constructor, or later by attach(trainer)"
     )
 
 

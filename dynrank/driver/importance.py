@@ -59,10 +59,6 @@ class Importance:
         self._steps = self._zeros(len(layers))
         self.restart()
 
-    @property
-    def _factors(self) -> list[nn.Parameter]:
-        return _factors_of(self._layers)
-
     def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
         """Whether these are the layers that are measured."""
         pairs = zip(_factors_of(layers), self._factors, strict=False)
@@ -70,7 +66,9 @@ class Importance:
 
     def restart(self) -> None:
         """Forget the last update; call it after a change of the factors that was not an optimizer step."""
-        factors = self._factors
+        # Changes of rank keep these objects, and looking them up in PEFT's modules takes longer than a step's sums.
+        factors = _factors_of(self._layers)
+        self._factors = factors
         # The old buffers are freed before the new ones are made.
         self._buffers: list[_Updates] = []
         self._buffers = [

@@ -85,7 +85,7 @@ class LearningRates:
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
-        raised = [bool(self._parted(g["params"])[0]) and self._missing(g) != 1.0 for g in self._optimizer.param_groups]
+        raised = [self._missing(g) != 1.0 and bool(self._parted(g["params"])[0]) for g in self._optimizer.param_groups]
         groups = zip(self._optimizer.param_groups, raised, strict=True)
         return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 

@@ -25,11 +25,15 @@ def callback_of(settings: Mapping[str, Any] | None, rank: int | None) -> RankTra
     4
     """
     if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigurationError(f"dynrank must be a mapping of schedule and its arguments, got {settings!r}")
+        raise ConfigurationError(
+            f"dynrank must be a mapping of schedule and its arguments, got {settings!r}", "dynrank"
+        )
     arguments = dict(settings or {})
     name = arguments.pop("schedule", "early_budget")
     if name not in _SCHEDULES:
-        raise ConfigurationError(f"dynrank.schedule must be one of {', '.join(_SCHEDULES)}, got {name!r}")
+        raise ConfigurationError(
+            f"schedule of dynrank must be one of {', '.join(_SCHEDULES)}, got {name!r}", "schedule"
+        )
     if name == "early_budget" and not arguments and rank is not None:
         arguments = {"final_rank": max(1, rank // 2)}
     return RankTrainerCallback(getattr(schedules, name)(**arguments))

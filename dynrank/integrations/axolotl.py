@@ -42,5 +42,5 @@ class RankPlugin(BasePlugin):  # type: ignore[misc]
             ConfigurationError: if the run trains no LoRA, or the key ``dynrank`` cannot be used.
         """
         if cfg.adapter not in ("lora", "qlora"):
-            raise ConfigurationError(f"RankPlugin needs adapter: lora or qlora, got adapter: {cfg.adapter}")
+            raise ConfigurationError(f"RankPlugin needs adapter: lora or qlora, got adapter: {cfg.adapter}", "adapter")
         return [callback_of(cfg.dynrank, cfg.lora_r)]

@@ -34,11 +34,13 @@ def train(args: Mapping[str, Any] | None = None) -> None:
     """
     given = read_args(args)
     if not isinstance(given, Mapping):
-        raise ConfigurationError(f"the first argument must be a YAML or JSON file of LLaMA-Factory, got {given!r}")
+        raise ConfigurationError(
+            f"the first argument must be a YAML or JSON file of LLaMA-Factory, got {given!r}", "args"
+        )
     given = dict(given)
     kind = given.get("finetuning_type", "lora")
     if kind != "lora":
-        raise ConfigurationError(f"ranks change with finetuning_type: lora, got finetuning_type: {kind}")
+        raise ConfigurationError(f"ranks change with finetuning_type: lora, got {kind}", "finetuning_type")
     # 8 is LLaMA-Factory's default.
     callback = callback_of(given.pop("dynrank", None), given.get("lora_rank", 8))
     run_exp(given, callbacks=[callback])

@@ -8,10 +8,10 @@ import torch
 def assert_same():
     """Checks that two modules hold exactly the same values."""
 
-    def check(module, other, said=""):
+    def check(module, other, what=""):
         expected = other.state_dict()
         for name, value in module.state_dict().items():
-            assert torch.equal(value, expected[name]), (said, name)
+            assert torch.equal(value, expected[name]), (what, name)
 
     return check
 

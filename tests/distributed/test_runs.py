@@ -123,5 +123,6 @@ def test_checkpoint_without_base_needs_one_file_and_the_same_base(results):
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_strategies_that_lose_results_are_refused(strategy):
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
-    with pytest.raises(ConfigurationError, match=r"start_method=.*set trainer\.strategy=ddp"):
+    with pytest.raises(ConfigurationError, match=r'start_method=.*use strategy="ddp"') as raised:
         check_strategy(trainer)
+    assert raised.value.arguments == ("strategy",)

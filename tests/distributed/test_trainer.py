@@ -50,7 +50,7 @@ def assert_same_run(one, expected):
     assert_close(one["importance"], expected["importance"], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *RESUMED, "by transformers"])
+@pytest.mark.parametrize("name", [*RUNS, *RESUMED, "by transformers", "attached"])
 def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, name):
     first, second = found(results, f"resume {name}" if name in RESUMED else name)
     if name in RESUMED:
@@ -58,7 +58,7 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, 
     assert_same_bits(first, second)
     # Weights in bytes are no floats, so embedding, head and norms alone are sharded.
     assert first["shards"] == (7 if name == "nf4 in bytes" else 21)
-    expected = alone(folder, "peft" if name == "by transformers" else name)
+    expected = alone(folder, "peft" if name in ("by transformers", "attached") else name)
     if name == "in bfloat16":
         # The rounding of bfloat16 differs with the batch, and may turn a choice of ranks.
         assert_close(first["losses"], expected["losses"], rtol=0.02, atol=0)

@@ -223,6 +223,14 @@ def by_transformers(base: Path, folder: Path) -> Any:
     return outcome(*trained(given, base, folder, fsdp=None))
 
 
+def attached(base: Path, folder: Path) -> Any:
+    """The callback comes after the Trainer is made, and the run goes on from a checkpoint of after the cut."""
+    made, schedule = trainer_of(RESUMED["peft, shards"][0], base, folder / "again", callbacks=[])
+    schedule.attach(made)
+    made.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED[-1]}"))
+    return outcome(made, schedule)
+
+
 class OfVLLM(TrainingArguments):
     """As TRL's trainers have them."""
 
@@ -271,6 +279,7 @@ def main(place: str) -> None:
     checks["best, before"] = partial(best, base, folder / "best, before", -1)
     checks["best, after"] = partial(best, base, folder / "best, after", 1)
     checks["by transformers"] = partial(by_transformers, base, folder / "by transformers")
+    checks["attached"] = partial(attached, base, folder / "resume peft, shards")
     for way in wrapped_loops.SHARDED:
         checks[f"loop, {way}"] = partial(wrapped_loops.ended, way, process, 2)
     for name, options in {

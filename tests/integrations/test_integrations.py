@@ -57,7 +57,7 @@ def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ("anneal", "mapping of schedule and its arguments, got 'anneal'"),
         ({"schedule": "shrink"}, "one of early_budget, .*, got 'shrink'"),
@@ -65,8 +65,8 @@ def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
         ({"schedule": "anneal", "final_rank": 0}, "final_rank must be .* got 0"),
     ],
 )
-def test_what_is_no_schedule_is_refused_by_value(settings, said):
-    with pytest.raises(ConfigurationError, match=said):
+def test_what_is_no_schedule_is_refused_by_value(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
         callback_of(settings, 16)
 
 
@@ -91,10 +91,10 @@ def test_llama_factory_gets_its_own_keys_and_the_callback(llama_factory):
     assert callback.driver.stages == early_budget(share=0.5)
     assert default.driver.stages == early_budget(4)
     assert "dynrank" in given
-    for args, said in (
-        ({"finetuning_type": "full"}, "got finetuning_type: full"),
+    for args, message in (
+        ({"finetuning_type": "full"}, "finetuning_type: lora, got full"),
         (["--stage", "sft"], "YAML or JSON file"),
     ):
-        with pytest.raises(ConfigurationError, match=said):
+        with pytest.raises(ConfigurationError, match=message):
             module.train(args)
     assert len(calls) == 2

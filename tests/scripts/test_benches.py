@@ -107,10 +107,17 @@ def test_bench_swap(main, tiny_bert):
 
 def test_bench_step(bench):
     model = {"smollm2": lambda: (llama(vocab_size=20001, use_cache=False), None)}
-    rows = bench("bench_step", "--models", "smollm2", "--rounds", "2", MODELS=model, BATCHES={"smollm2": (2, 8)})
-    assert len(rows) == 9
+    sizes = ("--models", "smollm2", "--blocks", "1", "--rounds", "2")
+    rows = bench("bench_step", *sizes, MODELS=model, BATCHES={"smollm2": (2, 8)})
     assert all(float(row[2]) > 0 for row in rows)
-    assert [row[1] for row in rows[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
+    steps = [row for row in rows if row[0] in ("0.0", "0.1")]
+    assert [row[1] for row in steps[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
+    assert len(steps) == 8
+    waiting = ["none", "by weight", "default schedule"]
+    assert [row[:2] for row in rows[8:]] == [
+        *(["Lightning", name] for name in [*waiting, "by weight, and RankMonitor"]),
+        *(["transformers", name] for name in waiting),
+    ]
 
 
 def test_bench_generation(bench):

@@ -1,1 +1,1 @@
-"""What the callbacks need from Lightning's Trainer."""
+"""The callbacks for Lightning's Trainer, and what they need from it."""

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.loops import run_validation
+from dynrank.callbacks.lightning.validations import run_validation
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import ranks_in_words
@@ -23,23 +23,23 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
     ModelCheckpoint keeps its files, and replaces them by the next ones that it writes, as it always does with the worst
     of its top k. EarlyStopping starts anew.
     """
-    said = []
+    lost = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         worst = torch.tensor(inf if getattr(callback, "mode", "min") == "min" else -inf)
         if isinstance(callback, ModelCheckpoint) and callback.best_k_models:
             file = saved_file(callback.best_model_path, pl_module)
-            said += [f"step {file.step} at {ranks_in_words(file.ranks)}" if file else callback.best_model_path]
+            lost += [f"step {file.step} at {ranks_in_words(file.ranks)}" if file else callback.best_model_path]
             callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
             callback.best_model_score = callback.kth_value = worst
         elif isinstance(callback, EarlyStopping):
             if callback.best_score.isfinite():
                 best = f"{callback.monitor} {float(callback.best_score):.4g}"
-                said += [f"{best} at {ranks_in_words(event.ranks_before)}"]
+                lost += [f"{best} at {ranks_in_words(event.ranks_before)}"]
             callback.best_score = worst
             callback.wait_count = 0
-    if said:
+    if lost:
         rank_zero_info(
-            f"best so far: {'; '.join(dict.fromkeys(said))}; from here on the best of "
+            f"best so far: {'; '.join(dict.fromkeys(lost))}; from here on the best of "
             f"{ranks_in_words(_ranks(pl_module))} counts (RankScheduler's keep_best_before)"
         )
 
@@ -48,7 +48,7 @@ def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
     """Validate and save once more, after ranks have changed behind the last step.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``scheduler`` does not hear of the validation: its schedule has ended.
+    does not. ``scheduler`` is not called in the validation: its schedule has ended.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]

@@ -16,11 +16,6 @@ def results(trainer: Trainer) -> Any:
     return trainer._results
 
 
-def metrics_of_callbacks(trainer: Trainer) -> dict[str, Any]:
-    """The metrics of the present results that callbacks can read."""
-    return dict(trainer._logger_connector.metrics["callback"])
-
-
 @contextmanager
 def nothing_logged(trainer: Trainer) -> Iterator[None]:
     """Log nothing inside the block, and restore the trainer's metrics afterwards."""
@@ -84,6 +79,11 @@ def log_step(trainer: Trainer) -> None:
 def last_saved(callback: ModelCheckpoint) -> str:
     """Path of the last checkpoint that a checkpoint callback has written; "" if there is none."""
     return str(callback._last_checkpoint_saved)
+
+
+def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
+    """Let a ModelCheckpoint save into the file ``path`` now."""
+    callback._save_checkpoint(trainer, path)
 
 
 def save_now(callback: ModelCheckpoint, trainer: Trainer) -> None:

@@ -62,9 +62,7 @@ def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch,
     assert (code, said.count("\n")) == (1, 1), said
     kept = [*Path("run").rglob("*.ckpt")]
     good = kept[0].absolute() if kept else "none"
-    assert re.search(
-        rf"lora_.*optimizer\.lr; found after step \d; the last good checkpoint \(ckpt_path\) is {good}", said
-    )
+    assert re.search(rf"lora_.*optimizer\.lr\)?; found after step \d; the last good checkpoint is {good}", said)
     assert bool(kept) == ("checkpoint_every=1" in found_by)
     state = torch.load(kept[0])["state_dict"] if kept else {}
     assert all(value.isfinite().all() for name, value in state.items() if "lora_" in name)

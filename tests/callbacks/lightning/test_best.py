@@ -69,9 +69,11 @@ def test_best_of_before_stays_where_ranks_grew_or_the_user_says_so(fit, worsenin
     plain = ModelCheckpoint(tmp_path, filename="plain", every_n_train_steps=9, save_on_train_epoch_end=False)
     with pytest.warns(UserWarning, match="has rank") as caught:
         fit(RankScheduler(stages, **options), saver, plain, module=worsening(), max_steps=14)
-    said = "\n".join(str(warning.message) for warning in caught)
+    messages = "\n".join(str(warning.message) for warning in caught)
     for kind, file, step in (("best", "step=5", 5), ("last", "last", 5), ("last", "plain", 9)):
-        assert re.search(rf"the {kind} checkpoint, .*{file}.ckpt' of step {step}, has rank [26], but", said), said
+        assert re.search(rf"the {kind} checkpoint, .*{file}.ckpt' of step {step}, has rank [26], but", messages), (
+            messages
+        )
     assert saver.best_model_path == str(tmp_path / "step=5.ckpt")
 
 

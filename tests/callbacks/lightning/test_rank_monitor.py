@@ -95,6 +95,28 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
         assert [row[name] for row in rows_of_wandb if name in row] == pytest.approx(shown)
 
 
+def test_what_stays_the_same_is_logged_once_an_epoch_and_stands_in_every_row(fit, regression, tmp_path):
+    """An epoch has ten batches, of which two make a step."""
+    logged = []
+
+    class Constant(regression[0]):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+        def log(self, name, value, **options):
+            if self.trainer.training:
+                logged.append((name, self.trainer.current_epoch))
+            super().log(name, value, **options)
+
+    options = {"logger": CSVLogger(tmp_path, name="", version=""), "log_every_n_steps": 1}
+    stage = Stage(At(step=7), Rank(3))
+    fit(RankScheduler(stage), RankMonitor(), module=Constant(), max_steps=12, accumulate_grad_batches=2, **options)
+    # The change of rank comes in the second epoch.
+    once = [(name, epoch) for epoch in range(3) for name in ("lr/0", "rank/mean")]
+    assert logged == [*once[:4], ("rank/mean", 1), *once[4:]]
+    assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv", "lr/0")] == [*range(12)]
+
+
 def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression):
     """Its optimizer and scheduler are new ones."""
     taken = Taken()

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dynrank.callbacks.rank_scheduler import LightningTraining
+from dynrank.callbacks.lightning.training import LightningTraining
 from dynrank.driver.event import RankEvent
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError

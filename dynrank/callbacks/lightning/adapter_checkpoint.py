@@ -35,7 +35,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     files like others, and accept no other missing parameter. (For ``load_from_checkpoint`` of a model that PEFT has
     wrapped, see :func:`dynrank.layers.peft_layers.follow_checkpoint_ranks`.)
 
-    If a run is killed at any moment, or the disk is full, the previous local checkpoint stays whole. A damaged file is
+    If a run is killed at any moment, or the disk is full, the previous local checkpoint stays intact. A damaged file is
     not loaded. All checkpoints of the trainer leave out the base, also those of ``trainer.save_checkpoint``. Only files
     with ``weights_only`` contain the base, because Lightning calls no callback for them. A model with NaN or inf in its
     trained parameters is not saved.
@@ -69,9 +69,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         strategy: Any = trainer.strategy
         if private.saves_in_parts(strategy):
             raise ConfigurationError(
-                "AdapterCheckpoint cannot leave the base out of a folder of shards; write one file: set "
-                "save_distributed_checkpoint=False (trainer.strategy.save_distributed_checkpoint=false), or use "
-                "ModelCheckpoint"
+                "AdapterCheckpoint cannot leave the base out of a folder of shards; write one file by "
+                "ModelParallelStrategy(save_distributed_checkpoint=False), or use ModelCheckpoint",
+                "save_distributed_checkpoint",
             )
         # A checkpoint_io that the user has chosen stays.
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -96,7 +96,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.stopped_by = None
         if threading.current_thread() is threading.main_thread():
             for number in self.stop_signals:
-                signal.signal(number, self._note)
+                signal.signal(number, self._record_signal)
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
@@ -109,7 +109,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             private.log_step(trainer)
             self._save_and_end(trainer)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _record_signal(self, number: int, frame: object) -> None:
         self.stopped_by = number
         if number == signal.SIGINT:
             # A second Ctrl-C ends the run at once.
@@ -123,7 +123,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(stopped, all=False)
 
     def _save_and_end(self, trainer: Trainer) -> None:
-        self._save_checkpoint(trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        private.save_as(self, trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -148,9 +148,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Add the step and the last good checkpoint to the error of a diverged run."""
         if isinstance(exception, DivergedError):
             good = self.last_saved or trainer.ckpt_path or "none"
-            exception.add_note(
-                f"found after step {trainer.global_step}; the last good checkpoint (ckpt_path) is {good}"
-            )
+            exception.add_note(f"found after step {trainer.global_step}; the last good checkpoint is {good}")
         super().on_exception(trainer, pl_module, exception)
 
 
@@ -163,7 +161,7 @@ def _check_finite(module: LightningModule) -> None:
     # The parameter with NaN may be in one process only.
     found = [name for names in from_all(broken) for name in names]
     if found:
-        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
+        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower lr", "lr")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from dynrank.callbacks.rank_scheduler import RankScheduler
+from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
@@ -42,6 +42,8 @@ class RankMonitor(Callback):
         self.prefix = f"{model_name}." if model_name else ""
         # The mean rank of the layers at present; None if there are none.
         self._mean: float | None = None
+        # What was logged last in this epoch. The trainer keeps it until the epoch ends, and logging costs time.
+        self._logged: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Written here so that a run without steps gets the file, too.
@@ -51,14 +53,23 @@ class RankMonitor(Callback):
         # FSDP2 loads the history of a resumed run later than on_fit_start.
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
+        self._logged = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         groups = [group for optimizer in trainer.optimizers for group in unwrapped_optimizer(optimizer).param_groups]
         # An optimizer that computes its own rate may have None.
-        rates = {group.get("name", number): group["lr"] for number, group in enumerate(groups)}
-        pl_module.log_dict({f"lr/{name}": float(rate) for name, rate in rates.items() if rate is not None})
-        if self._mean is not None:
+        rates = {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
+        values = {name: float(rate) for name, rate in rates.items() if rate is not None}
+        changed = {name: rate for name, rate in values.items() if self._logged.get(name) != rate}
+        if changed:
+            pl_module.log_dict(changed)
+        if self._mean is not None and self._logged.get("rank/mean") != self._mean:
+            values["rank/mean"] = self._mean
             pl_module.log("rank/mean", self._mean, prog_bar=True, logger=False)
+        self._logged |= values
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._named(event)

@@ -5,23 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.trainer_utils import has_length
 
-from dynrank.callbacks.transformers import (
-    HFTraining,
-    calling_trainer,
-    follow,
-    numbers,
-    ranks_of,
-    resume_from_shards,
-)
+from dynrank.callbacks.transformers.best import forget_best, ranks_of, warn_of_other_ranks
+from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints, resume_from_shards
+from dynrank.callbacks.transformers.trainer import calling_trainer
+from dynrank.callbacks.transformers.training import TrainerTraining, numeric_metrics, run_length
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
@@ -33,19 +27,18 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.output.console import print_table
-from dynrank.output.ranks import ranks_in_words
 from dynrank.schedules import Schedule
-from dynrank.triggers import Run
 
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several.
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
-    constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
-    made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
+    constructor (``callbacks=[...]``), or a Trainer that is made already to :meth:`attach`; after
+    ``trainer.add_callback`` a checkpoint from after a change would not fit a PEFT model. Changes are made before the
+    first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
     Several processes train under DDP or accelerate's FSDP2. That shards the frozen base, when the Trainer is made, and
-    adapters stay whole in each process (:func:`dynrank.distributed.sharding.shard_frozen`).
+    each process has the complete adapters (:func:`dynrank.distributed.sharding.shard_frozen`).
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules observe by default, is
     ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
 
@@ -60,7 +53,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     behind the last step is made in the model that the Trainer has loaded, so ``trainer.save_model()`` saves the changed
     one; a warning names the checkpoints on disk that have other ranks.
 
-    Each change is printed as a table. ``rank/mean``, ``rank/max`` and ``rank/parameters`` go to everything that hears
+    Each change is printed as a table. ``rank/mean``, ``rank/max`` and ``rank/parameters`` go to everything that gets
     the Trainer's log (TensorBoard, W&B, the progress bar, ``state.log_history``). So does ``lr/adapter``, if an adapter
     shares its param group with other parameters and a change has raised its rate; elsewhere the group and its scheduler
     have the rate that is used. If another callback defines ``on_rank_change(args, state, control, event, **kwargs)``,
@@ -101,9 +94,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver = RankDriver(schedule, measure=measure)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
-        # Known while it trains.
+        # Known from attach() on, or while it trains.
         self.trainer: Trainer | None = None
-        # The last value of every metric.
+        # The run, from the begin of training to its end.
+        self._run: TrainerTraining | None = None
+        # The last value of every metric; always the same dict, which the run reads.
         self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
@@ -119,6 +114,43 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """Every change of the run, also those before a resume."""
         return self.driver.history
 
+    def attach(self, trainer: Trainer) -> RankTrainerCallback:
+        """Add the callback to a Trainer that is made already, with all that the constructor's ``callbacks`` gives it.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            ConfigurationError: if ranks cannot change under the Trainer's arguments.
+
+        Example::
+
+            trainer = make_trainer()
+            ranks = RankTrainerCallback(4).attach(trainer)
+            trainer.train()
+        """
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self.trainer = trainer
+        self._prepare(trainer.args, trainer.model, lambda: trainer)
+        return self
+
+    def _prepare(self, args: TrainingArguments, model: nn.Module | None, trainer: Callable[[], Trainer]) -> None:
+        """Check the arguments, and prepare the model before it is wrapped and before a checkpoint is loaded."""
+        check_arguments(args)
+        if args.restore_callback_states_from_checkpoint:
+            raise ConfigurationError(
+                "restore_callback_states_from_checkpoint makes all callbacks anew, so RankTrainerCallback would have "
+                "no schedule; set it to False: this callback restores its own state in any case",
+                "restore_callback_states_from_checkpoint",
+            )
+        if model is not None:
+            prepare_checkpoints(model)
+            if fsdp_plugin() is not None:
+                # accelerate does not shard a model again that is sharded when it is prepared.
+                shard_frozen(model)
+                resume_from_shards(trainer())
+
     # The Trainer's events
 
     def on_init_end(
@@ -129,42 +161,34 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        check_arguments(args)
-        if args.restore_callback_states_from_checkpoint:
-            raise ConfigurationError(
-                "restore_callback_states_from_checkpoint makes all callbacks anew, so RankTrainerCallback would have "
-                "no schedule; set it to False: this callback restores its own state in any case"
-            )
-        if model is not None:
-            follow(model)
-            if fsdp_plugin() is not None:
-                # accelerate leaves a model alone that is sharded when it is prepared.
-                shard_frozen(model)
-                resume_from_shards()
+        self._prepare(args, model, calling_trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_arguments(args)
-        self.trainer = calling_trainer()
+        # After attach() the Trainer is known. Its state tells it from another one that has the same callback.
+        if self.trainer is None or self.trainer.state is not state:
+            self.trainer = calling_trainer()
         handler = self.trainer.callback_handler
         if sum(isinstance(callback, RankTrainerCallback) for callback in handler.callbacks) > 1:
             raise ConfigurationError(
                 "one RankTrainerCallback changes the ranks of a run, got several in callbacks; join their stages in "
-                "one list, RankTrainerCallback([*first, *second])"
+                "one list, RankTrainerCallback([*first, *second])",
+                "callbacks",
             )
-        # So a change behind the last step is told before TensorBoard and others close their files.
+        # So a change behind the last step is reported before TensorBoard and others close their files.
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
-        training = self._training(kwargs)
+        training = self._run = TrainerTraining(self.trainer, kwargs, self.evaluate, self.logged)
         if process_count() > 1 and not training.ddp and not is_sharded(training.model):
             raise ConfigurationError(
                 "in several processes ranks change under DDP or FSDP2 only; no DDP wraps the model, and FSDP2 does not "
                 "shard it"
             )
-        follow(training.model)
+        prepare_checkpoints(training.model)
         if state.global_step:
             self._load(state)
-        self.driver.start(training, _run(args, state, kwargs["train_dataloader"]))
+        self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         if state.global_step:
             self._saved[state.global_step] = ranks_of(training.model)
         self.listening = True
@@ -196,7 +220,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         **kwargs: Any,
     ) -> None:
         if self.listening:
-            self.logged |= numbers(logs)
+            self.logged.update(numeric_metrics(logs))
             if "learning_rate" in logs:
                 training = self._training(kwargs)
                 hidden = self.driver.hidden_rates(training)
@@ -212,7 +236,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         **_: Any,
     ) -> None:
         if self.listening and state.global_step:
-            self._evaluated |= numbers(metrics)
+            self._evaluated |= numeric_metrics(metrics)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -226,7 +250,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.finish(training)
         self.listening = False
         if self.history:
-            self._warn_of_other_ranks(training)
+            warn_of_other_ranks(training, self._saved)
+        # A callback that is kept does not keep the model's wrappers and the optimizer.
+        self._run = None
 
     def on_rank_change(
         self,
@@ -235,24 +261,25 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         control: TrainerControl,
         event: RankEvent,
         model: nn.Module,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Log the ranks, and print the change."""
         ranks = ranks_of(model)
         parameters = sum(factor.numel() for factor in adapter_parameters(model))
         means = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks))}
-        self._training({"model": model, **kwargs}).log({**means, "rank/parameters": float(parameters)})
+        assert self._run is not None
+        self._run.log({**means, "rank/parameters": float(parameters)})
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
         if event.lowers and not self.keep_best_before and state.best_metric is not None:
-            self._forget_best(args, state, event, ranks)
+            forget_best(args, state, event, ranks, self._saved)
 
-    def _training(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> HFTraining:
-        assert self.trainer is not None
-        own = self.trainer.evaluate if self.trainer.eval_dataset is not None else None
-        return HFTraining(self.trainer, event, self.evaluate or own, self.logged, steps_uncounted)
+    def _training(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
+        """The run at its present step."""
+        assert self._run is not None
+        return self._run.now(event, steps_uncounted)
 
-    def _show_evaluated(self, training: HFTraining) -> None:
+    def _show_evaluated(self, training: TrainerTraining) -> None:
         """Pass the evaluations since the last step to the driver together: each event had one data set."""
         if self._evaluated:
             metrics = self._evaluated
@@ -265,39 +292,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                     metric_value(metrics_of_check, name, checked)
             self._checked = True
             self.driver.validated(training, metrics)
-
-    def _forget_best(self, args: TrainingArguments, state: TrainerState, event: RankEvent, ranks: list[int]) -> None:
-        """Let everything after ``event``, which has lowered ranks, count as better than everything before it.
-
-        EarlyStoppingCallback counts anew where there is no best metric.
-        """
-        if state.is_world_process_zero:
-            step = state.best_global_step
-            before = event.ranks_before if step is None else self._saved.get(step, event.ranks_before)
-            at = f"{args.metric_for_best_model} {state.best_metric:.4g}" if step is None else f"step {step}"
-            print(
-                f"best so far: {at} at {ranks_in_words(before)}; from here on the best of {ranks_in_words(ranks)} "
-                "counts (RankTrainerCallback's keep_best_before)"
-            )
-        state.best_metric = None
-        state.best_global_step = None
-        state.best_model_checkpoint = None
-
-    def _warn_of_other_ranks(self, training: HFTraining) -> None:
-        """Warn if the best or the last checkpoint has other ranks than the model, whose training has ended."""
-        state = training.trainer.state
-        ranks = ranks_of(training.model)
-        steps = {max(self._saved, default=0): "last"}
-        if state.best_model_checkpoint is not None:
-            steps[state.best_global_step] = "best"
-        for step, kind in steps.items():
-            folder = Path(training.trainer.args.output_dir) / f"checkpoint-{step}"
-            if folder.is_dir() and self._saved.get(step, ranks) != ranks:
-                training.warn(
-                    f"the {kind} checkpoint, {str(folder)!r}, has {ranks_in_words(self._saved[step])}, but the trained "
-                    f"model has {ranks_in_words(ranks)}: no checkpoint was written after the last change of "
-                    "rank; save the model by trainer.save_model, or change ranks earlier"
-                )
 
     # The state in a checkpoint
 
@@ -313,18 +307,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if not isinstance(stored, Mapping) or "saved" not in stored.get("attributes", {}):
             raise ConfigurationError(
                 f"the checkpoint of step {state.global_step} has no state of a {type(self).__name__}, so the schedule "
-                "cannot be resumed from it; set resume_from_checkpoint to one made with this callback"
+                "cannot be resumed from it; set resume_from_checkpoint to one made with this callback",
+                "resume_from_checkpoint",
             )
         content = base64.b64decode(stored["attributes"]["saved"])
         saved = load_undamaged(io.BytesIO(content))
         self.driver.load_state_dict(saved["driver"])
-        self.logged = dict(saved["logged"])
+        self.logged.clear()
+        self.logged.update(saved["logged"])
         self._evaluated = dict(saved["evaluated"])
         self._saved = dict(saved["saved"])
-
-
-def _run(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:
-    batches = len(dataloader) if has_length(dataloader) else None
-    return Run(
-        int(state.max_steps), None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
-    )

@@ -1,11 +1,7 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
 import itertools
-import json
-import re
-import shutil
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -13,35 +9,29 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from small_trainer import (
+    CUT,
+    EVALUATING,
+    SAVING,
+    SHRINK_AND_GROW,
+    SIZE,
+    STEPS,
+    Hearing,
+    data,
+    own,
+    trainer,
+    wrapped,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import ranks
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.callbacks.transformers import follow
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
-from dynrank.targets import GrowTo, Rank
+from dynrank.targets import Rank
 from dynrank.triggers import At, Plateau
-
-STEPS = 10
-SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def base():
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=24, **SIZE))
-
-
-def own():
-    return dynrank.add_lora(base(), rank=4, alpha=8, dropout=0.1)
-
-
-def wrapped():
-    model = base()
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"))
 
 
 def wrapped_experts():
@@ -60,28 +50,8 @@ def tied():
 
 MISNAMED = {"max_regression": 1, "check_monitor": "val_loss"}
 TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
-SAVING = {"save_strategy": "steps", "save_steps": 2}
-EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
-CUT = Stage(At(step=4), Rank(2), how=How(lr_factor=2.0))
-SHRINK_AND_GROW = [CUT, Stage(At(step=7), GrowTo(3))]
-
-
-def data(count=16):
-    rows = torch.randint(40, (count, 6), generator=torch.Generator().manual_seed(1)).tolist()
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
 SETS = {"evaluated": {"a": data(4), "b": data(8)}}
 STREAM = datasets.IterableDataset.from_generator(lambda: iter(data(4 * STEPS)))
-
-
-def trainer(folder, model, callback, dataset=None, evaluated=None, **options):
-    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    defaults |= {"seed": 0, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-    dataset = dataset or data()
-    evaluated = evaluated or dataset
-    return Trainer(model, arguments, train_dataset=dataset, eval_dataset=evaluated, callbacks=[callback])
 
 
 # For each: the model, the stages, options of the Trainer, and the changes.
@@ -112,64 +82,76 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(name, 
         assert_same(again, model, start)
 
 
-SCORING = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+@pytest.mark.parametrize("make", [own, wrapped])
+def test_attached_callback_does_what_the_constructor_s_does_also_in_a_resumed_run(
+    make, assert_same, tmp_path, monkeypatch
+):
+    """And no stack is walked."""
+    reference = make()
+    schedule = RankTrainerCallback(SHRINK_AND_GROW)
+    trainer(tmp_path / "reference", reference, schedule).train()
+    monkeypatch.delattr("dynrank.callbacks.transformers.rank_trainer_callback.calling_trainer")
+    # Checkpoints before the first change, at it, and after the second one.
+    for start in (None, 2, 4, 8):
+        model = make()
+        made = trainer(tmp_path, model, None, **SAVING)
+        attached = RankTrainerCallback(SHRINK_AND_GROW)
+        assert attached.attach(made) is attached
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
+        assert attached.history == schedule.history
+        assert_same(model, reference, start)
+    if make is wrapped:
+        late = trainer(tmp_path, make(), None)
+        late.add_callback(RankTrainerCallback(SHRINK_AND_GROW))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
-def scored(folder, model, schedule, first=9, **options):
-    """A Trainer of which each evaluation has a worse score than the one before; it saves after each."""
-    scores = itertools.count(first, -1)
-    made = trainer(folder, model, schedule, **SCORING, **EVALUATING, **SAVING, **options)
-    made.compute_metrics = lambda _: {"score": float(next(scores))}
-    return made
+def test_attaching_checks_the_arguments_and_adds_the_callback_once(tmp_path):
+    made = trainer(tmp_path, own(), None, restore_callback_states_from_checkpoint=True)
+    with pytest.raises(ConfigurationError, match="set it to False") as raised:
+        RankTrainerCallback(CUT).attach(made)
+    assert raised.value.arguments == ("restore_callback_states_from_checkpoint",)
+    schedule = RankTrainerCallback(CUT)
+    made = trainer(tmp_path, own(), schedule)
+    schedule.attach(made)
+    assert made.callback_handler.callbacks.count(schedule) == 1
+    made.train()
+    assert len(schedule.history) == 1
 
 
-def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, capsys):
-    """Patience begins anew, too: with the best score in the first evaluation, it would end at the third one."""
-    for start in (None, 4):
-        model = wrapped()
-        made = scored(tmp_path / f"from {start}", model, RankTrainerCallback(CUT), first=9 - (start or 0) // 2)
-        made.add_callback(hf.EarlyStoppingCallback(early_stopping_patience=2))
-        source = tmp_path / "from None" / f"checkpoint-{start}"
-        made.train(resume_from_checkpoint=str(source) if start else None)
-        words = "best so far: step 2 at rank 4; from here on the best of rank 2 counts"
-        assert words in " ".join(capsys.readouterr().out.split())
-        assert (made.state.global_step, made.state.best_global_step) == (STEPS, 6)
-        assert ranks(model) == {2}
-        made.save_model(str(tmp_path / "end"))
-        assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
+def test_callback_of_two_trainers_belongs_to_the_one_that_trains(tmp_path):
+    schedule = RankTrainerCallback(CUT)
+    first = trainer(tmp_path, own(), None)
+    schedule.attach(first)
+    second = trainer(tmp_path, own(), schedule)
+    second.train()
+    assert schedule.trainer is second
+    assert ranks(second.model) == {2}
+    assert ranks(first.model) == {4}
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(keep, tmp_path):
-    """The best one is loaded first, and evaluated anew for the check: the last evaluation was of other weights."""
-    model = wrapped()
-    how = How(max_regression=1, check_monitor="eval_score", check_mode="max")
-    stages = [Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2), how=how)]
-    schedule = RankTrainerCallback(stages, keep_best_before=keep)
-    made = scored(tmp_path, model, schedule)
-    with pytest.warns(UserWarning, match="checkpoint") as caught:
-        made.train()
-    # Evaluations at 2, 4, 6, 8 and 10 had 9 to 5.
-    assert (schedule.history[-1].measured.before, schedule.history[-1].measured.after) == (4, 3)
-    said = "\n".join(str(warning.message) for warning in caught)
-    for kind, step, rank in (("last", 10, 3), ("best", 2, 4))[: 1 + keep]:
-        words = f"the {kind} checkpoint, '.*checkpoint-{step}', has rank {rank}, but the trained model has rank 2:"
-        assert re.search(rf"{words}.*save_model", said)
-    assert (made.state.best_model_checkpoint is None) != keep
-    made.save_model(str(tmp_path / "end"))
-    assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
+def test_a_callback_that_waits_never_looks_through_the_modules(tmp_path, monkeypatch):
+    """While it trains, evaluates and accumulates."""
+    walks = []
+    named_modules = torch.nn.Module.named_modules
 
+    def counted(module, *args, **options):
+        if isinstance(module, PeftModel):
+            walks.append(module)
+        return named_modules(module, *args, **options)
 
-class Hearing(TrainerCallback):
-    def __init__(self):
-        self.heard = []
-        self.evaluated = []
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
 
-    def on_rank_change(self, args, state, control, event, model, **_):
-        self.heard.append((state.global_step, event, ranks(model)))
+    def run(steps, *stages):
+        walks.clear()
+        schedule = RankTrainerCallback([*stages]) if stages else None
+        options = {"gradient_accumulation_steps": 2, **EVALUATING}
+        trainer(tmp_path, wrapped(), schedule, max_steps=steps, **options).train()
+        return len(walks)
 
-    def on_evaluate(self, args, state, control, **_):
-        self.evaluated.append(state.global_step)
+    waiting = Stage(At(fraction=1.0), Rank(3))
+    assert run(10, waiting) - run(2, waiting) == run(10) - run(2)
 
 
 class Taking(TrainerCallback):
@@ -254,24 +236,6 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
         assert torch.equal(checked[1][name], value), name
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """(folder of the checkpoints of a run of dynrank's layers, its trainer)."""
-    folder = tmp_path_factory.mktemp("finished")
-    made = trainer(folder, own(), RankTrainerCallback(SHRINK_AND_GROW), **SAVING)
-    made.train()
-    return folder, made
-
-
-def test_checkpoint_made_without_the_callback_is_refused(finished, tmp_path):
-    file = shutil.copytree(finished[0] / "checkpoint-2", tmp_path / "checkpoint-2") / "trainer_state.json"
-    content = json.loads(file.read_text())
-    del content["stateful_callbacks"]["RankTrainerCallback"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(ConfigurationError, match=r"step 2 has no state of a.*resume_from_checkpoint"):
-        trainer(tmp_path, own(), RankTrainerCallback(SHRINK_AND_GROW)).train(resume_from_checkpoint=str(file.parent))
-
-
 @pytest.mark.parametrize(
     ("options", "stage", "message"),
     [
@@ -301,76 +265,6 @@ def test_sharding_and_copies_by_arguments_are_refused(setting):
     args = SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, **setting})
     with pytest.raises(ConfigurationError, match=r"set to (DEEPSPEED|2 GPUs).*torchrun"):
         RankTrainerCallback(CUT).on_train_begin(args, None, None)
-
-
-def test_model_of_add_lora_is_saved_for_peft_too(finished, tmp_path):
-    """In every checkpoint, and by ``save_model``; at the ranks that it has then."""
-    folder, made = finished
-    made.save_model(str(tmp_path / "last"))
-    inputs = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        expected = made.model.eval()(inputs).logits
-        loaded = PeftModel.from_pretrained(base(), tmp_path / "last")
-        torch.testing.assert_close(loaded.eval()(inputs).logits, expected)
-    found = {step: PeftModel.from_pretrained(base(), folder / f"checkpoint-{step}") for step in (2, 6)}
-    assert [ranks(found[step]) for step in (2, 6)] == [{4}, {2}]
-
-
-def test_checkpoint_lacks_the_frozen_base_and_refuses_another(finished, tmp_path):
-    file = finished[0] / "checkpoint-2" / "model.safetensors"
-    assert not [name for name in load_file(file) if name.endswith("base.weight")]
-    other = own()
-    other.model.norm.weight.data.mul_(2)
-    with pytest.raises(ConfigurationError, match=r"another base: 'model\.norm\.weight'"):
-        trainer(tmp_path, other, RankTrainerCallback(CUT)).train(resume_from_checkpoint=str(file.parent))
-
-
-def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_path):
-    """As sentence-transformers' models do, whose Trainer passes nothing else."""
-
-    class Plain(torch.nn.Sequential):
-        def save_pretrained(self, folder):
-            (Path(folder) / "whole").write_text("")
-
-    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
-    follow(model)
-    model.save_pretrained(str(tmp_path))
-    assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_dpo_trainer_has_the_best_of_after_the_cut_and_the_ranks(tiny_llama, tmp_path):
-    """Each evaluation has a worse score than the one before; keep_best_before is judged under FSDP2."""
-    # trl loads slowly.
-    import trl
-
-    scores = itertools.count(9, -1)
-
-    class Worsening(trl.DPOTrainer):
-        def evaluate(self, *args, **options):
-            return super().evaluate(*args, **options) | {"eval_score": float(next(scores))}
-
-    sums = [{"prompt": f"{i} and {i} is", "chosen": f" {i + i}", "rejected": f" {i}"} for i in range(16)]
-    options = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-    options |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
-    schedule = RankTrainerCallback(CUT)
-    hearing = Hearing()
-    made = Worsening(
-        model=hf.AutoModelForCausalLM.from_pretrained(tiny_llama),
-        args=trl.DPOConfig(str(tmp_path), **options, **SCORING, **EVALUATING, **SAVING),
-        train_dataset=datasets.Dataset.from_list(sums),
-        eval_dataset=datasets.Dataset.from_list(sums[:4]),
-        processing_class=hf.AutoTokenizer.from_pretrained(tiny_llama, pad_token="<|end|>"),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
-        callbacks=[schedule, hearing],
-    )
-    made.train()
-    assert (made.state.best_global_step, ranks(made.model)) == (6, {2})
-    made.save_model(str(tmp_path / "end"))
-    loaded = PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "end")
-    assert ranks(loaded) == {2}
-    assert hearing.heard == [(4, schedule.history[0], {2})]
-    assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2)]
 
 
 @pytest.mark.parametrize(

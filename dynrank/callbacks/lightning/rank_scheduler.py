@@ -1,26 +1,23 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
-from dynrank.callbacks.lightning.loops import end_in_full, run_missed_validation, validate_beside, validation_metrics
-from dynrank.callbacks.lightning.strategies import check_strategy, follow_sharded_checkpoint
-from dynrank.distributed.wrappers import ddp_modules
+from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
+from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
+from dynrank.callbacks.lightning.strategies import check_strategy
+from dynrank.callbacks.lightning.training import LightningTraining, run_length
+from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.driver.checks import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.training import Training
-from dynrank.errors import ConfigurationError, for_its_reader
+from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import Schedule
-from dynrank.triggers import Run
 
 
 class RankScheduler(Callback):
@@ -79,6 +76,8 @@ class RankScheduler(Callback):
         self._stepped = self._ever_stepped = False
         # The step at which this fit() began.
         self._first_step = 0
+        # The run, from on_train_start to its end.
+        self._run: LightningTraining | None = None
 
     @property
     def history(self) -> list[RankEvent]:
@@ -98,7 +97,7 @@ class RankScheduler(Callback):
         if pl_module.automatic_optimization:
             raise RuntimeError("scheduler.step(module) is for manual optimization; this module's is automatic")
         self._stepped = self._ever_stepped = True
-        self.driver.end_step(LightningTraining(pl_module.trainer, pl_module))
+        self.driver.end_step(self._training)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.driver.state_dict(), "stepped": self._stepped}
@@ -113,12 +112,13 @@ class RankScheduler(Callback):
         if stage == "fit":
             _check_callbacks(self, trainer)
             check_strategy(trainer)
-            end_in_full(trainer)
+            call_hooks_of_ended_run(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
+        self._run = LightningTraining(trainer, pl_module)
+        self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
@@ -126,12 +126,12 @@ class RankScheduler(Callback):
         if trainer.sanity_checking:
             check_validation(validation_metrics(trainer), self.driver.stages, measure=self.driver.measure)
         elif trainer.state.fn == "fit":
-            self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
+            self.driver.validated(self._training, validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         if not trainer.enable_validation:
-            self.driver.validated(LightningTraining(trainer, pl_module), {})
+            self.driver.validated(self._training, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:
@@ -139,21 +139,23 @@ class RankScheduler(Callback):
         else:
             between_steps = self._stepped
             self._stepped = False
-        training = LightningTraining(trainer, pl_module)
+        training = self._training
         if between_steps:
             self.driver.advance(training)
-        pl_module.log_dict(self.driver.hidden_rates(training))
+        hidden = self.driver.hidden_rates(training)
+        if hidden:
+            pl_module.log_dict(hidden)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.automatic_optimization:
-            self.driver.end_step(LightningTraining(trainer, pl_module))
+            self.driver.end_step(self._training)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         before = len(self.history)
-        self.driver.finish(LightningTraining(trainer, pl_module))
+        self.driver.finish(self._training)
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
             save_after_end(trainer, self)
         if self.history:
@@ -165,6 +167,17 @@ class RankScheduler(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
+        self._run = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A callback that is kept or copied does not keep the trainer.
+        self._run = None
+
+    @property
+    def _training(self) -> LightningTraining:
+        """The run at its present step."""
+        assert self._run is not None
+        return self._run.now()
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""
@@ -185,76 +198,13 @@ def _check_callbacks(scheduler: RankScheduler, trainer: Trainer) -> None:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigurationError(
                 f"{type(callback).__name__} averages weights of one rank, and the schedule changes ranks: take one of "
-                "the two out of callbacks"
+                "the two out of callbacks",
+                "callbacks",
             )
     others = [c for c in trainer.callbacks if isinstance(c, RankScheduler) and c is not scheduler]  # type: ignore[attr-defined]
     if others:
         raise ConfigurationError(
             f"one scheduler changes the ranks of a run, got {type(scheduler).__name__} and {type(others[0]).__name__} "
-            "in callbacks; join their stages in one list, RankScheduler([*first, *second])"
+            "in callbacks; join their stages in one list, RankScheduler([*first, *second])",
+            "callbacks",
         )
-
-
-class LightningTraining(Training):
-    """The present state of a run of Lightning's Trainer; made anew in each hook."""
-
-    validate_by = "give fit() validation data"
-
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An own optimizer_step may set rates, as Lightning's manual shows it.
-        sets_rates = is_overridden("optimizer_step", pl_module)
-        schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
-        super().__init__(pl_module, trainer.optimizers, trainer.global_step, schedulers)
-        # The trainer's model is wrapped by DDP.
-        self.ddp = ddp_modules(trainer.strategy.model or pl_module)
-        self.trainer = trainer
-        self.pl_module = pl_module
-
-    @property
-    def validates(self) -> bool:
-        return bool(self.trainer.enable_validation)
-
-    def logged(self) -> Mapping[str, float]:
-        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-
-    @property
-    def validation_batches(self) -> int | None:
-        batches = sum(self.trainer.num_val_batches)
-        return int(batches) if 0 < batches < float("inf") else None
-
-    def validate(self) -> Mapping[str, float]:
-        """Validate for the metrics only."""
-        return validate_beside(self.trainer)
-
-    def validate_share(self, most: int) -> Mapping[str, float]:
-        return validate_beside(self.trainer, most)
-
-    def record(self, metrics: Mapping[str, float]) -> None:
-        for logger in self.trainer.loggers:
-            # Lightning, too, logs a validation with the number of the step before it.
-            logger.log_metrics(dict(metrics), step=max(0, self.trainer.global_step - 1))
-
-    def tell(self, event: RankEvent) -> None:
-        """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            hook = getattr(callback, "on_rank_change", None)
-            if hook is not None:
-                hook(self.trainer, self.pl_module, event)
-
-    def warn(self, message: str) -> None:
-        rank_zero_warn(for_its_reader(message))
-
-
-def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
-    """The length of the run; call it after the data are loaded."""
-    # Under manual optimization only the module knows how many steps an epoch has. Lightning's own estimate takes the
-    # number of batches in a step for constant.
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    if varies or not pl_module.automatic_optimization:
-        return Run(trainer.max_steps if trainer.max_steps > 0 else None)
-    total = trainer.estimated_stepping_batches
-    batches = trainer.num_training_batches
-    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-    # Lightning returns -1 if an epoch has unknown length.
-    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

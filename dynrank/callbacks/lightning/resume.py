@@ -1,0 +1,61 @@
+"""What Lightning leaves out when it resumes a run: a validation, and the hooks of a run that has made its last step."""
+
+from math import inf
+
+from lightning.pytorch import Trainer
+
+from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.validations import run_validation
+
+
+def run_missed_validation(trainer: Trainer) -> None:
+    """Run the validation that Lightning skips on resume, if one is due; call this from ``on_train_start``.
+
+    A ModelCheckpoint of every n steps is written when the batch ends, before the validation that is due after that
+    batch; on resume Lightning 2.6 counts this validation as done. A trigger would miss a value of its metric.
+    """
+    if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and is_due(trainer):
+        run_validation(trainer)
+
+
+def is_due(trainer: Trainer) -> bool:
+    """Whether a validation is due after the present training batch."""
+    every_n_epochs = trainer.check_val_every_n_epoch
+    every_n_batches = trainer.val_check_batch
+    if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
+        return False
+    if every_n_batches is None or every_n_batches == inf:
+        return trainer.is_last_batch
+    done = (trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx) + 1
+    return done % every_n_batches == 0
+
+
+def call_hooks_of_ended_run(trainer: Trainer) -> None:
+    """Call on_train_start and on_train_end also if a run is resumed after its last step; Lightning would skip them.
+
+    Without them the work after the last step (a change of rank, putting an average into the model) would never be done
+    in a run that was killed between its last checkpoint and its end. If the checkpoint ends an epoch that was shorter
+    than now, as with more processes, Lightning would count empty epochs with a step each. Call this in ``setup``.
+    """
+    loop = trainer.fit_loop
+    if "run" in vars(loop):
+        return
+    run = loop.run
+
+    def run_with_hooks() -> None:
+        # If there is nothing left to train, run() would not set up the data.
+        loop.setup_data()
+        batches = loop.epoch_loop.batch_progress
+        if batches.current.ready < loop.max_batches < inf:
+            batches.is_last_batch = False
+        if loop.restarting and loop.max_batches and loop.done:
+            loop.reset()
+            loop.on_run_start()
+            if trainer.lightning_module.automatic_optimization:
+                private.number_steps_for_loggers(trainer)
+            loop.restarting = False
+            loop.on_run_end()
+        else:
+            run()
+
+    loop.run = run_with_hooks  # type: ignore[method-assign]

@@ -1,0 +1,87 @@
+"""Lightning's Trainer as a training run whose ranks change."""
+
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from dynrank.callbacks.lightning.validations import validate_silently
+from dynrank.distributed.wrappers import ddp_modules
+from dynrank.driver.event import RankEvent
+from dynrank.driver.training import Training
+from dynrank.triggers import Run
+
+
+class LightningTraining(Training):
+    """A run of Lightning's Trainer.
+
+    Make it when training starts, because it looks through all modules; :meth:`now` is cheap.
+    """
+
+    validate_by = "give fit() validation data"
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An own optimizer_step may set rates, as Lightning's manual shows it.
+        sets_rates = is_overridden("optimizer_step", pl_module)
+        schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
+        super().__init__(pl_module, trainer.optimizers, trainer.global_step, schedulers)
+        # The trainer's model is wrapped by DDP.
+        self.ddp = ddp_modules(trainer.strategy.model or pl_module)
+        self.trainer = trainer
+        self.pl_module = pl_module
+
+    def now(self) -> "LightningTraining":
+        """The run itself, at its present step."""
+        self.step = self.trainer.global_step
+        return self
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.trainer.enable_validation)
+
+    def logged(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    @property
+    def validation_batches(self) -> int | None:
+        batches = sum(self.trainer.num_val_batches)
+        return int(batches) if 0 < batches < float("inf") else None
+
+    def validate(self) -> Mapping[str, float]:
+        """Validate for the metrics only."""
+        return validate_silently(self.trainer)
+
+    def validate_share(self, most: int) -> Mapping[str, float]:
+        return validate_silently(self.trainer, most)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            # Lightning, too, logs a validation with the number of the step before it.
+            logger.log_metrics(dict(metrics), step=max(0, self.trainer.global_step - 1))
+
+    def tell(self, event: RankEvent) -> None:
+        """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            hook = getattr(callback, "on_rank_change", None)
+            if hook is not None:
+                hook(self.trainer, self.pl_module, event)
+
+    def warn(self, message: str) -> None:
+        rank_zero_warn(message)
+
+
+def run_length(trainer: Trainer, pl_module: LightningModule) -> Run:
+    """The length of the run; call it after the data are loaded."""
+    # Under manual optimization only the module knows how many steps an epoch has. Lightning's own estimate takes the
+    # number of batches in a step for constant.
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if varies or not pl_module.automatic_optimization:
+        return Run(trainer.max_steps if trainer.max_steps > 0 else None)
+    total = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
+    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+    # Lightning returns -1 if an epoch has unknown length.
+    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

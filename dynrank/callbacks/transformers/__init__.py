@@ -1,0 +1,1 @@
+"""The callback for transformers' Trainer, and what it needs from it."""
