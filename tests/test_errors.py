@@ -13,14 +13,14 @@ from torch import nn
 
 import dynrank
 from dynrank import add_lora
-from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
+from dynrank.errors import ConfigurationError, Count, Name, Share, checked, checked_call, read_as, shown
 from dynrank.rank_map import parse_rank_map
 from dynrank.schedules import How, Stage, early_budget
 from dynrank.targets import Budget
 from dynrank.triggers import Plateau
 
 
-@validated("where")
+@checked
 class Options:
     size: Count
     share: Share | None = None
@@ -32,12 +32,12 @@ class Options:
             raise ConfigurationError("size must not be 13; set where.size")
 
 
-@validated("where")
+@checked
 class More(Options):
     name: Name = "x"
 
 
-@validated_call("call")
+@checked_call
 def area(width: Count, height: Count | Literal["auto"] = "auto", *, options: Options | More | None = None) -> int:
     return width * (1 if height == "auto" else height)
 
@@ -60,7 +60,7 @@ def refusal(call, *args, **kwargs):
         (lambda: Options(13), "size must not be 13; set where.size"),
         (lambda: area(0), "width must be greater than or equal to 1, got 0; set call.width"),
         (lambda: area(1, 2.5), "height must be a valid integer or must be 'auto', got 2.5; set call.height"),
-        (lambda: validated_call()(lambda n: n)(1, 2), "unexpected"),
+        (lambda: checked_call(lambda n: n)(1, 2), "unexpected"),
     ],
 )
 def test_a_fault_names_value_and_key(make, message):

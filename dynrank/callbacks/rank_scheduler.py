@@ -17,7 +17,7 @@ from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
-from dynrank.errors import ConfigurationError, for_its_reader
+from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import Schedule
 from dynrank.triggers import Run
@@ -242,7 +242,7 @@ class LightningTraining(Training):
                 hook(self.trainer, self.pl_module, event)
 
     def warn(self, message: str) -> None:
-        rank_zero_warn(for_its_reader(message))
+        rank_zero_warn(message)
 
 
 def _run(trainer: Trainer, pl_module: LightningModule) -> Run:

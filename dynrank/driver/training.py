@@ -15,7 +15,6 @@ from dynrank.change.resize import Adapters, Change, LayerDirections, compute, un
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import ddp_modules, pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
-from dynrank.errors import for_its_reader
 from dynrank.schedules import How
 
 
@@ -118,4 +117,4 @@ class Training:
 
     def warn(self, message: str) -> None:
         """Warn the user, once for all processes."""
-        warnings.warn(for_its_reader(message), stacklevel=2)
+        warnings.warn(message, stacklevel=2)
