@@ -217,7 +217,10 @@ def _explained(call: Callable[P, T], known: Sequence[str]) -> Callable[P, T]:
             return call(*args, **kwargs)
         except ValidationError as error:
             faults = _faults(error, known, whole=False)
-            raise ConfigurationError(_listed(faults), *filter(None, faults)) from None
+            # __post_init__ raises errors of our own.
+            ours = [fault["ctx"]["error"] for fault in error.errors() if fault["type"] == "value_error"]
+            named = [name for each in ours for name in getattr(each, "arguments", ())]
+            raise ConfigurationError(_listed(faults), *filter(None, faults), *named) from None
 
     return explained
 

@@ -68,6 +68,6 @@ class At:
                 )
             return self.epoch * run.steps_per_epoch
         if run.total_steps is None:
-            raise ConfigurationError("a share of a run needs a run of known length; give max_steps", "max_steps")
+            raise ConfigurationError("a share of a run needs a run of known length; set max_steps", "max_steps")
         # The small number cancels rounding errors: 0.3 * 10 is 3.0000000000000004 in floats.
         return ceil((self.fraction or 0.0) * run.total_steps - 1e-9)

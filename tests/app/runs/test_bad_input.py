@@ -115,7 +115,7 @@ REFUSED = [
     ("rnaks", ["rnaks"]),
     ("--frobnicate", ["--frobnicate"]),
     ("squeeze adapter --out out", ["--rank", "--energy", "--budget", "none"]),
-    ("squeeze adapter --out out --rank 2 --energy 0.5", ["--rank 2", "--energy 0.5"]),
+    ("squeeze adapter --out out --rank 2 --energy 0.5", ["rank=2, energy=0.5", "--rank", "--energy"]),
     ("squeeze adapter --out out --rank 0", ["--rank", "0"]),
     ("squeeze adapter --out out --energy nan", ["--energy", "nan"]),
     ("squeeze adapter --out out --budget 13", ["--budget", "13", "14"]),
