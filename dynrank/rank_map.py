@@ -131,7 +131,7 @@ def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     r"""The settings of a PEFT config that give each layer its (rank, alpha).
 
     Patterns are full, anchored names: PEFT takes the first pattern that matches, and sorts the keys when it saves, so
-    patterns must not overlap. ``use_rslora`` is false, because only then PEFT computes scaling as alpha / rank.
+    patterns must not overlap. ``use_rslora`` is False, because only then PEFT computes scaling as alpha / rank.
 
     >>> peft_ranks({"q": (4, 8.0), "v": (2, 4.0)})["rank_pattern"]
     {'^v': 2}

@@ -23,6 +23,8 @@ CASES = [
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
     (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
     (["task.model=./missing"], ["./missing", "task.model"]),
+    (["task.max_length=1"], ["1", "task.max_length"]),
+    (["data.code_length=0"], ["0", "data.code_length"]),
     (["model.quantization=int3"], ["int3", "model.quantization"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
@@ -68,6 +70,8 @@ def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
     ("overrides", "named"),
     [
         (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state=reset"]),
+        (["optimizer.decay=fast"], ["'fast'", "optimizer.decay"]),
+        (["schedule.how.lr_factor=-1"], ["-1", "schedule.how.lr_factor"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (
             ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
