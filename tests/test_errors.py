@@ -12,13 +12,13 @@ from pathlib import Path
 from pydoc import render_doc
 from typing import Literal
 
+import forked
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dynrank
 from dynrank import add_lora
-from dynrank.app import train
 from dynrank.app.keys import keys_of, named
 from dynrank.errors import (
     ConfigurationError,
@@ -184,13 +184,14 @@ assert not [name for name in sys.modules if name.startswith(("dynrank.app", "hyd
 """
 
 
-def test_one_fault_names_arguments_in_python_and_keys_on_the_command_line(launch, tmp_path):
+def test_one_fault_names_arguments_in_python_and_keys_on_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", IN_PYTHON], cwd=tmp_path, capture_output=True, text=True, check=True)
     said = "highest must be at least lowest = 3, got 2"
     assert done.stdout == f"{said} ('highest', 'lowest')\n"
     overrides = [f"schedule.{name}={value}" for name, value in WRONG.items()]
-    code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
-    assert (code, message) == (2, f"error: {said} (schedule.highest, schedule.lowest)\n")
+    code, printed = forked.run(forked.TRAIN, "debug=smoke", "hydra.run.dir=run", *overrides, cwd=tmp_path)
+    assert code == 2
+    assert printed.splitlines()[-1] == f"error: {said} (schedule.highest, schedule.lowest)"
 
 
 @pytest.mark.parametrize(

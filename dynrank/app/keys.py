@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 
@@ -99,9 +99,15 @@ def known_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
     """(key, its value if that is a mapping, otherwise None) for each key of ``node`` and each mapping in its lists."""
-    for name in map(str, node):
-        child = node._get_node(name)
-        yield name, child if isinstance(child, DictConfig) and not child._is_none() else None
-        if isinstance(child, ListConfig) and not (child._is_none() or child._is_interpolation()):
-            parts = ((f"{name}[{i}]", child._get_node(i)) for i in range(len(child)))
+    for key in node:
+        value = _value(node, key)
+        name = str(key)
+        yield name, value if isinstance(value, DictConfig) else None
+        if isinstance(value, ListConfig):
+            parts = ((f"{name}[{index}]", _value(value, index)) for index in range(len(value)))
             yield from ((place, part) for place, part in parts if isinstance(part, DictConfig))
+
+
+def _value(node: DictConfig | ListConfig, key: Any) -> Any:
+    """The value of a key; None for one that is missing or refers to another key."""
+    return None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
