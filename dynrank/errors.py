@@ -1,22 +1,34 @@
 """The one error for wrong user input, pydantic's errors translated into it, and types that many settings share."""
 
 import collections.abc
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from inspect import Parameter, Signature, signature
 from operator import or_
 from reprlib import Repr
 from types import UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, dataclass_transform, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    overload,
+)
 
 from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_json
 
 C = TypeVar("C", bound=type)
@@ -48,24 +60,15 @@ PEFT_NAMES = {
 # How pydantic's messages begin.
 _PYDANTIC = re.compile(r"^\w+ should")
 
-_configured: ContextVar[bool] = ContextVar("configured", default=False)
-# A configuration key in a message, and the value that the message advises; not inside a path, quotes or a value, and
-# not a call.
-_KEY = re.compile(
-    r"(?<![\w./='\"-])(?:schedule\.(?:how|target|trigger)|data|lora|model|optimizer|rank_map|schedule|task|trainer)\."
-    r"(?P<argument>[a-z_]+)\b(?!\()(?:=(?P<word>null|true|false)\b)?"
-)
-# An option of a command that is an argument of the function of that name.
-_OPTION = re.compile(r"(?<![\w./='\"-])--(?=(?:out|rank|energy|budget|model|to|multiple)\b)")
-_IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
-
 
 class ConfigurationError(ValueError):
-    """A value, key or file from the user cannot be used.
+    """A value or file from the user cannot be used; nothing has been changed when it is raised.
 
-    The message names the value and how to fix it: on the command line by its key or option, else by the
-    argument of the call.
-    Nothing has been changed when it is raised. The command line prints it without a traceback and exits with code 2.
+    The message names the argument of the call, its value, and how to fix it. The command line adds its own key or
+    option, prints the error without a traceback, and exits with code 2.
+
+    Attributes:
+        arguments: the names of the arguments at fault, with a dot before a field: "how.max_regression".
 
     >>> from dynrank.schedules import early_budget
     >>> try:
@@ -76,28 +79,8 @@ class ConfigurationError(ValueError):
     """
 
     def __init__(self, message: str, *arguments: str) -> None:
-        super().__init__(for_its_reader(message))
-        # The names of the arguments at fault; the application adds their keys.
+        super().__init__(message)
         self.arguments = arguments
-
-
-def for_its_reader(message: str) -> str:
-    """A message that names keys or options, with these inside :func:`configured`, else with arguments instead."""
-    return message if _configured.get() else _OPTION.sub("", _KEY.sub(_as_argument, message))
-
-
-def _as_argument(key: re.Match[str]) -> str:
-    return key["argument"] + (f"={_IN_PYTHON[key['word']]}" if key["word"] else "")
-
-
-@contextmanager
-def configured() -> Iterator[None]:
-    """Make errors name configuration keys inside the block, or inside the function that this decorates."""
-    token = _configured.set(True)
-    try:
-        yield
-    finally:
-        _configured.reset(token)
 
 
 @contextmanager
@@ -115,43 +98,69 @@ class DivergedError(ConfigurationError):
 
 
 def diverged(name: str, error: ValueError) -> DivergedError:
-    return DivergedError(f"{name!r}: {error}; nothing has been changed. Training has diverged: lower optimizer.lr")
+    return DivergedError(f"{name!r}: {error}; nothing has been changed. Training has diverged: lower lr", "lr")
+
+
+@overload
+def checked(cls: C, /) -> C: ...
+
+
+@overload
+def checked(*, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]: ...
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
-def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
+def checked(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) -> Any:
     """Make a class a dataclass whose constructor checks each value against its annotation.
 
-    Write constraints as annotations: ``Annotated[int, Field(ge=1)]``, ``Literal["min", "max"]``.
+    Write constraints as annotations: ``Annotated[int, Field(ge=1)]``, ``Literal["min", "max"]``. The repr leaves out
+    values that are the defaults.
 
     Args:
-        key: configuration key of the object; the error advises to set ``key.FIELD``. "": no advice.
+        cls: the class.
         frozen: whether fields are read-only.
         kw_only: whether the fields of this class (not of its subclasses) are keyword-only.
     """
+    if cls is None:
+        return partial(checked, frozen=frozen, kw_only=kw_only)
+    made: Any = dataclass(frozen=frozen, kw_only=kw_only, repr=False, config=STRICT)(cls)
+    shape = _plain_signature(made)
+    made.__init__ = _explained(made.__init__, [*shape.parameters])
+    itself = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    made.__init__.__signature__ = shape.replace(parameters=[itself, *shape.parameters.values()])
+    made.__signature__ = shape
+    made.__repr__ = described
+    return made
 
-    def decorate(cls: C) -> C:
-        made: Any = dataclass(frozen=frozen, kw_only=kw_only, config=STRICT)(cls)
-        shape = _plain_signature(made)
-        made.__init__ = _explained(made.__init__, key, [*shape.parameters])
-        itself = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-        made.__init__.__signature__ = shape.replace(parameters=[itself, *shape.parameters.values()])
-        made.__signature__ = shape
-        return made  # type: ignore[no-any-return]
 
-    return decorate
+def checked_call(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the arguments of a function against its annotations, as :func:`checked` checks fields."""
+    shape = _plain_signature(function)
+    made: Any = _explained(validate_call(config=STRICT)(function), [*shape.parameters])
+    made.__signature__ = shape
+    return made  # type: ignore[no-any-return]
 
 
-def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Check the arguments of a function against its annotations, as :func:`validated` checks fields."""
+def described(value: object) -> str:
+    """``repr(value)``; of a dataclass, a call with those of its arguments that differ from the defaults.
 
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        shape = _plain_signature(function)
-        checked: Any = _explained(validate_call(config=STRICT)(function), key, [*shape.parameters])
-        checked.__signature__ = shape
-        return checked  # type: ignore[no-any-return]
+    >>> from dynrank.targets import Budget
+    >>> described(Budget(final_rank=4))
+    'Budget(final_rank=4)'
+    """
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    texts = {part.name: described(getattr(value, part.name)) for part in fields(value) if part.init and part.repr}
+    # Texts are compared, because the result of == may be a tensor.
+    defaults = {part.name: described(_default(part)) for part in fields(value)}
+    given = (f"{name}={text}" for name, text in texts.items() if text != defaults[name])
+    return f"{type(value).__name__}({', '.join(given)})"
 
-    return decorate
+
+def _default(part: dataclasses.Field[Any]) -> Any:
+    if isinstance(part.default, FieldInfo):
+        return part.default.get_default(call_default_factory=True)
+    return part.default if part.default_factory is dataclasses.MISSING else part.default_factory()
 
 
 def _plain_signature(call: Callable[..., Any]) -> Signature:
@@ -178,15 +187,16 @@ def _plain(annotation: Any) -> Any:
 def read_as(kind: type[T], data: Any, where: str) -> T:
     """An object of ``kind`` from plain data (of JSON or YAML), with every value checked.
 
-    ``kind`` is a class made by :func:`validated`, or any type that pydantic knows. An error names ``where``, the file
-    or configuration key.
+    ``kind`` is a class made by :func:`checked`, or any type that pydantic knows. An error names ``where``, the file
+    or argument.
     """
     known = [f.name for part in (kind, *get_args(kind)) if is_dataclass(part) for f in fields(part)]
     # In JSON mode a mapping can become a dataclass and a list a tuple, but a text never becomes a number.
     try:
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
-        raise ConfigurationError(_listed(_faults(error, known, whole=True), f"fix {where}")) from None
+        said = _listed(_faults(error, known, whole=True))
+        raise ConfigurationError(said + ("\n" if "\n" in said else "; ") + f"fix {where}") from None
     except PydanticSerializationError as error:
         raise ConfigurationError(f"{where} must hold plain data, got a value that JSON cannot hold: {error}") from None
 
@@ -200,16 +210,17 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
-def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable[P, T]:
+def _explained(call: Callable[P, T], known: Sequence[str]) -> Callable[P, T]:
     @wraps(call)
     def explained(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return call(*args, **kwargs)
         except ValidationError as error:
             faults = _faults(error, known, whole=False)
-            # In Python the fault names the argument already, and the key would repeat it.
-            keys = [f"{key}.{name}" for name in faults if name] if key and _configured.get() else []
-            raise ConfigurationError(_listed(faults, f"set {', '.join(keys)}" if keys else "")) from None
+            # __post_init__ raises errors of our own.
+            ours = [fault["ctx"]["error"] for fault in error.errors() if fault["type"] == "value_error"]
+            named = [name for each in ours for name in getattr(each, "arguments", ())]
+            raise ConfigurationError(_listed(faults), *filter(None, faults), *named) from None
 
     return explained
 
@@ -244,7 +255,7 @@ def _faults(error: ValidationError, known: Sequence[str], *, whole: bool) -> dic
     return {path: f"{path} {' or '.join(faults)}{got.get(path, '')}".strip() for path, faults in said.items()}
 
 
-def _listed(faults: dict[str, str], advice: str) -> str:
-    if len(faults) == 1 or not advice:
-        return "; ".join(filter(None, [*faults.values(), advice]))
-    return "\n  ".join(["these values cannot be used:", *faults.values()]) + f"\n{advice}"
+def _listed(faults: dict[str, str]) -> str:
+    if len(faults) == 1:
+        return next(iter(faults.values()))
+    return "\n  ".join(["these values cannot be used:", *faults.values()])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from dynrank.errors import ConfigurationError, NotNegative, validated_call
+from dynrank.errors import ConfigurationError, NotNegative, checked_call
 from dynrank.private import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
 
 # The coefficients of torch.optim.Muon: steepest at zero, and not convergent to exactly one.
@@ -48,7 +48,7 @@ class Muon(Optimizer):
         momentum: in [0, 1).
     """
 
-    @validated_call()
+    @checked_call
     def __init__(
         self,
         params: Any,

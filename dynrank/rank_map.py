@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
+from dynrank.errors import ConfigurationError, Count, Positive, checked, shown
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ _IN_BLOCK = re.compile(r"(^|[._])\d+[._]")
 _LISTED = 20
 
 
-@validated()
+@checked
 class RankRule:
     """The values of the layers that a key matches; None leaves the run's own value.
 
@@ -47,7 +47,9 @@ class RankRule:
 
     def __post_init__(self) -> None:
         if self.pinned and (self.final_rank or self.highest):
-            raise ConfigurationError("a pinned layer has no final_rank and no highest; remove pinned, or both of these")
+            raise ConfigurationError(
+                "a pinned layer has no final_rank and no highest; remove pinned, or both of these", "pinned"
+            )
 
 
 def whole_parts(key: str) -> re.Pattern[str]:
@@ -129,7 +131,7 @@ def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     r"""The settings of a PEFT config that give each layer its (rank, alpha).
 
     Patterns are full, anchored names: PEFT takes the first pattern that matches, and sorts the keys when it saves, so
-    patterns must not overlap. ``use_rslora`` is false, because only then PEFT computes scaling as alpha / rank.
+    patterns must not overlap. ``use_rslora`` is False, because only then PEFT computes scaling as alpha / rank.
 
     >>> peft_ranks({"q": (4, 8.0), "v": (2, 4.0)})["rank_pattern"]
     {'^v': 2}
@@ -160,12 +162,13 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
     # A ValueError means that the file is not text.
     except (OSError, YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"the override file {str(path)!r} cannot be read as YAML: {error!s:.500}; set rank_map.file"
+            f"the override file {str(path)!r} cannot be read as YAML: {error!s:.500}", "path"
         ) from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
         raise ConfigurationError(
             f"an override file must hold the one key rank_pattern with a mapping below it, got {shown(data)}; "
-            f"fix {str(path)!r} (rank_map.file)"
+            f"fix {str(path)!r}",
+            "path",
         )
     return parse_rank_map(data["rank_pattern"], source=str(path))
 
@@ -183,7 +186,7 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
         except ConfigurationError as error:
             faults.append(f"{shown(key)}: {error}")
     if faults:
-        raise ConfigurationError(f"faulty rank_pattern in {source} (rank_map):\n  " + "\n  ".join(faults))
+        raise ConfigurationError(f"faulty rank_pattern in {source}:\n  " + "\n  ".join(faults), "rank_map")
     return rules
 
 
@@ -242,13 +245,13 @@ def resolve_rank_map(
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
         layers[name] = layer
     if faults:
-        raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]))
+        raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]), "rank_map", "rank")
     return layers
 
 
 def _layer_faults(layer: LayerValues, rule: RankRule, d_out: int, d_in: int) -> list[str]:
-    fix = f"fix the rule {layer.rule!r} (rank_map)"
-    lower = "lower lora.rank, or set the rank of this layer in rank_map"
+    fix = f"fix the rule {layer.rule!r} of rank_map"
+    lower = "lower rank, or set the rank of this layer in rank_map"
     faults = []
     if layer.rank > min(d_out, d_in):
         said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"

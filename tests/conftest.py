@@ -4,7 +4,6 @@ import gc
 import resource
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import forked
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.app.tasks.loader import ResumableLoader
 from dynrank.callbacks import StepSeed
-from dynrank.errors import configured
 
 # Programs that a shell starts in the background ignore Ctrl-C, which tests send to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,18 +46,6 @@ def pytest_collection_finish():
     """What tests have imported is never garbage; libraries look for garbage often, as after each of their runs."""
     gc.collect()
     gc.freeze()
-
-
-# Tests of commands, whose errors name keys of the configuration; elsewhere errors name arguments, as in Python.
-OF_COMMANDS = ("app/", "distributed/", "scripts/", "test_errors.py")
-
-
-@pytest.fixture(autouse=True)
-def keys(request):
-    """Errors name keys of the configuration in tests of commands."""
-    of_commands = str(request.path.relative_to(Path(__file__).parent)).startswith(OF_COMMANDS)
-    with configured() if of_commands else nullcontext():
-        yield
 
 
 class Regression(lightning.LightningModule):

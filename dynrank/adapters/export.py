@@ -1,4 +1,4 @@
-"""``dynrank export``: a stored adapter in a form for a server that may not read rank_pattern and alpha_pattern."""
+"""A stored adapter in a form for a server that may not read rank_pattern and alpha_pattern."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
-from dynrank.errors import ConfigurationError, Count, train_packages, validated_call
+from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
 from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
@@ -51,7 +51,7 @@ class Exported:
     line: str
 
 
-@validated_call()
+@checked_call
 def export_adapter(
     source: str | Path, out: str | Path, *, to: Server, model: str | None = None, multiple: Count = 1
 ) -> Exported:
@@ -87,7 +87,9 @@ def export_adapter(
     source = adapter_folder(Path(source))
     out = Path(out)
     if multiple > 1 and to != "padded":
-        raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
+        raise ConfigurationError(
+            f'multiple goes with to="padded", got multiple={multiple} and to={to!r}', "multiple", "to"
+        )
     with open_adapter(source) as adapter:
         # PEFT also stores the unchanged base weight of an embedding that has LoRA; a server has it already.
         others = {
@@ -126,7 +128,7 @@ def base_name(adapter: Adapter, given: str | None) -> str:
     """Folder, GGUF file or hub name of the base model: ``given`` by the user, or named by the adapter."""
     base = given or adapter.config.base_model_name_or_path
     if not isinstance(base, str) or not base:
-        raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
+        raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give model", "model")
     return base
 
 
@@ -142,7 +144,7 @@ def _config_of(base: str) -> Any:
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"transformers cannot read the config of {base!r}: {' '.join(str(error).split()):.500}"
-        raise ConfigurationError(f"{what}; give --model") from error
+        raise ConfigurationError(f"{what}; give another model", "model") from error
 
 
 def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
@@ -157,7 +159,7 @@ def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None
         bare = [n for n in bare if owners[n.rpartition(".")[0]] == 1 and not n.endswith(".weight")]
     faults += [f"{name!r} is a parameter of experts or of a router" for name in bare]
     faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
-    refuse_faults(f"{server} cannot read this adapter", faults, "\nmerge it instead: dynrank merge")
+    refuse_faults(f"{server} cannot read this adapter", faults, "to", advice="\nmerge it instead: dynrank merge")
 
 
 def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
@@ -189,8 +191,8 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> 
     # Names are of Ollama's own registry, not of the hub.
     if ollama and (not Path(origin).exists() or origin.endswith(".json")):
         raise ConfigurationError(
-            f"Ollama needs the base as a folder or a GGUF file, got {origin!r}; hf download it with --local-dir DIR, "
-            "and give --model DIR"
+            f"Ollama needs the base as a folder or a GGUF file, got {origin!r}; download it, and give its folder",
+            "model",
         )
     config = _config_of(origin)
     names = gguf_names(config, adapter.layers)

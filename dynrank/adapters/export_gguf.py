@@ -78,7 +78,7 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
         for layer, name in found.items()
         if tied and name in ("token_embd", "output")
     ]
-    refuse_faults("llama.cpp cannot read this adapter", faults, "\nmerge it instead: dynrank merge")
+    refuse_faults("llama.cpp cannot read this adapter", faults, advice="\nmerge it instead: dynrank merge")
     return {layer: str(name) for layer, name in found.items()}
 
 

@@ -51,7 +51,8 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
     if own_layers(model):
         raise ConfigurationError(
             "the model has LoRA layers already; replace them with dynrank.swap_adapter, merge them (dynrank.merge) or "
-            "load a plain model"
+            "load a plain model",
+            "model",
         )
     _put(model, path, dtype)
     return model
@@ -112,7 +113,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
     labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
-    refuse_faults(f"lora.from: the adapter {adapter.source!r} does not fit the task", faults)
+    refuse_faults(f"the adapter {adapter.source!r} does not fit the task", faults, "folder")
     for name, layer in layers.items():
         lora_B, lora_A = adapter.factors(name)
         layer.set_factors(lora_A, lora_B)
@@ -131,7 +132,7 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
     bases, faults = _fitting_bases(model, adapter)
     heads, faults_of_heads = _fitting_heads(model, adapter, places)
     faults = _compiled_alone(model, adapter) + faults + faults_of_heads + _kept_values(places, heads)
-    refuse_faults(f"the adapter {adapter.source!r} does not fit the model (task.model)", faults)
+    refuse_faults(f"the adapter {adapter.source!r} does not fit the model", faults, "model")
     layers = {}
     for name, base in bases.items():
         stored = adapter.layers[name]

@@ -166,7 +166,7 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
         warnings.warn(
             f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {misread[0]!r} and "
             f"{len(misread) - 1} other layers for experts. dynrank loads and merges it; to train one for PEFT, leave "
-            f"{', '.join(names)} out of lora.target_modules",
+            f"{', '.join(names)} out of target_modules",
             stacklevel=3,
         )
 
@@ -176,7 +176,8 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     if broken:
         raise DivergedError(
             f"{broken[0]!r} and {len(broken) - 1} other tensors of the adapter hold NaN, inf or a number too large for "
-            "float32: the training has diverged; set optimizer.lr lower"
+            "float32: the training has diverged; lower lr",
+            "lr",
         )
 
 

@@ -126,16 +126,16 @@ def squeeze_target(
     adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None
 ) -> Target:
     """The target that the options of :func:`squeeze` set for ``adapter``."""
-    options = {"--rank": rank, "--energy": energy, "--budget": budget}
-    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    options = {"rank": rank, "energy": energy, "budget": budget}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
     if len(given) != 1:
-        raise ConfigurationError(f"give one of --rank, --energy and --budget, got {', '.join(given) or 'none'}")
+        raise ConfigurationError(f"give one of rank, energy and budget, got {', '.join(given) or 'none'}", *options)
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
+        raise ConfigurationError(f"energy must be a share in (0, 1], got {energy}", "energy")
     if rank is not None:
         # The target's own message would also speak of ranks by layer.
         if not isinstance(rank, int) or rank < 1:
-            raise ConfigurationError(f"--rank must be a whole number of at least 1, got {rank!r}")
+            raise ConfigurationError(f"rank must be a whole number of at least 1, got {rank!r}", "rank")
         return Rank(rank)
     return Energy(energy) if energy is not None else _budget(budget, adapter)
 
@@ -150,13 +150,14 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         if not 0 < share <= 1:
             raise ConfigurationError(
-                f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
+                f"budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}",
+                "budget",
             )
         # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
         parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
     least = sum(layer.params_per_rank for layer in adapter.layers.values())
     if parameters < least:
-        raise ConfigurationError(f"--budget must be at least {least:,} parameters (rank 1), got {budget}")
+        raise ConfigurationError(f"budget must be at least {least:,} parameters (rank 1), got {budget}", "budget")
     return Budget(parameters, by="weight")
 
 
@@ -177,7 +178,7 @@ def write_squeezed(adapter: Adapter | SingleFile, kept: Mapping[str, Tensor], ou
             rewrite_adapter(folder, adapter, factors)
         return reports
     if out.suffix != SUFFIX:
-        raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
+        raise ConfigurationError(f"out must be a new file, NAME{SUFFIX}, got {str(out)!r}", "out")
     with new_file(out) as file:
         factors, reports = _squeezed(adapter, kept)
         rewrite_file(file, adapter, factors)

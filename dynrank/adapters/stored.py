@@ -137,13 +137,13 @@ def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
     return tensor
 
 
-def refuse_faults(what: str, faults: Sequence[str], advice: str = "") -> None:
-    """Raise a ConfigurationError that says ``what`` and the faults, and then the advice, if there are any faults."""
+def refuse_faults(what: str, faults: Sequence[str], *arguments: str, advice: str = "") -> None:
+    """Raise a ConfigurationError of ``arguments`` that says ``what``, the faults and the advice, if there are any."""
     if len(faults) == 1:
-        raise ConfigurationError(f"{what}: {faults[0]}{advice}")
+        raise ConfigurationError(f"{what}: {faults[0]}{advice}", *arguments)
     if faults:
         more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
-        raise ConfigurationError("\n  ".join([f"{what}:", *faults[:_LISTED], *more]) + advice)
+        raise ConfigurationError("\n  ".join([f"{what}:", *faults[:_LISTED], *more]) + advice, *arguments)
 
 
 def numbers_as_such(name: str) -> list[tuple[int, str]]:

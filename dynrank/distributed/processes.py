@@ -166,8 +166,9 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ConfigurationError(
             f"{when}, the processes do not hold the same adapters:\n  " + "\n  ".join(faults[:5]) + more + "\n"
-            "Their gradients are not averaged, or they started with different values: set trainer.strategy=ddp, or "
-            "shard only the frozen base (dynrank.distributed.sharding.shard_frozen); give all processes the same seed"
+            "Their gradients are not averaged, or they started with different values: use DDP, or shard only "
+            "the frozen base (dynrank.distributed.sharding.shard_frozen); give all processes the same seed",
+            "strategy",
         )
 
 

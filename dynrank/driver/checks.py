@@ -59,16 +59,18 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
         return
     ranks = {name: layer.rank for name, layer in layers.items()}
     faults = []
+    arguments: list[str] = []
     for index, stage in enumerate(schedule):
         last = index == len(schedule) - 1
         # After a stage that reads values, ranks are only expected, so nothing that follows from them is refused.
         is_known = not depends_on_data(schedule[:index])
         found = _faults(stage, layers, ranks, free, last=last, is_known=is_known)
-        faults += [f"stage {index + 1}: {fault}; set {stage.key}" for fault in found]
+        faults += [f"stage {index + 1}: {fault}" for fault in found]
+        arguments += stage.arguments if found else ()
         if not found:
             ranks = stage.to.ranks(expected_states(layers, ranks, last=last))
     if faults:
-        raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]))
+        raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
 
 
 def _faults(
@@ -88,7 +90,7 @@ def _faults(
         if given < least:
             return [
                 f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
-                f"ranks, got {given:,} ({stage.to.key}, schedule.lowest)"
+                f"ranks, got {given:,} ({stage.to.size}, lowest)"
             ]
         # Less than the present parameters is a change, though perhaps only of layers with a final rank of their own.
         if stage.to.share is not None and stage.to.share < 1:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from dynrank.distributed.wrappers import ddp_modules, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
-from dynrank.errors import for_its_reader
 
 
 @dataclass(eq=False)
@@ -90,4 +89,4 @@ class Training:
 
     def warn(self, message: str) -> None:
         """Warn the user, once for all processes."""
-        warnings.warn(for_its_reader(message), stacklevel=2)
+        warnings.warn(message, stacklevel=2)

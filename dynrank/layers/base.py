@@ -289,7 +289,8 @@ def take_rank(
     if sizes != [(rows, d_in), (d_out, rows)] or not alike or not 1 <= rank <= (most or rank):
         raise ConfigurationError(
             f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
-            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
+            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from",
+            "ckpt_path",
         )
     if rank != layer.rank:
         layer.set_factors(layer.lora_A.new_empty(rows, d_in), layer.lora_B.new_empty(d_out, rows))

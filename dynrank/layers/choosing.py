@@ -50,7 +50,9 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
             # The error lists the nearest names, or the names of all layers.
             layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
             near = get_close_matches(target, {*layers, *modules}, n=3) or layers
-            raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
+            raise ConfigurationError(
+                f"no layer matches {target!r} of target_modules; nearest: {near}", "target_modules"
+            )
     wanted = {name for target in targets for name in found[target]}
     chosen = [name for name in modules if name in wanted]
     alone = compiled_alone(model)
@@ -64,7 +66,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
             reason = f"{kind} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts, or computes its weight"
         else:
             continue
-        raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
+        raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}", "target_modules")
     if "all-linear" in targets:
         stacks = [module for module in map(modules.get, chosen) if isinstance(module, ExpertStack)]
         _warn_of_frozen(model, [stack.weight for stack in stacks], skipped)
@@ -110,7 +112,8 @@ def _matches(target: str, modules: Mapping[str, nn.Module], *, is_expression: bo
         return [name for name in modules if re.fullmatch(target, name)]
     except EXPRESSION_ERRORS as error:
         raise ConfigurationError(
-            f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {target!r}: {error}"
+            f"target_modules must be a list, a regular expression or one of {PRESETS}, got {target!r}: {error}",
+            "target_modules",
         ) from None
 
 

@@ -238,8 +238,10 @@ class LoRARouterWeight(LoRAParameter):
     def __init__(self, base: nn.Module, *, dropout: float = 0.0, **options: Any) -> None:
         if dropout:
             raise ConfigurationError(
-                f"dropout must be 0 for LoRA in a router, got {dropout}; set lora.dropout=0, or leave routers out of "
-                "lora.target_modules"
+                f"dropout must be 0 for LoRA in a router, got {dropout}; set dropout=0, or leave routers out of "
+                "target_modules",
+                "dropout",
+                "target_modules",
             )
         super().__init__(base, **options)
 

@@ -128,7 +128,9 @@ def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
             fault = "had another shape or other values than" if wrong[0] in own else "is missing"
             raise ConfigurationError(
                 f"the checkpoint was made on another base: {wrong[0]!r} {fault} here ({len(wrong)} of {len(known)} "
-                f"frozen parameters differ); load it into its own base, {mark['model']} (ckpt_path, task.model)"
+                f"frozen parameters differ); load it into its own base, {mark['model']}",
+                "ckpt_path",
+                "model",
             )
         found |= {name: own[name] for name in known}
     return found
@@ -149,7 +151,7 @@ def lacks_base(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
     own = check_base(model, state_dict)
     missing = sorted(model.state_dict().keys() - state_dict.keys() - own.keys())
     if missing:
-        raise ConfigurationError(f"the checkpoint lacks {missing[:3]}, which its base does not hold; set ckpt_path")
+        raise ConfigurationError(f"the checkpoint lacks {missing[:3]}, which its base does not hold", "ckpt_path")
     return True
 
 
@@ -160,5 +162,5 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             if isinstance(mark, Tensor):
                 mark = json.loads(bytes(mark.tolist()))
             if not isinstance(mark, dict) or "model" not in mark or not isinstance(mark.get("parameters"), dict):
-                raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base; set ckpt_path")
+                raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base", "ckpt_path")
             yield key.removesuffix(MARK), mark

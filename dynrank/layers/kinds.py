@@ -96,7 +96,9 @@ class LoRAEmbedding(LoRALayer):
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         if getattr(base, "max_norm", None) is not None:
-            raise ConfigurationError("LoRA on Embedding needs max_norm=None; set lora.target_modules")
+            raise ConfigurationError(
+                "LoRA on Embedding needs max_norm=None; leave it out of target_modules", "target_modules"
+            )
         num_embeddings, dim = base.get_parameter("weight").shape
         return dim, num_embeddings
 
@@ -131,7 +133,8 @@ class LoRAConv2d(LoRALayer):
         for name, value in plain.items():
             if getattr(base, name) != value:
                 raise ConfigurationError(
-                    f"LoRA on Conv2d needs {name}={value}, got {getattr(base, name)}; set lora.target_modules"
+                    f"LoRA on Conv2d needs {name}={value}, got {getattr(base, name)}; leave it out of target_modules",
+                    "target_modules",
                 )
         weight = base.get_parameter("weight")
         return weight.shape[0], weight[0].numel()

@@ -143,7 +143,7 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
     """Functions that write the ranks of the layers into every PEFT config in ``model``, so that PEFT's files load.
 
     They set r, lora_alpha, and one anchored entry of rank_pattern and alpha_pattern per layer that differs; use_rslora
-    becomes false. A config with the right ranks does not change. The functions only make assignments. ``ranks`` are
+    becomes False. A config with the right ranks does not change. The functions only make assignments. ``ranks`` are
     those that layers will have when the functions are called, by module and adapter.
     """
     configs = _configs(model)

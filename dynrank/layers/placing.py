@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dynrank.errors import ConfigurationError, Count, Positive, validated_call
+from dynrank.errors import ConfigurationError, Count, Positive, checked_call
 from dynrank.kernels.backends import Backend
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import PRESETS, target_names
@@ -25,7 +25,7 @@ from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 M = TypeVar("M", bound=nn.Module)
 
 
-@validated_call("lora")
+@checked_call
 def add_lora(
     model: M,
     *,
@@ -71,9 +71,9 @@ def add_lora(
         model, "add_lora", "resize and RankScheduler change its layers in place; or call its merge_and_unload() first"
     )
     if own_layers(model):
-        raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
+        raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)", "model")
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ConfigurationError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype}")
+        raise ConfigurationError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype}", "dtype")
     modules = modules_by_name(model)
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)
@@ -105,11 +105,12 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
     tied = tied_weights(model)
     for name in names:
         if name not in modules:
-            raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
+            raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save", "modules_to_save")
         if any(id(parameter) in tied for parameter in modules[name].parameters()):
             raise ConfigurationError(
                 f"{name!r} shares a weight with another module, so it cannot be in modules_to_save; adapt it with LoRA "
-                "(lora.target_modules), or untie the weight first"
+                "(target_modules), or untie the weight first",
+                "modules_to_save",
             )
 
 
@@ -189,7 +190,7 @@ def merge(model: M) -> M:
     if packed:
         raise ConfigurationError(
             f"the model cannot be merged: {packed[0]!r} and {len(packed) - 1} more of its layers are quantised; save "
-            "the adapter and merge it into the unquantised model (dynrank merge ADAPTER --model MODEL --out DIR)"
+            "the adapter and merge it into the unquantised model (dynrank.load_adapter, dynrank.merge)"
         )
     tied = tied_weights(model)
     if any(id(layer.weight) in tied for layer in layers.values()):

@@ -27,8 +27,10 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             part.write_bytes(content.getbuffer())
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; free space, or set hydra.run.dir "
-            "(the callback's dirpath) to another disk, and continue from the last checkpoint with ckpt_path"
+            f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; free space, or give another "
+            "dirpath, and continue from the last checkpoint",
+            "dirpath",
+            "ckpt_path",
         ) from None
 
 
@@ -40,12 +42,12 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError("it has no state_dict")
     except OSError as error:
-        raise ConfigurationError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}; set ckpt_path") from None
+        raise ConfigurationError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}", "ckpt_path") from None
     # A damaged or malicious file can make zipfile and pickle raise any error.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(
-            f"{str(path)!r} is not a complete checkpoint of plain tensors: {reason:.200}; set ckpt_path"
+            f"{str(path)!r} is not a complete checkpoint of plain tensors: {reason:.200}", "ckpt_path"
         ) from None
     return checkpoint
 

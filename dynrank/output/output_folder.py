@@ -1,4 +1,4 @@
-"""The folder or file of a command's --out, which is written completely or not at all."""
+"""A new folder or file ``out``, which is written completely or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -15,9 +15,11 @@ def check_free(out: Path, *sources: Path) -> None:
     """Refuse an output folder that is not empty, or is one of the ``sources``."""
     with _naming(out):
         if realpath(out) in [*map(realpath, sources)]:
-            raise ConfigurationError(f"--out must be another folder than the one to read, got {str(out)!r} for both")
+            raise ConfigurationError(
+                f"out must be another folder than the one to read, got {str(out)!r} for both", "out"
+            )
         if out.exists() and (not out.is_dir() or any(file.suffix != PART for file in out.iterdir())):
-            raise ConfigurationError(f"--out must be a new or empty folder, got {str(out)!r}")
+            raise ConfigurationError(f"out must be a new or empty folder, got {str(out)!r}", "out")
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def new_file(out: Path) -> Iterator[Path]:
     """A path to write to, which is renamed to ``out`` at the end of the block, or deleted after an error."""
     with _naming(out):
         if os.path.lexists(out):
-            raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+            raise ConfigurationError(f"out must be a new file, {str(out)!r} exists", "out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as part:
             part.touch()
@@ -69,4 +71,4 @@ def _naming(out: Path) -> Iterator[None]:
         with os_errors(out):
             yield
     except OSError as error:
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from error
+        raise ConfigurationError(f"cannot write to out {str(out)!r}: {error.strerror or error}", "out") from error

@@ -1,6 +1,4 @@
-"""Schedules by name: each is a function that returns stages, and ``schedule=NAME`` calls it with the same defaults.
-
-On the command line ``final_rank`` is half of ``lora.rank`` (``anneal`` an eighth, ``grow`` 64) where it is not given.
+"""Schedules by name: each is a function that returns stages.
 
 Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
@@ -12,8 +10,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ByteSize, Field
 
-from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
-from dynrank.schedules.stage import How, Stage
+from dynrank.errors import ConfigurationError, Count, NotNegative, Share, checked_call
+from dynrank.schedules.stage import TO, How, Stage
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards, Unchanged
 from dynrank.triggers import At, Plateau, Trigger
 
@@ -31,10 +29,10 @@ PLAIN = How()
 EARLY = How(lr_factor="sqrt")
 
 
-def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, key: str) -> Stage:
+def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, argument: str) -> Stage:
     """A stage with its own copy of the trigger (a plateau if None); a fixed time gets no deadline."""
     when = Plateau() if trigger is None else deepcopy(trigger)
-    return Stage(when, target, None if isinstance(when, At) else deadline, how=how, key=key)
+    return Stage(when, target, None if isinstance(when, At) else deadline, how=how, arguments=(argument,))
 
 
 def fixed() -> list[Stage]:
@@ -46,7 +44,7 @@ def fixed() -> list[Stage]:
     return []
 
 
-@validated_call("schedule")
+@checked_call
 def rebalance(*, at: Time = 0.3333, how: How = PLAIN) -> list[Stage]:
     """Every layer keeps its rank, and gets balanced factors once, early in the run; the update stays the same.
 
@@ -59,12 +57,12 @@ def rebalance(*, at: Time = 0.3333, how: How = PLAIN) -> list[Stage]:
 
     >>> (stage,) = rebalance()
     >>> stage.when, stage.to
-    (At(step=None, epoch=None, fraction=0.3333), Unchanged())
+    (At(fraction=0.3333), Unchanged())
     """
-    return [Stage(At(fraction=at), Unchanged(), how=how, key="schedule.at")]
+    return [Stage(At(fraction=at), Unchanged(), how=how, arguments=("at",))]
 
 
-@validated_call("schedule")
+@checked_call
 def stages(stages: Sequence[Stage]) -> list[Stage]:
     """The given stages, for a schedule that a configuration file lists stage by stage.
 
@@ -74,12 +72,12 @@ def stages(stages: Sequence[Stage]) -> list[Stage]:
     Rank(rank={'mlp': 8})
     """
     return [
-        stage if stage.key != "schedule.stages" else replace(stage, key=f"schedule.stages[{i}]")
+        stage if stage.arguments != TO else replace(stage, arguments=[f"stages[{i}].to"])
         for i, stage in enumerate(stages)
     ]
 
 
-@validated_call("schedule")
+@checked_call
 def early_budget(
     final_rank: Count | None = None,
     *,
@@ -109,17 +107,17 @@ def early_budget(
 
     >>> (stage,) = early_budget(4, highest=16)
     >>> stage.when
-    At(step=None, epoch=None, fraction=0.3333)
+    At(fraction=0.3333)
     >>> stage.to.final_rank, stage.to.highest, stage.how.lr_factor
     (4, 16, 'sqrt')
     """
     if (share, parameters, bytes) != (None, None, None):
         final_rank = None
     pool = Budget(parameters, share, final_rank=final_rank, bytes=bytes, lowest=lowest, highest=highest)
-    return [Stage(At(fraction=at), pool, how=how, key="schedule.final_rank, schedule.share")]
+    return [Stage(At(fraction=at), pool, how=how, arguments=(pool.size,))]
 
 
-@validated_call("schedule")
+@checked_call
 def auto(
     tolerance: NotNegative = 0.005,
     *,
@@ -150,10 +148,10 @@ def auto(
     first = early_budget(share=share, at=at, lowest=lowest, highest=highest, how=how)
     largest = Budget(share=1.0, lowest=lowest, highest=highest)
     how = replace(how, max_regression=tolerance)
-    return [*first, Stage(At(fraction=1.0), largest, how=how, key="schedule.lowest", search=True)]
+    return [*first, Stage(At(fraction=1.0), largest, how=how, arguments=("lowest",), search=True)]
 
 
-@validated_call("schedule")
+@checked_call
 def after_convergence(
     final_rank: Count,
     trigger: Trigger | At | None = None,
@@ -179,12 +177,12 @@ def after_convergence(
     ('val/loss', 0.75)
     """
     return [
-        _once(trigger, _down_to(final_rank, shared, step, drops), deadline, how, "schedule.final_rank")
+        _once(trigger, _down_to(final_rank, shared, step, drops), deadline, how, "final_rank")
         for step in range(1, drops + 1)
     ]
 
 
-@validated_call("schedule")
+@checked_call
 def anneal(
     final_rank: Count,
     *,
@@ -210,12 +208,10 @@ def anneal(
     [0.2, 0.5, 0.8]
     """
     if start > end:
-        raise ConfigurationError(
-            f"start must be at most end = {end:g}, got {start:g}; set schedule.start or schedule.end"
-        )
+        raise ConfigurationError(f"start must be at most end = {end:g}, got {start:g}", "start", "end")
     times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
     return [
-        Stage(At(fraction=time), _down_to(final_rank, shared, i, steps), how=how, key="schedule.final_rank")
+        Stage(At(fraction=time), _down_to(final_rank, shared, i, steps), how=how, arguments=("final_rank",))
         for i, time in enumerate(times, 1)
     ]
 
@@ -225,7 +221,7 @@ def _down_to(rank: int, shared: bool, step: int, steps: int) -> Target:
     return Budget(final_rank=rank, left=steps - step) if shared else Towards(rank, step, steps)
 
 
-@validated_call("schedule")
+@checked_call
 def milestones(
     ranks: Sequence[Count],
     at: Sequence[NotNegative],
@@ -247,26 +243,24 @@ def milestones(
     [(0.5, 8), (0.75, 4)]
     """
     if len(ranks) != len(at) or not ranks:
-        raise ConfigurationError(
-            f"ranks and at must have the same length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
-        )
+        raise ConfigurationError(f"ranks and at must have the same length, got {ranks!r} and {at!r}", "ranks", "at")
     if sorted(at) != list(at) or (unit == "fraction" and at[-1] > 1):
         raise ConfigurationError(
-            f"at must be ascending, and at most 1 for fractions, got {list(at)}; set schedule.at or schedule.unit"
+            f"at must be ascending, and at most 1 for fractions, got {list(at)} in the unit {unit!r}", "at", "unit"
         )
     if unit == "fraction":
         times = [At(fraction=share) for share in at]
     elif all(time == int(time) for time in at):
         times = [At(step=int(time)) if unit == "step" else At(epoch=int(time)) for time in at]
     else:
-        raise ConfigurationError(f"at must be whole numbers of {unit}s, got {list(at)}; set schedule.at")
+        raise ConfigurationError(f"at must be whole numbers of {unit}s, got {list(at)}", "at")
     return [
-        Stage(time, Budget(final_rank=rank) if shared else Rank(rank), how=how, key=f"schedule.ranks[{i}]")
+        Stage(time, Budget(final_rank=rank) if shared else Rank(rank), how=how, arguments=(f"ranks[{i}]",))
         for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
     ]
 
 
-@validated_call("schedule")
+@checked_call
 def energy(
     share: Share = 0.9,
     trigger: Trigger | At | None = None,
@@ -279,13 +273,13 @@ def energy(
 
     >>> (stage,) = energy(0.9)
     >>> stage.to
-    Energy(share=0.9, lowest=1)
+    Energy(share=0.9)
     """
     target = Energy(share, lowest=lowest)
-    return [_once(trigger, target, deadline, how, "schedule.lowest")]
+    return [_once(trigger, target, deadline, how, "lowest")]
 
 
-@validated_call("schedule")
+@checked_call
 def grow(
     final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5, how: How = PLAIN
 ) -> list[Stage]:
@@ -295,7 +289,7 @@ def grow(
     >>> stage.to
     GrowTo(rank=16)
     """
-    return [_once(trigger, GrowTo(final_rank), deadline, how, "schedule.final_rank")]
+    return [_once(trigger, GrowTo(final_rank), deadline, how, "final_rank")]
 
 
 def stages_of(schedule: object) -> list[Stage]:
@@ -309,4 +303,4 @@ def stages_of(schedule: object) -> list[Stage]:
     if isinstance(schedule, list | tuple) and all(isinstance(stage, Stage) for stage in schedule):
         return list(schedule)
     made = "a rank, a stage or a list of stages, which early_budget(4) or auto() of dynrank.schedules make"
-    raise ConfigurationError(f"a schedule must be {made}, got {schedule!r}; set schedule")
+    raise ConfigurationError(f"a schedule must be {made}, got {schedule!r}", "schedule")

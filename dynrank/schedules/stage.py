@@ -1,17 +1,20 @@
 """A stage of a schedule: when ranks change, to what and how; and the check of the stages' times."""
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Name, NotNegative, Share, validated
+from dynrank.errors import ConfigurationError, Name, NotNegative, Share, checked, described
 from dynrank.targets import Budget, Target
 from dynrank.triggers import At, Run, Trigger
 
+# What sets the target of a stage that no preset has made.
+TO = ("to",)
 
-@validated("schedule.how")
+
+@checked
 class How:
     """How a change of rank is made.
 
@@ -44,7 +47,7 @@ class How:
     check_mode: Literal["min", "max"] = "min"
 
 
-@validated("schedule.stages")
+@checked
 class Stage:
     """One change of ranks.
 
@@ -53,9 +56,9 @@ class Stage:
         to: the target, which gives the new ranks.
         deadline: share of the run's optimizer steps, in (0, 1], at which the change comes in any case; None: never.
         how: how the change is made.
-        key: configuration key of the target, for error messages.
         search: whether to search, by a validation for each trial, for the smallest adapter that costs no more than
             ``how.max_regression``. ``to`` is then a budget, the largest adapter that may remain.
+        arguments: the arguments that have set the target, for errors; a preset names its own.
 
     Raises:
         ConfigurationError: if a value cannot be used, a fixed time has a deadline, or a search comes before the last
@@ -72,26 +75,29 @@ class Stage:
     to: Target
     deadline: Share | None = None
     how: How = How()
-    key: str = "schedule.stages"
     search: bool = False
+    arguments: Sequence[str] = field(default=TO, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.when, At) and self.deadline is not None:
             raise ConfigurationError(
-                f"deadline must be null for a change at a fixed time, got {self.deadline:g} and {self.when.reason}; "
-                "set schedule.deadline"
+                f"deadline must be None for a change at a fixed time, got {self.deadline:g} and {self.when.reason}",
+                "deadline",
             )
         if not self.search:
             return
         if self.when != At(fraction=1.0):
             raise ConfigurationError(
                 f"a search for the smallest adapter must come after the last step, At(fraction=1.0), got {self.when}: "
-                "further training would break the tolerance; set when"
+                "further training would break the tolerance",
+                "when",
             )
         if self.how.max_regression is None or not isinstance(self.to, Budget):
             raise ConfigurationError(
-                "a search for the smallest adapter needs a tolerance, and a Budget that orders the ranks; set "
-                "how.max_regression and to"
+                "a search for the smallest adapter needs how.max_regression, the tolerance, and a Budget, which "
+                "orders the ranks",
+                "how.max_regression",
+                "to",
             )
 
     def planned_step(self, run: Run) -> int | None:
@@ -106,6 +112,7 @@ def check_schedule(schedule: Sequence[Stage], run: Run) -> None:
     if run.total_steps is None:
         return
     faults = []
+    arguments = []
     before = -1
     for number, stage in enumerate(schedule, 1):
         in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None
@@ -115,23 +122,20 @@ def check_schedule(schedule: Sequence[Stage], run: Run) -> None:
         if isinstance(stage.when, Trigger) and planned <= stage.when.warmup_steps:
             faults.append(
                 f"stage {number}: deadline {stage.deadline:g} is step {planned}, within the trigger's warm-up of "
-                f"{stage.when.warmup_steps} steps; set schedule.deadline or schedule.trigger.warmup_steps"
+                f"{stage.when.warmup_steps} steps; change deadline or warmup_steps"
             )
+            arguments += ["deadline", "warmup_steps"]
         if planned > run.total_steps:
-            faults.append(f"stage {number}: step {planned} is after the last step, {run.total_steps}; set {stage.key}")
+            faults.append(f"stage {number}: step {planned} is after the last step, {run.total_steps}")
+            arguments += stage.arguments
         if planned < before:
-            faults.append(f"stage {number}: step {planned} is before {before} of stage {number - 1}; set {stage.key}")
+            faults.append(f"stage {number}: step {planned} is before {before} of stage {number - 1}")
+            arguments += stage.arguments
         before = max(before, planned)
     if faults:
-        raise ConfigurationError("the schedule contradicts itself:\n  " + "\n  ".join(faults))
+        raise ConfigurationError("the schedule contradicts itself:\n  " + "\n  ".join(faults), *arguments)
 
 
 def as_texts(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """For each stage, as text: (when, to what, the whole stage with the user's values)."""
-
-    def words(value: object) -> str:
-        if not is_dataclass(value):
-            return repr(value)
-        return f"{type(value).__name__}({', '.join(words(getattr(value, f.name)) for f in fields(value) if f.init)})"
-
-    return [(words(stage.when), words(stage.to), words(stage)) for stage in stages]
+    """For each stage, as text: (when, to what, the whole stage)."""
+    return [(described(stage.when), described(stage.to), described(stage)) for stage in stages]

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
-from dynrank.errors import ConfigurationError, Count, Share, validated
+from dynrank.errors import ConfigurationError, Count, Share, checked
 from dynrank.targets.base import LayerState, Target
 
-# A budget has exactly one of these sizes; each is also a key under schedule.
+# A budget has exactly one of these sizes.
 _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 
-@validated("schedule.target")
+@checked
 class Budget(Target):
     """One pool of adapter parameters for all layers, with ranks in proportion to the importance of each layer.
 
@@ -63,13 +63,12 @@ class Budget(Target):
     def __post_init__(self) -> None:
         if self.highest is not None and self.lowest > self.highest:
             raise ConfigurationError(
-                f"highest must be at least lowest = {self.lowest}, got {self.highest}; set schedule.highest or "
-                "schedule.lowest"
+                f"highest must be at least lowest = {self.lowest}, got {self.highest}", "highest", "lowest"
             )
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
-                f"a budget has one size, got {given or 'none'}; set only one of schedule.{', schedule.'.join(_SIZES)}"
+                f"a budget has one size, got {given or 'none'}; give only one of {', '.join(_SIZES)}", *given or _SIZES
             )
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
@@ -78,7 +77,9 @@ class Budget(Target):
         least = self.floor_parameters(layers)
         if self.share is None and unspent < least:
             raise ConfigurationError(
-                f"a budget must be at least {least:,} parameters, the lowest ranks', got {unspent:,}"
+                f"a budget must be at least {least:,} parameters, the lowest ranks', got {unspent:,}",
+                self.size,
+                "lowest",
             )
         unspent -= least
         ended = set()
@@ -92,9 +93,9 @@ class Budget(Target):
         return ranks
 
     @property
-    def key(self) -> str:
-        """The configuration key of the size."""
-        return next(f"schedule.{name}" for name in _SIZES if getattr(self, name) is not None)
+    def size(self) -> str:
+        """The name of the argument that gives the size."""
+        return next(name for name in _SIZES if getattr(self, name) is not None)
 
     @property
     def is_relative(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Count, Name, Share, validated
+from dynrank.errors import ConfigurationError, Count, Name, Share, checked
 from dynrank.linalg import energy_rank
 from dynrank.rank_map import by_layer
 from dynrank.targets.base import LayerState, Target
@@ -20,7 +20,7 @@ def _of_layers(rank: int | Mapping[str, int], layers: Mapping[str, LayerState]) 
     return own | by_layer(rank, layers) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
 
 
-@validated("schedule.target")
+@checked
 class Rank(Target):
     """At most this rank for all layers; a layer below it keeps its rank.
 
@@ -44,7 +44,7 @@ class Rank(Target):
         return {name: layer.shrunk(wanted[name]) for name, layer in layers.items()}
 
 
-@validated("schedule.target")
+@checked
 class GrowTo(Target):
     """At least this rank for all layers, or for those that a key means, as in :class:`Rank`; none is lowered.
 
@@ -59,7 +59,7 @@ class GrowTo(Target):
         return {name: layer.grown(wanted[name]) for name, layer in layers.items()}
 
 
-@validated("schedule.target")
+@checked
 class Unchanged(Target):
     """The rank that each layer has, so that a change only balances the factors.
 
@@ -73,7 +73,7 @@ class Unchanged(Target):
         return {name: layer.shrunk(layer.rank) for name, layer in layers.items()}
 
 
-@validated("schedule.target")
+@checked
 class Towards(Target):
     """Step ``step`` of ``steps`` from the starting rank to ``rank``, by equal factors: 64, 32, 16, 8.
 
@@ -92,7 +92,7 @@ class Towards(Target):
 
     def __post_init__(self) -> None:
         if self.step > self.steps:
-            raise ConfigurationError(f"step must be at most steps = {self.steps}, got {self.step}")
+            raise ConfigurationError(f"step must be at most steps = {self.steps}, got {self.step}", "step", "steps")
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         # The rank now is the one after ``step - 1`` steps.
@@ -103,7 +103,7 @@ class Towards(Target):
         return {name: layer.shrunk(round(layer.rank * factors[name])) for name, layer in layers.items()}
 
 
-@validated("schedule.target")
+@checked
 class Energy(Target):
     """The lowest rank that keeps ``share`` of each layer's energy, the sum of SQUARED singular values.
 

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from dynrank.errors import Steps, validated
+from dynrank.errors import Steps, checked
 
 
-@validated("schedule.trigger", frozen=False, kw_only=True)
+@checked(frozen=False, kw_only=True)
 class Trigger(ABC):
     """A small state machine that says when ranks should change. Subclasses write :meth:`fires` and ``monitors``.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Steps, validated
+from dynrank.errors import ConfigurationError, Steps, checked
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Run:
     steps_per_epoch: int | None = None
 
 
-@validated("schedule.trigger")
+@checked
 class At:
     """A time in a run; exactly one of the three is given.
 
@@ -44,7 +44,8 @@ class At:
     def __post_init__(self) -> None:
         if len(self._given()) != 1:
             raise ConfigurationError(
-                f"a time must be one of step, epoch and fraction, got {self._given() or 'none'}; set schedule.trigger"
+                f"a time must be one of step, epoch and fraction, got {self._given() or 'none'}",
+                *self._given() or ("step", "epoch", "fraction"),
             )
 
     def _given(self) -> dict[str, float]:
@@ -63,11 +64,10 @@ class At:
         if self.epoch is not None:
             if run.steps_per_epoch is None:
                 raise ConfigurationError(
-                    "an epoch needs data of known length, and steps of equally many batches; set "
-                    "schedule.trigger.step instead"
+                    "epoch needs data of known length, and steps of equally many batches; give step instead", "epoch"
                 )
             return self.epoch * run.steps_per_epoch
         if run.total_steps is None:
-            raise ConfigurationError("a share of a run needs a run of known length; set trainer.max_steps")
+            raise ConfigurationError("a share of a run needs a run of known length; set max_steps", "max_steps")
         # The small number cancels rounding errors: 0.3 * 10 is 3.0000000000000004 in floats.
         return ceil((self.fraction or 0.0) * run.total_steps - 1e-9)

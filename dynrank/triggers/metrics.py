@@ -4,13 +4,13 @@ from dataclasses import field
 from math import isfinite
 from typing import Literal
 
-from dynrank.errors import Count, Name, NotNegative, Positive, validated
+from dynrank.errors import Count, Name, NotNegative, Positive, checked
 from dynrank.triggers.base import Trigger
 
 Mode = Literal["min", "max"]
 
 
-@validated("schedule.trigger", frozen=False)
+@checked(frozen=False)
 class Plateau(Trigger):
     """True once a metric has not improved for ``patience`` observations in a row.
 
@@ -56,7 +56,7 @@ class Plateau(Trigger):
         return self._stale >= self.patience
 
 
-@validated("schedule.trigger", frozen=False)
+@checked(frozen=False)
 class Gap(Trigger):
     """True once validation is worse than training by more than ``threshold`` in the mean of ``window`` observations.
 

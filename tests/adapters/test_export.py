@@ -143,7 +143,7 @@ def test_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_path):
     (tmp_path / "base.gguf").write_bytes(b"somebody's weights")
     with pytest.raises(ConfigurationError, match=r"new file, .*base\.gguf"):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "base.gguf", to="gguf")
-    with pytest.raises(ConfigurationError, match="multiple goes with to padded"):
+    with pytest.raises(ConfigurationError, match='multiple goes with to="padded"'):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", multiple=2)
     assert (tmp_path / "base.gguf").read_bytes() == b"somebody's weights"
     assert not (tmp_path / "out").exists()
@@ -229,7 +229,7 @@ def test_plain_prompts_are_sent_without_a_template(form, template):
 def test_what_ollama_would_misread_is_refused_and_nothing_written(chat, launch, tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be printed"):
         modelfile("base", Inputs("chat", {}, "a\u200bb"))
-    with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*model DIR"):
+    with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*give its folder"):
         dynrank.export_adapter(chat, tmp_path / "out", to="ollama", model="org/model")
     (chat / "inputs.json").write_text(json.dumps({"form": "chat", "system": 'a """ b'}))
     code, _, said = launch("export", chat, "--to", "ollama", "--out", tmp_path / "out")

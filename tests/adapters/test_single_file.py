@@ -233,7 +233,13 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
     save_file(PLAIN, "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
     for said, arguments in {
-        "--out must be a new file": ["a.safetensors", "--rank", 1, "--out", "there.safetensors"],
+        "out must be a new file, 'there.safetensors' exists (--out)": [
+            "a.safetensors",
+            "--rank",
+            1,
+            "--out",
+            "there.safetensors",
+        ],
         "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
         "'none.safetensors' cannot be read: No such file": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "in its folder; give the folder": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],

@@ -110,7 +110,7 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
 def refusal(net, schedule):
     with pytest.raises(ConfigurationError) as caught:
         check_model(net, schedule, RUN)
-    return str(caught.value)
+    return f"{caught.value} {caught.value.arguments}"
 
 
 def test_model_without_lora_layers_is_refused():
@@ -121,19 +121,22 @@ def test_model_without_lora_layers_is_refused():
     ("schedule", "said"),
     [
         # Layer 0 has room for rank 16.
-        ([Stage(NOW, Rank(8)), Stage(NOW, GrowTo(13), key="K")], ["stage 2: rank 13 is", "12 of '1'; set K"]),
+        (
+            [Stage(NOW, Rank(8)), Stage(NOW, GrowTo(13), arguments=["K"])],
+            ["stage 2: rank 13 is", "12 of '1'", "('K',)"],
+        ),
         ([Stage(NOW, GrowTo({"1": 13}))], ["stage 1: rank 13 is above min(d_in, d_out) = 12 of '1'"]),
-        ([Stage(NOW, GrowTo(14)), Stage(NOW, Budget(parameters=1), key="L")], ["of '1'", "of '2'", "set L"]),
+        ([Stage(NOW, GrowTo(14)), Stage(NOW, Budget(parameters=1), arguments=["L"])], ["of '1'", "of '2'", "'L'"]),
         ([Stage(NOW, Rank({"0": 4, "attention": 2}))], ["'attention' matches no LoRA layer"]),
         # A shrink to a higher rank, a growth to a lower one, a lowest rank above that of the layers.
-        ([Stage(NOW, Rank(9), key="K")], ["stage 1: Rank(rank=9) changes none of the ranks", "set K"]),
+        ([Stage(NOW, Rank(9), arguments=["K"])], ["stage 1: Rank(rank=9) changes none of the ranks", "'K'"]),
         ([Stage(NOW, Rank({"0": 12}))], ["changes none of the ranks"]),
         ([Stage(NOW, GrowTo(7))], ["changes none of the ranks"]),
         ([Stage(NOW, Energy(0.9, lowest=9))], ["changes none of the ranks"]),
         ([Stage(NOW, Rank(4)), Stage(NOW, Rank(8))], ["stage 2: Rank(rank=8) changes none of the ranks [4]"]),
     ],
 )
-def test_stage_that_cannot_act_is_refused_with_layers_and_key(schedule, said):
+def test_stage_that_cannot_act_is_refused_with_layers_and_argument(schedule, said):
     message = refusal(model(), schedule)
     assert all(words in message for words in said), message
     assert "of '0'" not in message

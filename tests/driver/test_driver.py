@@ -264,7 +264,7 @@ def test_what_leaves_ranks_or_weights_unfinished_is_warned_of(stage, options, me
 
 @pytest.mark.parametrize("schedule", [None, True, "16", [16]])
 def test_what_is_no_schedule_is_refused(schedule):
-    with pytest.raises(ConfigurationError, match="a rank, a stage or a list of stages.*set schedule"):
+    with pytest.raises(ConfigurationError, match="a rank, a stage or a list of stages"):
         RankDriver(schedule)
 
 
@@ -294,7 +294,7 @@ def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
     drive(driver, 6, folder=tmp_path)
     with pytest.raises(ConfigurationError, match="step 6 of another run"):
         drive(driver)
-    with pytest.raises(ConfigurationError, match=r"another schedule.*Rank\(3\).*Rank\(2\)"):
+    with pytest.raises(ConfigurationError, match=r"another schedule.*Rank\(rank=3\).*Rank\(rank=2\)"):
         drive(RankDriver(at(3, Rank(2))), folder=tmp_path, start=4)
 
 

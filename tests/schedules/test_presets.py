@@ -56,7 +56,8 @@ def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
 
 def test_presets_hand_their_values_to_the_stage():
     (stage,) = energy(0.8, Gap(), lowest=2, deadline=0.6)
-    assert stage == Stage(Gap(), Energy(0.8, lowest=2), 0.6, key="schedule.lowest")
+    assert stage == Stage(Gap(), Energy(0.8, lowest=2), 0.6)
+    assert [*stage.arguments] == ["lowest"]
     early = How(lr_factor="sqrt")
     options = {"lowest": 2, "highest": 8}
     first, last = auto(0.1, share=0.5, at=0.25, **options)
@@ -113,8 +114,9 @@ def test_each_stage_has_a_trigger_of_its_own():
 
 
 def test_stages_are_taken_as_they_are_and_named_by_their_place():
-    schedule = stages([Stage(At(step=1), Rank(4)), Stage(At(step=1), Rank(2), key="mine")])
-    assert schedule == [Stage(At(step=1), Rank(4), key="schedule.stages[0]"), Stage(At(step=1), Rank(2), key="mine")]
+    schedule = stages([Stage(At(step=1), Rank(4)), Stage(At(step=1), Rank(2), arguments=["mine"])])
+    assert schedule == [Stage(At(step=1), Rank(4)), Stage(At(step=1), Rank(2))]
+    assert [[*stage.arguments] for stage in schedule] == [["stages[0].to"], ["mine"]]
 
 
 @pytest.mark.parametrize(

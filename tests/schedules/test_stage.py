@@ -21,7 +21,10 @@ ALL = Budget(share=1.0)
         (lambda: Stage(At(step=3), Rank(4), deadline=0.5), ["0.5", "step 3", "deadline"]),
         (lambda: Stage(At(fraction=0.5), ALL, how=How(max_regression=0.01), search=True), ["after the last step"]),
         (lambda: Stage(At(fraction=1.0), ALL, search=True), ["max_regression"]),
-        (lambda: Stage(At(fraction=1.0), Rank(4), how=How(max_regression=0.01), search=True), ["Budget", "set"]),
+        (
+            lambda: Stage(At(fraction=1.0), Rank(4), how=How(max_regression=0.01), search=True),
+            ["Budget", "max_regression"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named(make, names):
@@ -37,19 +40,20 @@ FAULTS = {
         ["stage 1", "0.3", "30", "deadline", "warmup_steps"],
     ),
     "times out of order": (
-        [Stage(At(step=50), Rank(16)), Stage(At(epoch=2), Rank(8), key="K")],
+        [Stage(At(step=50), Rank(16)), Stage(At(epoch=2), Rank(8), arguments=["K"])],
         ["stage 2", "40", "50", "K"],
     ),
-    "after the end": ([Stage(At(epoch=6), Rank(8), key="K")], ["stage 1", "120", "100", "K"]),
+    "after the end": ([Stage(At(epoch=6), Rank(8), arguments=["K"])], ["stage 1", "120", "100", "K"]),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_contradiction_is_refused_with_its_stage_and_key(name):
+def test_contradiction_is_refused_with_its_stage_and_arguments(name):
     schedule, words = FAULTS[name]
     with pytest.raises(ConfigurationError) as caught:
         check_schedule(schedule, RUN)
-    assert all(word in str(caught.value) for word in words), caught.value
+    said = f"{caught.value} {caught.value.arguments}"
+    assert all(word in said for word in words), said
     assert str(caught.value).count("\n") == 1
 
 

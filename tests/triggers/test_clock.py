@@ -34,14 +34,14 @@ def test_at_fraction_is_the_first_step_at_or_after_the_exact_share(percent, tota
 
 @pytest.mark.parametrize("options", [{}, {"step": 1, "epoch": 1}, {"step": 0, "fraction": 0.0}])
 def test_at_is_one_of_three(options):
-    with pytest.raises(ConfigurationError, match=r"one of step, epoch and fraction.*; set trigger$"):
+    with pytest.raises(ConfigurationError, match="one of step, epoch and fraction"):
         At(**options)
 
 
 def test_at_needs_a_length_only_where_it_counts_in_it():
     unknown = Run(total_steps=None)
     assert At(step=7).in_steps(unknown) == 7
-    with pytest.raises(ConfigurationError, match="set step instead$"):
+    with pytest.raises(ConfigurationError, match="give step instead$"):
         At(epoch=1).in_steps(unknown)
     with pytest.raises(ConfigurationError, match="set max_steps"):
         At(fraction=0.5).in_steps(unknown)

@@ -5,14 +5,30 @@ from typing import Annotated, Any
 
 import typer
 from omegaconf import DictConfig
+from typer.core import TyperGroup
 
 from dynrank import __version__
 from dynrank.app.console import quiet_imports
+from dynrank.app.keys import named
 from dynrank.app.runs.overrides import usage_errors
 from dynrank.errors import ConfigurationError
 
+
+class _Commands(TyperGroup):
+    """Commands whose errors name the options that set the arguments at fault."""
+
+    def invoke(self, ctx: Any) -> Any:
+        def option(argument: str) -> str | None:
+            command = self.get_command(ctx, ctx.invoked_subcommand)
+            options = [of.opts[0] for of in command.params if of.name == argument] if command else []
+            return next((name for name in options if name.startswith("--")), None)
+
+        with named(option):
+            return super().invoke(ctx)
+
+
 # Each command imports its modules when it is called, so that --help does not wait for torch.
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _adapter_of(place: Path) -> Path:

@@ -11,7 +11,7 @@ from urllib.request import getproxies
 
 from huggingface_hub.constants import ENDPOINT
 
-from dynrank.errors import ConfigurationError, Name, validated
+from dynrank.errors import ConfigurationError, Name, checked
 
 _HERE = Path(__file__).parent
 # Models that a Python package contains: short name -> (package, folder or GGUF file, name on the hub).
@@ -21,7 +21,7 @@ _PACKAGED = {
 }
 
 
-@validated("model")
+@checked
 class ModelSettings:
     """The keys of ``model``; training and ``dynrank plan`` read the same ones.
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynrank.app.console import print_facts
+from dynrank.app.keys import names_keys
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
 from dynrank.app.runs.config import PlanKeys, argument, plain
 from dynrank.app.runs.job import lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.importance import bytes_held, shares_by_importance
-from dynrank.errors import ConfigurationError, configured
+from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
@@ -116,7 +117,7 @@ def _asked(config: DictConfig) -> PlanKeys:
     return PlanKeys(**{field.name: plain(config[field.name]) for field in fields(PlanKeys)})
 
 
-@configured()
+@names_keys
 def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     """What the run of ``config`` (composed from ``conf/plan.yaml``) trains, in words, and its need at each rank.
 

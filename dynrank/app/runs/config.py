@@ -16,9 +16,10 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
+from dynrank.app.keys import below, keys_of, named, names_keys
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.runs.overrides import check_keys, overrides_explained
-from dynrank.errors import ConfigurationError, Count, Name, configured, validated
+from dynrank.errors import ConfigurationError, Count, Name, checked
 from dynrank.rank_map import load_rank_map, parse_rank_map
 
 CONFIG_MODULE = "dynrank.conf"
@@ -31,7 +32,7 @@ LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
 _NOT_KEYS = ("rank_map", "modules_to_save", "dtype")
 
 
-@validated()
+@checked
 class RunKeys:
     """The keys of a run outside of groups.
 
@@ -54,7 +55,7 @@ class RunKeys:
     plots: bool = True
 
 
-@validated("rank_map")
+@checked
 class RankMapKeys:
     """Rules for single layers: in an override file, and what such a file would hold."""
 
@@ -68,7 +69,7 @@ def _with_unit(size: object) -> object:
     return size
 
 
-@validated()
+@checked
 class PlanKeys:
     """The keys of ``dynrank plan`` in addition to a run's.
 
@@ -143,7 +144,6 @@ ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
 
 
-@configured()
 def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path | None = None) -> DictConfig:
     """The configuration that ``dynrank-train`` would run with these overrides, for notebooks and dry runs.
 
@@ -169,7 +169,7 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
     return config
 
 
-@configured()
+@names_keys
 def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NAME) -> None:
     """Check the keys of what was composed from ``conf/NAME.yaml``, and set the values that follow from others."""
     check_run_keys(config, name)
@@ -177,7 +177,7 @@ def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NA
     _fill_adapter(config, overrides)
 
 
-@configured()
+@names_keys
 def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
     """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
     check_keys(config, _SCHEMAS[name])
@@ -228,7 +228,6 @@ def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
     config.lora.rank = round(sum(rank * size for rank, size in sizes) / sum(size for _, size in sizes))
 
 
-@configured()
 def make(node: Any, key: str) -> Any:
     """The object that the ``_target_`` of the configuration node at ``key`` makes."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
@@ -238,9 +237,12 @@ def make(node: Any, key: str) -> Any:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        arguments = isinstance(cause, ImportError | TypeError | ValueError | InstantiationException)
-        if not arguments or isinstance(cause, ConfigurationError):
-            # The class's own error already names the fault.
+        if isinstance(cause, ConfigurationError):
+            # The last line of Hydra's message is the node inside of this one whose object cannot be made.
+            inside = str(error).rpartition("full_key: ")[2]
+            with named(keys_of(node, key, inside)):
+                raise cause from error
+        if not isinstance(cause, ImportError | TypeError | ValueError | InstantiationException):
             raise cause from error
         said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
@@ -253,11 +255,12 @@ def argument(node: DictConfig, name: str) -> Any:
     return plain(node.get(name, None if default is Parameter.empty else default))
 
 
-@configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
     """The rules of ``rank_map.rank_pattern`` and, after them, of ``rank_map.file`` as one plain mapping, checked."""
-    keys = RankMapKeys(**plain(config))
-    in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
+    with named(below("rank_map")):
+        keys = RankMapKeys(**plain(config))
+    with named({"path": "rank_map.file", "rank_map": "rank_map.file"}.get):
+        in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
     here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())
     if both:

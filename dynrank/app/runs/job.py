@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import open_adapter
+from dynrank.app.keys import names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
@@ -28,7 +29,7 @@ from dynrank.app.runs.trainer import add_to_metrics, finished, make_trainer, qui
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import checked_metrics
-from dynrank.errors import ConfigurationError, Count, Positive, configured, read_as, validated_call
+from dynrank.errors import ConfigurationError, Count, Positive, checked_call, read_as
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
@@ -57,7 +58,7 @@ class Job:
     scheduler: RankScheduler
 
 
-@configured()
+@names_keys
 def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callable[[], None] | None = None) -> Summary:
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
@@ -117,7 +118,7 @@ def _write_config(config: DictConfig, folder: Path) -> None:
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
 
 
-@configured()
+@names_keys
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_run_keys(config)
@@ -148,7 +149,6 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     return Job(task, module, scheduler)
 
 
-@configured()
 def lora_arguments(config: DictConfig) -> dict[str, Any]:
     """The arguments of add_lora: the keys of ``lora`` and ``rank_map``, or the layers of the adapter ``lora.from``."""
     lora = {**plain(config.lora), "rank_map": rank_pattern(config.rank_map)}
@@ -205,7 +205,7 @@ def _check_run(config: DictConfig) -> None:
     _check_trainer(**trainer)
 
 
-@validated_call("trainer")
+@checked_call
 def _check_trainer(
     *,
     max_steps: Annotated[int, Field(ge=-1)] = -1,

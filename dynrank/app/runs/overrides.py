@@ -5,15 +5,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
-from inspect import signature
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
-from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError, configured
+from dynrank.app.keys import children, known_keys
+from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
@@ -25,8 +24,7 @@ def overrides_explained() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        with configured():
-            raise ConfigurationError(_explanation(error)) from error
+        raise ConfigurationError(_explanation(error)) from error
     except ValueError as error:
         # Hydra's only error of a plain class about an override: schedule=null.
         if not str(error).startswith("Config group override"):
@@ -41,7 +39,7 @@ def usage_errors() -> Iterator[None]:
     Any other failure keeps its traceback, and Python exits with 1.
     """
     try:
-        with configured(), overrides_explained():
+        with overrides_explained():
             yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,11 +58,11 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
     shipped = str(config.data.get("_target_")).startswith("dynrank.") if config.get("data") else False
     if shipped and not config.data._target_.endswith(".from_files") and {"train", "val", "test"} & {*config.data}:
         raise ConfigurationError(_OWN_DATA)
-    for name, node in _children(config):
+    for name, node in children(config):
         inner: Any = known.get(name)
         if name not in known:
             raise ConfigurationError(unknown_key(name, config))
-        wrong = [key for key, _ in _children(node) if key not in inner] if node is not None and inner else []
+        wrong = [key for key, _ in children(node) if key not in inner] if node is not None and inner else []
         if wrong:
             raise ConfigurationError(unknown_key(f"{name}.{wrong[0]}", config))
 
@@ -88,23 +86,6 @@ def unknown_key(key: str, config: Any) -> str:
         alike = 1.0 if last in (initials, PEFT_NAMES.get(name)) else SequenceMatcher(None, name, last).ratio()
         return 2 * alike + SequenceMatcher(None, key, other).ratio()
 
-    known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
+    known = {other for other in known_keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
     return f"{key} is not a configuration key; nearest: {', '.join(near)}"
-
-
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of ``node``, and every argument of what a ``_target_`` of dynrank names."""
-    if str(node.get("_target_")).startswith("dynrank."):
-        yield from (f"{prefix}{name}" for name in signature(get_object(node._target_)).parameters)
-    for name, child in _children(node):
-        yield f"{prefix}{name}"
-        if child is not None:
-            yield from _keys(child, f"{prefix}{name}.")
-
-
-def _children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
-    """(key, its value if that is a mapping, otherwise None) for every key of ``node``."""
-    for name in map(str, node):
-        child = node._get_node(name)
-        yield name, child if isinstance(child, DictConfig) and not child._is_none() else None

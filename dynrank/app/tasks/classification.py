@@ -23,7 +23,7 @@ from dynrank.app.tasks.account import ClassResult, class_results
 from dynrank.app.tasks.adapter_module import AdapterModule
 from dynrank.app.tasks.data.stored import counted
 from dynrank.app.tasks.text_task import Recipe, TextTask
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, checked_call
 
 _WHOLE = re.compile("0|-?[1-9][0-9]*")
 
@@ -51,7 +51,7 @@ class Classification(TextTask):
     evaluation_factor = 4
     metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
 
-    @validated_call("task")
+    @checked_call
     def __init__(
         self,
         model: str,

@@ -21,7 +21,7 @@ from dynrank.app.tasks.data.stdlib import parsed
 from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
 from dynrank.app.tasks.loader import spread
 from dynrank.app.tasks.text_task import Recipe, TextTask
-from dynrank.errors import ConfigurationError, Count, Steps, validated_call
+from dynrank.errors import ConfigurationError, Count, Steps, checked_call
 
 
 class Share(MeanMetric):
@@ -105,7 +105,7 @@ class LanguageModeling(TextTask):
     evaluation_factor = 2
     final = ("train/loss", "val/loss")
 
-    @validated_call("task")
+    @checked_call
     def __init__(
         self,
         model: str,

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 from transformers import get_scheduler
 
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, checked_call
 
 # Optimizers that are not torch's, with the module that has them.
 ELSEWHERE = {
@@ -20,7 +20,7 @@ ELSEWHERE = {
 }
 
 
-@validated_call("optimizer")
+@checked_call
 def make_optimizer(
     adapter: Sequence[nn.Parameter],
     head: Sequence[nn.Parameter],

@@ -137,7 +137,7 @@ def test_command_refuses_what_it_cannot_use_runs_no_code_and_writes_nothing(stor
     (tmp_path / "own" / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
     before = sorted(tmp_path.rglob("*"))
     for base, out, message in (
-        ("model", "model", "--out must be another folder"),
+        ("model", "model", "out must be another folder than the one to read, got 'model' for both (--out)"),
         ("llama", "out", "LlamaForCausalLM has no module 'transformer."),
         ("./absent", "out", "--model"),
         ("broken", "out", "--model"),

@@ -23,6 +23,8 @@ CASES = [
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
     (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
     (["task.model=./missing"], ["./missing", "task.model"]),
+    (["task.max_length=1"], ["1", "task.max_length"]),
+    (["data.code_length=0"], ["0", "data.code_length"]),
     (["model.quantization=int3"], ["int3", "model.quantization"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
@@ -67,7 +69,9 @@ def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["optimizer.name=Adamax"], ["Adamax", 'optimizer_state="reset"']),
+        (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state"]),
+        (["optimizer.decay=fast"], ["'fast'", "optimizer.decay"]),
+        (["schedule.how.lr_factor=-1"], ["-1", "schedule.how.lr_factor"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (
             ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
@@ -115,7 +119,7 @@ REFUSED = [
     ("rnaks", ["rnaks"]),
     ("--frobnicate", ["--frobnicate"]),
     ("squeeze adapter --out out", ["--rank", "--energy", "--budget", "none"]),
-    ("squeeze adapter --out out --rank 2 --energy 0.5", ["--rank 2", "--energy 0.5"]),
+    ("squeeze adapter --out out --rank 2 --energy 0.5", ["rank=2, energy=0.5", "--rank", "--energy"]),
     ("squeeze adapter --out out --rank 0", ["--rank", "0"]),
     ("squeeze adapter --out out --energy nan", ["--energy", "nan"]),
     ("squeeze adapter --out out --budget 13", ["--budget", "13", "14"]),

@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from dynrank.app.tasks.data.splits import Pairs, place
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, checked_call
 
 # Chapters of injuries and of external causes. Half of all codes are theirs, made from templates ("... initial
 # encounter"), so only their categories are used.
 _TEMPLATED = ("19", "20")
 
 
-@validated_call("data")
+@checked_call
 def icd10_terms(
     chapters: Sequence[Annotated[int, Field(ge=1, le=22)]] | None,
     code_length: Annotated[int, Field(ge=3, le=7)],

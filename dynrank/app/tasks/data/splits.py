@@ -11,10 +11,11 @@ import numpy as np
 from datasets.fingerprint import Hasher
 from pydantic import Field
 
+from dynrank.app.keys import below, named
 from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
 from dynrank.app.tasks.data.source import Source, say
 from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
-from dynrank.errors import ConfigurationError, shown, validated_call
+from dynrank.errors import ConfigurationError, checked_call, shown
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
@@ -82,7 +83,8 @@ def rows_by_split(data: Any, form: Form) -> Checked:
             tuples in the order of the columns; or a function without arguments that returns such a mapping.
         form: form of the rows.
     """
-    splits: Any = data() if callable(data) else data
+    with named(below("data")):
+        splits: Any = data() if callable(data) else data
     if isinstance(splits, Checked):
         return splits
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
@@ -114,7 +116,7 @@ def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
     return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
 
 
-@validated_call("data")
+@checked_call
 def from_files(
     train: str | None,
     val: str | None,

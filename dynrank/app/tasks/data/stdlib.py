@@ -11,13 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from dynrank.app.tasks.data.splits import Pairs, place
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, checked_call
 
 # Folders of tests, and the folder of ensurepip's wheels.
 _LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}
 
 
-@validated_call("data")
+@checked_call
 def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
     """Functions without their indentation as (prompt, answer), by split.
 

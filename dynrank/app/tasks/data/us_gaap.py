@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank.app.tasks.data.splits import Pairs
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, checked_call
 
 _FILE = Path("xbrl", "standardization", "gaap_mappings.json")
 _INSTALL = "pip install --no-deps edgartools==5.62.1"
@@ -28,7 +28,7 @@ _VAL = 0.1
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])")
 
 
-@validated_call("data")
+@checked_call
 def line_items(seed: int) -> Pairs:
     """Line items as prompts and their sections as answers, by split: 70, 10 and 20% of each section, at random.
 
