@@ -49,7 +49,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
     kinds = [
         study.Arm(2),
         study.Arm(16, rate=2.0),
-        *(study.Arm(2, by, rate=2.0) for by in ("importance", "found")),
+        *(study.Arm(2, by, rate=2.0) for by in ("brought", "found")),
         study.Arm(2, "AdaLoRA"),
         study.Arm(2, "GoRA"),
         study.Arm(16, "auto"),
