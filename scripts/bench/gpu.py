@@ -6,7 +6,7 @@ time is that of one CPU thread. The gradients come from torch.autograd.grad, whi
 The program prints a markdown table and appends its rows to kernels/measured.csv, by which lora.backend=auto decides.
 The targets are for an H100, 8192 tokens, d = 4096 (roofline arithmetic in bfloat16).
 Without a GPU, --device cpu runs the same code on small sizes. Its times mean nothing, and it keeps no row.
-Run: .venv/bin/python scripts/bench_gpu.py [--ranks 8 16 64] [--tokens M…] [--shapes D_INxD_OUT…] [--rounds N]
+Run: .venv/bin/python scripts/bench/gpu.py [--ranks 8 16 64] [--tokens M…] [--shapes D_INxD_OUT…] [--rounds N]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ model in a random order. The table has medians over rounds of the ratios within 
 layer but the head, in float32. All models but the merged one share the weights of the plain one. SmolLM2 has its
 architecture and random weights, because time does not depend on their values. The column of multiplications says what
 the adapter adds to the model's own for a token, in percent.
-Run: .venv/bin/python scripts/bench_generation.py [--ranks 32 16 8] [--rows N] [--prompt N] [--tokens N] [--rounds N]
+Run: .venv/bin/python scripts/bench/generation.py [--ranks 32 16 8] [--rows N] [--prompt N] [--tokens N] [--rounds N]
 """
 
 from __future__ import annotations

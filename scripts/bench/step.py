@@ -4,7 +4,7 @@ All models of a comparison live in one process. A round makes one step of each i
 medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
 memory is what a step allocates at one time beyond weights, adapters and optimizer state. SmolLM2 has its architecture
 and random weights, because the time of a step does not depend on their values.
-Run: .venv/bin/python scripts/bench_step.py [--models minilm smollm2] [--dropouts 0 0.1] [--rounds N]
+Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2] [--dropouts 0 0.1] [--rounds N]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes the files of somebody who tries dynrank for the first time: ``python scripts/new_user.py FOLDER``.
+"""Makes the files of somebody who tries dynrank for the first time: ``python scripts/examples/new_user.py FOLDER``.
 
 FOLDER/tickets.csv has 2,000 texts with one of four labels, FOLDER/talks.jsonl has 500 chats with one answer each.
 FOLDER/support.csv, as a spreadsheet writes it (semicolons, byte-order mark), has 1,498 texts of 7 classes, the rarest

@@ -2,7 +2,7 @@
 
 The program makes the adapter (random, float32, 470 MB) in a temporary folder and runs the command on it in a process of
 its own. In this process it compares two layers with PEFT's convert_to_lora.
-Run: .venv/bin/python scripts/bench_squeeze.py [--layers N] [--size N] [--skip-peft]
+Run: .venv/bin/python scripts/bench/squeeze.py [--layers N] [--size N] [--skip-peft]
 """
 
 from __future__ import annotations

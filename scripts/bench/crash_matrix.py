@@ -2,8 +2,8 @@
 
 ::
 
-    python scripts/crash_matrix.py --tries 40 --seed 0    # prints what was lost, and a table: tried, equal, lost
-    python scripts/crash_matrix.py --schedules auto "early budget"
+    python scripts/bench/crash_matrix.py --tries 40 --seed 0    # prints what was lost, and a table: tried, equal, lost
+    python scripts/bench/crash_matrix.py --schedules auto "early budget"
 
 A try draws at random a run from the tables below, and how, when and in which process it is stopped. It survives if,
 resumed from its last checkpoint, it ends with the bits of a run that saved nothing and was never stopped: weights,

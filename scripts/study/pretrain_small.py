@@ -5,7 +5,7 @@ a Llama of four blocks of width 320 with a byte-level BPE of 2,048 tokens (5.6M 
 It sees 6 million tokens, in 20 to 30 minutes of one core with AMX. The other architectures are GPT-2, BLOOM (fused
 query_key_value) and Qwen3-MoE (8 experts, 2 for a token). Results with them say nothing about the published models. An
 interrupted program goes on from the last multiple of 200 steps.
-Run: .venv/bin/python scripts/pretrain_small.py [--architecture llama] [--out FOLDER]
+Run: .venv/bin/python scripts/study/pretrain_small.py [--architecture llama] [--out FOLDER]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each case is a small model with an optimizer, a schedule and a trainer, resumed at a random step. A line tells of each
 case that differs, with the seed that repeats it; the last lines count the cases. The exit code is 1 if one differs.
-Run: .venv/bin/python scripts/fuzz.py [--minutes 5] [--first SEED], or --seed SEED for one case alone
+Run: .venv/bin/python scripts/bench/fuzz.py [--minutes 5] [--first SEED], or --seed SEED for one case alone
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 # The oracle is a part of the suite, which no package contains.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracle"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "oracle"))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from pretrain_small import MODELS
 from torch import Tensor, nn
 
-from dynrank import RankDriver, Training, add_lora, compose, lora_layers
+from dynrank import RankDriver, Training, __version__, add_lora, compose, lora_layers
 from dynrank.app.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.app.runs.config import plain
 from dynrank.app.tasks.adapter_module import IGNORED
@@ -31,7 +31,8 @@ from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# Each version has its own.
+RESULTS = Path(__file__).resolve().parent / "results" / __version__.rpartition(".")[0]
 # The scaling of every adapter in every arm, whatever its rank.
 SCALING = 2.0
 

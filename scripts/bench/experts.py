@@ -4,7 +4,7 @@
 weights of all experts; dynrank multiplies each token by A and B of its own experts. Every round runs both once, in a
 random order. ``train FOLDER`` trains the experts of a model that pretrain_small.py has made, on the C++ headers of
 torch: rank 8 throughout, rank 2 throughout, and 8 cut to the parameters of 2 at a third of the run, each at every rate.
-Run: .venv/bin/python scripts/bench_experts.py layers | train FOLDER [--steps N] [--seeds 0 1] [--rates R ...]
+Run: .venv/bin/python scripts/bench/experts.py layers | train FOLDER [--steps N] [--seeds 0 1] [--rates R ...]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ import torch
 from measuring import ratio, rounds, saved_bytes
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from study_headers import cpp_headers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Trainer, TrainingArguments
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -97,6 +97,10 @@ def _step(module: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    # The data are those of the study.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "study"))
+    from study_headers import cpp_headers
+
     splits = cpp_headers()
     data = {name: _rows(tokenizer, [row["text"] for row in splits[name]]) for name in ("train", "test")}
     table = Table(title=f"experts on C++ headers, {options.steps} steps, seeds {options.seeds}")

@@ -2,7 +2,7 @@
 
 On a GPU this is the time that it takes to launch a layer. Every round runs all functions once in a random order. A
 figure is the median over rounds of one thread's CPU time, so other processes of the machine matter little.
-Run: .venv/bin/python scripts/bench_host.py [--rounds N]
+Run: .venv/bin/python scripts/bench/host.py [--rounds N]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TRL's trainers with schedules of ranks: the ranks that each ends with, and whether PEFT loads its adapter.
 
-``pip install trl 'dynrank[hf]' peft``, then ``python scripts/trl_zoo.py MODEL OUT``; in two processes
-``torchrun --nproc_per_node 2 scripts/trl_zoo.py MODEL OUT``. MODEL is a small causal language model with a tokenizer.
-The data are sums of two numbers. The program prints the rows of a table.
+``pip install trl 'dynrank[hf]' peft``, then ``python scripts/examples/trl_zoo.py MODEL OUT``; in two processes
+``torchrun --nproc_per_node 2 scripts/examples/trl_zoo.py MODEL OUT``. MODEL is a small causal language model with a
+tokenizer. The data are sums of two numbers. The program prints the rows of a table.
 """
 
 import argparse

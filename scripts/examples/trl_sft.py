@@ -1,8 +1,8 @@
 """TRL's SFTTrainer with a schedule of ranks: learns completions of prompts, and halves the adapter during training.
 
-``pip install trl 'dynrank[hf]' peft``, then ``python scripts/trl_sft.py MODEL FILE OUT``; in two processes
-``accelerate launch --num_processes 2 scripts/trl_sft.py MODEL FILE OUT``, and with the base sharded by FSDP2
-``accelerate launch --config_file scripts/fsdp2.yaml scripts/trl_sft.py MODEL FILE OUT``.
+``pip install trl 'dynrank[hf]' peft``, then ``python scripts/examples/trl_sft.py MODEL FILE OUT``; in two processes
+``accelerate launch --num_processes 2 scripts/examples/trl_sft.py MODEL FILE OUT``, and with the base sharded by FSDP2
+``accelerate launch --config_file scripts/fsdp2.yaml scripts/examples/trl_sft.py MODEL FILE OUT``.
 """
 
 import argparse

@@ -5,7 +5,7 @@ trains it for four steps with a cut of ranks after the second. "before" and "aft
 before and after the cut ends with the same adapter, "best" whether load_best_model_at_end restores the adapter of step
 1, "to PEFT" and "from PEFT" whether the other library computes the same outputs with the adapter. Families that
 results/families.csv has already are not run again.
-Run: .venv/bin/python scripts/families.py [FAMILY ...] [--out FILE] [--minutes 60]
+Run: .venv/bin/python scripts/bench/families.py [FAMILY ...] [--out FILE] [--minutes 60]
 """
 
 import argparse

@@ -3,7 +3,7 @@
 One pool of parameters is shared out by what layers have brought in two steps with random gradients; factors are
 truncated, and the optimizer's moments are carried along. The program prints one line for each measurement. For
 comparison it also times the dense SVD of one layer's update. It needs Linux.
-Run: .venv/bin/python scripts/bench_truncate.py [--layers N] [--size N] [--rank N] [--final-rank N]
+Run: .venv/bin/python scripts/bench/truncate.py [--layers N] [--size N] [--rank N] [--final-rank N]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every round runs the three once in a new order. The table has the median over ro
 a noisy machine disturbs all alike. Saved bytes are what autograd keeps between forward and backward besides the
 parameters (saved_tensors_hooks). Floor: the frozen linear's time x (1 + 3 r / d), the share of floating-point
 operations that the update adds.
-Run: .venv/bin/python scripts/bench_layer.py [--rounds N] [--tokens M] [--widths 576 1024 2048] [--ranks 8 16 64]
+Run: .venv/bin/python scripts/bench/layer.py [--rounds N] [--tokens M] [--widths 576 1024 2048] [--ranks 8 16 64]
 """
 
 from __future__ import annotations

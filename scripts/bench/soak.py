@@ -4,7 +4,7 @@ The run trains MiniLM on medical_terms, with checkpoints and two loggers. Every 
 changes: 32, 16, 8, 16, 32 and so on. Every 10 steps the program reads the resident memory and the number of open file
 handles. A line is fitted to the mean memory of whole rounds of four changes. The first quarter of the rounds (at least
 one) is warm-up. The program prints a table and a verdict, and exits with 1 if memory or handles grow.
-Run: .venv/bin/python scripts/soak.py [--minutes 30] [--every 50]
+Run: .venv/bin/python scripts/bench/soak.py [--minutes 30] [--every 50]
 """
 
 from __future__ import annotations

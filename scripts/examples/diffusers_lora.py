@@ -3,7 +3,7 @@
 A small UNet learns scikit-learn's handwritten digits (1,797 images of 8 x 8) by denoising, with the digit as the
 condition. Then its weights are frozen. A LoRA of rank 16, made by ``unet.add_adapter``, learns the same digits lying on
 their side. At a third of the run it is cut to the parameters of rank 4. diffusers saves it, and a new UNet loads it.
-Run: .venv/bin/python scripts/diffusers_lora.py --out FOLDER [--base-steps N] [--steps N]
+Run: .venv/bin/python scripts/examples/diffusers_lora.py --out FOLDER [--base-steps N] [--steps N]
 """
 
 from __future__ import annotations
