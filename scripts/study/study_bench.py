@@ -31,8 +31,9 @@ from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run
 
+HERE = Path(__file__).resolve().parent
 # Each version has its own.
-RESULTS = Path(__file__).resolve().parent / "results" / __version__.rpartition(".")[0]
+RESULTS = HERE / "results" / __version__.rpartition(".")[0]
 # The scaling of every adapter in every arm, whatever its rank.
 SCALING = 2.0
 
@@ -81,7 +82,7 @@ class Setting:
     def __init__(self, seed: int, steps: int, overrides: Sequence[str] = ()) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.config = compose([f"seed={seed}", *overrides])
+        self.config = compose([f"seed={seed}", *overrides], folder=HERE / "conf")
         self.seed = seed
         self.steps = steps
         # Names of the heads of the model that was made last.

@@ -4,13 +4,13 @@ import ast
 import sys
 import sysconfig
 import tokenize
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from dynrank.app.tasks.data.splits import Pairs, place
+from dynrank.app.tasks.language_modeling import parsed
 from dynrank.errors import ConfigurationError, validated_call
 
 # Folders of tests, and the folder of ensurepip's wheels.
@@ -52,18 +52,6 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
             f"no functions are left for {empty}, because all of a module is in one split; set data.modules or data.seed"
         )
     return pairs
-
-
-def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of ``source``; None if it is not valid Python."""
-    with warnings.catch_warnings():
-        # Python warns about some escapes and comparisons, but they are valid Python.
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(source)
-        # The last three mean that the source has null bytes, or is nested too deeply for the parser.
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
 
 
 def _files() -> dict[str, list[Path]]:

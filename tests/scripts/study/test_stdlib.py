@@ -6,8 +6,8 @@ import shutil
 import textwrap
 
 import pytest
+from study_data.stdlib import stdlib_functions
 
-from dynrank.app.tasks.data.stdlib import parsed, stdlib_functions
 from dynrank.errors import ConfigurationError
 
 MODULES = ["base64", "csv", "fractions", "gzip", "heapq", "json", "pprint", "queue", "random", "shutil", "textwrap"]
@@ -69,11 +69,3 @@ def test_function_in_two_modules_is_left_out():
 def test_modules_without_functions_for_each_split_are_named(module, said):
     with pytest.raises(ConfigurationError, match=said):
         stdlib_functions([module], seed=0)
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [("x = '\\d'", True), ("x = (", False), ("x\0", False)],
-)
-def test_parses(source, expected):
-    assert (parsed(source) is not None) is expected

@@ -1,7 +1,8 @@
-"""The experiments on code and on financial terms: their ranks, and the one that drops in miniature."""
+"""The founding cases of code and of layered ranks: their ranks, and the one that drops in miniature."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dynrank.app.runs.job import build
 from dynrank.app.runs.report.record import read_metrics
 from dynrank.driver.check import final_ranks
 
+CONF = Path(__file__).resolve().parents[3] / "scripts" / "study" / "conf"
 MODULES = "[base64,csv,gzip,heapq,pprint,queue,random,shutil,statistics,textwrap]"
 TOKENS = {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}
 TIED = {
@@ -47,7 +49,10 @@ def tied(request, tiny_llama, tmp_path_factory):
     ],
 )
 def test_experiments_have_the_ranks_of_head_and_rest_at_one_scaling(name, head, rest, tied):
-    job = build(dynrank.compose([f"experiment={name}", f"task.model={tied}"]), on_meta=True)
+    # The experiments with layered ranks are the package's, and their task is the study's.
+    task = ["task=financial_terms"] if name.startswith("layered") else []
+    config = dynrank.compose([*task, f"experiment={name}", f"task.model={tied}"], folder=CONF)
+    job = build(config, on_meta=True)
     layers = dict(dynrank.lora_layers(job.module.model))
     final = final_ranks(job.module.model, job.scheduler.driver.stages)
     ranks = {name: (layer.rank, final[name]) for name, layer in layers.items()}
@@ -64,7 +69,7 @@ def test_code_experiment_measures_before_and_after_the_drop_and_at_the_end(launc
     task = ["task=code_completion", f"task.model={tiny_llama}", f"data.modules={MODULES}", "task.val_generate=3"]
     sizes = ["task.generate=4", "task.max_new_tokens=48", "task.limit=8", "task.batch_size=2"]
     options = ["experiment=code_32_to_16", "debug=smoke", "plots=false", "hydra.run.dir=run"]
-    code, _, said = launch(train.main, *task, *sizes, *options)
+    code, _, said = launch(train.main, "--config-dir", CONF, *task, *sizes, *options)
     assert code == 0, said
     history = rows(tmp_path / "run" / "rank_history.csv")
     ((drop, *ranks),) = {(row["step"], row["rank_before"], row["rank_after"]) for row in history}

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from study_data import us_gaap
+from study_data.us_gaap import line_items
 
-from dynrank.app.tasks.data import us_gaap
-from dynrank.app.tasks.data.us_gaap import line_items
 from dynrank.errors import ConfigurationError
 
 pytestmark = pytest.mark.skipif(find_spec("edgar") is None, reason="needs edgartools (pip install --no-deps)")

@@ -20,7 +20,7 @@ def short(scripts, tiny_bert, monkeypatch):
     """The scripts, on 80 terms."""
     small = ["task.limit=80", f"task.model={tiny_bert}"]
     real = scripts.bench.compose
-    monkeypatch.setattr(scripts.bench, "compose", lambda overrides: real([*overrides, *small]))
+    monkeypatch.setattr(scripts.bench, "compose", lambda overrides, **place: real([*overrides, *small], **place))
     return scripts
 
 
