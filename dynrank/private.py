@@ -69,7 +69,9 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def is_fabrics(module: Any) -> bool:
     """Whether ``module`` is Fabric's wrapper around a model."""
-    return "_forward_module" in module._modules
+    # Without this module nothing is wrapped, and it is slow to import.
+    fabric = sys.modules.get("lightning.fabric")
+    return fabric is not None and bool(fabric.is_wrapped(module))
 
 
 def schedulers_in(scheduler: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError, configured
@@ -60,11 +60,11 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
     shipped = str(config.data.get("_target_")).startswith("dynrank.") if config.get("data") else False
     if shipped and not config.data._target_.endswith(".from_files") and {"train", "val", "test"} & {*config.data}:
         raise ConfigurationError(_OWN_DATA)
-    for name, node in _children(config):
+    for name, node in _unresolved(config).items():
         inner: Any = known.get(name)
         if name not in known:
             raise ConfigurationError(unknown_key(name, config))
-        wrong = [key for key, _ in _children(node) if key not in inner] if node is not None and inner else []
+        wrong = [key for key in node if key not in inner] if isinstance(node, dict) and inner else []
         if wrong:
             raise ConfigurationError(unknown_key(f"{name}.{wrong[0]}", config))
 
@@ -72,12 +72,14 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
 def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-        return unknown_key(str(cause.full_key), cause.parent_node._get_root())
+        key = str(cause.full_key)
+        # A dot for each level leads to the whole configuration.
+        return unknown_key(key, OmegaConf.select(cause.parent_node, "." * (key.count(".") + 1)))
     name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
     return f"{error}\nit comes with pip install 'dynrank[sweep]'" if name.startswith(_PLUGINS) else str(error)
 
 
-def unknown_key(key: str, config: Any) -> str:
+def unknown_key(key: str, config: DictConfig) -> str:
     """The message about a key that nothing reads, with the nearest keys of ``config``."""
     name = key.rpartition(".")[2]
     # Initials also match: learning_rate gives lr.
@@ -88,23 +90,23 @@ def unknown_key(key: str, config: Any) -> str:
         alike = 1.0 if last in (initials, PEFT_NAMES.get(name)) else SequenceMatcher(None, name, last).ratio()
         return 2 * alike + SequenceMatcher(None, key, other).ratio()
 
-    known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
+    known = {other for other in _keys(_unresolved(config)) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
     return f"{key} is not a configuration key; nearest: {', '.join(near)}"
 
 
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Every key of ``node``, and every argument of what a ``_target_`` of dynrank names."""
-    if str(node.get("_target_")).startswith("dynrank."):
-        yield from (f"{prefix}{name}" for name in signature(get_object(node._target_)).parameters)
-    for name, child in _children(node):
+    target = str(node.get("_target_"))
+    if target.startswith("dynrank."):
+        yield from (f"{prefix}{name}" for name in signature(get_object(target)).parameters)
+    for name, child in node.items():
         yield f"{prefix}{name}"
-        if child is not None:
+        if isinstance(child, dict):
             yield from _keys(child, f"{prefix}{name}.")
 
 
-def _children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
-    """(key, its value if that is a mapping, otherwise None) for every key of ``node``."""
-    for name in map(str, node):
-        child = node._get_node(name)
-        yield name, child if isinstance(child, DictConfig) and not child._is_none() else None
+def _unresolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as builtin containers; interpolations stay as they are written."""
+    found: Any = OmegaConf.to_container(config)
+    return {str(name): value for name, value in found.items()}
