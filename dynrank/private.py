@@ -18,12 +18,6 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 
-# Operations on a list of tensors in one launch, which torch's own optimizers use.
-foreach_add_ = torch._foreach_add_
-foreach_mul_ = torch._foreach_mul_
-foreach_lerp = torch._foreach_lerp
-foreach_lerp_ = torch._foreach_lerp_
-
 
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""

@@ -66,7 +66,7 @@ class Arm:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of the optimizer, beside the task's."""
-        return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
+        return {"name": "Muon"} if self.optimizer == "Muon" else {}
 
 
 # The rates at which AdaLoRA is best, of a decoder and of a classifier.

@@ -18,7 +18,6 @@ import dynrank
 from dynrank.driver.brought import Brought
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
-from dynrank.muon import Muon
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import At, Run
@@ -27,7 +26,7 @@ X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
-    "Muon": lambda p: Muon(p, lr=1e-2),
+    "Muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
 }
 
 
