@@ -15,7 +15,7 @@ from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
 from dynrank.app.runs.config import PlanKeys, argument, plain
-from dynrank.app.runs.job import lacks_data, lora_arguments, make_task
+from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import adapter_parameters, own_layers
@@ -148,7 +148,7 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
 def _model(config: DictConfig, rank: int) -> PreTrainedModel:
     """The model of the task with its LoRA layers, on the meta device."""
     # Every backend saves the same tensors, and torch's can run on tensors without values.
-    lora = {**lora_arguments(config), "rank": rank, "backend": "torch"}
+    lora = {**lora_arguments(config, adapter_of(config)), "rank": rank, "backend": "torch"}
     task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()

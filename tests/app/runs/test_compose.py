@@ -1,17 +1,20 @@
 """Every option of every group composes, and unknown or ill-typed values are refused by name."""
 
+import inspect
 import io
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from torch import nn
 
 import dynrank
 from dynrank.app import train
-from dynrank.app.runs.config import make, rank_pattern
+from dynrank.app.runs.config import LoraKeys, OptimizerKeys, make, rank_pattern
 from dynrank.app.runs.job import make_scheduler
+from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.check import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import after_convergence, early_budget
@@ -152,3 +155,16 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
     # A fault of the class keeps its own traceback.
     with pytest.raises(RuntimeError, match="a fault of this class"):
         made(_target_="my_pkg.Task", size=2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "function", "of_others"),
+    [
+        (LoraKeys, dynrank.add_lora, {"model", "rank_map", "modules_to_save", "dtype"}),
+        (OptimizerKeys, make_optimizer, {"adapter", "head", "total_steps"}),
+    ],
+)
+def test_keys_are_the_arguments_of_what_takes_them_with_their_defaults(keys, function, of_others):
+    arguments = inspect.signature(function).parameters
+    defaults = {name: argument.default for name, argument in arguments.items() if name not in of_others}
+    assert asdict(keys()) == {name: MISSING if d is inspect.Parameter.empty else d for name, d in defaults.items()}
