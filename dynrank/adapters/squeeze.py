@@ -57,7 +57,7 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
         ConfigurationError: if the adapter cannot be read, or is not plain LoRA.
 
     >>> import tempfile, torch, dynrank
-    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2)
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2, alpha=2)
     >>> with torch.no_grad():
     ...     _ = model[0].lora_A.copy_(torch.eye(2, 8) * 3)
     ...     _ = model[0].lora_B.copy_(torch.eye(8, 2))

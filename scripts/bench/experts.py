@@ -73,7 +73,7 @@ class Experts(nn.Module):
 
 
 def _layers(options: argparse.Namespace) -> None:
-    ours: nn.Module = add_lora(Experts(options.width), rank=8, target_modules=EXPERTS)
+    ours: nn.Module = add_lora(Experts(options.width), rank=8, alpha=8, target_modules=EXPERTS)
     config = LoraConfig(r=8, target_modules=[], target_parameters=[f"experts.{name}" for name in EXPERTS])
     modules = {"ours": ours, "PEFT": get_peft_model(Experts(options.width), config)}
     table = Table(title=f"32 experts, d = {options.width}, rank 8, float32, {torch.get_num_threads()} threads")
@@ -127,7 +127,7 @@ def _run(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(options.folder)
     model.config.output_router_logits = False
-    add_lora(model, rank=rank, target_modules=EXPERTS)
+    add_lora(model, rank=rank, alpha=rank, target_modules=EXPERTS)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

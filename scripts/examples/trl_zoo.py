@@ -95,7 +95,7 @@ def train(
     lora = LoraConfig(r=rank, target_modules="all-linear", modules_to_save=["score"] if labels else None)
     start = time.perf_counter()
     trainer = trainer_class(
-        model=dynrank.add_lora(base(), rank=rank) if own else base(),
+        model=dynrank.add_lora(base(), rank=rank, alpha=rank) if own else base(),
         args=settings,
         train_dataset=data.select(range(32)),
         eval_dataset=data.select(range(32, 48)),

@@ -55,7 +55,7 @@ def wrapped_experts():
 def tied():
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=24, tie_word_embeddings=True, **SIZE))
-    return dynrank.add_lora(model, rank=4, target_modules=["q_proj", "lm_head"])
+    return dynrank.add_lora(model, rank=4, alpha=4, target_modules=["q_proj", "lm_head"])
 
 
 MISNAMED = {"max_regression": 1, "check_monitor": "val_loss"}
@@ -332,7 +332,7 @@ def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_p
         def save_pretrained(self, folder):
             (Path(folder) / "whole").write_text("")
 
-    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
+    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2, alpha=2)
     follow(model)
     model.save_pretrained(str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}

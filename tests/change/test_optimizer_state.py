@@ -271,7 +271,7 @@ def test_takes_the_bits_of_the_new_size(dim, before, after):
 def adapted(rank=6):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
-    return dynrank.add_lora(net, rank=rank, target_modules=["0", "2"])
+    return dynrank.add_lora(net, rank=rank, alpha=rank, target_modules=["0", "2"])
 
 
 def train(net, optimizer, steps):

@@ -215,7 +215,7 @@ def test_an_optimizer_that_was_not_passed_is_named_and_nothing_changes(trained):
 
 
 def test_an_optimizer_that_was_deleted_is_no_obstacle():
-    net = dynrank.add_lora(nn.Sequential(nn.Linear(10, 8)), rank=6)
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(10, 8)), rank=6, alpha=6)
     optimizer = torch.optim.AdamW(net[0].parameters())
     train(net, optimizer, 2)
     # A learning-rate scheduler also replaces the optimizer's step by one that holds the optimizer.

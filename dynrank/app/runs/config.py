@@ -140,8 +140,7 @@ def _direction(metric: str | None) -> str:
     return f"{better(metric)}imize"
 
 
-# In a file: ${dynrank.times:2,${lora.rank}}, ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
-OmegaConf.register_new_resolver("dynrank.times", lambda first, second: first * second, replace=True)
+# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
 OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))

@@ -13,7 +13,7 @@ from torch import nn
 import dynrank
 from dynrank.app import train
 from dynrank.app.runs.config import LoraKeys, OptimizerKeys, make, rank_pattern
-from dynrank.app.runs.job import make_scheduler
+from dynrank.app.runs.job import lora_arguments, make_scheduler
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.check import check_model
 from dynrank.errors import ConfigurationError
@@ -50,11 +50,13 @@ def test_output_that_has_no_arrow_ends_no_run(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "final"), [(7, [3, 1]), (32, [16, 4])])
-def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
+def test_scaling_stays_and_the_final_rank_follows_the_starting_rank(rank, final):
     for name, end in zip(("after_convergence", "early_budget", "anneal"), [final[0], *final], strict=True):
         config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
-        assert (config.lora.alpha, config.schedule.final_rank) == (2 * rank, end)
-        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), rank=rank)
+        assert config.schedule.final_rank == end
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), **lora_arguments(config, None))
+        ((_, layer),) = dynrank.lora_layers(model)
+        assert (layer.rank, layer.scaling) == (rank, 2)
         check_model(model, make_scheduler(config.schedule).driver.stages, Run(total_steps=None))
 
 
