@@ -19,12 +19,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException as DataDe
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
-foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_mul_ = torch._foreach_mul_
 foreach_sub_ = torch._foreach_sub_
-foreach_lerp = torch._foreach_lerp
-foreach_lerp_ = torch._foreach_lerp_
 
 
 def source_of(model: Any) -> str:
@@ -71,7 +68,9 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def is_fabrics(module: Any) -> bool:
     """Whether ``module`` is Fabric's wrapper around a model."""
-    return "_forward_module" in module._modules
+    # Without this module nothing is wrapped, and it is slow to import.
+    fabric = sys.modules.get("lightning.fabric")
+    return fabric is not None and bool(fabric.is_wrapped(module))
 
 
 def schedulers_in(scheduler: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
 Backend = Literal["auto", "torch", "triton", "reference"]
-# scripts/bench_gpu.py appends rows to this file.
+# scripts/bench/gpu.py appends rows to this file.
 MEASURED = Path(__file__).with_name("measured.csv")
 
 

@@ -26,7 +26,7 @@ PAGES: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
         [(CONF, "conf"), (CONF, "Your own data"), (CONF, "The model"), (CONF, "Mixtures of experts")],
     ),
     "how/trainers.md": ("Lightning, transformers' Trainer", [(CONF, "Where you already train")]),
-    "how/trl.md": ("TRL", [(CONF, "TRL"), ("scripts/notebooks/trl.ipynb", None)]),
+    "how/trl.md": ("TRL", [(CONF, "TRL"), ("scripts/examples/notebooks/trl.ipynb", None)]),
     "how/programs.md": ("axolotl, LLaMA-Factory", [(CONF, "axolotl and LLaMA-Factory")]),
     "how/loops.md": (
         "Your own loop, several GPUs",
@@ -35,7 +35,7 @@ PAGES: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
     "how/python.md": ("In Python", [(CONF, "In Python")]),
     "how/adalora.md": ("Coming from AdaLoRA", [(CONF, "Coming from AdaLoRA")]),
     "how/answers.md": ("Answers to your files", [(CONF, "Answers to your files")]),
-    "how/squeeze.md": ("An adapter that you have", [("scripts/notebooks/squeeze.ipynb", None)]),
+    "how/squeeze.md": ("An adapter that you have", [("scripts/examples/notebooks/squeeze.ipynb", None)]),
     "how/images.md": ("Image models", [(CONF, "Image models")]),
     "how/serving.md": ("Serving", [(CONF, "Where the adapter is served")]),
     "schedules.md": ("Schedules", [(CONF, "Schedules"), (CONF, "Rank maps")]),

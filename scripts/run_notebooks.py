@@ -1,4 +1,4 @@
-"""Runs notebooks and stores their outputs: ``python scripts/run_notebooks.py scripts/notebooks/*.ipynb``."""
+"""Runs notebooks and stores their outputs: ``python scripts/run_notebooks.py scripts/examples/notebooks/*.ipynb``."""
 
 import sys
 import tempfile

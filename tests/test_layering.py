@@ -11,7 +11,7 @@ ROOT = Path(dynrank.__file__).parent
 # A module imports from the floors below its own and from its own folder.
 LIBRARY = (
     ("errors", "private"),
-    ("linalg", "kernels", "digest", "muon"),
+    ("linalg", "kernels", "digest"),
     ("rank_map", "triggers"),
     ("targets",),
     ("schedules",),

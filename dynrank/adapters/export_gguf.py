@@ -39,8 +39,8 @@ _MOVED: Mapping[str, tuple[Order, str]] = {
     "k_proj": (_pairs, "num_key_value_heads"),
     "query_key_value": (_parts, "num_attention_heads"),
 }
-# model_type of transformers -> (its name in llama.cpp, whether rows are reordered); scripts/check_gguf.py has compared
-# each with llama.cpp's own converter.
+# model_type of transformers -> (its name in llama.cpp, whether rows are reordered). scripts/bench/check_gguf.py has
+# compared each with llama.cpp's own converter.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),

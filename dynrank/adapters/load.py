@@ -91,13 +91,12 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     return model
 
 
-def start_from(model: nn.Module, folder: Path) -> None:
-    """Give the LoRA layers and heads of ``model`` the values of an adapter, from which training goes on.
+def start_from(model: nn.Module, adapter: Adapter) -> None:
+    """Give the LoRA layers and heads of ``model`` the values of ``adapter``, from which training goes on.
 
     The layers have the adapter's names and ranks already, and the heads train already (``modules_to_save``). Everything
     is checked before the model changes.
     """
-    adapter = read_adapter(folder)
     layers = own_layers(model)
     places = _places(model)
     _, faults = _fitting_bases(model, adapter)
@@ -110,7 +109,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
     faults += [
         f"{name!r} is trained by the task, and the adapter has no values for it" for name in trained - heads.keys()
     ]
-    labels = stored_labels(folder)
+    labels = stored_labels(Path(adapter.source))
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
     refuse_faults(f"the adapter {adapter.source!r} does not fit the task", faults, "folder")

@@ -8,7 +8,6 @@ from math import floor
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.read import Adapter, open_stored
@@ -58,7 +57,7 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
         ConfigurationError: if the adapter cannot be read, or is not plain LoRA.
 
     >>> import tempfile, torch, dynrank
-    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2)
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2, alpha=2)
     >>> with torch.no_grad():
     ...     _ = model[0].lora_A.copy_(torch.eye(2, 8) * 3)
     ...     _ = model[0].lora_B.copy_(torch.eye(8, 2))
@@ -118,13 +117,11 @@ def squeeze(
     [(4, 2)]
     """
     with open_stored(adapter_folder(Path(source))) as adapter:
-        kept = _largest(adapter, squeeze_target(adapter, rank, energy, budget))
-        return write_squeezed(adapter, kept, Path(out))
+        ranks = _ranks(adapter, _target(adapter, rank, energy, budget))
+        return _write(adapter, ranks, Path(out))
 
 
-def squeeze_target(
-    adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None
-) -> Target:
+def _target(adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None) -> Target:
     """The target that the options of :func:`squeeze` set for ``adapter``."""
     options = {"rank": rank, "energy": energy, "budget": budget}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -161,48 +158,45 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     return Budget(parameters, by="weight")
 
 
-def _largest(adapter: StoredAdapter, target: Target) -> dict[str, Tensor]:
-    """{layer: the directions with the largest singular values}; one layer is in memory at a time."""
+def _ranks(adapter: StoredAdapter, target: Target) -> dict[str, int]:
+    """{layer: its new rank}; one layer is in memory at a time."""
     states = {}
     for name, layer in adapter.layers.items():
         values = adapter.singular_values(name) if target.needs else None
         states[name] = LayerState(layer.rank, *layer.shape, values=values, num_products=layer.experts)
-    return {name: torch.arange(rank) for name, rank in target.ranks(states).items()}
+    return dict(target.ranks(states))
 
 
-def write_squeezed(adapter: Adapter | SingleFile, kept: Mapping[str, Tensor], out: Path) -> list[LayerReport]:
-    """Write ``adapter`` to ``out`` with the directions ``kept`` of each layer, ascending; returns a report for each."""
+def _write(adapter: Adapter | SingleFile, ranks: Mapping[str, int], out: Path) -> list[LayerReport]:
+    """Write ``adapter`` to ``out`` with ``ranks``; returns a report for each layer."""
     if not isinstance(adapter, SingleFile):
         with new_adapter_folder(out, Path(adapter.source)) as folder:
-            factors, reports = _squeezed(adapter, kept)
+            factors, reports = _squeezed(adapter, ranks)
             rewrite_adapter(folder, adapter, factors)
         return reports
     if out.suffix != SUFFIX:
         raise ConfigurationError(f"out must be a new file, NAME{SUFFIX}, got {str(out)!r}", "out")
     with new_file(out) as file:
-        factors, reports = _squeezed(adapter, kept)
+        factors, reports = _squeezed(adapter, ranks)
         rewrite_file(file, adapter, factors)
     return reports
 
 
-def _squeezed(adapter: StoredAdapter, kept: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[LayerReport]]:
+def _squeezed(adapter: StoredAdapter, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], list[LayerReport]]:
     """({layer: new factors}, a report for each layer); one pair of old factors is in memory at a time."""
     factors = {}
     reports = []
-    for name, keep in kept.items():
+    for name, rank in ranks.items():
         layer = adapter.layers[name]
         lora_B, lora_A = adapter.factors(name)
-        if len(keep) < layer.rank:
+        if rank < layer.rank:
             pairs = products(lora_B, lora_A, layer.experts)
-            change = stacked([truncate_product(b, a, len(keep), keep=keep) for b, a in pairs])
+            change = stacked([truncate_product(b, a, rank) for b, a in pairs])
             lora_B = change.lora_B
             lora_A = change.lora_A
-            dropped = torch.ones(layer.rank, dtype=torch.bool)
-            dropped[keep] = False
-            # A report takes the first values as those that are kept.
-            values = torch.cat([change.singular_values[keep], change.singular_values[dropped]]) * abs(layer.scaling)
+            values = change.singular_values * abs(layer.scaling)
         else:
             values = adapter.singular_values(name)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(report_of(name, len(keep), values, layer.params_per_rank))
+        reports.append(report_of(name, rank, values, layer.params_per_rank))
     return factors, reports

@@ -45,7 +45,7 @@ def add_lora(
         model: any module; the names in the other arguments are those of its ``named_modules()``.
         rank: rank of layers that no rule of ``rank_map`` sets. If ``target_modules`` has a preset, a layer gets
             min(d_in, d_out) if that is less.
-        alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None means ``rank``.
+        alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None: twice the rank.
         target_modules: "all-linear" (all but the output head), "attention", a list of names or their last parts as in
             PEFT, or a regular expression for whole names.
         rank_map: an override file, or its ``rank_pattern`` mapping.
@@ -63,7 +63,7 @@ def add_lora(
 
     >>> import torch, dynrank
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
-    >>> model = dynrank.add_lora(net, rank=4, alpha=8, rank_map={"1": 2})
+    >>> model = dynrank.add_lora(net, rank=4, rank_map={"1": 2})
     >>> {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(model)}
     {'0': (4, 2.0), '1': (2, 4.0)}
     """
@@ -82,7 +82,7 @@ def add_lora(
         rules = load_rank_map(rank_map)
     else:
         rules = parse_rank_map(rank_map or {}, source="rank_map")
-    alpha = alpha if alpha is not None else rank
+    alpha = alpha if alpha is not None else 2 * rank
     # A preset takes layers of all shapes, so one rank need not fit them all.
     targets = {target_modules} if isinstance(target_modules, str) else {*target_modules}
     resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=not targets.isdisjoint(PRESETS))

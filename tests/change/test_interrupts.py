@@ -15,7 +15,7 @@ from dynrank.change.snapshot import Snapshot
 def made(cls=torch.optim.AdamW, **options):
     """(net with two LoRA layers of rank 4, optimizer that has made some steps)."""
     torch.manual_seed(0)
-    net = dynrank.add_lora(nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 6)), rank=4, target_modules=["0", "1"])
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 6)), rank=4, alpha=4, target_modules=["0", "1"])
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=1e-2, **options)
     for _ in range(3):
         optimizer.zero_grad()

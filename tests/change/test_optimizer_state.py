@@ -19,7 +19,6 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.change.optimizer_state import Move, check_optimizer, moved_state
 from dynrank.errors import ConfigurationError
-from dynrank.muon import Muon
 
 # OLD and NEW are ranks, KEPT of the directions go on, and OTHER is the other dimension of a factor.
 OLD = 5
@@ -49,7 +48,6 @@ MOMENTS = [
     case("bitsandbytes.AdamW", bitsandbytes.optim.AdamW),
     case("SGD", torch.optim.SGD, momentum=0.9),
     case("Muon", torch.optim.Muon),
-    case("dynrank.Muon", Muon),
     case("bitsandbytes.SGD", bitsandbytes.optim.SGD, momentum=0.9),
     case("bitsandbytes.Lion", bitsandbytes.optim.Lion),
     case("RMSprop", torch.optim.RMSprop),
@@ -273,7 +271,7 @@ def test_takes_the_bits_of_the_new_size(dim, before, after):
 def adapted(rank=6):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
-    return dynrank.add_lora(net, rank=rank, target_modules=["0", "2"])
+    return dynrank.add_lora(net, rank=rank, alpha=rank, target_modules=["0", "2"])
 
 
 def train(net, optimizer, steps):

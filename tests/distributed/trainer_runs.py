@@ -252,14 +252,14 @@ def late(base: Path, folder: Path) -> None:
 
 
 def by_fsdp1() -> None:
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4, alpha=4)
     dynrank.resize(
         FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")), 2, optimizers=()
     )
 
 
 def by_accelerate_alone() -> None:
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12)), rank=4, alpha=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     accelerator = wrapped_loops.accelerator_of_fsdp2()
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -81,7 +81,7 @@ SHARDED = {"fabric, fsdp2": fabric_fsdp2, "accelerate, fsdp2": accelerate_fsdp2}
 def ended(way, process=0, processes=1):
     """What a loop comes to whose ranks fall in a pool, fall alike and rise."""
     torch.manual_seed(0)
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)), rank=4)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)), rank=4, alpha=4)
     inside = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     stages = [Stage(At(step=4), Budget(final_rank=3)), Stage(At(step=6), Rank(2))]
     wrapped, optimizer, backward = (WAYS | SHARDED)[way](model, inside)

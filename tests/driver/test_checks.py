@@ -24,7 +24,7 @@ def model(rank=8, **rank_map):
     """Three layers, (d_out, d_in) = (24, 16), (12, 24) and (40, 12)."""
     net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 12), nn.Linear(12, 40))
     rules = {key.removeprefix("layer_"): rule for key, rule in rank_map.items()}
-    return dynrank.add_lora(net, rank=rank, rank_map=rules, target_modules=["0", "1", "2"])
+    return dynrank.add_lora(net, rank=rank, alpha=rank, rank_map=rules, target_modules=["0", "1", "2"])
 
 
 def layers_of(net):

@@ -22,7 +22,7 @@ STATE = 12 * 2**20
 class Loop(Training):
     def __init__(self):
         torch.manual_seed(0)
-        model = dynrank.add_lora(nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(4))), rank=RANK)
+        model = dynrank.add_lora(nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(4))), rank=RANK, alpha=RANK)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
         super().__init__(model, [optimizer])
         model(torch.randn(8, SIZE)).square().mean().backward()

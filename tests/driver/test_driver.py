@@ -31,7 +31,7 @@ class Loop(Training):
 
     def __init__(self, rank, optimizer):
         torch.manual_seed(0)
-        model = dynrank.add_lora(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)), rank=rank)
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)), rank=rank, alpha=rank)
         super().__init__(model, [optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)])
         self.validations = []
         self.told = []

@@ -20,7 +20,6 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.importance import Importance, bytes_held
 from dynrank.driver.training import Training
-from dynrank.muon import Muon
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState, Rank
 from dynrank.triggers import At, Run
@@ -29,7 +28,7 @@ X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
-    "Muon": lambda p: Muon(p, lr=1e-2),
+    "Muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
 }
 
 
@@ -62,7 +61,7 @@ def trained(model, steps, *observers, optimizer=OPTIMIZERS["AdamW"], dtype=torch
 
 def model_of(dtype=torch.float32):
     torch.manual_seed(0)
-    return dynrank.add_lora(Shared(), rank=3, target_modules=["words", "twice", "idle"], dtype=dtype)
+    return dynrank.add_lora(Shared(), rank=3, alpha=3, target_modules=["words", "twice", "idle"], dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
         tie_word_embeddings=True,
     )
     names = ["q_proj", "experts.down_proj", "embed_tokens"]
-    model = dynrank.add_lora(MixtralForCausalLM(config), rank=3, target_modules=names)
+    model = dynrank.add_lora(MixtralForCausalLM(config), rank=3, alpha=3, target_modules=names)
     measured = Importance(dict(dynrank.lora_layers(model)))
     hand = ByHand(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -429,7 +428,9 @@ def driven(driver, model, steps):
 def test_optimizers_that_step_in_turn_are_judged_by_their_next_own_gradients():
     """As in a GAN: the gradients of the other optimizer's layers lie there, old and added to."""
     torch.manual_seed(0)
-    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), rank=3, dtype=torch.float64)
+    model = dynrank.add_lora(
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), rank=3, alpha=3, dtype=torch.float64
+    )
     layers = dict(dynrank.lora_layers(model.double()))
     factors = {name: [layer.lora_A, layer.lora_B] for name, layer in layers.items()}
     optimizers = {name: torch.optim.SGD(pair, lr=0.3, momentum=0.5) for name, pair in factors.items()}
@@ -476,7 +477,7 @@ def test_run_leaves_nothing_on_a_model_that_is_copied_stored_or_used_again(by_pe
     if by_peft:
         model = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"]))
     else:
-        model = dynrank.add_lora(net, rank=3)
+        model = dynrank.add_lora(net, rank=3, alpha=3)
     schedule = Stage(At(step=15), Budget(share=0.5))
     interrupted = RankDriver(schedule)
     driven(interrupted, model, range(5))

@@ -95,7 +95,7 @@ class Counted(Training):
 
 @pytest.mark.parametrize(("steps", "changes"), [(3, 1), (100, 2), (1000, 16), (100_000, 3)])
 def test_measurements_take_under_two_percent_of_a_run_or_four_batches(steps, changes):
-    training = Counted(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=1), [])
+    training = Counted(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=1, alpha=1), [])
     most = batches_to_measure(training, changes, Run(steps))
     taken = Counted.validation_batches if most is None else most
     assert 2 * changes * taken * 4 / 3 <= 0.02 * steps or (changes <= 2 and taken * changes <= 4)
@@ -104,7 +104,7 @@ def test_measurements_take_under_two_percent_of_a_run_or_four_batches(steps, cha
 
 
 def test_measuring_without_validation_is_refused_at_the_start():
-    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2)
+    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, alpha=2)
     training = Training(model, [torch.optim.SGD(model.parameters())])
     with pytest.raises(ConfigurationError, match=r"measure=True .* no validation: .*measure=False"):
         RankDriver([Stage(At(step=1), Rank(1))], measure=True).start(training, Run(5))
@@ -141,7 +141,7 @@ class Failing(Training):
 
 @pytest.mark.parametrize(("name", "error", "rank"), [("val/loss", RuntimeError, 2), ("other", ConfigurationError, 4)])
 def test_change_is_told_if_its_measurement_fails_and_not_made_without_a_metric(name, error, rank):
-    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(6, 6)), rank=4)
+    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(6, 6)), rank=4, alpha=4)
     driver = RankDriver(Stage(At(step=0), Rank(2)), measure=True)
     training = Failing(model, name)
     driver.start(training, Run(total_steps=5))

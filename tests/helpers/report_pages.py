@@ -26,10 +26,12 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
     model = dynrank.add_lora(nn.ModuleDict({"layers": layers, "head": nn.Linear(12, 16)}), rank=8, alpha=16)
     names = [name for name, _ in dynrank.lora_layers(model)]
     rows = []
+    changes = []
     now = 8
     for step, to in sorted([*drops, *undone]):
         taken_back = (step, to) in undone
         reason = f"undone: val/loss 1 → 2 ({NASTY})" if taken_back else f"fraction {NASTY}"
+        changes.append({"step": step, "reason": reason, "undone": taken_back})
         importance = {name: [step / 100, 0.05] if "up" in name else ["", ""] for name in names if name != "head"}
         rows += [[step, name, now, to, *importance[name], 0.9, 0.1, reason] for name in importance]
         now = now if taken_back else to
@@ -47,7 +49,7 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
     ended = {
         "test": {"test/loss": 1.25},
         "final_ranks": {name: layer.rank for name, layer in dynrank.lora_layers(model)},
-        "changes": [],
+        "changes": changes,
         "parameters": {"adapter": 1234, "trainable": 2345, "total": 34567},
         "seconds": 12.0,
         "tokens_per_second": 250.0,

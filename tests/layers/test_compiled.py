@@ -36,7 +36,7 @@ def base():
 
 
 def adapted(seed=1, rank=8, **options):
-    model = dynrank.add_lora(base(), **({"rank": rank, "target_modules": TARGETS} | options))
+    model = dynrank.add_lora(base(), **({"rank": rank, "alpha": rank, "target_modules": TARGETS} | options))
     torch.manual_seed(seed)
     return updated(model, 0.1)
 
@@ -63,7 +63,7 @@ def outputs(model):
 
 def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)), rank=8)
+    model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)), rank=8, alpha=8)
     updated(model, 0.1)
     counter = CompileCounterWithBackend("eager")
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -98,7 +98,7 @@ def test_layers_are_named_resized_and_saved_as_in_the_model_itself(tmp_path):
 def test_an_adapter_is_added_swapped_and_merged(tmp_path):
     other = adapted(seed=2, rank=3, target_modules=["up", "head"])
     dynrank.save_adapter(other, tmp_path)
-    model = dynrank.add_lora(both(base()), rank=2, target_modules=TARGETS)
+    model = dynrank.add_lora(both(base()), rank=2, alpha=2, target_modules=TARGETS)
     assert_close(outputs(model), outputs(base()))
     dynrank.swap_adapter(model, tmp_path)
     assert_close(outputs(model), outputs(other))
@@ -111,11 +111,11 @@ def test_layer_that_is_compiled_by_itself_is_refused(tmp_path):
     model = base()
     model.first.down = whole(model.first.down)
     with pytest.raises(ConfigurationError, match=r"down.*compile the model afterwards"):
-        dynrank.add_lora(model, rank=2, target_modules=TARGETS)
+        dynrank.add_lora(model, rank=2, alpha=2, target_modules=TARGETS)
     with pytest.raises(ConfigurationError, match=r"down.*compile the whole model"):
         dynrank.load_adapter(model, tmp_path)
     assert not list(dynrank.lora_layers(model))
-    dynrank.add_lora(model, rank=2, target_modules=["up"])
+    dynrank.add_lora(model, rank=2, alpha=2, target_modules=["up"])
     model.first.up = whole(model.first.up)
     before = outputs(model)
     with pytest.raises(ConfigurationError, match=r"up.*compile the whole model"):

@@ -79,7 +79,7 @@ def test_merging_gives_the_plain_model_back_with_the_update_in_its_weights(kind,
 
 def test_all_linear_takes_experts_and_rank_maps_name_them(tiny_moe):
     rules = {r"experts\.down_proj": 2, r"layers\.1\..*gate_up_proj": {"rank": 5, "final_rank": 1}}
-    model = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=4, rank_map=rules)
+    model = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=4, alpha=4, rank_map=rules)
     ranks = {name: layer.rank for name, layer in dynrank.lora_layers(model) if ".experts." in name}
     start = "model.layers.{}.mlp.experts.{}_proj"
     assert ranks == {
@@ -95,7 +95,7 @@ def test_unregistered_experts_are_named_and_the_other_layers_train(tiny_moe):
     with pytest.warns(
         UserWarning, match=rf"{share} of the model .*4 parameters .*experts.gate_up_proj' and 2 layers .*router"
     ):
-        dynrank.add_lora(model, rank=2)
+        dynrank.add_lora(model, rank=2, alpha=2)
     names = [name for name, _ in dynrank.lora_layers(model)]
     assert any(name.endswith("shared_expert.up_proj") for name in names)
     assert not [name for name in names if re.search(r"router|\.experts\.", name)]

@@ -16,7 +16,7 @@ from dynrank.layers.frozen_base import MARK, SAMPLES, adapted_models, fingerprin
 def adapted(seed=0, rank=2, **options):
     torch.manual_seed(seed)
     return dynrank.add_lora(
-        nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 5)), rank=rank, **options
+        nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 5)), rank=rank, **{"alpha": rank} | options
     )
 
 

@@ -37,5 +37,5 @@ def test_layers_whose_weights_a_kernel_reads_are_refused_by_name(kind, monkeypat
     assert fused
     for name in fused:
         with pytest.raises(ConfigurationError, match=f"{name}' cannot have LoRA: its parent reads the weight .*Mixer"):
-            dynrank.add_lora(base, rank=2, target_modules=[name])
-    assert {name for name, _ in dynrank.lora_layers(dynrank.add_lora(base, rank=2))} == linear.keys() - fused
+            dynrank.add_lora(base, rank=2, alpha=2, target_modules=[name])
+    assert {name for name, _ in dynrank.lora_layers(dynrank.add_lora(base, rank=2, alpha=2))} == linear.keys() - fused

@@ -227,7 +227,7 @@ def test_layers_with_other_arithmetic_are_refused_by_name(message):
     ("call", "instead"),
     [
         (lambda model, _: dynrank.merge(model), r"merge_and_unload\(\)"),
-        (lambda model, _: dynrank.add_lora(model, rank=2), "resize and RankScheduler"),
+        (lambda model, _: dynrank.add_lora(model, rank=2, alpha=2), "resize and RankScheduler"),
         (lambda model, folder: dynrank.load_adapter(model, folder), r"load_adapter\(\), or pass the plain model"),
     ],
 )
@@ -275,7 +275,7 @@ def test_save_refuses_nested_wrapped_models_and_numbers_not_finite(tmp_path):
 
 
 def test_layers_of_both_kinds_in_one_model_are_refused():
-    own = dynrank.add_lora(nn.Sequential(nn.Linear(4, 4)), rank=2, target_modules=["0"])
+    own = dynrank.add_lora(nn.Sequential(nn.Linear(4, 4)), rank=2, alpha=2, target_modules=["0"])
     both = nn.ModuleList([own, wrapped()])
     with pytest.raises(ConfigurationError, match=r"of dynrank \('0\.0'\) and of PEFT \('1\.base_model"):
         dynrank.resize(both, 1, optimizers=())

@@ -40,7 +40,7 @@ def test_add_lora_freezes_all_but_adapters_and_modules_to_save_and_works_once(ne
     assert [name for name, _ in dynrank.lora_layers(net)] == ["body.0", "body.1"]
 
 
-@pytest.mark.parametrize(("alpha", "rslora", "scaling"), [(None, False, 1), (9, False, 9 / 6), (9, True, 9 / 6**0.5)])
+@pytest.mark.parametrize(("alpha", "rslora", "scaling"), [(None, False, 2), (9, False, 9 / 6), (9, True, 9 / 6**0.5)])
 def test_scaling_starts_at_alpha_over_rank_also_at_a_lower_rank(net, alpha, rslora, scaling):
     dynrank.add_lora(net, rank=6, alpha=alpha, rslora=rslora)
     layers = dict(dynrank.lora_layers(net))

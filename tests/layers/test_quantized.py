@@ -164,4 +164,4 @@ def test_a_state_dict_without_the_base_knows_it_again(base):
     fresh.load_state_dict(state)
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(ConfigurationError, match="on another base"):
-        dynrank.add_lora(LlamaForCausalLM(fresh.config), rank=2).load_state_dict(state)
+        dynrank.add_lora(LlamaForCausalLM(fresh.config), rank=2, alpha=2).load_state_dict(state)

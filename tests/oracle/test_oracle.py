@@ -29,7 +29,7 @@ def cheap_garbage_collection():
 @pytest.mark.parametrize("seed", range(100))
 def test_run_equals_the_reference_step_by_step(seed):
     fault, _ = judged(make_case(seed))
-    assert not fault, f"{fault}; scripts/fuzz.py --seed {seed}"
+    assert not fault, f"{fault}; scripts/bench/fuzz.py --seed {seed}"
 
 
 def replaced(monkeypatch, name, fault):

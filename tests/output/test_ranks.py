@@ -69,7 +69,7 @@ def test_a_row_for_each_layer_with_its_rank_scaling_and_parameters(by):
 
 
 def test_printed_it_has_a_line_for_each_kind_and_follows_a_change():
-    model = dynrank.add_lora(blocks(), rank=4)
+    model = dynrank.add_lora(blocks(), rank=4, alpha=4)
     dynrank.resize(model, {"layers.1.up": 1}, optimizers=())
     assert cells(str(dynrank.ranks(model))) == [
         ["up", "3", "1-4", "3.0", "1-4", "144"],

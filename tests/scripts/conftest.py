@@ -11,7 +11,8 @@ import pytest
 def script():
     """Imports a script by its name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
+        for folder in ("examples", "bench", "."):
+            patch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts" / folder)
         yield importlib.import_module
 
 

@@ -30,7 +30,7 @@ def llama(**values):
 
 
 def test_bench_layer(bench):
-    rows = bench("bench_layer", "--rounds", "2", "--tokens", "256", "--widths", "64", "--ranks", "4")
+    rows = bench("layer", "--rounds", "2", "--tokens", "256", "--widths", "64", "--ranks", "4")
     assert [row[:4] for row in rows] == [[kind, "64", "4", p] for kind in ("fp32", "bf16") for p in ("0.0", "0.1")]
     saved = {(row[0], row[3]): float(row[-1]) for row in rows}
     assert saved["fp32", "0.0"] <= 1.01
@@ -40,7 +40,7 @@ def test_bench_layer(bench):
 
 
 def test_bench_experts(bench):
-    rows = bench("bench_experts", "layers", "--rounds", "2", "--tokens", "16", "--width", "32")
+    rows = bench("experts", "layers", "--rounds", "2", "--tokens", "16", "--width", "32")
     assert [row[0] for row in rows] == ["16"]
     # These are the bytes that are kept for the backward pass.
     assert float(rows[0][5]) < float(rows[0][6])
@@ -50,10 +50,10 @@ def test_bench_single_file(bench, script):
     shapes = {"lora_unet_a": (20, 12), "lora_unet_b": (12, 30), "lora_unet_c": (20, 12)}
     tiny: dict[str, Any] = {"LAYERS": {"96 x 80": (96, 80)}, "FILES": {"tiny": (lambda: shapes, 4, 2)}}
     # The process of each method is this one.
-    tiny["in_a_process"] = script("bench_single_file").resize
+    tiny["in_a_process"] = script("single_file").resize
     layers = []
     files = []
-    for row in bench("bench_single_file", "--rounds", "2", "--turns", "1", **tiny):
+    for row in bench("single_file", "--rounds", "2", "--turns", "1", **tiny):
         (layers if len(row) == 10 else files).append(row)
     above = [float(cell) for cell in layers[-1][-3:]]
     assert [abs(a) < most for a, most in zip(above, (1e-5, 1e-5, 1e-2), strict=True)] == [True] * 3
@@ -65,21 +65,21 @@ def test_bench_single_file(bench, script):
 
 
 def test_bench_host(bench):
-    rows = bench("bench_host", "--rounds", "2")
+    rows = bench("host", "--rounds", "2")
     assert [row[:2] for row in rows] == [[what, p] for what in ("one layer", "q, k, v") for p in ("0.0", "0.1")]
     assert all(float(value) > 0 for row in rows for value in row[2:])
 
 
 def test_bench_gpu_on_a_cpu(bench):
     sizes = ("--shapes", "64x96", "--tokens", "32", "--ranks", "8", "--rounds", "2")
-    rows = [row for row in bench("bench_gpu", "--device", "cpu", *sizes) if "→" in row[1]]
+    rows = [row for row in bench("gpu", "--device", "cpu", *sizes) if "→" in row[1]]
     assert [row[:5] for row in rows] == [["one layer", "64 → 96", "32", "8", p] for p in ("0.0", "0.1")]
     assert all(float(row[-1]) > 0 for row in rows)
 
 
 def test_bench_gpus_rows_are_those_that_auto_decides_from(script, tmp_path):
     """With times that are made up, in a file in which auto then finds the size."""
-    bench_gpu = script("bench_gpu")
+    bench_gpu = script("gpu")
     file = tmp_path / "measured.csv"
     file.write_text(MEASURED.read_text())
     at = {"frozen": 100.0, "PEFT": 160.0, "ATen": 130.0, "unsloth's order": 128.0}
@@ -98,7 +98,7 @@ def test_bench_gpus_rows_are_those_that_auto_decides_from(script, tmp_path):
 
 def test_bench_swap(main, tiny_bert):
     # So few samples of memory may be too noisy for a verdict, so the exit code does not count.
-    printed = main("bench_swap", "--swaps", "4", "--model", tiny_bert)
+    printed = main("swap", "--swaps", "4", "--model", tiny_bert)
     rows = re.findall(r"^(memory|disk) +(\d+\.\d\d) \(", printed, re.MULTILINE)
     assert [source for source, median in rows if float(median) > 0] == ["memory", "disk"]
     before, after = re.search(r"file handles (\d+) -> (\d+)", printed).groups()
@@ -108,7 +108,7 @@ def test_bench_swap(main, tiny_bert):
 def test_bench_step(bench):
     model = {"smollm2": lambda: (llama(vocab_size=20001, use_cache=False), None)}
     sizes = ("--models", "smollm2", "--blocks", "1", "--rounds", "2")
-    rows = bench("bench_step", *sizes, MODELS=model, BATCHES={"smollm2": (2, 8)})
+    rows = bench("step", *sizes, MODELS=model, BATCHES={"smollm2": (2, 8)})
     assert all(float(row[2]) > 0 for row in rows)
     steps = [row for row in rows if row[0] in ("0.0", "0.1")]
     assert [row[1] for row in steps[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
@@ -122,7 +122,7 @@ def test_bench_step(bench):
 
 def test_bench_generation(bench):
     arguments = ("--ranks", "8", "4", "--rows", "2", "--prompt", "3", "--tokens", "4", "--rounds", "3")
-    rows = bench("bench_generation", *arguments, MODEL=lambda: llama(vocab_size=64))
+    rows = bench("generation", *arguments, MODEL=lambda: llama(vocab_size=64))
     assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4", "PEFT, r = 8"]
     assert all(float(row[1]) > 0 for row in rows)
     assert (rows[0][2], rows[2][4]) == ("1.000", "1.000")

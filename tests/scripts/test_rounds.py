@@ -15,7 +15,7 @@ CRASH_MATRIX = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash_matr
 
 
 def test_runs_that_are_stopped_end_in_the_bits_of_those_that_were_not(tmp_path):
-    scripts = Path(__file__).parents[2] / "scripts"
+    scripts = Path(__file__).parents[2] / "scripts" / "bench"
     code, printed = forked.run(CRASH_MATRIX, scripts, "--tries", "2", "--seed", "6508", cwd=tmp_path)
     assert code == 0, printed
     # The columns are tried, survived and lost.

@@ -50,7 +50,7 @@ def under_fsdp2(*command, cwd):
 def test_two_processes_of_sft_trainer_end_where_one_with_both_batches_ends(
     start, main, arguments, tiny_llama, tmp_path
 ):
-    started = start(ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
+    started = start(ROOT / "scripts" / "examples" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
     main("trl_sft", *arguments(tmp_path / "one", 4))
     assert {*forked.end(started)} == {0}, forked.printed(tmp_path)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))

@@ -54,20 +54,6 @@ Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
 ]
-Gates = Annotated[
-    bool, typer.Option("--gates", help="Rate directions by the loss of the examples in --data, not by singular values")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="With --gates: a file as for data.train, with text and label, prompt and answer, messages or text",
-    ),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(metavar="OURS=THEIRS", help="With --gates: a column with an unusual name, such as text=review"),
-]
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
@@ -85,16 +71,6 @@ def _decimal(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
-
-
-def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
-    """The arguments of a Gated in addition to the adapter; None without --gates."""
-    given = [f"--{name}" for name, value in options.items() if value]
-    if not gates and given:
-        raise ConfigurationError(f"{', '.join(given)} must go with --gates")
-    if gates and not options["data"]:
-        raise ConfigurationError("--gates needs --data FILE, whose examples say what the loss needs")
-    return {**options, "columns": _pairs(options["columns"])} if gates else None
 
 
 def _pairs(columns: list[str] | None) -> dict[str, str | tuple[str, ...]]:
@@ -208,16 +184,11 @@ def squeeze(
         str | None,
         typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
     ] = None,
-    gates: Gates = False,
-    model: Base = None,
-    data: Data = None,
-    columns: Columns = None,
 ) -> None:
     """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
-    examples = _examples(gates, model=model, data=data, columns=columns)
     from dynrank.app.commands.adapters import print_squeeze
 
-    print_squeeze(adapter, out, examples, rank=rank, energy=energy, budget=budget)
+    print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget)
 
 
 @app.command()
@@ -338,19 +309,11 @@ def predict(
 def inspect(
     adapter: Stored,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values: FILE.png")] = None,
-    gates: Gates = False,
-    model: Base = None,
-    data: Data = None,
-    columns: Columns = None,
 ) -> None:
-    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy.
-
-    With --gates also the rank that the layer would keep with half and with a quarter of all parameters.
-    """
-    examples = _examples(gates, model=model, data=data, columns=columns)
+    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy."""
     from dynrank.app.commands.adapters import show_adapter
 
-    show_adapter(adapter, plot, examples)
+    show_adapter(adapter, plot)
 
 
 @app.command()

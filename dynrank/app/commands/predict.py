@@ -101,7 +101,7 @@ def _questions(
     file = Path(files[0]) if files else None
     if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
         table = Source(str(file), "FILE", "test")
-        form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
+        form = form or form_of(table.sample, _WRITTEN, columns, table.where)
         used = _columns(table, form, learned, columns)
         print_facts({"columns": used})
         rows, unusable = table.read(used, skip=skip)

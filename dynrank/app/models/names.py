@@ -1,15 +1,9 @@
 """Which model is loaded and how: the names of models and the group ``model``. Nothing here loads torch."""
 
-import socket
 from difflib import get_close_matches
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies
-
-from huggingface_hub.constants import ENDPOINT
 
 from dynrank.errors import ConfigurationError, Name, checked
 
@@ -78,18 +72,6 @@ def model_source(name: str, key: str = "task.model") -> str:
             + nearest
         )
     return name
-
-
-@cache
-def hub_is_known() -> bool:
-    """Whether the hub's address resolves; without a network, the hub's own library retries for half a minute."""
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
-    except OSError:
-        return False
-    return True
 
 
 def public_name(place: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dynrank.app.models.names import ModelSettings, hub_is_known, model_source, public_name
+from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
 from dynrank.layers.foreign import store_on
 from dynrank.layers.quantized import is_quantized
@@ -53,8 +53,6 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
-    if not Path(source).exists() and not hub_is_known():
-        options["local_files_only"] = True
     try:
         return loader(source, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
@@ -63,10 +61,10 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             never = "commands do not run such code; use PEFT in your own program"
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
-        if options.get("local_files_only"):
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
             raise ConfigurationError(
                 f"{key}={name} is not in the cache, and {ENDPOINT} cannot be reached; set {key} to a folder, or "
-                "connect to a network"
+                "connect (with HF_HUB_OFFLINE=1 the hub is not tried, which takes half a minute without a network)"
             ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)

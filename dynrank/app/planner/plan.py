@@ -16,7 +16,7 @@ from dynrank.app.keys import names_keys
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
 from dynrank.app.runs.config import PlanKeys, argument, plain
-from dynrank.app.runs.job import lacks_data, lora_arguments, make_scheduler, make_task
+from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.importance import bytes_held, shares_by_importance
 from dynrank.errors import ConfigurationError
@@ -160,7 +160,7 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
 def _model(config: DictConfig, rank: int) -> PreTrainedModel:
     """The model of the task with its LoRA layers, on the meta device."""
     # Every backend saves the same tensors, and torch's can run on tensors without values.
-    lora = {**lora_arguments(config), "rank": rank, "backend": "torch"}
+    lora = {**lora_arguments(config, adapter_of(config)), "rank": rank, "backend": "torch"}
     task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()

@@ -1,9 +1,7 @@
 """The keys of a run with their defaults, of which ``conf/`` changes some; and the objects that they name."""
 
-import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields
-from importlib.resources import files
+from dataclasses import asdict, dataclass, field, fields
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,8 +26,32 @@ CONFIG_NAME = "train"
 
 # How the names of metrics end whose smaller values are better.
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
-# Arguments of add_lora that are no keys: the task, or another group, gives them.
-_NOT_KEYS = ("rank_map", "modules_to_save", "dtype")
+
+
+@dataclass
+class LoraKeys:
+    """The keys of ``lora``: arguments of :func:`dynrank.add_lora`, which checks them; its import would load torch."""
+
+    rank: int = MISSING
+    alpha: float | None = None
+    target_modules: Any = "all-linear"
+    dropout: float = 0.0
+    rslora: bool = False
+    backend: str = "auto"
+
+
+@dataclass
+class OptimizerKeys:
+    """The keys of ``optimizer``: arguments of ``make_optimizer`` of the tasks, which checks them."""
+
+    name: str = "AdamW"
+    lr: float = 1e-3
+    head_lr: float = 4e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 40
+    decay: str = "warmup_stable_decay"
+    decay_share: float = 0.2
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @checked
@@ -82,28 +104,12 @@ class PlanKeys:
     budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None = None
 
 
-def _arguments(target: str) -> dict[str, Any]:
-    """{keyword-only argument: its default} of a function, read from its source.
-
-    An import would load torch, and ``--help`` must not wait for that.
-    """
-    module, _, name = target.rpartition(".")
-    tree = ast.parse(files(module.rpartition(".")[0]).joinpath(f"{module.rpartition('.')[2]}.py").read_bytes())
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    return {
-        argument.arg: ast.literal_eval(default) if default is not None else MISSING
-        for argument, default in pairs
-        if argument.arg not in _NOT_KEYS
-    }
-
-
 # Every key of a run with its default. Groups of None have the arguments of what their _target_ names.
 _RUN: dict[str, Any] = {
     **asdict(RunKeys()),
     # This word cannot be the name of an argument.
-    "lora": {"from": None, **_arguments("dynrank.layers.placing.add_lora")},
-    "optimizer": _arguments("dynrank.app.tasks.optimizers.make_optimizer"),
+    "lora": {"from": None, **asdict(LoraKeys())},
+    "optimizer": asdict(OptimizerKeys()),
     "rank_map": asdict(RankMapKeys()),
     "model": asdict(ModelSettings()),
     **dict.fromkeys(("data", "task", "schedule", "trainer", "logger")),
@@ -135,8 +141,7 @@ def _direction(metric: str | None) -> str:
     return f"{better(metric)}imize"
 
 
-# In a file: ${dynrank.times:2,${lora.rank}}, ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
-OmegaConf.register_new_resolver("dynrank.times", lambda first, second: first * second, replace=True)
+# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
 OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))

@@ -12,7 +12,7 @@ from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
-from dynrank.app.runs.folder import drop_repeated_rows
+from dynrank.app.runs.metrics import drop_repeated_rows
 from dynrank.app.runs.report.page import write_card, write_report
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.app.runs.summary import Summary, print_summary, write_summary

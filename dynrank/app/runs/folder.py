@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import PART, whole_file
+from dynrank.output.whole_file import PART
 
 METRICS = "metrics.csv"
 HISTORY = "rank_history.csv"
@@ -99,24 +98,3 @@ def _empty(folder: Path) -> None:
     for name in (METRICS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def drop_rows_after(file: Path, step: int) -> None:
-    """Remove the rows of ``step`` and later from a table, before its run is resumed there."""
-    if not file.exists():
-        return
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        # A row that was cut short by a kill may have no step.
-        rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
-    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, reader.fieldnames or ["step"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def drop_repeated_rows(folder: Path) -> None:
-    """Remove the second of equal rows from metrics.csv: a resumed run repeats the validation after its checkpoint."""
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    with whole_file(folder / METRICS) as part:
-        part.write_text("".join(dict.fromkeys(lines)), encoding="utf-8")

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
-from dynrank.adapters.read import open_adapter
+from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.keys import names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
-from dynrank.app.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
+from dynrank.app.runs.folder import checkpoint_of, locked
+from dynrank.app.runs.metrics import go_on
 from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
-from dynrank.app.runs.trainer import add_to_metrics, finished, make_trainer, quiet_training, stoppable
+from dynrank.app.runs.trainer import finished, make_trainer, quiet_training, stoppable
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import checked_metrics
@@ -91,10 +92,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")
             if resumed:
-                # There the n-th step has number n - 1.
-                drop_rows_after(folder / METRICS, step)
                 csv_logger: Any = trainer.loggers[0]
-                add_to_metrics(folder, csv_logger)
+                # There the n-th step has number n - 1.
+                go_on(folder, step, csv_logger)
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
@@ -122,7 +122,8 @@ def _write_config(config: DictConfig, folder: Path) -> None:
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_run_keys(config)
-    lora = lora_arguments(config)
+    adapter = adapter_of(config)
+    lora = lora_arguments(config, adapter)
     # add_lora checks it, too, but only when the model is loaded.
     read_as(Count, plain(config.lora.rank), "lora.rank")
     _check_run(config)
@@ -140,23 +141,30 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
-    if config.lora.get("from") is not None and not on_meta:
+    if adapter is not None and not on_meta:
         # The factors of a checkpoint replace these.
-        start_from(module.model, adapter_folder(Path(config.lora["from"])))
+        start_from(module.model, adapter)
     scheduler.driver.check_model(module.model, run)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
 
 
-def lora_arguments(config: DictConfig) -> dict[str, Any]:
-    """The arguments of add_lora: the keys of ``lora`` and ``rank_map``, or the layers of the adapter ``lora.from``."""
+@names_keys
+def adapter_of(config: DictConfig) -> Adapter | None:
+    """The adapter ``lora.from``, from which training goes on."""
+    place = config.lora.get("from")
+    return None if place is None else read_adapter(adapter_folder(Path(place)))
+
+
+@names_keys
+def lora_arguments(config: DictConfig, adapter: Adapter | None) -> dict[str, Any]:
+    """The arguments of add_lora: the keys of ``lora`` and ``rank_map``, or the layers of the ``adapter``."""
     lora = {**plain(config.lora), "rank_map": rank_pattern(config.rank_map)}
-    place = lora.pop("from", None)
-    if place is not None:
-        with open_adapter(adapter_folder(Path(place))) as adapter:
-            # The name of a layer also matches a longer one that ends with it, so the longer one comes first.
-            layers = sorted(adapter.layers.items(), key=lambda pair: -len(pair[0]))
+    del lora["from"]
+    if adapter is not None:
+        # The name of a layer also matches a longer one that ends with it, so the longer one comes first.
+        layers = sorted(adapter.layers.items(), key=lambda pair: -len(pair[0]))
         rules = {re.escape(name): {"rank": of.rank, "alpha": of.scaling * of.rank} for name, of in layers}
         lora |= {"target_modules": [name for name, _ in layers], "rank_map": rules}
     return lora

@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dynrank.app.keys import children, known_keys
@@ -70,12 +70,14 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
 def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-        return unknown_key(str(cause.full_key), cause.parent_node._get_root())
+        key = str(cause.full_key)
+        # A dot for each level leads to the whole configuration.
+        return unknown_key(key, OmegaConf.select(cause.parent_node, "." * (key.count(".") + 1)))
     name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
     return f"{error}\nit comes with pip install 'dynrank[sweep]'" if name.startswith(_PLUGINS) else str(error)
 
 
-def unknown_key(key: str, config: Any) -> str:
+def unknown_key(key: str, config: DictConfig) -> str:
     """The message about a key that nothing reads, with the nearest keys of ``config``."""
     name = key.rpartition(".")[2]
     # Initials also match: learning_rate gives lr.

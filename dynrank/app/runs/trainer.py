@@ -1,10 +1,8 @@
 """The lightning.Trainer of a run: its callbacks and loggers, its end by a signal, and silence of libraries."""
 
-import csv
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 import warnings
@@ -23,7 +21,7 @@ from omegaconf import DictConfig
 from dynrank.app.console import quiet_loading
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
-from dynrank.app.runs.folder import HISTORY, METRICS, last_checkpoint
+from dynrank.app.runs.folder import HISTORY, last_checkpoint
 from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
@@ -31,7 +29,6 @@ from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankS
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import table_console
-from dynrank.output.whole_file import whole_file
 
 # AdapterCheckpoint saves after the step in which one of them comes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -85,19 +82,6 @@ class _Bar(RichProgressBar):
         super().on_train_epoch_start(trainer, pl_module)
         if trainer.max_epochs == -1 and self.progress is not None and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
-
-
-def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
-    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
-    file = folder / METRICS
-    if not file.exists():
-        return
-    with whole_file(file) as part:
-        shutil.copyfile(file, part)
-        # Lightning deletes the file here; the copy then replaces it.
-        writer = logger.experiment
-    with file.open(newline="", encoding="utf-8") as opened:
-        writer.metrics_keys = next(csv.reader(opened))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -17,7 +19,6 @@ from torchmetrics.text import Perplexity, SacreBLEUScore
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import end_tokens, load_causal_lm, load_tokenizer
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
-from dynrank.app.tasks.data.stdlib import parsed
 from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
 from dynrank.app.tasks.loader import spread
 from dynrank.app.tasks.text_task import Recipe, TextTask
@@ -55,6 +56,18 @@ def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
 def python(text: str, answers: Sequence[str], prompt: str) -> bool:
     """Whether ``text`` is not empty, and is valid Python together with its prompt."""
     return bool(text) and parsed(prompt + text) is not None
+
+
+def parsed(source: str) -> ast.Module | None:
+    """The syntax tree of ``source``; None if it is not valid Python."""
+    with warnings.catch_warnings():
+        # Python warns about some escapes and comparisons, but they are valid Python.
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(source)
+        # The last three mean that the source has null bytes, or is nested too deeply for the parser.
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
 
 
 # OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.

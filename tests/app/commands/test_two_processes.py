@@ -6,22 +6,24 @@ import math
 import re
 import signal
 import time
+from pathlib import Path
 
 import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from study_data.stdlib import stdlib_functions
 from torch.testing import assert_close
 
 import dynrank
 from dynrank.app.runs import job
 from dynrank.app.runs.report.record import read_metrics
-from dynrank.app.tasks.data.stdlib import stdlib_functions
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.app.tasks.loader import spread
 
 # Lightning gives advice about small data.
 pytestmark = pytest.mark.filterwarnings("ignore")
+STUDY = Path(__file__).resolve().parents[3] / "scripts" / "study" / "conf"
 SAVED = 7
 CHANGE = 9
 STEPS = 12
@@ -214,7 +216,7 @@ def odd_limit(model):
 def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
     """The loss is the logarithm of the perplexity, which adds up its counts by itself; also at the drop."""
     command = [
-        "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
+        "--config-dir", STUDY, "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
         f"task.limit={odd_limit(str(tiny_llama))}", f"data.modules=[{','.join(MODULES)}]", "task.val_examples=7",
         "task.val_generate=3", "task.generate=5", "task.max_new_tokens=48", "task.batch_size=2", "plots=false",
         "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run", "trainer.val_check_interval=2",

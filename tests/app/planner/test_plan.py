@@ -198,7 +198,7 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, tiny_b
     options.append(f"optimizer={optimizer}")
     need = plan_of(*options, "ranks=[4]", "task.batch_size=8", "task.max_length=32")[0]
     config = dynrank.compose(options)
-    module = instantiate(config.task, _convert_="all").module(lora_arguments(config), plain(config.optimizer))
+    module = instantiate(config.task, _convert_="all").module(lora_arguments(config, None), plain(config.optimizer))
     assert {layer.lora_A.dtype for layer in own_layers(module.model).values()} == {torch.float32}
     ids = torch.randint(600, (8, 32))
     labels = ids if task == "completion" else torch.zeros(8, dtype=torch.long)

@@ -1,17 +1,20 @@
 """Every option of every group composes, and unknown or ill-typed values are refused by name."""
 
+import inspect
 import io
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from torch import nn
 
 import dynrank
 from dynrank.app import train
-from dynrank.app.runs.config import make, rank_pattern
-from dynrank.app.runs.job import make_scheduler
+from dynrank.app.runs.config import LoraKeys, OptimizerKeys, make, rank_pattern
+from dynrank.app.runs.job import lora_arguments, make_scheduler
+from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.checks import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import after_convergence, early_budget
@@ -47,11 +50,13 @@ def test_output_that_has_no_arrow_ends_no_run(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "final"), [(7, [3, 1]), (32, [16, 4])])
-def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
+def test_scaling_stays_and_the_final_rank_follows_the_starting_rank(rank, final):
     for name, end in zip(("after_convergence", "early_budget", "anneal"), [final[0], *final], strict=True):
         config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
-        assert (config.lora.alpha, config.schedule.final_rank) == (2 * rank, end)
-        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), rank=rank)
+        assert config.schedule.final_rank == end
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), **lora_arguments(config, None))
+        ((_, layer),) = dynrank.lora_layers(model)
+        assert (layer.rank, layer.scaling) == (rank, 2)
         check_model(model, make_scheduler(config.schedule).driver.stages, Run(total_steps=None))
 
 
@@ -150,3 +155,16 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
     # A fault of the class keeps its own traceback.
     with pytest.raises(RuntimeError, match="a fault of this class"):
         made(_target_="my_pkg.Task", size=2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "function", "of_others"),
+    [
+        (LoraKeys, dynrank.add_lora, {"model", "rank_map", "modules_to_save", "dtype"}),
+        (OptimizerKeys, make_optimizer, {"adapter", "head", "total_steps"}),
+    ],
+)
+def test_keys_are_the_arguments_of_what_takes_them_with_their_defaults(keys, function, of_others):
+    arguments = inspect.signature(function).parameters
+    defaults = {name: argument.default for name, argument in arguments.items() if name not in of_others}
+    assert asdict(keys()) == {name: MISSING if d is inspect.Parameter.empty else d for name, d in defaults.items()}

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 
 from dynrank.app.runs import folder as run_folder
-from dynrank.app.runs.trainer import add_to_metrics
+from dynrank.app.runs.metrics import drop_repeated_rows, go_on
 from dynrank.errors import ConfigurationError
 
 
@@ -19,16 +19,15 @@ def write(path, text):
 def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
     metrics = tmp_path / "metrics.csv"
     write(metrics, "a,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n,1,,4.0\n,2,0.8,\n,3,0.7\n4")
-    for file in (metrics, tmp_path / "none.csv"):
-        run_folder.drop_rows_after(file, 2)
     logger = CSVLogger(tmp_path, name="", version="")
-    add_to_metrics(tmp_path, logger)
+    go_on(tmp_path / "none", 2, logger)
+    go_on(tmp_path, 2, logger)
     assert len(rows(metrics)) == 4
     # The second validation after the checkpoint is another one.
     for values, step in (({"val": 4.0}, 1), ({"train": 0.8, "new": 1.0}, 2)):
         logger.log_metrics(values, step)
         logger.save()
-    run_folder.drop_repeated_rows(tmp_path)
+    drop_repeated_rows(tmp_path)
     found = [(row["step"], row["train"], row["val"], row["new"]) for row in rows(metrics)]
     assert found == [("0", "1.0", "", ""), ("1", "0.9", "", ""), ("1", "", "5.0", ""), ("1", "", "4.0", ""),
                      ("2", "0.8", "", "1.0")]  # fmt: skip

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from study_data.stdlib import stdlib_functions
 from trained import updated
 
-from dynrank.app.tasks.data.stdlib import stdlib_functions
-from dynrank.app.tasks.language_modeling import LanguageModeling
+from dynrank.app.tasks.language_modeling import LanguageModeling, parsed
 from dynrank.errors import ConfigurationError
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
@@ -174,3 +174,11 @@ def test_what_cannot_be_used_is_named(values, named, make):
 
     with pytest.raises(ConfigurationError, match=named):
         load()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("x = '\\d'", True), ("x = (", False), ("x\0", False)],
+)
+def test_parses(source, expected):
+    assert (parsed(source) is not None) is expected

@@ -64,7 +64,7 @@ def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
         ranks_compiled.append(len(layer.lora_A))
         return graph.forward
 
-    layer = dynrank.add_lora(nn.Sequential(nn.Linear(12, 12)), rank=1)[0]
+    layer = dynrank.add_lora(nn.Sequential(nn.Linear(12, 12)), rank=1, alpha=1)[0]
     compiled = torch.compile(layer, backend=backend)
     with torch.no_grad():
         for rank in range(1, 10):

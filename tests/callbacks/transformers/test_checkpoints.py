@@ -71,7 +71,7 @@ def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_p
         def save_pretrained(self, folder):
             (Path(folder) / "whole").write_text("")
 
-    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
+    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2, alpha=2)
     prepare_checkpoints(model)
     model.save_pretrained(str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}

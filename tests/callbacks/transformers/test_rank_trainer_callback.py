@@ -45,7 +45,7 @@ def wrapped_experts():
 def tied():
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=24, tie_word_embeddings=True, **SIZE))
-    return dynrank.add_lora(model, rank=4, target_modules=["q_proj", "lm_head"])
+    return dynrank.add_lora(model, rank=4, alpha=4, target_modules=["q_proj", "lm_head"])
 
 
 MISNAMED = {"max_regression": 1, "check_monitor": "val_loss"}

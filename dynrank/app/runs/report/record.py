@@ -44,16 +44,14 @@ class RecordedChange:
     Attributes:
         step: optimizer steps made before the change.
         reason: why the change was made, or why it was undone.
+        undone: whether it was undone, as summary.json says.
         layers: {layer: its row}.
     """
 
     step: int
     reason: str
+    undone: bool
     layers: dict[str, LayerChange] = field(default_factory=dict)
-
-    @property
-    def undone(self) -> bool:
-        return self.reason.startswith("undone")
 
     @property
     def ranks(self) -> str:
@@ -143,7 +141,7 @@ def read_run(folder: str | Path) -> RunRecord:
     summary = read_summary(folder)
     try:
         config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        history = _changes(folder / HISTORY)
+        history = _changes(folder / HISTORY, summary)
         metrics = read_metrics(folder / METRICS)
     except OSError as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
@@ -170,7 +168,8 @@ def read_metrics(file: Path) -> dict[str, Series]:
     return {name: (column.index.tolist(), column.tolist()) for name, column in columns.items() if len(column)}
 
 
-def _changes(file: Path) -> list[RecordedChange]:
+def _changes(file: Path, summary: Summary) -> list[RecordedChange]:
+    undone = {(change["step"], change["reason"]) for change in summary.changes if change["undone"]}
     changes: list[RecordedChange] = []
     with file.open(newline="", encoding="utf-8") as opened:
         for row in csv.DictReader(opened):
@@ -178,6 +177,6 @@ def _changes(file: Path) -> list[RecordedChange]:
             line = LayerChange(**cells)
             last = changes[-1] if changes else None
             if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
-                changes.append(RecordedChange(line.step, line.reason))
+                changes.append(RecordedChange(line.step, line.reason, (line.step, line.reason) in undone))
             changes[-1].layers[line.layer] = line
     return changes

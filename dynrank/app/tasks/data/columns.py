@@ -137,16 +137,14 @@ def find_columns(
     )
 
 
-def form_of(
-    sample: Sample, forms: Sequence[Form], given: Mapping[str, Theirs], where: str, *, asked: bool = False
-) -> Form:
-    """The first of ``forms`` whose columns the data have, by the user's names (``given``) or by usual names."""
+def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, Theirs], where: str) -> Form:
+    """The first of ``forms`` whose columns (without answers) the data have, by ``given`` or usual names."""
     columns = _names_in(sample)
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
-        if _fits(columns, form, given, asked):
+        if _fits(columns, form, given, asked=True):
             prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
             return "chat" if form == "completion" and _are_turns(sample, prompt) else form
-    wanted = ", or ".join(" and ".join(_wanted(form, asked)) for form in forms)
+    wanted = ", or ".join(" and ".join(_wanted(form, asked=True)) for form in forms)
     usual = f"{where} must have the columns {wanted}, with usual names; it has {columns}"
     raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
 

@@ -1,0 +1,35 @@
+"""The table metrics.csv of a run that is resumed in its folder: Lightning's logger would begin it again."""
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+
+from dynrank.app.runs.folder import METRICS
+from dynrank.output.whole_file import whole_file
+
+
+def go_on(folder: Path, step: int, logger: CSVLogger) -> None:
+    """Remove the rows of ``step`` and later, and let the ``logger`` of the resumed run add its rows to the others."""
+    file = folder / METRICS
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        # A row that was cut short by a kill may have no step.
+        rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+        names = list(reader.fieldnames or ["step"])
+    with whole_file(file) as part:
+        with part.open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        # Lightning deletes the file here; the part then replaces it.
+        logger.experiment.metrics_keys = names
+
+
+def drop_repeated_rows(folder: Path) -> None:
+    """Remove the second of equal rows: a resumed run repeats the validation after its checkpoint."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    with whole_file(folder / METRICS) as part:
+        part.write_text("".join(dict.fromkeys(lines)), encoding="utf-8")

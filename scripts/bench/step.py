@@ -1,0 +1,166 @@
+"""Whole training steps: of MiniLM and SmolLM2-135M under PEFT and dynrank; of a small model with a waiting callback.
+
+All models of a comparison live in one process. A round makes one step of each in a random order, and the table has
+medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
+memory is what a step allocates at one time beyond weights, adapters and optimizer state. SmolLM2 has its architecture
+and random weights, because the time of a step does not depend on their values.
+
+The last table has the host time of a step, in CPU seconds of the process, with a callback whose stage is not due yet,
+divided by the time without it. The model has --blocks blocks of width 64, PEFT's adapters on all linear layers and two
+batches in a step; --blocks 0 leaves it out.
+Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2] [--dropouts 0 0.1] [--blocks 24] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from measuring import peak_bytes, ratio, rounds
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from stepping import by_lightning, by_transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynrank import add_lora, lora_layers, resize
+from dynrank.app.models.pretrained import load_classifier
+from dynrank.callbacks import RankMonitor, RankScheduler, RankTrainerCallback
+from dynrank.output.console import table_console
+from dynrank.schedules import Stage, early_budget
+from dynrank.targets import Budget
+from dynrank.triggers import At
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "use_cache": False}
+# Rows, and tokens in a row.
+BATCHES = {"minilm": (32, 16), "smollm2": (4, 128)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    for name in options.models:
+        rows, length = BATCHES[name]
+        tokens = rows * length
+        threads = torch.get_num_threads()
+        table = Table(title=f"{name}: steps of {rows} x {length} tokens, float32, {threads} threads")
+        for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's"):
+            table.add_column(heading, justify="left" if heading == "step" else "right")
+        for dropout in options.dropouts:
+            for row in _compare(name, dropout, tokens, options.rounds):
+                table.add_row(str(dropout), *row)
+        table_console().print(table)
+    if options.blocks:
+        table = Table(title=f"a callback that waits: CPU time of a step of {options.blocks} blocks / without it")
+        for heading in ("trainer", "callback", "time", "quartiles", "ms"):
+            table.add_column(heading, justify="left" if heading in ("trainer", "callback") else "right")
+        for row in _wait(options.blocks, options.rounds):
+            table.add_row(*row)
+        table_console().print(table)
+
+
+def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tuple[str, ...]]:
+    peft, high, dropped, low = (_Training(name, dropout, rank) for rank in (-32, 32, 32, 16))
+    dropped.step()
+    dropped.drop(16)
+    steps = {"PEFT": peft.step, "32": high.step, "32 to 16": dropped.step, "16": low.step}
+    seconds = rounds(steps, count)
+    peak = {key: peak_bytes(step) for key, step in steps.items()}
+    yield "PEFT, r = 32", "1", "", f"{tokens / statistics.median(seconds['PEFT']):.0f}", "1"
+    for label, above, below in (
+        ("dynrank, r = 32 / PEFT, r = 32", "32", "PEFT"),
+        ("dynrank, 32 dropped to 16 / r = 16 from the start", "32 to 16", "16"),
+        ("dynrank, 32 dropped to 16 / r = 32", "32 to 16", "32"),
+    ):
+        median, quartiles = ratio(seconds[above], seconds[below])
+        rate = tokens / statistics.median(seconds[above])
+        yield label, f"{median:.3f}", quartiles, f"{rate:.0f}", f"{peak[above] / peak['PEFT']:.2f}"
+
+
+def _wait(blocks: int, count: int) -> Iterator[tuple[str, ...]]:
+    # At the end of a run that nobody runs to its end; the singular values need no record of the steps before.
+    by_weight = Stage(At(fraction=0.99), Budget(share=0.5, by="weight"))
+    default = early_budget(4)
+    for trainer, run, kind in (
+        ("Lightning", by_lightning, RankScheduler),
+        ("transformers", by_transformers, RankTrainerCallback),
+    ):
+        kinds = {"none": [], "by weight": [kind(by_weight)], "default schedule": [kind(default)]}
+        if kind is RankScheduler:
+            kinds["by weight, and RankMonitor"] = [kind(by_weight), RankMonitor()]
+        runs = {name: run(_small(blocks), *callbacks) for name, callbacks in kinds.items()}
+        seconds = rounds({name: each.step for name, each in runs.items()}, count, clock=time.process_time)
+        for each in runs.values():
+            each.end()
+        for name, taken in seconds.items():
+            median, quartiles = ratio(taken, seconds["none"])
+            yield trainer, name, f"{median:.3f}", quartiles, f"{1e3 * statistics.median(taken):.1f}"
+
+
+def _small(blocks: int) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=blocks, use_cache=False))
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+
+
+class _Training:
+    """A model with its optimizer and one batch; a negative rank is PEFT's."""
+
+    def __init__(self, name: str, dropout: float, rank: int) -> None:
+        torch.manual_seed(0)
+        model, labels = MODELS[name]()
+        rows, length = BATCHES[name]
+        ids = torch.randint(1000, 20000, (rows, length))
+        self.batch = {"input_ids": ids, "labels": ids if labels is None else torch.randint(0, labels, (rows,))}
+        heads = [] if labels is None else ["classifier"]
+        size = {"target_modules": "all-linear", "modules_to_save": heads}
+        if rank < 0:
+            config = LoraConfig(r=-rank, lora_alpha=64, lora_dropout=dropout, **size)
+            self.model: nn.Module = get_peft_model(model, config)
+        else:
+            self.model = add_lora(model, rank=rank, alpha=2 * rank, dropout=dropout, **size)
+        for parameter_name, parameter in self.model.named_parameters():
+            # B is zero at the start, and zeros may be multiplied faster.
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.01)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+
+    def drop(self, rank: int) -> None:
+        resize(self.model, rank, optimizers=[self.optimizer])
+        assert {layer.rank for _, layer in lora_layers(self.model)} == {rank}
+
+
+def _minilm() -> tuple[nn.Module, int | None]:
+    return load_classifier("minilm", 100), 100
+
+
+def _smollm2() -> tuple[nn.Module, int | None]:
+    return LlamaForCausalLM(LlamaConfig(**SMOLLM2)), None
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, int | None]]] = {"minilm": _minilm, "smollm2": _smollm2}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    main()

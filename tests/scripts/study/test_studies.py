@@ -1,0 +1,124 @@
+"""The studies in miniature, a tiny model and a few steps: the rows they write, and going on where one stopped."""
+
+from types import SimpleNamespace
+
+import pytest
+from peft.tuners.adalora.layer import SVDLinear
+from tables import rows
+
+# This is the sum of d_in + d_out over the adapted layers of the tiny model.
+WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
+
+
+@pytest.fixture(scope="module")
+def scripts(script):
+    return SimpleNamespace(bench=script("study_bench"), adalora=script("adalora"), study=script("study"))
+
+
+@pytest.fixture
+def short(scripts, tiny_bert, monkeypatch):
+    """The scripts, on 80 terms."""
+    small = ["task.limit=80", f"task.model={tiny_bert}"]
+    real = scripts.bench.compose
+    monkeypatch.setattr(scripts.bench, "compose", lambda overrides, **place: real([*overrides, *small], **place))
+    return scripts
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
+    bench = short.bench
+    adalora = short.adalora
+    trainee = adalora.adalora(bench.Setting(0, 10), 16, 4, 1e-3)
+    trainee.train(8, adalora.allocation_of(trainee))
+    expected = 0
+    for module in trainee.model.modules():
+        if isinstance(module, SVDLinear):
+            kept = int(module.lora_E["default"].ne(0).sum())
+            expected += kept * (module.in_features + 1 + module.out_features)
+    assert adalora.kept_parameters(trainee.model) == expected
+    pattern = trainee.model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 4 * len(pattern)
+    layers = {name.partition(".lora_E")[0]: max(1, sum(kept)) for name, kept in pattern.items()}
+    assert adalora.kept_ranks(trainee.model) == layers
+
+
+@pytest.fixture
+def study(scripts, tiny_bert, monkeypatch, tmp_path):
+    """A function that runs the study on 48 terms with these options, and with an arm of each kind; its rows."""
+    study = scripts.study
+    kinds = [
+        study.Arm(2),
+        study.Arm(16, rate=2.0),
+        *(study.Arm(2, by, rate=2.0) for by in ("brought", "found")),
+        study.Arm(2, "AdaLoRA"),
+        study.Arm(2, "GoRA"),
+        study.Arm(16, "auto"),
+        study.Arm(2, "weight", highest=3, but="pooler"),
+        study.Arm(4, "AdaLoRA's ranks", rate=2.0),
+        study.Arm(4, "AdaLoRA's bytes", rate=2.0),
+    ]
+    monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
+    small = ["task.limit=48", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
+
+    def start(*options):
+        study.main([*options, "--steps", "8", "--out", str(tmp_path), "--set", *small])
+        return rows(tmp_path / "study.csv")
+
+    return start
+
+
+@pytest.mark.filterwarnings("ignore:.*without any adapter:UserWarning")
+def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, scripts, tmp_path, capsys):
+    written = study("--seeds", "0", "--rates", "1e-3")
+    arms = list(map(str, scripts.study.ARMS["medical_terms"]))
+    row_of = {row["arm"]: row for row in written}
+    assert row_of.keys() == {*arms}
+    size = {arm: int(row_of[arm]["parameters"]) for arm in arms}
+    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal = arms
+    assert size[fixed] == 2 * WIDTHS
+    assert size[auto] < size[doubled] == 16 * WIDTHS
+    assert size[found] == size[brought] <= 2 * WIDTHS
+    assert 0 < size[theirs] < 16 * WIDTHS
+    # GoRA rounds the rank of each layer by itself.
+    assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
+    # The pooler has 32 inputs and 32 outputs.
+    assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
+    assert [arm for arm in arms if row_of[arm]["rise"]] == [brought, auto, but, guided, equal]
+    assert 0 < size[equal] <= size[guided] < 16 * WIDTHS
+    assert sum(map(int, row_of[fixed]["ranks"].split())) == 2 * len(row_of[theirs]["ranks"].split())
+
+    # One of these two shares its start with other arms.
+    more = study("--seeds", "0", "2", "--rates", "1e-3", "1e30", "--only", "brought at|^AdaLoRA")
+    assert more[: len(written)] == written
+    added = [(row["seed"], row["arm"], row["lr"], row["test_loss"] == "inf") for row in more[len(written) :]]
+    high = [("0", arm, "1e+30", True) for arm in (brought, theirs)]
+    assert added == [*high, *(("2", arm, "0.001", False) for arm in (brought, theirs))]
+    assert f"| {brought} | 2 |" in capsys.readouterr().out
+    assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
+
+
+def test_rate_is_the_best_of_two_seeds_and_the_next_one_beyond_the_best_edge(scripts, tmp_path):
+    study = scripts.study
+    table = scripts.bench.Table(tmp_path / "study.csv", study.FIELDS, ("arm", "lr"))
+    low, inside, high, broken = (study.Arm(rank) for rank in (2, 4, 8, 16))
+    # Each has the losses of two seeds by rate.
+    losses = {low: [(1.0, 1.0), (0.9, 1.3), (3, 3)], inside: [(2, 2), (1, 1), (3, 3)], high: [(3, 3), (2, 2), (1, 1)]}
+    losses[broken] = [(float("inf"),) * 2] * 3
+    for arm, by_rate in losses.items():
+        for lr, pair in zip((1e-3, 2e-3, 4e-3), by_rate, strict=True):
+            for seed, loss in enumerate(pair):
+                row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": str(arm), "lr": lr}
+                table.add(row | {"val_loss": loss})
+    assert study.best_rate(table, "any", low) == 1e-3
+    # An arm that diverges has no edge that is best.
+    assert study.at_an_edge(table, "any", list(losses)) == [(low, 5e-4), (high, 8e-3)]
+
+
+def test_headers_fall_into_splits_by_file(script):
+    headers = script("study_headers")
+    one = headers.cpp_headers(0)
+    other = headers.cpp_headers(1)
+    texts = [{row["text"] for row in splits["train"]} for splits in (one, other)]
+    assert texts[0] != texts[1]
+    assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
+    assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
