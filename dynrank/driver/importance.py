@@ -70,8 +70,8 @@ class Importance:
         factors = _factors_of(self._layers)
         self._factors = factors
         # The old buffers are freed before the new ones are made.
-        self._buffers: list[_Updates] = []
-        self._buffers = [
+        self._updates: list[_Updates] = []
+        self._updates = [
             _Updates([(number, factors[number]) for number in numbers], dtype, self._device)
             for (_, dtype), numbers in _by_kind(factors).items()
         ]
@@ -89,7 +89,7 @@ class Importance:
         """
         factors = self._factors
         # Somebody else has changed ranks.
-        if not all(buffer.fits(factors) for buffer in self._buffers):
+        if not all(buffer.fits(factors) for buffer in self._updates):
             self.restart()
             return
         # Gradients of another optimizer's factors may be old ones, from which their last update was made.
@@ -97,7 +97,7 @@ class Importance:
         measured = [grad is not None and known for grad, known in zip(grads, self._has_update, strict=True)]
         if any(measured):
             self._add(grads, measured)
-        for buffer in self._buffers:
+        for buffer in self._updates:
             buffer.replace(factors, grads)
         self._has_update = [grad is not None or known for grad, known in zip(grads, self._has_update, strict=True)]
 
@@ -110,7 +110,7 @@ class Importance:
             self._measured = measured, torch.tensor(measured, device=self._device), counted
         _, is_measured, counted = self._measured
         products = self._zeros(len(measured))
-        for buffer in self._buffers:
+        for buffer in self._updates:
             products.index_copy_(0, buffer.numbers, buffer.products(grads).to(self._device))
         terms = -torch.where(is_measured, products, 0.0).view(-1, 2).sum(1)
         # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
@@ -139,7 +139,7 @@ class Importance:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; the updates are copied, because the next step replaces them."""
-        updates = {number: update for buffer in self._buffers for number, update in buffer.updates.items()}
+        updates = {number: update for buffer in self._updates for number, update in buffer.updates.items()}
         return {
             "sums": self._sums.clone(),
             "squares": self._squares.clone(),
@@ -153,7 +153,7 @@ class Importance:
         self._squares.copy_(state["squares"])
         self._steps.copy_(state["steps"])
         self._has_update = [update is not None for update in state["updates"]]
-        for buffer in self._buffers:
+        for buffer in self._updates:
             for number, update in buffer.updates.items():
                 if self._has_update[number]:
                     # A layer's device may differ from the one in the run before.
