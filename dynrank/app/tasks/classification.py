@@ -42,7 +42,8 @@ class Classification(TextTask):
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
         class_weights: ``balanced``: in the training loss all classes weigh alike, whatever their numbers of texts; with
-            lists of labels, having a label and not having it weigh alike. None: all texts weigh alike.
+            lists of labels, having a label and not having it weigh alike. The loss is a mean over texts, so this does
+            not depend on the batches. None: all texts weigh alike.
         seed: seed of the order of the training batches.
         limit: keep only this many texts of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
@@ -198,10 +199,18 @@ class Classifier(AdapterModule):
     def loss(
         self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
     ) -> Tensor:
+        """The mean over texts; ``weights`` are those of the classes that the texts have, whatever the smoothing adds."""
         if not self.several:
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
+            if weights is None:
+                return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            # With its argument weight, torch would weigh the mass that smoothing adds by the classes that receive it,
+            # and divide by the weights in the batch, which undoes them in small batches.
+            losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+            return (weights[labels] * losses).mean()
         wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+        # So pos_weight would weigh what smoothing adds to texts without the label.
+        of_cells = None if weights is None else torch.where(labels.bool(), weights, 1.0)
+        return F.binary_cross_entropy_with_logits(logits, wanted, weight=of_cells)
 
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss(logits, labels, self.label_smoothing, self.class_weights)
