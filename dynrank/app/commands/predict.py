@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os.path import isfile
 from pathlib import Path
@@ -16,7 +16,19 @@ from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer
-from dynrank.app.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of, refuse_unread
+from dynrank.app.tasks.data.columns import (
+    COLUMNS,
+    Columns,
+    Form,
+    Theirs,
+    columns_to_ask,
+    each,
+    find_columns,
+    form_of,
+    is_optional,
+    names_in,
+    refuse_unread,
+)
 from dynrank.app.tasks.data.rows import Numbered
 from dynrank.app.tasks.data.source import READERS, Source
 from dynrank.app.tasks.data.stored import RawRows, usable_rows
@@ -54,8 +66,8 @@ def predict(
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
-    ask = partial(_questions, texts, learned=learned, columns=columns, skip=skip_unusable)
     system = learned.system if system is None else system
+    ask = partial(_questions, texts, learned=replace(learned, system=system), columns=columns, skip=skip_unusable)
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
@@ -91,7 +103,8 @@ def _questions(
     Args:
         texts: texts, or the name of one file.
         form: form of the rows; None: by the columns of the file.
-        learned: how training made its inputs; the columns that it used are used where the file has them.
+        learned: how training made its inputs; the file must have the columns that it used. ``system`` is that of chats
+            without one.
         columns: the user's names of columns.
         skip: leave out rows that cannot be used; otherwise one error lists them.
     """
@@ -139,13 +152,44 @@ def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
-    """The columns of a table: those that the user names, otherwise those of training, otherwise usual ones."""
-    known = {name for row in table.sample for name in row}
-    trained = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
-    trained = {ours: theirs for ours, theirs in trained.items() if known.issuperset(each(theirs))}
-    found = find_columns(table.sample, trained | {**given}, form, table.where, table.types, asked=True)
+    """The columns of a table: those that the user names, otherwise those of training; if these are unknown, usual ones.
+
+    Nothing else is read, such as a column of contexts that training did not have.
+    """
+    columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
+    trained = columns_to_ask(columns, form)
+    # An optional column may be given as "": these rows have none.
+    given = {ours: theirs for ours, theirs in given.items() if theirs or is_optional(ours)}
+    replaced = {*given}
+    # Chats are in messages, or in prompts.
+    replaced |= {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
+    known = {*names_in(table.sample)}
+    if learned.system is not None and not known.issuperset(each(trained.get("system", ()))):
+        replaced.add("system")
+    kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
+    _refuse_missing(table, kept)
+    # Without columns of training, all are found by usual names.
+    options: Any = {"trained": kept if trained else None, "asked": True}
+    found = find_columns(table.sample, given, form, table.where, table.types, **options)
     refuse_unread(given, found)
     return found
+
+
+def _refuse_missing(table: Source, trained: Mapping[str, Theirs]) -> None:
+    """Refuse a table without a column that training read."""
+    known = names_in(table.sample)
+    lacking = {ours: [name for name in each(theirs) if name not in known] for ours, theirs in trained.items()}
+    lacking = {ours: names for ours, names in lacking.items() if names}
+    if not lacking:
+        return
+    missing = [repr(name) for names in lacking.values() for name in names]
+    read = ", ".join(f"{ours} <- {' + '.join(each(trained[ours]))}" for ours in lacking)
+    advice = [f"give {' '.join(f'--columns {ours}=NAME' for ours in lacking)} with these rows' own names"]
+    advice += [f"--columns {ours}= if these rows have none" for ours in lacking if is_optional(ours)]
+    raise ConfigurationError(
+        f"{table.where} has no column{'s' * (len(missing) > 1)} {' and '.join(missing)}, which training read ({read}); "
+        f"it has {known}; {', or '.join(advice)}"
+    )
 
 
 def _ranked(labels: list[tuple[str, float]]) -> str:

@@ -1,6 +1,7 @@
 """``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -228,6 +229,101 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         assert code == 2
         assert message in said.replace("'id', ", ""), said
     assert (tmp_path / "taken.csv").read_text() == ""
+
+
+@pytest.fixture
+def asked(classifier, launch, tmp_path, monkeypatch):
+    """Gives a file with one row to ``predict`` of an adapter that has learned from these columns.
+
+    Returns the exit code, what was printed, and the rows that the model is asked; the model itself is not loaded.
+    """
+    rows = []
+
+    class Asked:
+        several = False
+
+        def __init__(self, adapter, base, *, system, **_):
+            form = json.loads((tmp_path / "adapter" / "inputs.json").read_text())["form"]
+            self.writes = form != "classification"
+            self.tokenizer = AutoTokenizer.from_pretrained(classifier)
+            self.tokenizer.chat_template = TEMPLATE
+
+        def labels(self, batch):
+            rows.extend(batch)
+            return [[("login", 1.0)] for _ in batch]
+
+        def texts(self, batch):
+            rows.extend(batch)
+            return ["answer" for _ in batch]
+
+    monkeypatch.setattr("dynrank.app.commands.predict.Answerer", Asked)
+
+    def ask(inputs, row, *options):
+        shutil.copytree(classifier, tmp_path / "adapter", dirs_exist_ok=True)
+        write_sidecar_files(tmp_path / "adapter", torch.nn.Linear(1, 1), None, inputs)
+        rows.clear()
+        file = write(tmp_path / "rows.csv", [row])
+        code, _, said = launch(cli.main, "predict", tmp_path / "adapter", file, *options)
+        return code, said, [{k: row[k] for k in ("text", "prompt", "messages") if k in row} for row in rows]
+
+    return ask
+
+
+TRAINED = {
+    "texts": Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"}),
+    "headlines": Inputs("classification", {"text": "headline", "label": "label"}),
+    "prompts": Inputs("completion", {"prompt": "prompt", "answer": "answer"}),
+    "prompts with inputs": Inputs("completion", {"prompt": "prompt", "input": "context", "answer": "answer"}),
+    "chats of prompts": Inputs("chat", {"prompt": "prompt", "answer": "answer"}),
+    "chats with a system": Inputs("chat", {"prompt": "prompt", "answer": "answer", "system": "rule"}),
+    "one system in all chats": Inputs("chat", {"prompt": "prompt", "answer": "answer", "system": "rule"}, "Be kind."),
+}
+QUESTION = [{"role": "user", "content": "Q"}]
+LEFT_ALONE = [
+    ("texts", {"Subject": "S", "Body": "B", "text": "T", "queue": "login"}, [], {"text": "S\nB"}),
+    ("texts", {"Title": "S", "Body": "B"}, ["--columns", "text=Title,Body"], {"text": "S\nB"}),
+    ("prompts", {"prompt": "Q", "context": "note"}, [], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "query": "q", "input": "i"}, [], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "note": "i"}, ["--columns", "input=note"], {"prompt": "Q\ni"}),
+    ("prompts with inputs", {"prompt": "Q", "input": "no", "context": "i"}, [], {"prompt": "Q\ni"}),
+    ("prompts with inputs", {"prompt": "Q"}, ["--columns", "input="], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "system": "S"}, ["--chat"], {"messages": QUESTION}),
+    ("chats of prompts", {"prompt": "Q", "system_prompt": "S"}, [], {"messages": QUESTION}),
+    ("chats of prompts", {"prompt": "Q", "messages": "none"}, [], {"messages": QUESTION}),
+    ("prompts", {"prompt": "no", "query": "Q", "input": "i"}, ["--columns", "prompt=query"], {"prompt": "Q"}),
+    ("chats of prompts", {"prompt": "no", "query": "Q"}, ["--columns", "prompt=query"], {"messages": QUESTION}),
+    ("one system in all chats", {"prompt": "Q"}, [], {"messages": QUESTION}),
+    ("chats with a system", {"prompt": "Q"}, ["--system", "S"], {"messages": QUESTION}),
+]
+
+
+@pytest.mark.parametrize(("trained", "row", "options", "expected"), LEFT_ALONE)
+def test_the_columns_that_training_read_are_read_and_others_left_alone(trained, row, options, expected, asked):
+    code, said, rows = asked(TRAINED[trained], row, *options)
+    assert code == 0, said
+    assert rows == [expected]
+
+
+MISSING = [
+    (
+        "texts",
+        {"Title": "S", "Body": "B"},
+        "no column 'Subject', .* (text <- Subject + Body); it has ['Title', 'Body']",
+    ),
+    ("headlines", {"content": "C"}, "no column 'headline', .* (text <- headline); it has ['content']"),
+    ("prompts with inputs", {"prompt": "Q", "input": "i"}, "no column 'context', .*; give --columns input=NAME"),
+    ("prompts with inputs", {"query": "Q"}, "no columns 'prompt' and 'context', .*"),
+    ("prompts with inputs", {"prompt": "Q"}, "--columns input= if these rows have none"),
+    ("chats with a system", {"prompt": "Q"}, "no column 'rule', .* --columns system= if these rows have none"),
+]
+
+
+@pytest.mark.parametrize(("trained", "row", "message"), MISSING)
+def test_a_column_that_training_read_and_a_file_lacks_is_named(trained, row, message, asked):
+    code, said, rows = asked(TRAINED[trained], row)
+    assert (code, rows) == (2, [])
+    pattern = re.escape(message).replace(re.escape(".*"), ".*")
+    assert re.search(pattern, " ".join(said.split())), said
 
 
 def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):

@@ -26,7 +26,7 @@ class Checked(dict[str, datasets.Dataset]):
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
         unusable: {split: number of rows of its file that were left out, because they cannot be used}.
-        columns: {our name of a column: its name in the training file}.
+        columns: {our name of a column: its name in the training rows}; empty if these have no names.
     """
 
     dropped: int = 0
@@ -88,10 +88,15 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
         found = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found}; set data")
-    return Checked({split: _rows(splits[split], form, f"data, {split}") for split in SPLITS})
+    found = Checked()
+    for split in SPLITS:
+        found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
+        if split == "train" and (isinstance(splits[split], datasets.Dataset) or isinstance(splits[split][0], Mapping)):
+            found.columns = used.names
+    return found
 
 
-def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
+def _rows(part: Any, form: Form, where: str, trained: Mapping[str, Theirs] | None) -> tuple[datasets.Dataset, Columns]:
     if isinstance(part, str) or not hasattr(part, "__len__"):
         raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
     if not len(part):
@@ -102,9 +107,10 @@ def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
         named = [*enumerate((_named(row, form) for row in part), start=1)]
         rows = RawRows(where, Hasher.hash(str(named)), lambda: iter(named))
     first = islice(rows.read(), SNIFFED)
-    columns = find_columns([row for _, row in first if isinstance(row, Mapping)], {}, form, where, rows.types)
+    sample = [row for _, row in first if isinstance(row, Mapping)]
+    columns = find_columns(sample, {}, form, where, rows.types, trained=trained)
     made, _ = usable_rows(rows, columns)
-    return made.remove_columns(["digest", "place"])
+    return made.remove_columns(["digest", "place"]), columns
 
 
 def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
@@ -150,8 +156,12 @@ def from_files(
     found = Checked()
     for split, name in names.items():
         if split == "train" or name:
-            parts[split], unusable[split], used = _read(name, split, columns, form, skip_unusable)
+            source = Source(name, f"data.{split}", split)
+            used = find_columns(source.sample, columns, form, source.where, source.types, trained=found.columns or None)
+            refuse_unread(columns, used, "data.columns")
+            _say_columns(used, found.columns)
             found.columns = found.columns or used.names
+            parts[split], unusable[split] = source.read(used, skip=skip_unusable)
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     numbers = _numbers(parts["train"], digests["train"], form, seed)
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
@@ -183,12 +193,9 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any
     return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
 
 
-def _read(name: str | None, split: str, given: Given, form: Form, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
-    source = Source(name, f"data.{split}", split)
-    columns = find_columns(source.sample, given, form, source.where, source.types)
-    refuse_unread(given, columns, "data.columns")
-    if split == "train":
-        say({"columns": columns})
-        if columns.unused:
-            say({"not used": ", ".join(columns.unused)})
-    return *source.read(columns, skip=skip), columns
+def _say_columns(used: Columns, trained: Mapping[str, Theirs]) -> None:
+    """Print the columns of the training rows, whose ``trained`` are empty, and those of other rows if they differ."""
+    if used.names != trained:
+        say({"columns": used})
+    if used.unused and not trained:
+        say({"not used": ", ".join(used.unused)})

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dynrank.app.tasks.data.splits import from_files
+from dynrank.app.tasks.data.splits import from_files, rows_by_split
 from dynrank.errors import ConfigurationError
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
@@ -133,6 +133,31 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     _, *said = capsys.readouterr().out.splitlines()
     assert said == [f"columns          text <- review, label <- {label}", "not used         history"]
     assert found == read(write(tmp_path / "a.csv", ROWS))
+
+
+def test_other_files_are_read_by_the_columns_of_the_training_file(tmp_path, capsys):
+    rows = [{"prompt": f"q {i}", "answer": f"a {i}"} for i in range(40)]
+    more = [{"instruction": "no", "context": "note", **row} for row in rows[:3]]
+    options = {"form": "completion", "columns": {"prompt": None}}
+    files = write(tmp_path / "train.csv", rows[5:]), write(tmp_path / "val.csv", more)
+    assert checked(*files, **options)["val"]["prompt"][:] == ["q 0", "q 1", "q 2"]
+    assert capsys.readouterr().out.count("columns ") == 1
+    data = {"train": rows[5:], "val": more, "test": rows[4:5]}
+    made = rows_by_split(data, "completion")
+    assert made["val"]["prompt"][:] == ["q 0", "q 1", "q 2"]
+    assert made.columns == {"prompt": "prompt", "answer": "answer"}
+    # The rows of a val file may lack what only some rows of the training file have.
+    with_input = write(tmp_path / "inputs.csv", [{**row, "input": "i"} for row in rows[5:]])
+    assert checked(with_input, write(tmp_path / "b.csv", rows[:3]), **options)["val"]["prompt"][:] == [
+        "q 0",
+        "q 1",
+        "q 2",
+    ]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("columns")]
+    assert said == [
+        "columns          prompt <- prompt, answer <- answer, input <- input",
+        "columns          prompt <- prompt, answer <- answer",
+    ]
 
 
 def test_a_name_that_the_form_does_not_read_is_refused(tmp_path):
