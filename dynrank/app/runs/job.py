@@ -84,8 +84,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         place = config.lora.get("from")
         if first and place is not None and checkpoint is None:
-            ranks = span([layer.rank for _, layer in lora_layers(job.module)])
-            print(f"goes on from     the adapter {place}, at rank {ranks}")
+            print(f"goes on from     the adapter {place}, {_ranks_from(job, config.schedule)}")
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")
@@ -110,6 +109,16 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         if first:
             export(model, job.task, summary, folder, config, trainer.global_step)
     return summary
+
+
+def _ranks_from(job: Job, schedule: DictConfig) -> str:
+    """The ranks from which a run goes on, and what becomes of them."""
+    ranks = f"at rank {span([layer.rank for _, layer in lora_layers(job.module)])}"
+    if not job.scheduler.driver.stages:
+        return (
+            f"{ranks}; the ranks stay, as no schedule was chosen that changes them (schedule=early_budget halves them)"
+        )
+    return f"{ranks}, which the schedule {schedule._target_.rpartition('.')[2]} changes"
 
 
 def _write_config(config: DictConfig, folder: Path) -> None:

@@ -40,7 +40,7 @@ def theirs(tiny_llama, tmp_path_factory):
 
 
 def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, theirs, tiny_llama, tmp_path, capsys):
-    overrides = [*task, f"lora.from={theirs}", "schedule=fixed"]
+    overrides = [*task, f"lora.from={theirs}"]
     model = build(dynrank.compose(overrides)).module.model.eval()
     expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs).eval()
     with torch.no_grad():
@@ -52,7 +52,8 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     print_ranks(dynrank.compose(overrides))
     assert "4 layers" in capsys.readouterr().out
     run(dynrank.compose(overrides), tmp_path / "run")
-    assert f"goes on from     the adapter {theirs}, at rank 1-6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
@@ -60,11 +61,36 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert 0 < abs(before - after) < 0.5 * before
 
 
-def test_a_schedule_reckons_from_the_mean_rank_of_the_adapter(task, theirs):
-    config = dynrank.compose([*task, f"lora.from={theirs}"])
+@pytest.mark.parametrize(
+    "chosen", ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early"]
+)
+def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(chosen, task, theirs):
+    config = dynrank.compose([*task, f"lora.from={theirs}", chosen])
     # by hand: a direction of q_proj has 32 + 32 parameters, one of down_proj 32 + 48
     assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
     assert config.schedule.final_rank == config.lora.rank // 2
+
+
+def test_a_run_goes_on_again_and_again_at_the_ranks_that_it_has(task, theirs, tmp_path, capsys):
+    ranks = {name: layer.rank for name, layer in dynrank.read_adapter(theirs).layers.items()}
+    place = theirs
+    for i in range(2):
+        run(dynrank.compose([*task, f"lora.from={place}"]), tmp_path / f"{i}")
+        place = tmp_path / f"{i}"
+        assert {name: layer.rank for name, layer in dynrank.read_adapter(place / "adapter").layers.items()} == ranks
+    capsys.readouterr()
+    run(dynrank.compose([*task, f"lora.from={place}", "schedule.final_rank=2"]), tmp_path / "less")
+    said = capsys.readouterr().out
+    assert "at rank 1-6, which the schedule early_budget changes" in said
+    assert sum(layer.rank for layer in dynrank.read_adapter(tmp_path / "less" / "adapter").layers.values()) < sum(
+        ranks.values()
+    )
+    # A file of one's own that chooses a schedule is a choice, too.
+    folder = tmp_path / "conf"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /schedule: anneal\n")
+    mine = dynrank.compose([*task, f"lora.from={theirs}", "experiment=mine"], folder=folder)
+    assert mine.schedule._target_ == "dynrank.schedules.anneal"
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
