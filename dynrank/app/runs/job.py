@@ -115,9 +115,7 @@ def _ranks_from(job: Job, schedule: DictConfig) -> str:
     """The ranks from which a run goes on, and what becomes of them."""
     ranks = f"at rank {span([layer.rank for _, layer in lora_layers(job.module)])}"
     if not job.scheduler.driver.stages:
-        return (
-            f"{ranks}; the ranks stay, as no schedule was chosen that changes them (schedule=early_budget halves them)"
-        )
+        return f"{ranks}; the ranks stay, as no schedule was chosen that changes them (schedule=early_budget does)"
     return f"{ranks}, which the schedule {schedule._target_.rpartition('.')[2]} changes"
 
 

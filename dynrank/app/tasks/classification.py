@@ -199,7 +199,7 @@ class Classifier(AdapterModule):
     def loss(
         self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
     ) -> Tensor:
-        """The mean over texts; ``weights`` are those of the classes that the texts have, whatever the smoothing adds."""
+        """The mean over texts; ``weights`` are of the classes that texts have, whatever smoothing adds."""
         if not self.several:
             if weights is None:
                 return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

@@ -157,7 +157,7 @@ def form_of(
 
 
 def columns_to_ask(trained: Mapping[str, Theirs], form: Form) -> dict[str, Theirs]:
-    """Those of the columns of training that rows of ``form`` are asked by: without answers, and those of other forms."""
+    """The columns of training by which rows of ``form`` are asked: not the answers, nor columns of other forms."""
     read = {*COLUMNS[form], *_MORE[form], *(("prompt", "input") if form == "chat" else ())} - {*_ANSWERS}
     return {ours: theirs for ours, theirs in trained.items() if ours in read}
 
