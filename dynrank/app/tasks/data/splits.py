@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
 from dynrank.app.tasks.data.source import Source, say
-from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
+from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, rows_and_labels, usable_rows
 from dynrank.errors import ConfigurationError, shown, validated_call
 
 SPLITS = ("train", "val", "test")
@@ -72,6 +72,23 @@ def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str
     found[order] = (places + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)
     found[order[starts]] = 0
     return found[text]
+
+
+def with_each_label(numbers: Any, digests: Any, rows: Any, labels: Any) -> Any:
+    """``numbers`` of rows (see :func:`within_classes`), with a text of each label at 0.
+
+    A label may have no text of its own: rows of the same text count in the class of the first, and a row with several
+    labels in one of their classes. Then its text with the lowest number is moved to 0.
+
+    Args:
+        numbers: (rows,) numbers of the rows.
+        digests: (rows,) hashes of their texts.
+        rows: (pairs,) for each pair of a row and one of its labels, the index of the row.
+        labels: (pairs,) the index of the label.
+    """
+    order = np.lexsort((digests[rows], numbers[rows], labels))
+    lowest = rows[order][np.flatnonzero(np.diff(labels[order], prepend=-1))]
+    return np.where(np.isin(digests, digests[lowest]), 0, numbers)
 
 
 def rows_by_split(data: Any, form: Form) -> Checked:
@@ -190,7 +207,8 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any
     if form != "classification":
         return numbers / 2.0**64
     classes = class_of_rows(rows)
-    return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+    found = within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+    return with_each_label(found, digests, *rows_and_labels(rows))
 
 
 def _say_columns(used: Columns, trained: Mapping[str, Theirs]) -> None:

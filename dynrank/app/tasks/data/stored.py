@@ -121,6 +121,14 @@ def class_of_rows(rows: datasets.Dataset) -> pa.DictionaryArray:
     return labels.dictionary_encode()
 
 
+def rows_and_labels(rows: datasets.Dataset) -> tuple[Any, Any]:
+    """(pairs,) the index of the row, and of the label, for each pair of a row and one of its labels."""
+    labels = column_of(rows, "label").combine_chunks()
+    if pa.types.is_list(labels.type):
+        return pc.list_parent_indices(labels).to_numpy(), pc.list_flatten(labels).dictionary_encode().indices.to_numpy()
+    return np.arange(len(labels)), labels.dictionary_encode().indices.to_numpy()
+
+
 def system_prompt(rows: datasets.Dataset) -> str | None:
     """The system prompt with which every chat begins; None if chats begin in different ways."""
     found: set[tuple[str, str]] = set()

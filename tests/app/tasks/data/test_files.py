@@ -104,6 +104,26 @@ def test_of_several_labels_the_rarest_is_spread_alike(tmp_path):
     assert counts == pytest.approx({"train": 12, "val": 4, "test": 4}, abs=1)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_each_label_has_a_training_text_though_its_texts_count_in_other_classes(several, tmp_path):
+    if several:
+        # Each row of a label "whole" counts in the class of a rarer label, which also has a row without it.
+        names = [(f"whole {i}", f"part {i}.{k}") for i in range(20) for k in range(3)]
+        labels = [[*own] for own in names] + [[part] for _, part in names]
+        rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
+    else:
+        texts = [f"text {i}" for i in range(60)]
+        rows = [{"text": text, "label": "common"} for text in texts]
+        rows += [{"text": text, "label": f"other {i}"} for i, text in enumerate(texts[:40])]
+    splits = read(write(tmp_path / "a.jsonl", rows), share=0.3)
+    sets = {
+        split: {label for _, own in pairs for label in (own if several else [own])} for split, pairs in splits.items()
+    }
+    assert sets["val"] | sets["test"] <= sets["train"]
+    texts = [{text for text, _ in pairs} for pairs in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
 def test_texts_of_several_columns_are_joined(tmp_path, capsys):
     rows = [
         {"Subject": "" if i % 3 == 0 else f"about {i}", "Body": f"body\n{i}", "label": "ab"[i % 2]} for i in range(40)
