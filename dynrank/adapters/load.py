@@ -106,9 +106,8 @@ def start_from(model: nn.Module, folder: Path) -> None:
     faults += [
         f"{name!r} is stored whole in the adapter, and the task does not train it" for name in heads.keys() - trained
     ]
-    faults += [
-        f"{name!r} is trained by the task, and the adapter has no values for it" for name in trained - heads.keys()
-    ]
+    absent = trained - heads.keys() - adapter.others.keys()
+    faults += [f"{name!r} is trained by the task, and the adapter has no values for it" for name in sorted(absent)]
     labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")

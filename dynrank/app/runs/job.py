@@ -145,10 +145,14 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     measured = checked_metrics(scheduler.driver.stages, measure=True)
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
+    before = adapter_folder(Path(config.lora["from"])) if config.lora.get("from") is not None else None
+    # Only a classifier has classes to keep; a task without data has none of its own.
+    if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
+        task.go_on_from(before)
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
-    if config.lora.get("from") is not None and not on_meta:
+    if before is not None and not on_meta:
         # The factors of a checkpoint replace these.
-        start_from(module.model, adapter_folder(Path(config.lora["from"])))
+        start_from(module.model, before)
     scheduler.driver.check_model(module.model, run)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)

@@ -114,9 +114,68 @@ def test_a_classifier_goes_on_with_its_head_and_refuses_other_labels(tiny_bert, 
     expected = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     with torch.no_grad():
         assert (again(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
-    with pytest.raises(ConfigurationError, match=r"its labels are \['a', 'b'\], those of the task \['b', 'c'\]"):
+    with pytest.raises(ConfigurationError, match=r"has no class for the labels \['c'\].* its classes are \['a', 'b'\]"):
         build(overrides("bc", f"lora.from={tmp_path / 'run'}"))
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
     dynrank.save_adapter(updated(dynrank.add_lora(plain, rank=2)), tmp_path / "headless")
     with pytest.raises(ConfigurationError, match=r"'classifier\.weight' is trained by the task, .* no values"):
         build(overrides("ab", f"lora.from={tmp_path / 'headless'}"))
+
+
+@pytest.fixture
+def rows_of(tiny_bert, tmp_path):
+    """Makes overrides of a small run on 20 texts of each of these labels, or lists of labels."""
+
+    def make(*labels, several=False):
+        rows = [
+            {"text": f"fine {label} {i}", "label": [label, "all"] if several else label}
+            for label in labels
+            for i in range(20)
+        ]
+        file = tmp_path / f"{'-'.join(labels)}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return [*SMALL, "task=classification", f"task.model={tiny_bert}", f"data.train={file}"]
+
+    return make
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of, tmp_path, capsys):
+    options = {"several": several}
+    run(dynrank.compose([*rows_of("b", "10", "a", "9", **options), "optimizer.head_lr=0.1"]), tmp_path / "run")
+    labels = json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"]
+    stored = dynrank.read_adapter(tmp_path / "run" / "adapter")
+    head = stored.tensor(stored.others["classifier.weight"])
+    capsys.readouterr()
+    weights = "task.class_weights=balanced"
+    overrides = [*rows_of("a", "9", **options), f"lora.from={tmp_path / 'run'}", weights]
+    job = build(dynrank.compose(overrides))
+    assert "no rows of       '10', 'b': classes of the adapter, which keep" in capsys.readouterr().out
+    assert job.task.labels == labels
+    assert torch.equal(job.module.model.classifier.weight, head)
+    # The classes that have rows weigh alike.
+    weighed = dict(zip(labels, job.task.weights, strict=True))
+    assert weighed["a"] == weighed["9"] == pytest.approx(1)
+    run(dynrank.compose(overrides), tmp_path / "more")
+    assert json.loads((tmp_path / "more" / "adapter" / "labels.json").read_text())["labels"] == labels
+
+
+def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loaded(rows_of, tmp_path, monkeypatch):
+    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dynrank.app.tasks.classification.Classifier", never)
+    with pytest.raises(ConfigurationError, match=r"has no class for the labels \['c', 'd'\]"):
+        build(dynrank.compose([*rows_of("a", "c", "d"), f"lora.from={tmp_path / 'run'}"]))
+
+
+def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
+    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+    # So it is with adapters of other programs.
+    (tmp_path / "run" / "adapter" / "labels.json").unlink()
+    with pytest.raises(ConfigurationError) as caught:
+        build(dynrank.compose([*rows_of("a", "b", "c"), f"lora.from={tmp_path / 'run'}"]))
+    assert "'classifier.weight' is [3, 32] in the model and [2, 32] in the adapter" in str(caught.value)
+    assert "no values" not in str(caught.value)
