@@ -176,6 +176,8 @@ class TextTask(LightningDataModule):
             self.account["train"].dropped = self.rows.dropped
             for split, count in self.rows.unusable.items():
                 self.account[split].unusable = count
+            for split, counts in self.rows.ambiguous.items():
+                self.account[split].ambiguous = dict(counts)
             rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:

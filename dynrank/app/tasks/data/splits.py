@@ -8,16 +8,27 @@ from typing import Annotated, Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
 from dynrank.app.tasks.data.source import Source, say
-from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, rows_and_labels, usable_rows
+from dynrank.app.tasks.data.stored import (
+    RawRows,
+    ambiguous_texts,
+    class_of_rows,
+    column_of,
+    of_dataset,
+    pairs_of,
+    usable_rows,
+)
 from dynrank.errors import ConfigurationError, shown, validated_call
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
+# Columns of checked rows that no form has.
+_BESIDE = ("digest", "place", "trimmed")
 
 
 class Checked(dict[str, datasets.Dataset]):
@@ -27,11 +38,13 @@ class Checked(dict[str, datasets.Dataset]):
         dropped: number of training rows that were left out, because their text is also in another split's file.
         unusable: {split: number of rows of its file that were left out, because they cannot be used}.
         columns: {our name of a column: its name in the training rows}; empty if these have no names.
+        ambiguous: {split: {label: number of its texts that have it in some of their rows, and not in others}}.
     """
 
     dropped: int = 0
     unusable: Mapping[str, int] = MappingProxyType({})
     columns: Mapping[str, Theirs] = MappingProxyType({})
+    ambiguous: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
@@ -108,9 +121,10 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     found = Checked()
     for split in SPLITS:
         found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
-        if split == "train" and (isinstance(splits[split], datasets.Dataset) or isinstance(splits[split][0], Mapping)):
+        if split == "train" and isinstance(next(iter(splits[split])), Mapping):
             found.columns = used.names
-    return found
+    _say_trimmed(found)
+    return _in_form(found)
 
 
 def _rows(part: Any, form: Form, where: str, trained: Mapping[str, Theirs] | None) -> tuple[datasets.Dataset, Columns]:
@@ -127,7 +141,7 @@ def _rows(part: Any, form: Form, where: str, trained: Mapping[str, Theirs] | Non
     sample = [row for _, row in first if isinstance(row, Mapping)]
     columns = find_columns(sample, {}, form, where, rows.types, trained=trained)
     made, _ = usable_rows(rows, columns)
-    return made.remove_columns(["digest", "place"]), columns
+    return made, columns
 
 
 def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
@@ -179,9 +193,9 @@ def from_files(
             _say_columns(used, found.columns)
             found.columns = found.columns or used.names
             parts[split], unusable[split] = source.read(used, skip=skip_unusable)
+    _say_trimmed(parts)
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     numbers = _numbers(parts["train"], digests["train"], form, seed)
-    parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
     # The split of each row, in one byte.
     drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in (1 - 2 * share, 1 - share))
     for i, split in enumerate(SPLITS[1:], start=1):
@@ -197,7 +211,23 @@ def from_files(
             twice = f", of which {found.dropped} are also in the other files" if found.dropped else ""
             few = f"data.train={train} has {len(rows)} rows{twice}, which leaves none for {split}"
             raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
+    return _in_form(found)
+
+
+def _in_form(found: Checked) -> Checked:
+    """``found`` itself without the columns that say more than the form does, after a look for ambiguous texts."""
+    for split, rows in found.items():
+        if "label" in rows.column_names:
+            found.ambiguous = {**found.ambiguous, split: ambiguous_texts(rows)}
+        found[split] = rows.remove_columns([name for name in _BESIDE if name in rows.column_names])
     return found
+
+
+def _say_trimmed(parts: Mapping[str, datasets.Dataset]) -> None:
+    """Print how many rows had blanks around a label."""
+    count = sum(pc.sum(column_of(rows, "trimmed")).as_py() for rows in parts.values() if "trimmed" in rows.column_names)
+    if count:
+        say({"blanks": f"around the labels of {count:,} rows are left out"})
 
 
 def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any:
@@ -208,7 +238,8 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any
         return numbers / 2.0**64
     classes = class_of_rows(rows)
     found = within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
-    return with_each_label(found, digests, *rows_and_labels(rows))
+    pairs = pairs_of(rows)
+    return with_each_label(found, digests, pairs.rows, pairs.labels)
 
 
 def _say_columns(used: Columns, trained: Mapping[str, Theirs]) -> None:

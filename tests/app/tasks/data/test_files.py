@@ -124,6 +124,39 @@ def test_each_label_has_a_training_text_though_its_texts_count_in_other_classes(
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
+    labels = [" even" if i % 10 == 0 else "odd\t" if i % 10 == 1 else row["label"] for i, row in enumerate(ROWS)]
+    rows = [{**row, "label": [own] if several else own} for row, own in zip(ROWS, labels, strict=True)]
+    clean = [{**row, "label": [row["label"]] if several else row["label"]} for row in ROWS]
+    val = write(tmp_path / "val.jsonl", rows[:10])
+    assert read(write(tmp_path / "a.jsonl", rows), val=val) == read(write(tmp_path / "b.jsonl", clean), val=val)
+    said = capsys.readouterr().out
+    # Those of the training and of the validation file; of the clean training file, those of the latter.
+    assert [line for line in said.splitlines() if line.startswith("blanks")] == [
+        "blanks           around the labels of 42 rows are left out",
+        "blanks           around the labels of 2 rows are left out",
+    ]
+    data = dict.fromkeys(("train", "val", "test"), rows)
+    assert rows_by_split(data, "classification")["train"]["label"][:] == [row["label"] for row in clean]
+    assert "blanks           around the labels of 120 rows" in capsys.readouterr().out
+
+
+def test_texts_whose_rows_do_not_agree_are_counted_by_label(tmp_path):
+    pairs = [("t 1", "a"), ("t 1", "b"), ("t 1", "a"), ("t 2", "b"), ("t 2", "b"), ("t 3", "a"), ("t 3", "c")]
+    data = {"train": pairs, "val": [("t 4", "a"), ("t 5", "b")], "test": [("t 6", "c"), ("t 6", "b")]}
+    found = rows_by_split(data, "classification").ambiguous
+    # By hand: t 1 is a, a and b; t 3 is a and c; t 6 is c and b.
+    assert found == {"train": {"a": 2, "b": 1, "c": 1}, "val": {}, "test": {"b": 1, "c": 1}}
+    lists = [{"text": "t 1", "label": ["a"]}, {"text": "t 1", "label": ["a", "b"]}, {"text": "t 2", "label": []}]
+    found = rows_by_split(dict.fromkeys(data, lists), "classification").ambiguous
+    assert found == dict.fromkeys(data, {"b": 1})
+    rows = [{"text": text, "label": own} for text, own in pairs] * 2 + ROWS
+    splits = checked(write(tmp_path / "a.jsonl", rows))
+    found = {label: sum(part.get(label, 0) for part in splits.ambiguous.values()) for label in "abc"}
+    assert found == {"a": 2, "b": 1, "c": 1}
+
+
 def test_texts_of_several_columns_are_joined(tmp_path, capsys):
     rows = [
         {"Subject": "" if i % 3 == 0 else f"about {i}", "Body": f"body\n{i}", "label": "ab"[i % 2]} for i in range(40)
