@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dynrank.adapters.base import other_weights
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
 from dynrank.adapters.stored import FLOATS, refuse_faults
@@ -108,6 +109,8 @@ def start_from(model: nn.Module, folder: Path) -> None:
     ]
     absent = trained - heads.keys() - adapter.others.keys()
     faults += [f"{name!r} is trained by the task, and the adapter has no values for it" for name in sorted(absent)]
+    other = other_weights(model, folder)
+    faults += [f"it was trained on another base, {adapter.config.base_model_name_or_path}: {other}"] if other else []
     labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")

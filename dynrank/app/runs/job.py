@@ -15,12 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
 
+from dynrank.adapters.base import base_of
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import open_adapter
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import METRICS, checkpoint_of, drop_rows_after, locked
+from dynrank.app.runs.going_on import check_base_name, ranks_from
 from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
@@ -29,10 +31,8 @@ from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.check import checked_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, configured, read_as, validated_call
-from dynrank.layers.finding import lora_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
-from dynrank.output.console import span
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -84,7 +84,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         place = config.lora.get("from")
         if first and place is not None and checkpoint is None:
-            print(f"goes on from     the adapter {place}, {_ranks_from(job, config.schedule)}")
+            print(f"goes on from     the adapter {place}, {ranks_from(job.module, job.scheduler, config.schedule)}")
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")
@@ -106,17 +106,11 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         # Only classifiers have classes.
         classes = dict(getattr(job.module, "class_results", {}))
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
+        # All processes hold a part of a base that is sharded.
+        base = base_of(model)
         if first:
-            export(model, job.task, summary, folder, config, trainer.global_step)
+            export(model, job.task, summary, folder, config, trainer.global_step, base)
     return summary
-
-
-def _ranks_from(job: Job, schedule: DictConfig) -> str:
-    """The ranks from which a run goes on, and what becomes of them."""
-    ranks = f"at rank {span([layer.rank for _, layer in lora_layers(job.module)])}"
-    if not job.scheduler.driver.stages:
-        return f"{ranks}; the ranks stay, as no schedule was chosen that changes them (schedule=early_budget does)"
-    return f"{ranks}, which the schedule {schedule._target_.rpartition('.')[2]} changes"
 
 
 def _write_config(config: DictConfig, folder: Path) -> None:
@@ -146,6 +140,9 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     before = adapter_folder(Path(config.lora["from"])) if config.lora.get("from") is not None else None
+    # A task of your own need not name its model.
+    if before is not None and isinstance(getattr(task, "model", None), str):
+        check_base_name(before, task.model)
     # Only a classifier has classes to keep; a task without data has none of its own.
     if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
         task.go_on_from(before)

@@ -1,6 +1,7 @@
 """``lora.from``: a run goes on from an adapter, ours or PEFT's, with its layers, ranks and scalings."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -91,6 +92,53 @@ def test_a_run_goes_on_again_and_again_at_the_ranks_that_it_has(task, theirs, tm
     (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /schedule: anneal\n")
     mine = dynrank.compose([*task, f"lora.from={theirs}", "experiment=mine"], folder=folder)
     assert mine.schedule._target_ == "dynrank.schedules.anneal"
+
+
+@pytest.fixture
+def other_base(tiny_llama, tmp_path):
+    """Makes a folder with a model of the same shapes; ``place`` may be changed weights of one parameter."""
+
+    def make(name, change=None):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        if change is not None:
+            with torch.no_grad():
+                model.get_parameter(change).mul_(1.5)
+        shutil.copytree(tiny_llama, tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("changed", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
+def test_an_adapter_of_a_run_knows_its_base_by_its_weights(changed, task, other_base, tmp_path):
+    run(dynrank.compose([*task, "lora.rank=2", "schedule=fixed"]), tmp_path / "run")
+    dynrank.squeeze(tmp_path / "run" / "adapter", tmp_path / "less", rank=1)
+    same, other = other_base("the same, moved"), other_base("other", changed)
+    for place in ("run", "less"):
+        build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'"]))
+        build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'", "model.dtype=bfloat16"]))
+        with pytest.raises(ConfigurationError, match=rf"another base, .*: '{changed}' has other values .*\(1 of "):
+            build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model={other}"]))
+
+
+def test_an_adapter_of_another_program_knows_its_base_by_its_name(task, theirs, other_base, tmp_path, monkeypatch):
+    other = other_base("other", "model.norm.weight")
+    copy = shutil.copytree(theirs, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    overrides = [*task, f"lora.from={copy}", f"task.model={other}"]
+
+    def named(name):
+        (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        return dynrank.compose(overrides)
+
+    # It may have been trained elsewhere; then the last part of the name has to be the same.
+    for name in (None, "", str(other), f"{other}/../other", "/home/somebody/Other/", "org/other"):
+        build(named(name))
+    monkeypatch.setattr("dynrank.app.tasks.language_modeling.LanguageModel", None)
+    for name in (config["base_model_name_or_path"], "org/another"):
+        with pytest.raises(ConfigurationError, match=f"names the base {name!r}, .* task.model={other}; set task.model"):
+            build(named(name))
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
