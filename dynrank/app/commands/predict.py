@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
+from math import inf
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dynrank.app.tasks.data.columns import (
 )
 from dynrank.app.tasks.data.rows import Numbered
 from dynrank.app.tasks.data.source import READERS, Source
-from dynrank.app.tasks.data.stored import RawRows, usable_rows
+from dynrank.app.tasks.data.stored import RawRows, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import new_file
@@ -74,13 +75,16 @@ def predict(
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
         asked = ask(forms[0]) if forms else None
         answerer = Answerer(read_adapter(source), model, system=system, **options)
-        rows, form = asked or ask(None if answerer.writes else "classification")
+        rows, form, where = asked or ask(None if answerer.writes else "classification")
     if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
         raise ConfigurationError(
             "chats (--chat, --system) need a model that generates text, and a tokenizer with a chat template"
         )
     if (form == "classification") == answerer.writes:
         raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
+    if answerer.writes:
+        with redirect_stdout(sys.stderr):
+            rows = _within_positions(rows, answerer, where, skip=skip_unusable)
     if out is None:
         for start in range(0, len(rows), batch_size):
             batch = rows.select(range(start, min(start + batch_size, len(rows)))).to_list()
@@ -97,8 +101,8 @@ def predict(
 
 def _questions(
     texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
-) -> tuple[datasets.Dataset, str]:
-    """The rows to answer, with their form: of texts, of the lines of a text file, or of a table.
+) -> tuple[datasets.Dataset, str, str]:
+    """The rows to answer, their form, and their name in errors: of texts, of a text file's lines, or of a table.
 
     Args:
         texts: texts, or the name of one file.
@@ -117,6 +121,7 @@ def _questions(
         form = form or form_of(table.sample, _WRITTEN, columns, table.where, asked=True)
         used = _columns(table, form, learned, columns)
         print_facts({"columns": used})
+        where = table.where
         rows, unusable = table.read(used, skip=skip)
     else:
         form = form or "completion"
@@ -132,7 +137,36 @@ def _questions(
             raise ConfigurationError(f"{where} has no rows")
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
-    return rows, used.form
+    return rows, used.form, where
+
+
+def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
+    """The rows whose prompts leave positions of the model for an answer; with ``skip`` others are left out.
+
+    All rows are checked before the first is answered.
+    """
+    longest = answerer.longest
+    if longest == inf:
+        return rows
+    new = answerer.max_new_tokens
+    if longest < 1:
+        raise ConfigurationError(
+            f"--max-new-tokens must be at most {answerer.positions}, which the model reads, got {new}"
+        )
+    parts = (rows.select(range(start, min(start + 1000, len(rows)))) for start in range(0, len(rows), 1000))
+    lengths = [length for part in parts for length in answerer.lengths(part.to_list())]
+    kept = [i for i, length in enumerate(lengths) if length <= longest]
+    left_out = len(rows) - len(kept)
+    if left_out and not (skip and kept):
+        fault = (
+            f"has a prompt of more than {longest} tokens, the model reads {answerer.positions}, and the answer may need"
+        )
+        places = rows["place"]
+        faults = [(places[i], f"{fault} {new} (--max-new-tokens)") for i, n in enumerate(lengths) if n > longest]
+        refuse(where, faults)
+    if left_out:
+        print_facts({"left out": f"{left_out:,} rows whose prompts have more than {longest} tokens"})
+    return rows.select(kept) if left_out else rows
 
 
 def _is_file(text: str) -> bool:

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -241,6 +243,7 @@ def asked(classifier, launch, tmp_path, monkeypatch):
 
     class Asked:
         several = False
+        longest = float("inf")
 
         def __init__(self, adapter, base, *, system, **_):
             form = json.loads((tmp_path / "adapter" / "inputs.json").read_text())["form"]
@@ -334,3 +337,48 @@ def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):
     assert code == 0, said
     assert "left out         2 rows" in said
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [3, 4, 5]
+
+
+@pytest.fixture
+def short(tiny_llama, tmp_path):
+    """An adapter on a random GPT-2 that reads 32 tokens."""
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    return adapter(tmp_path / "adapter", model, tmp_path / "base", Inputs("completion", {"prompt": "prompt"}))
+
+
+def test_prompts_that_leave_no_positions_for_an_answer_are_named_before_the_first_answer(short, launch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    # The last of 12 new tokens is not read.
+    longest = "x"
+    while len(tokenizer(longest)["input_ids"]) < 21:
+        longest += "x"
+    prompts = ["who are you", longest, f"{longest} y", "I", longest * 3]
+    file = write(tmp_path / "rows.csv", [{"prompt": prompt} for prompt in prompts])
+    options = ["--max-new-tokens", 12, "--batch-size", 4]
+    code, printed, said = launch(cli.main, "predict", short, file, *options)
+    assert (code, printed) == (2, "")
+    message = "rows 4, 6: each has a prompt of more than 21 tokens, the model reads 32, and the answer may need 12"
+    assert message in said
+    code, _, said = launch(cli.main, "predict", short, file, *options, "--skip-unusable", "--out", "out.jsonl")
+    assert code == 0, said
+    assert "left out         2 rows whose prompts have more than 21 tokens" in said
+    expected = {i + 2: written(short, prompts[i]) for i in (0, 1, 3)}
+    assert {row["row"]: row["answer"] for row in read(tmp_path / "out.jsonl")} == expected
+    code, _, said = launch(cli.main, "predict", short, "I", "--max-new-tokens", 33)
+    assert (code, "--max-new-tokens must be at most 32" in said) == (2, True)
+
+
+def test_a_text_is_cut_where_the_model_ends_if_training_did_not_cut(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "adapter")
+    (tmp_path / "adapter" / "inputs.json").unlink()
+    answerer = Answerer(
+        dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=None, max_new_tokens=1
+    )
+    answerer.tokenizer.model_max_length = 10**30
+    again = Answerer(dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=600, max_new_tokens=1)
+    rows = [{"text": "word " * 900}]
+    assert answerer.labels(rows) == again.labels(rows)
