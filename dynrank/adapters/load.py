@@ -16,7 +16,7 @@ from dynrank.layers.compiled import compiled_alone, uncompiled
 from dynrank.layers.finding import modules_by_name, own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.placing import make_layer, place_layers, trained_whole
+from dynrank.layers.placing import check_dtype, make_layer, place_layers, trained_whole
 from dynrank.output.console import shape_of_update
 
 M = TypeVar("M", bound=nn.Module)
@@ -127,6 +127,7 @@ def start_from(model: nn.Module, folder: Path) -> None:
 
 def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> None:
     """Put the layers and heads of an adapter into ``model``, in place of its LoRA layers, after all checks."""
+    check_dtype(dtype)
     adapter = source if isinstance(source, Adapter) else read_adapter(source)
     model = uncompiled(model)
     places = _places(model)

@@ -116,8 +116,8 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     if isinstance(splits, Checked):
         return splits
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
-        found = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
-        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found}; set data")
+        got = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
+        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
     found = Checked()
     for split in SPLITS:
         found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
