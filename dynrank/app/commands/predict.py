@@ -28,6 +28,7 @@ from dynrank.app.tasks.data.columns import (
     form_of,
     is_optional,
     names_in,
+    refuse_unknown,
     refuse_unread,
 )
 from dynrank.app.tasks.data.rows import Numbered
@@ -64,6 +65,7 @@ def predict(
         raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+    refuse_unknown(columns, "FILE")
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))

@@ -231,6 +231,11 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         assert code == 2
         assert message in said.replace("'id', ", ""), said
     assert (tmp_path / "taken.csv").read_text() == ""
+    # The form of rows is not known for adapters of other programs, but the names of columns are.
+    shutil.copytree(classifier, tmp_path / "theirs")
+    (tmp_path / "theirs" / "inputs.json").unlink()
+    code, _, said = launch(cli.main, "predict", "theirs", file, "--columns", "txt=Body")
+    assert (code, "--columns txt=… names no column that is read" in said) == (2, True)
 
 
 @pytest.fixture

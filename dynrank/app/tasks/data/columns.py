@@ -90,11 +90,7 @@ def find_columns(
     rows are others, ``trained`` are their columns: these come before usual names, and an optional column is read only
     if it is among them, or given. Rows that are ``asked`` need no label or answer. Errors name the data as ``where``.
     """
-    keys = sorted({*_USUAL, *chain(*_MORE.values())})
-    for key in given:
-        if key not in keys:
-            asked_by = f"data.columns.{key}" if where.startswith("data") else f"--columns {key}=…"
-            raise ConfigurationError(f"{asked_by} names no column that is read; those are {', '.join(keys)}")
+    refuse_unknown(given, where)
     columns = names_in(sample)
     if trained is not None:
         same = {ours: theirs for ours, theirs in trained.items() if {*columns}.issuperset(each(theirs))}
@@ -165,6 +161,15 @@ def columns_to_ask(trained: Mapping[str, Theirs], form: Form) -> dict[str, Their
 def is_optional(ours: str) -> bool:
     """Whether rows of a form may lack our column."""
     return any(ours in names for names in _MORE.values())
+
+
+def refuse_unknown(given: Given, where: str) -> None:
+    """Refuse names of columns that no form has; errors name the data as ``where``."""
+    keys = sorted({*_USUAL, *chain(*_MORE.values())})
+    for key in given:
+        if key not in keys:
+            asked_by = f"data.columns.{key}" if where.startswith("data") else f"--columns {key}=…"
+            raise ConfigurationError(f"{asked_by} names no column that is read; those are {', '.join(keys)}")
 
 
 def refuse_unread(given: Given, found: Columns, option: str = "--columns") -> None:

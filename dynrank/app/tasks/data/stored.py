@@ -153,8 +153,9 @@ def ambiguous_texts(rows: datasets.Dataset) -> dict[str, int]:
     """
     _, texts, sizes = np.unique(column_of(rows, "digest").to_numpy(), return_inverse=True, return_counts=True)
     pairs = pairs_of(rows)
-    # A list may have a label twice.
-    once = np.unique(np.stack([texts[pairs.rows], pairs.labels, pairs.rows]), axis=1)
+    triples = np.stack([texts[pairs.rows], pairs.labels, pairs.rows])
+    # A list may have a label twice; most texts have one row.
+    once = np.unique(triples[:, sizes[triples[0]] > 1], axis=1)
     (of_text, label), counts = np.unique(once[:2], axis=1, return_counts=True)
     numbers = np.bincount(label[counts < sizes[of_text]], minlength=len(pairs.names))
     return {name: count for name, count in sorted(zip(pairs.names, numbers.tolist(), strict=True)) if count}
