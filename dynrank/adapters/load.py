@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dynrank.adapters.base import other_weights
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
 from dynrank.adapters.stored import FLOATS, refuse_faults
@@ -15,7 +16,7 @@ from dynrank.layers.compiled import compiled_alone, uncompiled
 from dynrank.layers.finding import modules_by_name, own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.placing import make_layer, place_layers, trained_whole
+from dynrank.layers.placing import check_dtype, make_layer, place_layers, trained_whole
 from dynrank.output.console import shape_of_update
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,10 +107,12 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
     faults += [
         f"{name!r} is stored whole in the adapter, and the task does not train it" for name in heads.keys() - trained
     ]
-    faults += [
-        f"{name!r} is trained by the task, and the adapter has no values for it" for name in trained - heads.keys()
-    ]
-    labels = stored_labels(Path(adapter.source))
+    absent = trained - heads.keys() - adapter.others.keys()
+    faults += [f"{name!r} is trained by the task, and the adapter has no values for it" for name in sorted(absent)]
+    folder = Path(adapter.source)
+    other = other_weights(model, folder)
+    faults += [f"it was trained on another base, {adapter.config.base_model_name_or_path}: {other}"] if other else []
+    labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
     refuse_faults(f"the adapter {adapter.source!r} does not fit the task", faults, "folder")
@@ -125,6 +128,7 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
 
 def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> None:
     """Put the layers and heads of an adapter into ``model``, in place of its LoRA layers, after all checks."""
+    check_dtype(dtype)
     adapter = source if isinstance(source, Adapter) else read_adapter(source)
     model = uncompiled(model)
     places = _places(model)

@@ -1,4 +1,4 @@
-"""The other files in an adapter's folder that its use needs: tokenizer, names of labels, inputs, Ollama's Modelfile."""
+"""The other files in an adapter's folder: tokenizer, labels, inputs, weights of the base, Ollama's Modelfile."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from dynrank.adapters.base import BASE_FILE, Base
 from dynrank.adapters.stored import read_json
 from dynrank.errors import ConfigurationError, shown
 from dynrank.output.output_folder import check_free, whole_or_nothing
@@ -47,12 +48,14 @@ class Inputs:
     max_length: int | None = None
 
 
-def write_sidecar_files(folder: Path, model: Any, tokenizer: Any, inputs: Inputs | None = None) -> None:
-    """Write the tokenizer and the inputs, if there are any, and the labels of a classifier that has names for them."""
+def write_sidecar_files(
+    folder: Path, model: Any, tokenizer: Any, inputs: Inputs | None = None, base: Base | None = None
+) -> None:
+    """Write what is given, and the labels of a classifier that has names for them."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     labels = _Labels(label_names(model), model.config.problem_type) if label_names(model) else None
-    for name, content in ((LABELS_FILE, labels), (INPUTS_FILE, inputs)):
+    for name, content in ((LABELS_FILE, labels), (INPUTS_FILE, inputs), (BASE_FILE, base)):
         if content is not None:
             with whole_file(folder / name) as part:
                 part.write_text(json.dumps(asdict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -103,7 +106,8 @@ def new_adapter_folder(out: Path, source: Path) -> Iterator[Path]:
     It becomes ``out`` at the end of the block, or is deleted after an error.
     """
     check_free(out, source)
-    sidecars = [*input_files(source), *source.glob(LABELS_FILE), *source.glob(INPUTS_FILE)]
+    own = [source / name for name in (LABELS_FILE, INPUTS_FILE, BASE_FILE)]
+    sidecars = [*input_files(source), *(file for file in own if file.exists())]
     with whole_or_nothing(out) as folder:
         for file in sidecars:
             shutil.copyfile(file, folder / file.name)

@@ -72,8 +72,7 @@ def add_lora(
     )
     if own_layers(model):
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)", "model")
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ConfigurationError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype}", "dtype")
+    check_dtype(dtype)
     modules = modules_by_name(model)
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)
@@ -98,6 +97,12 @@ def add_lora(
         layers[name].rule = at.rule
     place_layers(model, layers, modules_to_save)
     return model
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse what factors cannot have as their dtype."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
+        raise ConfigurationError(f"dtype must be a floating-point dtype of at least 16 bits, got {dtype!r}", "dtype")
 
 
 def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:

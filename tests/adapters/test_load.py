@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynrank
+from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +42,20 @@ def test_dtype_is_that_of_the_factors(dtype, zoo, tmp_path):
     zoo.by_peft("gpt2", tmp_path)
     model = dynrank.load_adapter(zoo.plain("gpt2").bfloat16(), tmp_path, dtype=dtype)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"])
+@pytest.mark.parametrize("put", [dynrank.load_adapter, dynrank.swap_adapter])
+def test_a_dtype_that_factors_cannot_have_is_named_and_changes_nothing(put, dtype, zoo, tmp_path):
+    zoo.by_peft("bert", tmp_path)
+    model = zoo.plain("bert")
+    with pytest.raises(
+        ConfigurationError, match="dtype must be a floating-point dtype of at least 16 bits, got "
+    ) as caught:
+        put(model, tmp_path, dtype=dtype)
+    assert repr(dtype) in str(caught.value)
+    assert not [*dynrank.lora_layers(model)]
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_adapter_in_memory_stays_when_its_file_goes(zoo, tmp_path):

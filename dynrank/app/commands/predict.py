@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from math import inf
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,23 @@ from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer
-from dynrank.app.tasks.data.columns import COLUMNS, Columns, Form, Theirs, each, find_columns, form_of, refuse_unread
+from dynrank.app.tasks.data.columns import (
+    COLUMNS,
+    Columns,
+    Form,
+    Theirs,
+    columns_to_ask,
+    each,
+    find_columns,
+    form_of,
+    is_optional,
+    names_in,
+    refuse_unknown,
+    refuse_unread,
+)
 from dynrank.app.tasks.data.rows import Numbered
 from dynrank.app.tasks.data.source import READERS, Source
-from dynrank.app.tasks.data.stored import RawRows, usable_rows
+from dynrank.app.tasks.data.stored import RawRows, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import new_file
@@ -51,24 +65,28 @@ def predict(
         raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+    refuse_unknown(columns, "FILE")
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
-    ask = partial(_questions, texts, learned=learned, columns=columns, skip=skip_unusable)
     system = learned.system if system is None else system
+    ask = partial(_questions, texts, learned=replace(learned, system=system), columns=columns, skip=skip_unusable)
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
         asked = ask(forms[0]) if forms else None
         answerer = Answerer(read_adapter(source), model, system=system, **options)
-        rows, form = asked or ask(None if answerer.writes else "classification")
+        rows, form, where = asked or ask(None if answerer.writes else "classification")
     if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
         raise ConfigurationError(
             "chats (--chat, --system) need a model that generates text, and a tokenizer with a chat template"
         )
     if (form == "classification") == answerer.writes:
         raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
+    if answerer.writes:
+        with redirect_stdout(sys.stderr):
+            rows = _within_positions(rows, answerer, where, skip=skip_unusable)
     if out is None:
         for start in range(0, len(rows), batch_size):
             batch = rows.select(range(start, min(start + batch_size, len(rows)))).to_list()
@@ -85,13 +103,14 @@ def predict(
 
 def _questions(
     texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
-) -> tuple[datasets.Dataset, str]:
-    """The rows to answer, with their form: of texts, of the lines of a text file, or of a table.
+) -> tuple[datasets.Dataset, str, str]:
+    """The rows to answer, their form, and their name in errors: of texts, of a text file's lines, or of a table.
 
     Args:
         texts: texts, or the name of one file.
         form: form of the rows; None: by the columns of the file.
-        learned: how training made its inputs; the columns that it used are used where the file has them.
+        learned: how training made its inputs; the file must have the columns that it used. ``system`` is that of chats
+            without one.
         columns: the user's names of columns.
         skip: leave out rows that cannot be used; otherwise one error lists them.
     """
@@ -104,6 +123,7 @@ def _questions(
         form = form or form_of(table.sample, _WRITTEN, columns, table.where)
         used = _columns(table, form, learned, columns)
         print_facts({"columns": used})
+        where = table.where
         rows, unusable = table.read(used, skip=skip)
     else:
         form = form or "completion"
@@ -119,7 +139,36 @@ def _questions(
             raise ConfigurationError(f"{where} has no rows")
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
-    return rows, used.form
+    return rows, used.form, where
+
+
+def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
+    """The rows whose prompts leave positions of the model for an answer; with ``skip`` others are left out.
+
+    All rows are checked before the first is answered.
+    """
+    longest = answerer.longest
+    if longest == inf:
+        return rows
+    new = answerer.max_new_tokens
+    if longest < 1:
+        raise ConfigurationError(
+            f"--max-new-tokens must be at most {answerer.positions}, which the model reads, got {new}"
+        )
+    parts = (rows.select(range(start, min(start + 1000, len(rows)))) for start in range(0, len(rows), 1000))
+    lengths = [length for part in parts for length in answerer.lengths(part.to_list())]
+    kept = [i for i, length in enumerate(lengths) if length <= longest]
+    left_out = len(rows) - len(kept)
+    if left_out and not (skip and kept):
+        fault = (
+            f"has a prompt of more than {longest} tokens, the model reads {answerer.positions}, and the answer may need"
+        )
+        places = rows["place"]
+        faults = [(places[i], f"{fault} {new} (--max-new-tokens)") for i, n in enumerate(lengths) if n > longest]
+        refuse(where, faults)
+    if left_out:
+        print_facts({"left out": f"{left_out:,} rows whose prompts have more than {longest} tokens"})
+    return rows.select(kept) if left_out else rows
 
 
 def _is_file(text: str) -> bool:
@@ -139,13 +188,44 @@ def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
-    """The columns of a table: those that the user names, otherwise those of training, otherwise usual ones."""
-    known = {name for row in table.sample for name in row}
-    trained = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
-    trained = {ours: theirs for ours, theirs in trained.items() if known.issuperset(each(theirs))}
-    found = find_columns(table.sample, trained | {**given}, form, table.where, table.types, asked=True)
+    """The columns of a table: those that the user names, otherwise those of training; if these are unknown, usual ones.
+
+    Nothing else is read, such as a column of contexts that training did not have.
+    """
+    columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
+    trained = columns_to_ask(columns, form)
+    # An optional column may be given as "": these rows have none.
+    given = {ours: theirs for ours, theirs in given.items() if theirs or is_optional(ours)}
+    replaced = {*given}
+    # Chats are in messages, or in prompts.
+    replaced |= {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
+    known = {*names_in(table.sample)}
+    if learned.system is not None and not known.issuperset(each(trained.get("system", ()))):
+        replaced.add("system")
+    kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
+    _refuse_missing(table, kept)
+    # Without columns of training, all are found by usual names.
+    options: Any = {"trained": kept if trained else None, "asked": True}
+    found = find_columns(table.sample, given, form, table.where, table.types, **options)
     refuse_unread(given, found)
     return found
+
+
+def _refuse_missing(table: Source, trained: Mapping[str, Theirs]) -> None:
+    """Refuse a table without a column that training read."""
+    known = names_in(table.sample)
+    lacking = {ours: [name for name in each(theirs) if name not in known] for ours, theirs in trained.items()}
+    lacking = {ours: names for ours, names in lacking.items() if names}
+    if not lacking:
+        return
+    missing = [repr(name) for names in lacking.values() for name in names]
+    read = ", ".join(f"{ours} <- {' + '.join(each(trained[ours]))}" for ours in lacking)
+    advice = [f"give {' '.join(f'--columns {ours}=NAME' for ours in lacking)} with these rows' own names"]
+    advice += [f"--columns {ours}= if these rows have none" for ours in lacking if is_optional(ours)]
+    raise ConfigurationError(
+        f"{table.where} has no column{'s' * (len(missing) > 1)} {' and '.join(missing)}, which training read ({read}); "
+        f"it has {known}; {', or '.join(advice)}"
+    )
 
 
 def _ranked(labels: list[tuple[str, float]]) -> str:

@@ -1,6 +1,7 @@
 """Answers to texts by a stored adapter on its base model."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.app.models.base_model import base_source, on_base
-from dynrank.app.models.pretrained import end_tokens, load_tokenizer
+from dynrank.app.models.pretrained import end_tokens, load_tokenizer, positions
 from dynrank.errors import ConfigurationError, shown
 
 # Rows as dynrank.app.tasks.data.rows makes them: with text, with prompt, or with messages.
@@ -25,12 +26,13 @@ class Answerer:
         adapter: the adapter.
         base: name of the base model; None: as the adapter names it.
         system: system prompt of chats that have none.
-        max_length: number of tokens after which a classifier's text is cut; None: the model's own.
+        max_length: number of tokens after which a classifier's text is cut; None: as many as the model reads.
         max_new_tokens: largest number of tokens to generate for a row.
 
     Attributes:
         writes: whether the model generates text; otherwise it classifies.
         several: whether a text may have several labels.
+        positions: the most tokens that the model can read; inf if there is no such limit.
     """
 
     def __init__(
@@ -41,7 +43,10 @@ class Answerer:
         # Decoders classify by the last token that is not padding.
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.system = system
+        self.positions = positions(self.model)
         self.max_length = max_length
+        if self.positions < inf:
+            self.max_length = int(min(max_length or self.tokenizer.model_max_length, self.positions))
         self.max_new_tokens = max_new_tokens
         self.writes: bool = self.model.can_generate()
         self.several = self.model.config.problem_type == "multi_label_classification"
@@ -64,10 +69,7 @@ class Answerer:
     def texts(self, rows: Rows) -> list[str]:
         """The text that greedy decoding generates for each row of a batch."""
         self.tokenizer.padding_side = "left"
-        chats = "messages" in rows[0]
-        prompts = [self._chat(row["messages"]) if chats else row.get("prompt", row.get("text")) for row in rows]
-        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chats)
-        inputs = inputs.to(self.model.device)
+        inputs = self._prompts(rows, padding=True, return_tensors="pt").to(self.model.device)
         made = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -80,6 +82,21 @@ class Answerer:
         start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         texts = self.tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    @property
+    def longest(self) -> float:
+        """The most tokens of a prompt that leave positions for ``max_new_tokens`` of an answer."""
+        # The last token of an answer is not read; an encoder reads the prompt alone.
+        return self.positions - (0 if self.model.config.is_encoder_decoder else self.max_new_tokens - 1)
+
+    def lengths(self, rows: Rows) -> list[int]:
+        """The number of tokens of each row's prompt."""
+        return [len(ids) for ids in self._prompts(rows, verbose=False)["input_ids"]]
+
+    def _prompts(self, rows: Rows, **options: Any) -> Any:
+        chats = "messages" in rows[0]
+        prompts = [self._chat(row["messages"]) if chats else row.get("prompt", row.get("text")) for row in rows]
+        return self.tokenizer(prompts, add_special_tokens=not chats, **options)
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for an answer to a chat, in the format of the tokenizer's template."""

@@ -121,8 +121,13 @@ def head_names(model: nn.Module) -> list[str]:
 def positions(model: nn.Module) -> float:
     """The most tokens that a model can read, if it has learned a vector for each position; otherwise inf."""
     tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS) and isinstance(m, nn.Embedding)]
-    # RoBERTa and others count from behind the padding's position.
-    return min((m.num_embeddings - (-1 if m.padding_idx is None else m.padding_idx) - 1 for m in tables), default=inf)
+    return min((m.num_embeddings - _first_position(m) for m in tables), default=inf)
+
+
+def _first_position(table: nn.Embedding) -> int:
+    # RoBERTa and others count from behind the padding's position, BART and OPT from an offset.
+    own = getattr(table, "offset", 0)
+    return own if own or table.padding_idx is None else table.padding_idx + 1
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:

@@ -1,5 +1,6 @@
 """The keys of a run with their defaults, of which ``conf/`` changes some; and the objects that they name."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from inspect import Parameter, signature
@@ -214,12 +215,20 @@ def _fill_length(config: DictConfig) -> None:
 _OF_ADAPTER = {"lora.rank", "lora.alpha", "lora.target_modules", "lora.rslora"}
 
 
+# The schedule of a run for which none was chosen, and its final rank as conf/ has it.
+_USUAL_SCHEDULE = ("dynrank.schedules.early_budget", "${dynrank.half:${lora.rank}}")
+
+
 def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Set the rank of a run that goes on from an adapter (``lora.from``) to the mean rank of its parameters."""
+    """Set the rank of a run that goes on from an adapter (``lora.from``) to the mean rank of its parameters.
+
+    Where no schedule was chosen, the ranks stay: otherwise each run that goes on would halve the adapter again.
+    """
     place = config.lora.get("from")
     if place is None:
         return
-    given = _OF_ADAPTER & {override.partition("=")[0].lstrip("+~") for override in overrides}
+    keys = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    given = _OF_ADAPTER & keys
     if given or config.rank_map.file is not None or config.rank_map.rank_pattern:
         names = ", ".join(sorted(given)) or "rank_map"
         both = f"{names} cannot go with lora.from={place}, whose adapter sets layers and ranks"
@@ -231,6 +240,11 @@ def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
     with open_adapter(adapter_folder(Path(place))) as adapter:
         sizes = [(layer.rank, layer.params_per_rank) for layer in adapter.layers.values()]
     config.lora.rank = round(sum(rank * size for rank, size in sizes) / sum(size for _, size in sizes))
+    # A file of the user's own may also choose a schedule.
+    schedule = OmegaConf.to_container(config.schedule, resolve=False)
+    usual = isinstance(schedule, dict) and (schedule.get("_target_"), schedule.get("final_rank")) == _USUAL_SCHEDULE
+    if usual and not any(re.match(r"schedule\b", key) for key in keys):
+        config.schedule = {"_target_": "dynrank.schedules.fixed"}
 
 
 def make(node: Any, key: str) -> Any:

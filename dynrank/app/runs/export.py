@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.adapters.base import Base
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.app.models.pretrained import storage_bytes
@@ -80,7 +81,9 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
     }
 
 
-def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
+def export(
+    model: nn.Module, task: Any, summary: Summary, folder: Path, config: DictConfig, steps: int, base: Base
+) -> None:
     """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
     # Not every task has a tokenizer, or says how it makes inputs.
     tokenizer = getattr(task, "tokenizer", None)
@@ -88,7 +91,7 @@ def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: 
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
     save_adapter(model, adapter)
-    write_sidecar_files(adapter, model, tokenizer, inputs)
+    write_sidecar_files(adapter, model, tokenizer, inputs, base)
     write_card(adapter, model, summary, steps, command(folder))
     write_summary(summary, folder)
     report = write_report(folder) if config.plots else None

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
 
+from dynrank.adapters.base import base_of
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import Adapter, read_adapter
@@ -22,6 +23,7 @@ from dynrank.app.keys import names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import checkpoint_of, locked
+from dynrank.app.runs.going_on import check_base_name, ranks_from
 from dynrank.app.runs.metrics import go_on
 from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
@@ -31,10 +33,8 @@ from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import checked_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call, read_as
-from dynrank.layers.finding import lora_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
-from dynrank.output.console import span
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -86,8 +86,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         place = config.lora.get("from")
         if first and place is not None and checkpoint is None:
-            ranks = span([layer.rank for _, layer in lora_layers(job.module)])
-            print(f"goes on from     the adapter {place}, at rank {ranks}")
+            print(f"goes on from     the adapter {place}, {ranks_from(job.module, job.scheduler, config.schedule)}")
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")
@@ -108,8 +107,10 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         # Only classifiers have classes.
         classes = dict(getattr(job.module, "class_results", {}))
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
+        # All processes hold a part of a base that is sharded.
+        base = base_of(model)
         if first:
-            export(model, job.task, summary, folder, config, trainer.global_step)
+            export(model, job.task, summary, folder, config, trainer.global_step, base)
     return summary
 
 
@@ -140,6 +141,13 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     measured = checked_metrics(scheduler.driver.stages, measure=True)
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
+    before = None if adapter is None else Path(adapter.source)
+    # A task of your own need not name its model.
+    if before is not None and isinstance(getattr(task, "model", None), str):
+        check_base_name(before, task.model)
+    # Only a classifier has classes to keep; a task without data has none of its own.
+    if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
+        task.go_on_from(before)
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if adapter is not None and not on_meta:
         # The factors of a checkpoint replace these.

@@ -14,6 +14,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dynrank.app.keys import children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 
+# The numbers of the errors of a disk that is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
@@ -46,7 +48,7 @@ def usage_errors() -> Iterator[None]:
         sys.exit(130)
     except ConfigurationError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
-        is_full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        is_full = getattr(error.__cause__, "errno", None) in DISK_FULL
         sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
 
 

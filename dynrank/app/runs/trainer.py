@@ -22,6 +22,7 @@ from dynrank.app.console import quiet_loading
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
+from dynrank.app.runs.overrides import DISK_FULL
 from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
@@ -99,8 +100,8 @@ def finished() -> Iterator[None]:
 def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterator[None]:
     """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
 
-    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which
-    the run itself was resumed.
+    Ctrl-C is raised again. A full disk is said in the same way, by a ConfigurationError. ``trainer`` has an
+    AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was resumed.
     """
     saver: Any = trainer.checkpoint_callback
     try:
@@ -111,13 +112,25 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
         if trainer.is_global_zero:
-            saved = saver.last_saved or checkpoint
-            advice = _advice(str(saved), folder) if saved else "there is no checkpoint yet"
+            advice = _way_on(saver.last_saved or checkpoint, folder)
             name = "Ctrl-C" if pressed else "SIGTERM"
             print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
         if pressed:
             raise KeyboardInterrupt from stop
         raise
+    except OSError as error:
+        # Checkpoints have an error of their own; this is of metrics.csv, a logger's files, or the adapter.
+        if error.errno not in DISK_FULL:
+            raise
+        advice = _way_on(saver.last_saved or checkpoint, folder)
+        raise ConfigurationError(
+            f"the run in {str(folder)!r} cannot write its files after step {trainer.global_step}: {error.strerror}; "
+            f"free space; {advice}"
+        ) from error
+
+
+def _way_on(saved: str | Path | None, folder: Path) -> str:
+    return _advice(str(saved), folder) if saved else "there is no checkpoint yet"
 
 
 def _advice(saved: str, folder: Path) -> str:

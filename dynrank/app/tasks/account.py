@@ -1,6 +1,7 @@
 """Counts of a run's data by split, and results of its test by class: for printed tables and for summary.json."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -29,6 +30,7 @@ class SplitAccount:
         left_out: rows that were left out because they have more than ``max_length`` tokens.
         cut: texts that were cut because they have more than ``max_length`` tokens.
         classes: {label: number of its rows}.
+        ambiguous: {label: number of its texts that have it in some of their rows, and not in others}.
     """
 
     rows: int
@@ -40,10 +42,11 @@ class SplitAccount:
     left_out: int = 0
     cut: int = 0
     classes: dict[str, int] = field(default_factory=dict)
+    ambiguous: dict[str, int] = field(default_factory=dict)
 
 
 def print_account(splits: Mapping[str, SplitAccount]) -> None:
-    """Print a line for each split, and one for each of the most frequent classes."""
+    """Print a line for each split, and one for each of the most frequent classes, and of those with a remark."""
     length = max(split.max_length for split in splits.values())
     columns = {
         "rows": "rows",
@@ -62,12 +65,49 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
     print_table(table)
     every = dict.fromkeys(name for split in splits.values() for name in split.classes)
     if every:
-        table = empty_table(f"{len(every):,} classes", "label", *splits)
-        for name in [*every][:_CLASSES]:
-            table.add_row(escape(one_line(name)), *(f"{split.classes.get(name, 0):,}" for split in splits.values()))
-        if len(every) > _CLASSES:
-            table.add_row(f"and {len(every) - _CLASSES:,} more", *[""] * len(splits))
+        remarks = _remarks(splits.values())
+        texts = ["remark"] if remarks else []
+        table = empty_table(f"{len(every):,} classes", "label", *splits, *texts, texts=texts)
+        frequent = [*every][:_CLASSES]
+        # Rare classes often have a remark.
+        named = [*frequent, *[name for name in [*every][_CLASSES:] if name in remarks][:_CLASSES]]
+        for name in named:
+            counts = (f"{split.classes.get(name, 0):,}" for split in splits.values())
+            table.add_row(escape(quoted(name)), *counts, *([escape(remarks.get(name, ""))] if remarks else []))
+        if len(every) > len(named):
+            table.add_row(f"and {len(every) - len(named):,} more", *[""] * (len(splits) + len(texts)))
         print_table(table)
+
+
+def _remarks(splits: Collection[SplitAccount]) -> dict[str, str]:
+    """{class: what is strange about it}."""
+    counts = Counter[str]()
+    ambiguous = Counter[str]()
+    for split in splits:
+        counts.update(split.classes)
+        ambiguous.update(split.ambiguous)
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    found: dict[str, list[str]] = {name: [] for name in counts}
+    for names in alike.values():
+        for name in names:
+            others = " and ".join(quoted(other) for other in names if other != name)
+            found[name] += [f"as {others} but for case or blanks"] if others else []
+    for name, count in counts.items():
+        found[name] += ["one row"] if count == 1 else []
+    for name, count in ambiguous.items():
+        found[name].append(f"{count:,} {'text has' if count == 1 else 'texts have'} other labels in other rows")
+    return {name: "; ".join(said) for name, said in found.items() if said}
+
+
+def quoted(label: str) -> str:
+    """A label in one line, in quotes if it would be taken for a number, or its blanks not be seen.
+
+    >>> quoted("billing"), quoted("007"), quoted("late bill")
+    ('billing', "'007'", "'late bill'")
+    """
+    return repr(label) if not label or label.isdecimal() or " " in label else one_line(label)
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))
@@ -91,7 +131,7 @@ class ClassResult:
 
     def taken_for(self, own: str) -> str:
         """The most frequent wrong answer with its number; "" if there is none. ``own`` is the name of the class."""
-        return next((f"{one_line(name)} ({count:,})" for name, count in self.answers.items() if name != own), "")
+        return next((f"{quoted(name)} ({count:,})" for name, count in self.answers.items() if name != own), "")
 
 
 def class_results(found: Mapping[str, Any], labels: Sequence[str]) -> dict[str, ClassResult]:
@@ -125,5 +165,5 @@ def print_classes(results: Mapping[str, ClassResult]) -> None:
     for name in worst:
         found = results[name]
         scores = (f"{value:.3f}" for value in (found.precision, found.recall, found.f1))
-        table.add_row(escape(one_line(name)), f"{found.texts:,}", *scores, escape(found.taken_for(name)))
+        table.add_row(escape(quoted(name)), f"{found.texts:,}", *scores, escape(found.taken_for(name)))
     print_table(table)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import datasets
@@ -17,10 +18,12 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, ConfusionMatrix, F1Score, Precision, Recall
 
+from dynrank.adapters.sidecar_files import stored_labels
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.account import ClassResult, class_results
 from dynrank.app.tasks.adapter_module import AdapterModule
+from dynrank.app.tasks.data.source import say
 from dynrank.app.tasks.data.stored import counted
 from dynrank.app.tasks.text_task import Recipe, TextTask
 from dynrank.errors import ConfigurationError, checked_call
@@ -42,7 +45,8 @@ class Classification(TextTask):
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
         class_weights: ``balanced``: in the training loss all classes weigh alike, whatever their numbers of texts; with
-            lists of labels, having a label and not having it weigh alike. None: all texts weigh alike.
+            lists of labels, having a label and not having it weigh alike. The loss is a mean over texts, so this does
+            not depend on the batches. None: all texts weigh alike.
         seed: seed of the order of the training batches.
         limit: keep only this many texts of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
@@ -69,6 +73,11 @@ class Classification(TextTask):
         super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
+        self.labels_before: list[str] = []
+
+    def go_on_from(self, adapter: Path) -> None:
+        """Keep the classes of the adapter in this folder, in their order, also those that no text has any more."""
+        self.labels_before = stored_labels(adapter)
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
@@ -82,10 +91,12 @@ class Classification(TextTask):
             return None
         rows = len(self.rows["train"])
         counts = counted(self.rows["train"])
+        # Classes of an adapter from which training goes on may have no text, and then no weight is used.
+        found = [counts.get(label, rows) for label in self.labels]
         if self.several:
             # Of a label that every text has, no text without it could weigh alike.
-            return [(rows - counts[label]) / counts[label] or 1.0 for label in self.labels]
-        return [rows / (len(counts) * counts[label]) for label in self.labels]
+            return [(rows - count) / count or 1.0 for count in found]
+        return [rows / (len(counts) * count) for count in found]
 
     @property
     def several(self) -> bool:
@@ -94,16 +105,35 @@ class Classification(TextTask):
 
     @cached_property
     def labels(self) -> list[str]:
-        """The names of the classes: the training texts' labels, sorted, whole numbers by value."""
+        """The names of the classes: the training texts' labels, sorted, whole numbers by value.
+
+        Training that goes on from an adapter has the classes of its head.
+        """
         if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
             raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
         labels, *others = ({*counted(rows)} for rows in self.rows.values())
+        if self.labels_before:
+            return self._labels_as_before(labels, labels.union(*others))
         unknown = sorted(set().union(*others) - labels)
         if len(labels) < 2 or unknown:
             only = f"; not among them, but in other splits: {unknown[:9]}" if unknown else ""
             few = f"training texts must have two or more labels, got {sorted(labels)[:9]}"
             raise ConfigurationError(f"{few}{only}; set data")
         return sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
+
+    def _labels_as_before(self, trained: set[str], every: set[str]) -> list[str]:
+        before = self.labels_before
+        new = sorted(every - {*before})
+        if new:
+            raise ConfigurationError(
+                f"the adapter lora.from has no class for the labels {new[:9]}; its classes are {before[:9]}; train "
+                "without lora.from, or set data"
+            )
+        absent = [label for label in before if label not in trained]
+        if absent:
+            named = ", ".join(map(repr, absent[:9])) + f" and {len(absent) - 9:,} more" * (len(absent) > 9)
+            say({"no rows of": f"{named}: classes of the adapter, which keep their places in the head"})
+        return before
 
     @property
     def recipe(self) -> Recipe:
@@ -198,10 +228,18 @@ class Classifier(AdapterModule):
     def loss(
         self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
     ) -> Tensor:
+        """The mean over texts; ``weights`` are of the classes that texts have, whatever smoothing adds."""
         if not self.several:
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
+            if weights is None:
+                return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            # With its argument weight, torch would weigh the mass that smoothing adds by the classes that receive it,
+            # and divide by the weights in the batch, which undoes them in small batches.
+            losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+            return (weights[labels] * losses).mean()
         wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+        # So pos_weight would weigh what smoothing adds to texts without the label.
+        of_cells = None if weights is None else torch.where(labels.bool(), weights, 1.0)
+        return F.binary_cross_entropy_with_logits(logits, wanted, weight=of_cells)
 
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss(logits, labels, self.label_smoothing, self.class_weights)

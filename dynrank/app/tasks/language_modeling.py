@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -108,7 +109,8 @@ class LanguageModeling(TextTask):
         val_examples: number of validation examples; None for all. The test uses all its examples.
         val_generate: for how many validation examples each validation generates answers; 0: for none.
         generate: for how many test examples a test generates answers.
-        max_new_tokens: longest generated answer in tokens; examples with longer answers are not used for generation.
+        max_new_tokens: longest generated answer in tokens; examples with longer answers, or whose prompts leave no
+            positions of the model for it, are not used for generation.
         indented: whether only the indented lines after the first line of a generated text are its answer.
         seed: seed of the order of the training batches.
         limit: keep only this many examples of each split, for short tests; None keeps all.
@@ -192,10 +194,14 @@ class LanguageModeling(TextTask):
             return []
         rows = self.examples[split]
         sizes = zip(rows["length"], rows["prompt_length"], strict=True)
-        short = rows.select([i for i, (whole, prompt) in enumerate(sizes) if whole - prompt <= self.max_new_tokens])
+        new = self.max_new_tokens
+        # The last token of an answer is not read.
+        longest = self.positions - new + 1
+        short = rows.select([i for i, (n, prompt) in enumerate(sizes) if n - prompt <= new and prompt <= longest])
         if not len(short):
+            limit = f" and a prompt of up to {longest}, which the model reads" if longest < inf else ""
             raise ConfigurationError(
-                f"no {split} example has an answer of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
+                f"no {split} example has an answer of up to {new} tokens{limit}; set task.max_new_tokens"
             )
         return [self.evaluation(spread(short, count), self._collate_prompts)]
 

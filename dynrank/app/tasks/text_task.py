@@ -162,6 +162,11 @@ class TextTask(LightningDataModule):
         """(number of this process, number of the trainer's processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    @property
+    def positions(self) -> float:
+        """The most tokens that the trainer's model can read; inf if there is no limit."""
+        return positions(self.trainer.lightning_module) if self.trainer else inf
+
     def prepare_data(self) -> None:
         """Fill the cache in one process before the others read it."""
         self.setup("fit")
@@ -169,13 +174,15 @@ class TextTask(LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self.examples:
             examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
-            most = positions(self.trainer.lightning_module) if self.trainer else inf
+            most = self.positions
             if max(_lengths(part).max() for part in examples.values()) > most:
                 raise ConfigurationError(f"task.max_length must be at most {most}, which task.model={self.model} reads")
             self.examples = examples
             self.account["train"].dropped = self.rows.dropped
             for split, count in self.rows.unusable.items():
                 self.account[split].unusable = count
+            for split, counts in self.rows.ambiguous.items():
+                self.account[split].ambiguous = dict(counts)
             rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:

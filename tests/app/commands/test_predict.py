@@ -1,6 +1,7 @@
 """``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -13,6 +14,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -228,6 +231,107 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         assert code == 2
         assert message in said.replace("'id', ", ""), said
     assert (tmp_path / "taken.csv").read_text() == ""
+    # The form of rows is not known for adapters of other programs, but the names of columns are.
+    shutil.copytree(classifier, tmp_path / "theirs")
+    (tmp_path / "theirs" / "inputs.json").unlink()
+    code, _, said = launch(cli.main, "predict", "theirs", file, "--columns", "txt=Body")
+    assert (code, "--columns txt=… names no column that is read" in said) == (2, True)
+
+
+@pytest.fixture
+def asked(classifier, launch, tmp_path, monkeypatch):
+    """Gives a file with one row to ``predict`` of an adapter that has learned from these columns.
+
+    Returns the exit code, what was printed, and the rows that the model is asked; the model itself is not loaded.
+    """
+    rows = []
+
+    class Asked:
+        several = False
+        longest = float("inf")
+
+        def __init__(self, adapter, base, *, system, **_):
+            form = json.loads((tmp_path / "adapter" / "inputs.json").read_text())["form"]
+            self.writes = form != "classification"
+            self.tokenizer = AutoTokenizer.from_pretrained(classifier)
+            self.tokenizer.chat_template = TEMPLATE
+
+        def labels(self, batch):
+            rows.extend(batch)
+            return [[("login", 1.0)] for _ in batch]
+
+        def texts(self, batch):
+            rows.extend(batch)
+            return ["answer" for _ in batch]
+
+    monkeypatch.setattr("dynrank.app.commands.predict.Answerer", Asked)
+
+    def ask(inputs, row, *options):
+        shutil.copytree(classifier, tmp_path / "adapter", dirs_exist_ok=True)
+        write_sidecar_files(tmp_path / "adapter", torch.nn.Linear(1, 1), None, inputs)
+        rows.clear()
+        file = write(tmp_path / "rows.csv", [row])
+        code, _, said = launch(cli.main, "predict", tmp_path / "adapter", file, *options)
+        return code, said, [{k: row[k] for k in ("text", "prompt", "messages") if k in row} for row in rows]
+
+    return ask
+
+
+TRAINED = {
+    "texts": Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"}),
+    "headlines": Inputs("classification", {"text": "headline", "label": "label"}),
+    "prompts": Inputs("completion", {"prompt": "prompt", "answer": "answer"}),
+    "prompts with inputs": Inputs("completion", {"prompt": "prompt", "input": "context", "answer": "answer"}),
+    "chats of prompts": Inputs("chat", {"prompt": "prompt", "answer": "answer"}),
+    "chats with a system": Inputs("chat", {"prompt": "prompt", "answer": "answer", "system": "rule"}),
+    "one system in all chats": Inputs("chat", {"prompt": "prompt", "answer": "answer", "system": "rule"}, "Be kind."),
+}
+QUESTION = [{"role": "user", "content": "Q"}]
+LEFT_ALONE = [
+    ("texts", {"Subject": "S", "Body": "B", "text": "T", "queue": "login"}, [], {"text": "S\nB"}),
+    ("texts", {"Title": "S", "Body": "B"}, ["--columns", "text=Title,Body"], {"text": "S\nB"}),
+    ("prompts", {"prompt": "Q", "context": "note"}, [], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "query": "q", "input": "i"}, [], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "note": "i"}, ["--columns", "input=note"], {"prompt": "Q\ni"}),
+    ("prompts with inputs", {"prompt": "Q", "input": "no", "context": "i"}, [], {"prompt": "Q\ni"}),
+    ("prompts with inputs", {"prompt": "Q"}, ["--columns", "input="], {"prompt": "Q"}),
+    ("prompts", {"prompt": "Q", "system": "S"}, ["--chat"], {"messages": QUESTION}),
+    ("chats of prompts", {"prompt": "Q", "system_prompt": "S"}, [], {"messages": QUESTION}),
+    ("chats of prompts", {"prompt": "Q", "messages": "none"}, [], {"messages": QUESTION}),
+    ("prompts", {"prompt": "no", "query": "Q", "input": "i"}, ["--columns", "prompt=query"], {"prompt": "Q"}),
+    ("chats of prompts", {"prompt": "no", "query": "Q"}, ["--columns", "prompt=query"], {"messages": QUESTION}),
+    ("one system in all chats", {"prompt": "Q"}, [], {"messages": QUESTION}),
+    ("chats with a system", {"prompt": "Q"}, ["--system", "S"], {"messages": QUESTION}),
+]
+
+
+@pytest.mark.parametrize(("trained", "row", "options", "expected"), LEFT_ALONE)
+def test_the_columns_that_training_read_are_read_and_others_left_alone(trained, row, options, expected, asked):
+    code, said, rows = asked(TRAINED[trained], row, *options)
+    assert code == 0, said
+    assert rows == [expected]
+
+
+MISSING = [
+    (
+        "texts",
+        {"Title": "S", "Body": "B"},
+        "no column 'Subject', .* (text <- Subject + Body); it has ['Title', 'Body']",
+    ),
+    ("headlines", {"content": "C"}, "no column 'headline', .* (text <- headline); it has ['content']"),
+    ("prompts with inputs", {"prompt": "Q", "input": "i"}, "no column 'context', .*; give --columns input=NAME"),
+    ("prompts with inputs", {"query": "Q"}, "no columns 'prompt' and 'context', .*"),
+    ("prompts with inputs", {"prompt": "Q"}, "--columns input= if these rows have none"),
+    ("chats with a system", {"prompt": "Q"}, "no column 'rule', .* --columns system= if these rows have none"),
+]
+
+
+@pytest.mark.parametrize(("trained", "row", "message"), MISSING)
+def test_a_column_that_training_read_and_a_file_lacks_is_named(trained, row, message, asked):
+    code, said, rows = asked(TRAINED[trained], row)
+    assert (code, rows) == (2, [])
+    pattern = re.escape(message).replace(re.escape(".*"), ".*")
+    assert re.search(pattern, " ".join(said.split())), said
 
 
 def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):
@@ -238,3 +342,48 @@ def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):
     assert code == 0, said
     assert "left out         2 rows" in said
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [3, 4, 5]
+
+
+@pytest.fixture
+def short(tiny_llama, tmp_path):
+    """An adapter on a random GPT-2 that reads 32 tokens."""
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    return adapter(tmp_path / "adapter", model, tmp_path / "base", Inputs("completion", {"prompt": "prompt"}))
+
+
+def test_prompts_that_leave_no_positions_for_an_answer_are_named_before_the_first_answer(short, launch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    # The last of 12 new tokens is not read.
+    longest = "x"
+    while len(tokenizer(longest)["input_ids"]) < 21:
+        longest += "x"
+    prompts = ["who are you", longest, f"{longest} y", "I", longest * 3]
+    file = write(tmp_path / "rows.csv", [{"prompt": prompt} for prompt in prompts])
+    options = ["--max-new-tokens", 12, "--batch-size", 4]
+    code, printed, said = launch(cli.main, "predict", short, file, *options)
+    assert (code, printed) == (2, "")
+    message = "rows 4, 6: each has a prompt of more than 21 tokens, the model reads 32, and the answer may need 12"
+    assert message in said
+    code, _, said = launch(cli.main, "predict", short, file, *options, "--skip-unusable", "--out", "out.jsonl")
+    assert code == 0, said
+    assert "left out         2 rows whose prompts have more than 21 tokens" in said
+    expected = {i + 2: written(short, prompts[i]) for i in (0, 1, 3)}
+    assert {row["row"]: row["answer"] for row in read(tmp_path / "out.jsonl")} == expected
+    code, _, said = launch(cli.main, "predict", short, "I", "--max-new-tokens", 33)
+    assert (code, "--max-new-tokens must be at most 32" in said) == (2, True)
+
+
+def test_a_text_is_cut_where_the_model_ends_if_training_did_not_cut(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "adapter")
+    (tmp_path / "adapter" / "inputs.json").unlink()
+    answerer = Answerer(
+        dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=None, max_new_tokens=1
+    )
+    answerer.tokenizer.model_max_length = 10**30
+    again = Answerer(dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=600, max_new_tokens=1)
+    rows = [{"text": "word " * 900}]
+    assert answerer.labels(rows) == again.labels(rows)

@@ -32,7 +32,8 @@ LONG += ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"sche
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "adapter/labels.json",
-    "adapter/inputs.json", "adapter/tokenizer.json", "adapter/tokenizer_config.json", "checkpoints/last.ckpt",
+    "adapter/base.json", "adapter/inputs.json", "adapter/tokenizer.json", "adapter/tokenizer_config.json",
+    "checkpoints/last.ckpt",
     "hparams.yaml", "metrics.csv", "rank_history.csv",
     "summary.json", ".lock",
 }  # fmt: skip

@@ -70,7 +70,7 @@ def card(folder):
 
 
 def test_folder_of_a_classifier_is_complete(classifier, tiny_bert):
-    names = {"README.md", "inputs.json", "labels.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {"README.md", "base.json", "inputs.json", "labels.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in classifier.iterdir()} == names
     config = json.loads((classifier / "adapter_config.json").read_text())

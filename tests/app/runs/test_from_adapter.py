@@ -1,6 +1,7 @@
 """``lora.from``: a run goes on from an adapter, ours or PEFT's, with its layers, ranks and scalings."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -40,7 +41,7 @@ def theirs(tiny_llama, tmp_path_factory):
 
 
 def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, theirs, tiny_llama, tmp_path, capsys):
-    overrides = [*task, f"lora.from={theirs}", "schedule=fixed"]
+    overrides = [*task, f"lora.from={theirs}"]
     model = build(dynrank.compose(overrides)).module.model.eval()
     expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs).eval()
     with torch.no_grad():
@@ -52,7 +53,8 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     print_ranks(dynrank.compose(overrides))
     assert "4 layers" in capsys.readouterr().out
     run(dynrank.compose(overrides), tmp_path / "run")
-    assert f"goes on from     the adapter {theirs}, at rank 1-6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
@@ -60,11 +62,83 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert 0 < abs(before - after) < 0.5 * before
 
 
-def test_a_schedule_reckons_from_the_mean_rank_of_the_adapter(task, theirs):
-    config = dynrank.compose([*task, f"lora.from={theirs}"])
+@pytest.mark.parametrize(
+    "chosen", ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early"]
+)
+def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(chosen, task, theirs):
+    config = dynrank.compose([*task, f"lora.from={theirs}", chosen])
     # by hand: a direction of q_proj has 32 + 32 parameters, one of down_proj 32 + 48
     assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
     assert config.schedule.final_rank == config.lora.rank // 2
+
+
+def test_a_run_goes_on_again_and_again_at_the_ranks_that_it_has(task, theirs, tmp_path, capsys):
+    ranks = {name: layer.rank for name, layer in dynrank.read_adapter(theirs).layers.items()}
+    place = theirs
+    for i in range(2):
+        run(dynrank.compose([*task, f"lora.from={place}"]), tmp_path / f"{i}")
+        place = tmp_path / f"{i}"
+        assert {name: layer.rank for name, layer in dynrank.read_adapter(place / "adapter").layers.items()} == ranks
+    capsys.readouterr()
+    run(dynrank.compose([*task, f"lora.from={place}", "schedule.final_rank=2"]), tmp_path / "less")
+    said = capsys.readouterr().out
+    assert "at rank 1-6, which the schedule early_budget changes" in said
+    assert sum(layer.rank for layer in dynrank.read_adapter(tmp_path / "less" / "adapter").layers.values()) < sum(
+        ranks.values()
+    )
+    # A file of one's own that chooses a schedule is a choice, too.
+    folder = tmp_path / "conf"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /schedule: anneal\n")
+    mine = dynrank.compose([*task, f"lora.from={theirs}", "experiment=mine"], folder=folder)
+    assert mine.schedule._target_ == "dynrank.schedules.anneal"
+
+
+@pytest.fixture
+def other_base(tiny_llama, tmp_path):
+    """Makes a folder with a model of the same shapes; ``place`` may be changed weights of one parameter."""
+
+    def make(name, change=None):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        if change is not None:
+            with torch.no_grad():
+                model.get_parameter(change).mul_(1.5)
+        shutil.copytree(tiny_llama, tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("changed", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
+def test_an_adapter_of_a_run_knows_its_base_by_its_weights(changed, task, other_base, tmp_path):
+    run(dynrank.compose([*task, "lora.rank=2", "schedule=fixed"]), tmp_path / "run")
+    dynrank.squeeze(tmp_path / "run" / "adapter", tmp_path / "less", rank=1)
+    same, other = other_base("the same, moved"), other_base("other", changed)
+    for place in ("run", "less"):
+        build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'"]))
+        build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'", "model.dtype=bfloat16"]))
+        with pytest.raises(ConfigurationError, match=rf"another base, .*: '{changed}' has other values .*\(1 of "):
+            build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model={other}"]))
+
+
+def test_an_adapter_of_another_program_knows_its_base_by_its_name(task, theirs, other_base, tmp_path, monkeypatch):
+    other = other_base("other", "model.norm.weight")
+    copy = shutil.copytree(theirs, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    overrides = [*task, f"lora.from={copy}", f"task.model={other}"]
+
+    def named(name):
+        (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        return dynrank.compose(overrides)
+
+    # It may have been trained elsewhere; then the last part of the name has to be the same.
+    for name in (None, "", str(other), f"{other}/../other", "/home/somebody/Other/", "org/other"):
+        build(named(name))
+    monkeypatch.setattr("dynrank.app.tasks.language_modeling.LanguageModel", None)
+    for name in (config["base_model_name_or_path"], "org/another"):
+        with pytest.raises(ConfigurationError, match=f"names the base {name!r}, .* task.model={other}; set task.model"):
+            build(named(name))
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
@@ -88,9 +162,68 @@ def test_a_classifier_goes_on_with_its_head_and_refuses_other_labels(tiny_bert, 
     expected = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     with torch.no_grad():
         assert (again(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
-    with pytest.raises(ConfigurationError, match=r"its labels are \['a', 'b'\], those of the task \['b', 'c'\]"):
+    with pytest.raises(ConfigurationError, match=r"has no class for the labels \['c'\].* its classes are \['a', 'b'\]"):
         build(overrides("bc", f"lora.from={tmp_path / 'run'}"))
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
     dynrank.save_adapter(updated(dynrank.add_lora(plain, rank=2)), tmp_path / "headless")
     with pytest.raises(ConfigurationError, match=r"'classifier\.weight' is trained by the task, .* no values"):
         build(overrides("ab", f"lora.from={tmp_path / 'headless'}"))
+
+
+@pytest.fixture
+def rows_of(tiny_bert, tmp_path):
+    """Makes overrides of a small run on 20 texts of each of these labels, or lists of labels."""
+
+    def make(*labels, several=False):
+        rows = [
+            {"text": f"fine {label} {i}", "label": [label, "all"] if several else label}
+            for label in labels
+            for i in range(20)
+        ]
+        file = tmp_path / f"{'-'.join(labels)}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return [*SMALL, "task=classification", f"task.model={tiny_bert}", f"data.train={file}"]
+
+    return make
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of, tmp_path, capsys):
+    options = {"several": several}
+    run(dynrank.compose([*rows_of("b", "10", "a", "9", **options), "optimizer.head_lr=0.1"]), tmp_path / "run")
+    labels = json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"]
+    stored = dynrank.read_adapter(tmp_path / "run" / "adapter")
+    head = stored.tensor(stored.others["classifier.weight"])
+    capsys.readouterr()
+    weights = "task.class_weights=balanced"
+    overrides = [*rows_of("a", "9", **options), f"lora.from={tmp_path / 'run'}", weights]
+    job = build(dynrank.compose(overrides))
+    assert "no rows of       '10', 'b': classes of the adapter, which keep" in capsys.readouterr().out
+    assert job.task.labels == labels
+    assert torch.equal(job.module.model.classifier.weight, head)
+    # The classes that have rows weigh alike.
+    weighed = dict(zip(labels, job.task.weights, strict=True))
+    assert weighed["a"] == weighed["9"] == pytest.approx(1)
+    run(dynrank.compose(overrides), tmp_path / "more")
+    assert json.loads((tmp_path / "more" / "adapter" / "labels.json").read_text())["labels"] == labels
+
+
+def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loaded(rows_of, tmp_path, monkeypatch):
+    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dynrank.app.tasks.classification.Classifier", never)
+    with pytest.raises(ConfigurationError, match=r"has no class for the labels \['c', 'd'\]"):
+        build(dynrank.compose([*rows_of("a", "c", "d"), f"lora.from={tmp_path / 'run'}"]))
+
+
+def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
+    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+    # So it is with adapters of other programs.
+    (tmp_path / "run" / "adapter" / "labels.json").unlink()
+    with pytest.raises(ConfigurationError) as caught:
+        build(dynrank.compose([*rows_of("a", "b", "c"), f"lora.from={tmp_path / 'run'}"]))
+    assert "'classifier.weight' is [3, 32] in the model and [2, 32] in the adapter" in str(caught.value)
+    assert "no values" not in str(caught.value)

@@ -193,6 +193,30 @@ def test_account_says_what_became_of_every_row(form, task_of, capsys):
         assert re.search(rf"│ {split} +│ +{len(rows)} │.* {account.tokens:,} │", printed)
 
 
+def test_what_is_strange_about_labels_is_said_before_training(tiny_bert, capsys):
+    labels = [f"class{i}" for i in range(25)]
+    train = [(f"{label} {i}", label) for label in labels for i in range(3)]
+    train += [(f"b {i}", "Late bill") for i in range(3)] + [("c 1", "late  Bill"), ("c 2", "late  Bill")]
+    # A class of one row, whose text has another label, too; and one that could be a number.
+    train += [("once", "rare"), ("once", "class3"), *((f"d {i}", "[7]") for i in range(3))]
+    train += [(f"e {i}", "010") for i in range(4)]
+    data = {"train": train, "val": train[:3], "test": train[:3]}
+    Classification(str(tiny_bert), data, batch_size=2).setup("fit")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1].strip(): cells[2:-1] for cells in (line.split("│") for line in lines) if len(cells) == 7}
+    remarks = {label: cells[-1].strip() for label, cells in rows.items() if cells[-1].strip()}
+    assert remarks == {
+        "class3": "1 text has other labels in other rows",
+        "rare": "one row; 1 text has other labels in other rows",
+        "'Late bill'": "as 'late  Bill' but for case or blanks",
+        "'late  Bill'": "as 'Late bill' but for case or blanks",
+    }
+    assert {"'010'", "[7]", "class0"} <= rows.keys()
+    # Those 20 that are most frequent, and rare ones with a remark.
+    assert sum(f"and {31 - len(rows)} more" in line for line in lines) == 1
+    assert rows["rare"][0].strip() == "1"
+
+
 def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_bert):
     rows = [(f"{i} {'word ' * i}", "ab"[i % 2]) for i in range(40)]
     task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=16)

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 from study_data.stdlib import stdlib_functions
 from trained import updated
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.tasks.language_modeling import LanguageModeling, parsed
 from dynrank.errors import ConfigurationError
 
@@ -174,6 +176,27 @@ def test_what_cannot_be_used_is_named(values, named, make):
 
     with pytest.raises(ConfigurationError, match=named):
         load()
+
+
+def test_generation_leaves_out_prompts_that_leave_no_positions_for_an_answer(
+    tiny_llama, optimizer, regression, tmp_path
+):
+    load_tokenizer(str(tiny_llama)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=600, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    rows = [("def " * (1 + i % 28), "x") for i in range(56)]
+    sizes = {"batch_size": 4, "max_length": 32, "val_generate": 56, "generate": 56, "max_new_tokens": 12}
+    task = LanguageModeling(str(tmp_path), dict.fromkeys(["train", "val", "test"], rows), measures=["bleu"], **sizes)
+    trainer = regression[2](max_steps=1)
+    module = task.module(LORA, optimizer)
+    trainer.fit(module, task)
+    assert len(trainer.test(module, task, verbose=False)) == 4
+    lengths = [int(n) for batch in task.test_dataloader()[-1] for n in batch["attention_mask"].sum(1)]
+    wanted = [len(task.tokenizer(prompt)["input_ids"]) for prompt, _ in rows]
+    # The last of 12 new tokens is not read.
+    assert sorted(lengths) == sorted(n for n in wanted if n <= 21)
+    assert max(wanted) > 21
 
 
 @pytest.mark.parametrize(

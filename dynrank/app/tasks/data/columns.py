@@ -81,20 +81,21 @@ def find_columns(
     where: str,
     types: Mapping[str, Any] | None = None,
     *,
+    trained: Mapping[str, Theirs] | None = None,
     asked: bool = False,
 ) -> Columns:
     """The columns of data whose first rows are ``sample``.
 
-    ``given`` are the user's names of columns, ``types`` those of ``datasets``, if it has read the data. Rows that are
-    ``asked`` need no label or answer. Errors name the data as ``where``.
+    ``given`` are the user's names of columns, ``types`` those of ``datasets``, if it has read the data. If the training
+    rows are others, ``trained`` are their columns: these come before usual names, and an optional column is read only
+    if it is among them, or given. Rows that are ``asked`` need no label or answer. Errors name the data as ``where``.
     """
-    keys = sorted({*_USUAL, *chain(*_MORE.values())})
-    for key in given:
-        if key not in keys:
-            asked_by = f"data.columns.{key}" if where.startswith("data") else f"--columns {key}=…"
-            raise ConfigurationError(f"{asked_by} names no column that is read; those are {', '.join(keys)}")
-    columns = _names_in(sample)
-    names = _found(columns, given, form, asked)
+    refuse_unknown(given, where)
+    columns = names_in(sample)
+    if trained is not None:
+        same = {ours: theirs for ours, theirs in trained.items() if {*columns}.issuperset(each(theirs))}
+        given = same | {ours: theirs for ours, theirs in given.items() if theirs}
+    names = _found(columns, given, form, asked, more=trained is None)
     for ours, theirs in names.items():
         if ours in _WHOLE and not isinstance(theirs, str):
             raise ConfigurationError(f"{ours} must be one column, got {[*theirs]}; only texts are joined")
@@ -139,7 +140,7 @@ def find_columns(
 
 def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, Theirs], where: str) -> Form:
     """The first of ``forms`` whose columns (without answers) the data have, by ``given`` or usual names."""
-    columns = _names_in(sample)
+    columns = names_in(sample)
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
         if _fits(columns, form, given, asked=True):
             prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
@@ -147,6 +148,26 @@ def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, Theirs], 
     wanted = ", or ".join(" and ".join(_wanted(form, asked=True)) for form in forms)
     usual = f"{where} must have the columns {wanted}, with usual names; it has {columns}"
     raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
+
+
+def columns_to_ask(trained: Mapping[str, Theirs], form: Form) -> dict[str, Theirs]:
+    """The columns of training by which rows of ``form`` are asked: not the answers, nor columns of other forms."""
+    read = {*COLUMNS[form], *_MORE[form], *(("prompt", "input") if form == "chat" else ())} - {*_ANSWERS}
+    return {ours: theirs for ours, theirs in trained.items() if ours in read}
+
+
+def is_optional(ours: str) -> bool:
+    """Whether rows of a form may lack our column."""
+    return any(ours in names for names in _MORE.values())
+
+
+def refuse_unknown(given: Given, where: str) -> None:
+    """Refuse names of columns that no form has; errors name the data as ``where``."""
+    keys = sorted({*_USUAL, *chain(*_MORE.values())})
+    for key in given:
+        if key not in keys:
+            asked_by = f"data.columns.{key}" if where.startswith("data") else f"--columns {key}=…"
+            raise ConfigurationError(f"{asked_by} names no column that is read; those are {', '.join(keys)}")
 
 
 def refuse_unread(given: Given, found: Columns, option: str = "--columns") -> None:
@@ -166,14 +187,18 @@ def _fits(columns: Sequence[str], form: str, given: Given, asked: bool = False) 
     return all(_usual(columns, given, _wanted(form, asked), {}).values())
 
 
-def _found(columns: Sequence[str], given: Given, form: str, asked: bool) -> dict[str, Theirs]:
-    """{our name: their name} of the form's columns ("" if one is missing), and of the optional columns that exist."""
+def _found(columns: Sequence[str], given: Given, form: str, asked: bool, *, more: bool) -> dict[str, Theirs]:
+    """{our name: their name} of the form's columns ("" if one is missing), and of the optional columns that exist.
+
+    Without ``more``, optional columns are only those that are ``given``.
+    """
     found = _usual(columns, given, _wanted(form, asked), {})
-    if form == "chat" and not found["messages"]:
+    if form == "chat" and (not found["messages"] or (given.get("prompt") and not given.get("messages"))):
         pair = _usual(columns, given, _wanted("completion", asked), {})
         found = pair if all(pair.values()) else found
-    more = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in found else [])]
-    return found | {ours: theirs for ours, theirs in _usual(columns, given, more, found).items() if theirs}
+    optional = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in found else [])]
+    optional = [ours for ours in optional if more or given.get(ours)]
+    return found | {ours: theirs for ours, theirs in _usual(columns, given, optional, found).items() if theirs}
 
 
 def _usual(
@@ -188,7 +213,8 @@ def _usual(
     return found
 
 
-def _names_in(sample: Sample) -> list[str]:
+def names_in(sample: Sample) -> list[str]:
+    """The names of the columns that the rows have."""
     return [*dict.fromkeys(str(name) for row in sample for name in row)]
 
 

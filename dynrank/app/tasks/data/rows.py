@@ -22,13 +22,18 @@ def features_of(columns: Columns) -> datasets.Features:
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
     if columns.several:
         made["label"] = datasets.List(_TEXT)
+    if "label" in made:
+        made["trimmed"] = datasets.Value("bool")
     return datasets.Features(
         {**made, "digest": datasets.Value("int64"), "place": datasets.Value("int64"), "fault": _TEXT}
     )
 
 
 def checked_rows(rows: Iterable[Numbered], columns: Columns) -> Iterator[dict[str, Any]]:
-    """Our columns of each row; also the digest of its text, its place (the number) and its fault, or None."""
+    """Our columns of each row; also the digest of its text, its place (the number) and its fault, or None.
+
+    Blanks around a label are left out; ``trimmed`` says whether there were any.
+    """
     names = [*features_of(columns)]
     for number, row in rows:
         found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
@@ -84,9 +89,10 @@ def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     if isinstance(label, list | tuple) and not columns.several:
         return f"must have one label, as the first rows have, got {shown(label)}"
     # A column of ints in which some are missing has floats.
-    names = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
+    written = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
+    names = [name.strip() for name in written]
     fault = fault or next(filter(None, (_fault(name, "label") for name in names)), "")
-    return fault or {**row, "label": names if columns.several else names[0]}
+    return fault or {**row, "label": names if columns.several else names[0], "trimmed": names != written}
 
 
 def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:

@@ -8,17 +8,28 @@ from typing import Annotated, Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from dynrank.app.keys import below, named
 from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
 from dynrank.app.tasks.data.source import Source, say
-from dynrank.app.tasks.data.stored import RawRows, class_of_rows, column_of, of_dataset, usable_rows
+from dynrank.app.tasks.data.stored import (
+    RawRows,
+    ambiguous_texts,
+    class_of_rows,
+    column_of,
+    of_dataset,
+    pairs_of,
+    usable_rows,
+)
 from dynrank.errors import ConfigurationError, checked_call, shown
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
+# Columns of checked rows that no form has.
+_BESIDE = ("digest", "place", "trimmed")
 
 
 class Checked(dict[str, datasets.Dataset]):
@@ -27,12 +38,14 @@ class Checked(dict[str, datasets.Dataset]):
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
         unusable: {split: number of rows of its file that were left out, because they cannot be used}.
-        columns: {our name of a column: its name in the training file}.
+        columns: {our name of a column: its name in the training rows}; empty if these have no names.
+        ambiguous: {split: {label: number of its texts that have it in some of their rows, and not in others}}.
     """
 
     dropped: int = 0
     unusable: Mapping[str, int] = MappingProxyType({})
     columns: Mapping[str, Theirs] = MappingProxyType({})
+    ambiguous: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
@@ -75,6 +88,23 @@ def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str
     return found[text]
 
 
+def with_each_label(numbers: Any, digests: Any, rows: Any, labels: Any) -> Any:
+    """``numbers`` of rows (see :func:`within_classes`), with a text of each label at 0.
+
+    A label may have no text of its own: rows of the same text count in the class of the first, and a row with several
+    labels in one of their classes. Then its text with the lowest number is moved to 0.
+
+    Args:
+        numbers: (rows,) numbers of the rows.
+        digests: (rows,) hashes of their texts.
+        rows: (pairs,) for each pair of a row and one of its labels, the index of the row.
+        labels: (pairs,) the index of the label.
+    """
+    order = np.lexsort((digests[rows], numbers[rows], labels))
+    lowest = rows[order][np.flatnonzero(np.diff(labels[order], prepend=-1))]
+    return np.where(np.isin(digests, digests[lowest]), 0, numbers)
+
+
 def rows_by_split(data: Any, form: Form) -> Checked:
     """The rows of train, val and test with our names of columns (see :data:`dynrank.app.tasks.data.columns.COLUMNS`).
 
@@ -88,12 +118,18 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     if isinstance(splits, Checked):
         return splits
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
-        found = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
-        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found}; set data")
-    return Checked({split: _rows(splits[split], form, f"data, {split}") for split in SPLITS})
+        got = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
+        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
+    found = Checked()
+    for split in SPLITS:
+        found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
+        if split == "train" and isinstance(next(iter(splits[split])), Mapping):
+            found.columns = used.names
+    _say_trimmed(found)
+    return _in_form(found)
 
 
-def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
+def _rows(part: Any, form: Form, where: str, trained: Mapping[str, Theirs] | None) -> tuple[datasets.Dataset, Columns]:
     if isinstance(part, str) or not hasattr(part, "__len__"):
         raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
     if not len(part):
@@ -104,9 +140,10 @@ def _rows(part: Any, form: Form, where: str) -> datasets.Dataset:
         named = [*enumerate((_named(row, form) for row in part), start=1)]
         rows = RawRows(where, Hasher.hash(str(named)), lambda: iter(named))
     first = islice(rows.read(), SNIFFED)
-    columns = find_columns([row for _, row in first if isinstance(row, Mapping)], {}, form, where, rows.types)
+    sample = [row for _, row in first if isinstance(row, Mapping)]
+    columns = find_columns(sample, {}, form, where, rows.types, trained=trained)
     made, _ = usable_rows(rows, columns)
-    return made.remove_columns(["digest", "place"])
+    return made, columns
 
 
 def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
@@ -152,11 +189,15 @@ def from_files(
     found = Checked()
     for split, name in names.items():
         if split == "train" or name:
-            parts[split], unusable[split], used = _read(name, split, columns, form, skip_unusable)
+            source = Source(name, f"data.{split}", split)
+            used = find_columns(source.sample, columns, form, source.where, source.types, trained=found.columns or None)
+            refuse_unread(columns, used, "data.columns")
+            _say_columns(used, found.columns)
             found.columns = found.columns or used.names
+            parts[split], unusable[split] = source.read(used, skip=skip_unusable)
+    _say_trimmed(parts)
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     numbers = _numbers(parts["train"], digests["train"], form, seed)
-    parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
     # The split of each row, in one byte.
     drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in (1 - 2 * share, 1 - share))
     for i, split in enumerate(SPLITS[1:], start=1):
@@ -172,7 +213,23 @@ def from_files(
             twice = f", of which {found.dropped} are also in the other files" if found.dropped else ""
             few = f"data.train={train} has {len(rows)} rows{twice}, which leaves none for {split}"
             raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
+    return _in_form(found)
+
+
+def _in_form(found: Checked) -> Checked:
+    """``found`` itself without the columns that say more than the form does, after a look for ambiguous texts."""
+    for split, rows in found.items():
+        if "label" in rows.column_names:
+            found.ambiguous = {**found.ambiguous, split: ambiguous_texts(rows)}
+        found[split] = rows.remove_columns([name for name in _BESIDE if name in rows.column_names])
     return found
+
+
+def _say_trimmed(parts: Mapping[str, datasets.Dataset]) -> None:
+    """Print how many rows had blanks around a label."""
+    count = sum(pc.sum(column_of(rows, "trimmed")).as_py() for rows in parts.values() if "trimmed" in rows.column_names)
+    if count:
+        say({"blanks": f"around the labels of {count:,} rows are left out"})
 
 
 def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any:
@@ -182,15 +239,14 @@ def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any
     if form != "classification":
         return numbers / 2.0**64
     classes = class_of_rows(rows)
-    return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+    found = within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+    pairs = pairs_of(rows)
+    return with_each_label(found, digests, pairs.rows, pairs.labels)
 
 
-def _read(name: str | None, split: str, given: Given, form: Form, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
-    source = Source(name, f"data.{split}", split)
-    columns = find_columns(source.sample, given, form, source.where, source.types)
-    refuse_unread(given, columns, "data.columns")
-    if split == "train":
-        say({"columns": columns})
-        if columns.unused:
-            say({"not used": ", ".join(columns.unused)})
-    return *source.read(columns, skip=skip), columns
+def _say_columns(used: Columns, trained: Mapping[str, Theirs]) -> None:
+    """Print the columns of the training rows, whose ``trained`` are empty, and those of other rows if they differ."""
+    if used.names != trained:
+        say({"columns": used})
+    if used.unused and not trained:
+        say({"not used": ", ".join(used.unused)})

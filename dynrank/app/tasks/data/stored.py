@@ -19,7 +19,7 @@ from dynrank.app.tasks.data.rows import Numbered, checked_rows, features_of
 from dynrank.errors import ConfigurationError
 
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 3
+READ = 4
 # The fewest rows for which one more process is worth its start.
 _ENOUGH = 20_000
 # The most faults that one message lists, and the most rows of one fault.
@@ -119,6 +119,46 @@ def class_of_rows(rows: datasets.Dataset) -> pa.DictionaryArray:
         rarest = (min(each, key=lambda label: (counts[label], label), default="") for each in rows["label"])
         labels = pa.array(rarest, pa.string())
     return labels.dictionary_encode()
+
+
+class Pairs(NamedTuple):
+    """Each pair of a row and one of its labels.
+
+    Attributes:
+        rows: (pairs,) the index of the row.
+        labels: (pairs,) the index of the label in ``names``.
+        names: the labels.
+    """
+
+    rows: Any
+    labels: Any
+    names: list[str]
+
+
+def pairs_of(rows: datasets.Dataset) -> Pairs:
+    """Each pair of a row and one of its labels, in the order of the rows."""
+    labels = column_of(rows, "label").combine_chunks()
+    owners = np.arange(len(labels))
+    if pa.types.is_list(labels.type):
+        owners = pc.list_parent_indices(labels).to_numpy()
+        labels = pc.list_flatten(labels)
+    coded = labels.dictionary_encode()
+    return Pairs(owners, coded.indices.to_numpy(), coded.dictionary.to_pylist())
+
+
+def ambiguous_texts(rows: datasets.Dataset) -> dict[str, int]:
+    """{label: number of the texts that have it in some of their rows, and not in others}; 0 is left out.
+
+    The rows have the digests of their texts.
+    """
+    _, texts, sizes = np.unique(column_of(rows, "digest").to_numpy(), return_inverse=True, return_counts=True)
+    pairs = pairs_of(rows)
+    triples = np.stack([texts[pairs.rows], pairs.labels, pairs.rows])
+    # A list may have a label twice; most texts have one row.
+    once = np.unique(triples[:, sizes[triples[0]] > 1], axis=1)
+    (of_text, label), counts = np.unique(once[:2], axis=1, return_counts=True)
+    numbers = np.bincount(label[counts < sizes[of_text]], minlength=len(pairs.names))
+    return {name: count for name, count in sorted(zip(pairs.names, numbers.tolist(), strict=True)) if count}
 
 
 def system_prompt(rows: datasets.Dataset) -> str | None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dynrank.app.tasks.data.splits import from_files
+from dynrank.app.tasks.data.splits import from_files, rows_by_split
 from dynrank.errors import ConfigurationError
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
@@ -104,6 +104,59 @@ def test_of_several_labels_the_rarest_is_spread_alike(tmp_path):
     assert counts == pytest.approx({"train": 12, "val": 4, "test": 4}, abs=1)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_each_label_has_a_training_text_though_its_texts_count_in_other_classes(several, tmp_path):
+    if several:
+        # Each row of a label "whole" counts in the class of a rarer label, which also has a row without it.
+        names = [(f"whole {i}", f"part {i}.{k}") for i in range(20) for k in range(3)]
+        labels = [[*own] for own in names] + [[part] for _, part in names]
+        rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
+    else:
+        texts = [f"text {i}" for i in range(60)]
+        rows = [{"text": text, "label": "common"} for text in texts]
+        rows += [{"text": text, "label": f"other {i}"} for i, text in enumerate(texts[:40])]
+    splits = read(write(tmp_path / "a.jsonl", rows), share=0.3)
+    sets = {
+        split: {label for _, own in pairs for label in (own if several else [own])} for split, pairs in splits.items()
+    }
+    assert sets["val"] | sets["test"] <= sets["train"]
+    texts = [{text for text, _ in pairs} for pairs in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
+    labels = [" even" if i % 10 == 0 else "odd\t" if i % 10 == 1 else row["label"] for i, row in enumerate(ROWS)]
+    rows = [{**row, "label": [own] if several else own} for row, own in zip(ROWS, labels, strict=True)]
+    clean = [{**row, "label": [row["label"]] if several else row["label"]} for row in ROWS]
+    val = write(tmp_path / "val.jsonl", rows[:10])
+    assert read(write(tmp_path / "a.jsonl", rows), val=val) == read(write(tmp_path / "b.jsonl", clean), val=val)
+    said = capsys.readouterr().out
+    # Those of the training and of the validation file; of the clean training file, those of the latter.
+    assert [line for line in said.splitlines() if line.startswith("blanks")] == [
+        "blanks           around the labels of 42 rows are left out",
+        "blanks           around the labels of 2 rows are left out",
+    ]
+    data = dict.fromkeys(("train", "val", "test"), rows)
+    assert rows_by_split(data, "classification")["train"]["label"][:] == [row["label"] for row in clean]
+    assert "blanks           around the labels of 120 rows" in capsys.readouterr().out
+
+
+def test_texts_whose_rows_do_not_agree_are_counted_by_label(tmp_path):
+    pairs = [("t 1", "a"), ("t 1", "b"), ("t 1", "a"), ("t 2", "b"), ("t 2", "b"), ("t 3", "a"), ("t 3", "c")]
+    data = {"train": pairs, "val": [("t 4", "a"), ("t 5", "b")], "test": [("t 6", "c"), ("t 6", "b")]}
+    found = rows_by_split(data, "classification").ambiguous
+    # By hand: t 1 is a, a and b; t 3 is a and c; t 6 is c and b.
+    assert found == {"train": {"a": 2, "b": 1, "c": 1}, "val": {}, "test": {"b": 1, "c": 1}}
+    lists = [{"text": "t 1", "label": ["a"]}, {"text": "t 1", "label": ["a", "b"]}, {"text": "t 2", "label": []}]
+    found = rows_by_split(dict.fromkeys(data, lists), "classification").ambiguous
+    assert found == dict.fromkeys(data, {"b": 1})
+    rows = [{"text": text, "label": own} for text, own in pairs] * 2 + ROWS
+    splits = checked(write(tmp_path / "a.jsonl", rows))
+    found = {label: sum(part.get(label, 0) for part in splits.ambiguous.values()) for label in "abc"}
+    assert found == {"a": 2, "b": 1, "c": 1}
+
+
 def test_texts_of_several_columns_are_joined(tmp_path, capsys):
     rows = [
         {"Subject": "" if i % 3 == 0 else f"about {i}", "Body": f"body\n{i}", "label": "ab"[i % 2]} for i in range(40)
@@ -133,6 +186,31 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     _, *said = capsys.readouterr().out.splitlines()
     assert said == [f"columns          text <- review, label <- {label}", "not used         history"]
     assert found == read(write(tmp_path / "a.csv", ROWS))
+
+
+def test_other_files_are_read_by_the_columns_of_the_training_file(tmp_path, capsys):
+    rows = [{"prompt": f"q {i}", "answer": f"a {i}"} for i in range(40)]
+    more = [{"instruction": "no", "context": "note", **row} for row in rows[:3]]
+    options = {"form": "completion", "columns": {"prompt": None}}
+    files = write(tmp_path / "train.csv", rows[5:]), write(tmp_path / "val.csv", more)
+    assert checked(*files, **options)["val"]["prompt"][:] == ["q 0", "q 1", "q 2"]
+    assert capsys.readouterr().out.count("columns ") == 1
+    data = {"train": rows[5:], "val": more, "test": rows[4:5]}
+    made = rows_by_split(data, "completion")
+    assert made["val"]["prompt"][:] == ["q 0", "q 1", "q 2"]
+    assert made.columns == {"prompt": "prompt", "answer": "answer"}
+    # The rows of a val file may lack what only some rows of the training file have.
+    with_input = write(tmp_path / "inputs.csv", [{**row, "input": "i"} for row in rows[5:]])
+    assert checked(with_input, write(tmp_path / "b.csv", rows[:3]), **options)["val"]["prompt"][:] == [
+        "q 0",
+        "q 1",
+        "q 2",
+    ]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("columns")]
+    assert said == [
+        "columns          prompt <- prompt, answer <- answer, input <- input",
+        "columns          prompt <- prompt, answer <- answer",
+    ]
 
 
 def test_a_name_that_the_form_does_not_read_is_refused(tmp_path):

@@ -1,0 +1,58 @@
+"""``base.json`` in an adapter's folder: by which weights the adapter knows the model on which it was trained."""
+
+from dataclasses import field
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from dynrank.adapters.stored import read_json
+from dynrank.layers.finding import plain_modules
+from dynrank.layers.frozen_base import fingerprint
+from dynrank.layers.quantized import is_quantized
+
+BASE_FILE = "base.json"
+
+
+@dataclass(config=ConfigDict(strict=True, extra="ignore"))
+class Base:
+    """The model on which an adapter was trained.
+
+    Attributes:
+        fingerprints: {frozen parameter, by its name in the model without adapters: its fingerprint}; empty if unknown.
+    """
+
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def base_of(model: nn.Module) -> Base:
+    """The base of an adapted model; collective if a parameter is sharded.
+
+    Packed weights are left out, because another model may have packed the same weight otherwise, or not at all.
+    """
+    return Base(
+        {
+            f"{name}.{leaf}" if name else leaf: fingerprint(value)
+            for name, module in plain_modules(model)
+            for leaf, value in module._parameters.items()
+            if not (value is None or value.requires_grad or is_quantized(module))
+        }
+    )
+
+
+def read_base(folder: Path) -> Base:
+    """The base of the adapter in ``folder``, of which nothing is known for adapters of other programs."""
+    file = folder / BASE_FILE
+    return read_json(Base, file) if file.exists() else Base()
+
+
+def other_weights(model: nn.Module, folder: Path) -> str:
+    """What differs between ``model`` and the base of the adapter in ``folder``; "" if nothing, as far as is known."""
+    stored = read_base(folder).fingerprints
+    own = base_of(model).fingerprints if stored else {}
+    known = stored.keys() & own.keys()
+    wrong = sorted(name for name in known if stored[name] != own[name])
+    return (
+        f"{wrong[0]!r} has other values here ({len(wrong)} of {len(known)} frozen parameters differ)" if wrong else ""
+    )
