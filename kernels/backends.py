@@ -24,14 +24,14 @@ def products_of(backend: Backend, x: Tensor, rank: int) -> ModuleType:
     ``reference`` a linear layer does not use the op at all, see :meth:`dynrank.layers.kinds.LoRALinear.reference`.
     """
     if backend not in get_args(Backend):
-        raise ConfigurationError(f"backend must be one of {get_args(Backend)}, got {backend!r}; set lora.backend")
+        raise ConfigurationError(f"backend must be one of {get_args(Backend)}, got {backend!r}", "backend")
     if backend == "auto" and x.is_cuda and x.numel() >= paying_size(torch.cuda.get_device_name(x.device)):
         return torch_backend if triton_launch.unsupported(x, rank) else triton_launch
     if backend != "triton":
         return torch_backend
     fault = triton_launch.unsupported(x, rank)
     if fault:
-        raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
+        raise ConfigurationError(f'{fault}; set backend="torch" or "auto"', "backend")
     return triton_launch
 
 

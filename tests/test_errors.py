@@ -257,7 +257,7 @@ OTHER_PROGRAMS = re.compile(r"--(?:lora|model-path|enable-|max-lora-rank|nproc_p
 
 def strings():
     """(place, text) of every string constant of the library, those in f-strings and the docstrings, too."""
-    for file in sorted(LIBRARY.rglob("*.py")):
+    for file in sorted([*LIBRARY.rglob("*.py"), *(LIBRARY / "kernels").glob("*.py")]):
         relative = file.relative_to(LIBRARY)
         if relative.parts[0] not in ("app", "conf"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -11,7 +11,7 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.due import expected_states
+from dynrank.driver.due import expected_states, keeps_rank, ranks_of_target
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -34,12 +34,18 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
     layers = dict(lora_layers(model))
     ranks = {name: layer.rank for name, layer in layers.items()}
     for number, stage in enumerate(schedule, 1):
-        ranks = stage.to.ranks(expected_states(layers, ranks, last=number == len(schedule)))
+        ranks = _expected_ranks(stage, layers, ranks, last=number == len(schedule))
     return ranks
 
 
+def _expected_ranks(
+    stage: Stage, layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
+) -> dict[str, int]:
+    return ranks_of_target(stage, layers, expected_states(layers, ranks, last=last))
+
+
 def depends_on_data(schedule: Sequence[Stage]) -> bool:
-    """Whether a stage reads values, so that the ranks after it are known only in the run."""
+    """Whether a stage reads singular values or importance, so that the ranks after it are known only in the run."""
     return any(stage.to.needs for stage in schedule)
 
 
@@ -54,7 +60,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
         raise ConfigurationError(
             "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it", "target_modules"
         )
-    free = [name for name, layer in layers.items() if not layer.pinned and layer.final_rank is None]
+    free = [name for name, layer in layers.items() if not keeps_rank(layer) and layer.final_rank is None]
     if not free:
         return
     ranks = {name: layer.rank for name, layer in layers.items()}
@@ -62,13 +68,13 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
     arguments: list[str] = []
     for index, stage in enumerate(schedule):
         last = index == len(schedule) - 1
-        # After a stage that reads values, ranks are only expected, so nothing that follows from them is refused.
+        # After such a stage ranks are only expected, so nothing that follows from them is refused.
         is_known = not depends_on_data(schedule[:index])
         found = _faults(stage, layers, ranks, free, last=last, is_known=is_known)
         faults += [f"stage {index + 1}: {fault}" for fault in found]
         arguments += stage.arguments if found else ()
         if not found:
-            ranks = stage.to.ranks(expected_states(layers, ranks, last=last))
+            ranks = _expected_ranks(stage, layers, ranks, last=last)
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
 
@@ -107,7 +113,7 @@ def _faults(
     # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
-        after = stage.to.ranks(expected_states(layers, shifted, last=last))
+        after = _expected_ranks(stage, layers, shifted, last=last)
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]

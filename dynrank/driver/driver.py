@@ -12,11 +12,11 @@ from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.change import apply_change, compute_change
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
+from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
@@ -44,7 +44,7 @@ class RankDriver:
     Attributes:
         stages: the stages of the schedule.
         progress: which stages are over, and what is pending.
-        lr_factor: factor of the adapters' learning rates since the last change.
+        lr_factor: factor of the adapters' learning rates, the product of those of all changes.
 
     >>> import torch, dynrank
     >>> from dynrank.schedules import early_budget
@@ -86,7 +86,7 @@ class RankDriver:
 
     @property
     def history(self) -> list[RankEvent]:
-        """Every change of the run, also those before a resume."""
+        """Every change of the run, and every attempt that was undone, also those before a resume."""
         return self.progress.history
 
     @property
@@ -138,7 +138,7 @@ class RankDriver:
         if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
-        self._remove_rates()
+        self._remove_lr_hooks()
         adapters = adapter_parameters(training.model)
         self._rates = [
             LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
@@ -149,13 +149,13 @@ class RankDriver:
         elif self._importance is None or not self._importance.is_of(layers):
             self._importance = Importance(layers)
         else:
-            self._importance.restart()
+            self._importance.forget_last_update()
         if self._importance is not None and self._loaded is not None:
             self._importance.load_state_dict(self._loaded)
         self._loaded = None
 
     def advance(self, training: Training) -> None:
-        """Decide which stage is due, and change ranks if one is."""
+        """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
         self._follow_clock(training)
         if self.progress.pending is None:
             return
@@ -164,7 +164,7 @@ class RankDriver:
             warn_of_low_rate(training)
 
     def end_step(self, training: Training) -> None:
-        """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
+        """Measure importance by the optimizer step just made, if there is a new one; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
             if self._importance is not None:
@@ -195,7 +195,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
-        self._remove_rates()
+        self._remove_lr_hooks()
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
@@ -203,8 +203,8 @@ class RankDriver:
             )
 
     def abort(self) -> None:
-        """Remove what raises the rates within steps, after an error."""
-        self._remove_rates()
+        """Remove the hooks that raise rates within steps, after an error."""
+        self._remove_lr_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -243,7 +243,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        self._remove_rates()
+        self._remove_lr_hooks()
         self.lr_factor = float(state["lr_factor"])
         self._importance = None
         self._loaded = state["importance"]
@@ -325,7 +325,7 @@ class RankDriver:
 
     def _compute(self, training: Training, due: DueStage) -> Change:
         """The change to the ranks that the stage's target gives for the present state of the layers; not yet made."""
-        return compute_change(training, lambda: due.stage.to.ranks(due.states()), due.directions, due.stage.how)
+        return compute_change(training, due.ranks, due.directions, due.stage.how)
 
     def _try(self, training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
         """Make the change of ``due``, and undo it if it costs too much; None if nothing would change."""
@@ -355,7 +355,10 @@ class RankDriver:
         return RegressionTest(training, stage.how, None, batches) if batches else None
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
-        """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors."""
+        """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors.
+
+        The change enters the history, later triggers and importance forget what was before it, and rates follow it.
+        """
         self.progress.pending = None
         self.progress.stage = index + 1
         for later in self.stages[index + 1 :]:
@@ -367,7 +370,7 @@ class RankDriver:
             self._importance = None
         if event is not None and not event.undone:
             if self._importance is not None:
-                self._importance.restart()
+                self._importance.forget_last_update()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
@@ -382,7 +385,7 @@ class RankDriver:
         saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
         return saved + sum(layer.rank * layer.params_per_rank for _, layer in lora_layers(training.model))
 
-    def _remove_rates(self) -> None:
+    def _remove_lr_hooks(self) -> None:
         for rates in self._rates:
             rates.remove()
         self._rates = []

@@ -13,6 +13,7 @@ from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
 from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import LayerImportance
+from dynrank.errors import ConfigurationError, shown
 from dynrank.layers.base import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
@@ -20,7 +21,7 @@ from dynrank.targets import LayerState
 
 @dataclass(frozen=True)
 class DueStage:
-    """A stage whose change is due, with the layers that it may change.
+    """A stage whose change is due, with the layers of the model.
 
     Attributes:
         stage: the stage.
@@ -47,11 +48,12 @@ class DueStage:
         for name, layer in self.layers.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in needs else None
-            state = _state(layer, layer.rank, self.last, values.get(name, nothing), scores.get(name))
-            # A frozen layer has no importance, and a pool would cut off what it learned earlier.
-            trains = layer.lora_A.requires_grad or layer.lora_B.requires_grad
-            states[name] = state if trains else replace(state, lowest=layer.rank, highest=layer.rank)
+            states[name] = _state(layer, layer.rank, self.last, values.get(name, nothing), scores.get(name))
         return states
+
+    def ranks(self) -> dict[str, int]:
+        """The ranks that the stage's target gives for the present state of the layers."""
+        return ranks_of_target(self.stage, self.layers, self.states())
 
     def event(self, step: int, reports: Sequence[LayerReport], reason: str, *, undone: bool = False) -> RankEvent:
         """The event of a change, with the importance of each of its layers, where that is known."""
@@ -64,6 +66,21 @@ class DueStage:
         return RankEvent(step, reason, tuple(layers), undone)
 
 
+def ranks_of_target(
+    stage: Stage, layers: Mapping[str, RankedLayer], states: Mapping[str, LayerState]
+) -> dict[str, int]:
+    """The ranks that the target of ``stage`` gives; one of a user's that changes a pinned layer is refused."""
+    ranks = stage.to.ranks(states)
+    for name, layer in layers.items():
+        if layer.pinned and ranks[name] != states[name].rank:
+            raise ConfigurationError(
+                f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is pinned at rank "
+                f"{states[name].rank}; let its ranks() return layer.shrunk(rank) or layer.grown(rank), which keep it",
+                *stage.arguments,
+            )
+    return ranks
+
+
 def expected_states(
     layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
 ) -> dict[str, LayerState]:
@@ -72,13 +89,24 @@ def expected_states(
     return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
 
 
+def keeps_rank(layer: RankedLayer) -> bool:
+    """Whether schedules leave a layer alone: it is pinned, or frozen.
+
+    A frozen layer has no importance, and a pool would cut off what it learned earlier.
+    """
+    return layer.pinned or not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
+
+
 def _state(
     layer: RankedLayer, rank: int, last: bool, values: Tensor | None, importance: float | None = None
 ) -> LayerState:
-    """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
+    """A layer that keeps its rank has it as both bounds.
+
+    No stage shrinks another one below its own final rank, and the ``last`` stage brings it to that rank.
+    """
     lowest = layer.final_rank or 1
     highest = layer.max_rank
-    if layer.pinned:
+    if keeps_rank(layer):
         lowest = highest = rank
     elif layer.final_rank is not None and last:
         highest = layer.final_rank

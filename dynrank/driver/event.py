@@ -33,12 +33,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class RankEvent:
-    """One change of ranks.
+    """One change of ranks, or one that was tried and undone.
 
     Attributes:
         step: optimizer steps made before the change.
         reason: why the change was made, or why it was undone.
-        layers: a report for each layer with new factors; a cut balances those of layers that keep their rank, too.
+        layers: a report for each layer with new factors; layers that only were balanced have one, too.
         undone: whether the change cost too much and was undone; then the ranks are as before.
         measured: what the change cost; None: no validations were made directly before and after it.
 
@@ -58,7 +58,7 @@ class RankEvent:
     measured: Measured | None = None
 
     @property
-    def account(self) -> str:
+    def reason_and_cost(self) -> str:
         """The reason, and what the change cost."""
         return self.reason if self.cost is None else f"{self.reason}; {self.cost}"
 
@@ -76,7 +76,7 @@ class RankEvent:
     @property
     def title(self) -> str:
         """The step, the reason and the cost, as the heading of the table."""
-        return f"rank {'taken back' if self.undone else 'change'} at step {self.step}: {self.account}"
+        return f"rank change {'undone ' if self.undone else ''}at step {self.step}: {self.reason_and_cost}"
 
     def table(self, ranks: Mapping[str, int] | None = None) -> Table:
         """A table of rich, with a line for each kind of layer.

@@ -57,15 +57,15 @@ class Importance:
         self._squares = self._zeros(len(layers))
         # By layer, because optimizers may step in turn.
         self._steps = self._zeros(len(layers))
-        self.restart()
+        self.forget_last_update()
 
     def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
         """Whether these are the layers that are measured."""
         pairs = zip(_factors_of(layers), self._factors, strict=False)
         return [*self._layers] == [*layers] and all(a is b for a, b in pairs)
 
-    def restart(self) -> None:
-        """Forget the last update; call it after a change of the factors that was not an optimizer step."""
+    def forget_last_update(self) -> None:
+        """Forget the last update, and keep the sums; call it after factors have changed other than by a step."""
         # Changes of rank keep these objects, and looking them up in PEFT's modules takes longer than a step's sums.
         factors = _factors_of(self._layers)
         self._factors = factors
@@ -90,7 +90,7 @@ class Importance:
         factors = self._factors
         # Somebody else has changed ranks.
         if not all(buffer.fits(factors) for buffer in self._updates):
-            self.restart()
+            self.forget_last_update()
             return
         # Gradients of another optimizer's factors may be old ones, from which their last update was made.
         grads = [factor.grad if stepped is None or id(factor) in stepped else None for factor in factors]

@@ -9,9 +9,9 @@ from dynrank.change.change import Change
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
-from dynrank.driver.change import apply_change, compute_change
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
+from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
 from dynrank.targets import Budget

@@ -11,9 +11,9 @@ import torch
 
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.snapshot import Snapshot
-from dynrank.driver.change import apply_change
 from dynrank.driver.checks import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
+from dynrank.driver.in_processes import apply_change
 from dynrank.driver.training import Training
 from dynrank.schedules import How
 from dynrank.triggers import Run

@@ -21,8 +21,8 @@ class Budget(Target):
     The importance of a layer is the decrease of the loss by its updates (at least 0), plus its standard error. The pool
     is shared out as seats of a parliament are by votes, with the divisor method of Webster and Sainte-Laguë: every
     layer starts at its lowest rank, and the next step up always goes to the layer with the largest quotient of its
-    importance and the mean of its ranks before and after the step, while it fits the pool. Where nothing is known yet,
-    ranks rise uniformly.
+    importance and the mean of its ranks before and after the step. A layer whose next step does not fit the pool gets
+    no more. Where nothing is known yet, ranks rise uniformly.
     Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
 
     ``by="weight"`` instead takes the steps with the largest squared singular values per parameter, which is a

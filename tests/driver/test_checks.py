@@ -58,6 +58,31 @@ def test_states_bound_each_layer():
     assert bounds[True] == [(1, 16, None), (5, 5, None), (3, 3, 3)]
 
 
+def test_a_frozen_layer_keeps_its_rank_before_the_run_as_in_it():
+    net = model()
+    layers_of(net)["2"].requires_grad_(False)
+    assert final_ranks(net, early_budget(2))["2"] == 8
+    # The frozen layer alone has 8 * (12 + 40) parameters.
+    with pytest.raises(ConfigurationError, match="at least 492 parameters"):
+        check_model(net, [Stage(NOW, Budget(parameters=450))], RUN)
+    check_model(net, [Stage(NOW, Budget(parameters=500))], RUN)
+
+
+class Half(Target):
+    """Of a user's who does not know of pinned layers."""
+
+    def ranks(self, layers):
+        return {name: layer.rank // 2 for name, layer in layers.items()}
+
+
+def test_a_target_that_changes_a_pinned_layer_is_refused_by_name():
+    net = model(layer_1={"pinned": True})
+    with pytest.raises(ConfigurationError, match=r"gives rank 4 to the layer '1', which is pinned at rank 8"):
+        check_model(net, [Stage(NOW, Half())], RUN)
+    with pytest.raises(ConfigurationError, match="'1', which is pinned"):
+        DueStage(Stage(NOW, Half()), True, "", layers_of(net), LayerDirections(layers_of(net)), {}).ranks()
+
+
 def test_states_hold_the_singular_values_of_each_update():
     net = updated(model())
     for layer in layers_of(net).values():

@@ -68,7 +68,7 @@ def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size):
     assert (measured.metric, measured.all_data) == ("val/loss", batch_size == 30)
     assert (measured.before, measured.after) == pytest.approx((watching.before, watching.after), rel=1e-5)
     assert measured.before != measured.after
-    assert watching.event.cost in watching.event.account
+    assert watching.event.cost in watching.event.reason_and_cost
     assert f"{measured.before:.4g} → {measured.after:.4g}" in watching.event.cost
     # Nothing else differs from a run without.
     other = fitted(regression, loader, RankScheduler([Stage(At(step=6), Rank(1))]), Watching(batches))

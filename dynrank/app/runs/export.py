@@ -44,7 +44,7 @@ def summarise(
         final=final,
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
-        changes=[{"step": event.step, "reason": event.account, "undone": event.undone} for event in history],
+        changes=[{"step": event.step, "reason": event.reason_and_cost, "undone": event.undone} for event in history],
         parameters={
             "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,9 +102,11 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
     """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
 
     Ctrl-C is raised again. A full disk is said in the same way, by a ConfigurationError. ``trainer`` has an
-    AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was resumed.
+    AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was resumed. The handlers of
+    these signals are those of before after the block: Lightning leaves Ctrl-C ignored where it has ended a run.
     """
     saver: Any = trainer.checkpoint_callback
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -127,6 +130,10 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
             f"the run in {str(folder)!r} cannot write its files after step {trainer.global_step}: {error.strerror}; "
             f"free space; {advice}"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _way_on(saved: str | Path | None, folder: Path) -> str:

@@ -108,4 +108,4 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         kept = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         importance = ["" if value is None else f"{value:.6g}" for value in (la.importance, la.importance_error)]
-        yield event.step, la.layer, la.rank_before, la.rank_after, *importance, *kept, event.account
+        yield event.step, la.layer, la.rank_before, la.rank_after, *importance, *kept, event.reason_and_cost

@@ -81,7 +81,7 @@ class RankScheduler(Callback):
 
     @property
     def history(self) -> list[RankEvent]:
-        """Every change of the run, also those before a resume."""
+        """Every change of the run, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
     def step(self, pl_module: LightningModule) -> None:

@@ -111,7 +111,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     @property
     def history(self) -> list[RankEvent]:
-        """Every change of the run, also those before a resume."""
+        """Every change of the run, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
     def attach(self, trainer: Trainer) -> RankTrainerCallback:

@@ -62,8 +62,11 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(ended, regression
 
 @pytest.mark.filterwarnings("ignore")
 def test_ctrl_c_in_the_test_says_how_to_go_on(ended):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     said = ended(2, test_step=lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in said
+    # Lightning ignores Ctrl-C from then on, in a notebook for good.
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -162,7 +162,7 @@ def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
     found = rows(monitor.history_file)
     assert len(found) == sum(len(event.layers) for event in scheduler.history)
     assert all(row["reason"].startswith("undone: val/loss") for row in found)
-    assert "rank taken back at step 15" in capsys.readouterr().out
+    assert "rank change undone at step 15" in capsys.readouterr().out
 
 
 def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(changed, tmp_path):

@@ -18,7 +18,8 @@ def compute_change(
 ) -> Change:
     """The change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
 
-    In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
+    Unless a layer grows, unpinned layers that keep their rank are balanced, too: steps then have the same size in all
+    layers.
     """
     adapters = Adapters(training.model, training.optimizers)
     # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The global
