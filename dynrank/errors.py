@@ -129,7 +129,8 @@ def checked(cls: Any = None, /, *, frozen: bool = True, kw_only: bool = False) -
     itself = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
     made.__init__.__signature__ = shape.replace(parameters=[itself, *shape.parameters.values()])
     made.__signature__ = shape
-    made.__repr__ = described
+    if "__repr__" not in vars(cls):
+        made.__repr__ = described
     return made
 
 

@@ -68,9 +68,9 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def is_fabrics(module: Any) -> bool:
     """Whether ``module`` is Fabric's wrapper around a model."""
-    # Without this module nothing is wrapped, and it is slow to import.
-    fabric = sys.modules.get("lightning.fabric")
-    return fabric is not None and bool(fabric.is_wrapped(module))
+    # Fabric has two packages. Without its module nothing is wrapped, and it is slow to import.
+    found = [sys.modules.get(name) for name in ("lightning.fabric", "lightning_fabric")]
+    return any(fabric is not None and fabric.is_wrapped(module) for fabric in found)
 
 
 def schedulers_in(scheduler: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dynrank.errors import ConfigurationError, Count, Positive, checked, shown
@@ -160,7 +161,7 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     # A ValueError means that the file is not text.
-    except (OSError, YAMLError, ValueError, RecursionError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"the override file {str(path)!r} cannot be read as YAML: {error!s:.500}", "path"
         ) from None

@@ -100,7 +100,7 @@ def test_mathematics_and_schedules_know_no_framework():
 
 
 def test_the_library_knows_neither_the_application_nor_its_packages():
-    foreign = ("datasets", "hydra", "jinja2", "pandas", "pyarrow", "torchmetrics", "tqdm", "typer")
+    foreign = ("datasets", "filelock", "hydra", "jinja2", "pandas", "pyarrow", "torchmetrics", "tqdm", "typer")
     for relative, tree in MODULES.items():
         if FLOOR_OF[place_of(name_of(relative))] < IN_LIBRARY:
             nodes = [*ast.walk(tree)]

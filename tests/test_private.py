@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -130,6 +131,13 @@ def test_a_replaced_method_is_found(program):
 
 
 # Those whose loss no other test would notice.
+
+
+def test_a_model_of_fabric_is_known():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    model = nn.Linear(2, 2)
+    wrapped, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (private.is_fabrics(wrapped), private.is_fabrics(model)) == (True, False)
 
 
 def test_names_of_transformers_are_there():

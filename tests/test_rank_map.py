@@ -190,6 +190,7 @@ def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(tmp_path):
         ("rank_pattern: " + "[" * 900, "cannot be read as YAML"),
         ("rank_pattern: {q: 2023-13-45}", "'q': must be an int"),
         (b"\xff", "cannot be read as YAML"),
+        ("rank_pattern: {q: '${'}", "cannot be read as YAML"),
         ("rank_pattern: {q: 2}\nalpha: 3\n", "one key rank_pattern"),
         ("rank_pattern: {q: 0}", "'q': rank must be"),
     ],

@@ -23,7 +23,7 @@ _OTHER_NAMES = {
     "optimizer": "optimizer.name",
     "optimizers": "optimizer.name",
 }
-# If several groups have a key of a name, the argument is that of the first of these.
+# If several groups have a key of a name, the argument is that of the first of these; keys outside of groups come first.
 _GROUPS = ("schedule", "lora", "rank_map", "optimizer", "trainer", "task", "data", "model")
 
 
@@ -69,7 +69,9 @@ def keys_of(config: DictConfig, group: str = "", made: str = "") -> Callable[[st
 
 
 def _order(key: str) -> tuple[int, int]:
-    group = key.partition(".")[0]
+    group, _, rest = key.partition(".")
+    if not rest:
+        return -1, 0
     return _GROUPS.index(group) if group in _GROUPS else len(_GROUPS), key.count(".")
 
 

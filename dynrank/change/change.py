@@ -151,7 +151,7 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
         if layers[name].merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
-        raise ConfigurationError("ranks cannot be changed:\n  " + "\n  ".join(faults), "target")
+        raise ConfigurationError("ranks cannot be changed:\n  " + "\n  ".join(faults), "target", "final_rank")
     balance = balance and not any(rank > layers[name].rank for name, rank in targets.items())
     return {
         name: targets[name]

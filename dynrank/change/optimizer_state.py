@@ -136,10 +136,11 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             )
         return
     if rules is None:
+        # The application has a class of its own.
+        carried = sorted(kind.removeprefix("torch.") for kind in RULES if not kind.startswith("dynrank."))
         raise ConfigurationError(
-            f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
-            f"{sorted(kind.removeprefix('torch.') for kind in RULES)}; take one of these, or set "
-            'optimizer_state="reset"',
+            f"the state of optimizer {name} cannot be carried through a change of rank; carried: {carried}; take one "
+            'of these, or set optimizer_state="reset"',
             "optimizers",
             "optimizer_state",
         )

@@ -142,7 +142,7 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
                 f"none: {training.validate_by}, or set max_regression=None",
-                "max_regression",
+                *("tolerance", "max_regression"),
             )
     if measure and not training.validates:
         raise ConfigurationError(

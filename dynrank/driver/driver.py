@@ -222,6 +222,13 @@ class RankDriver:
 
         Stages that are not over may differ from the checkpoint's; those of this schedule apply.
         """
+        absent = sorted({*self.state_dict()} - state.keys())
+        if absent:
+            raise ConfigurationError(
+                f"the checkpoint has no {', '.join(absent)} of a rank schedule, so another version of dynrank has made "
+                "it; resume with that version, or begin a new run",
+                "ckpt_path",
+            )
         mine = as_texts(self.stages)
         theirs = [tuple(stage) for stage in state["stages"]]
         self._schedule_differs = theirs != mine

@@ -28,7 +28,7 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
 
 
 # The key in a param group of the factor that its rate contains. So a checkpoint stores the factor with that rate.
-LR_FACTOR = "lr_factor"
+LR_FACTOR = "dynrank_lr_factor"
 # The rates in a param group: the present one, and those by which torch's schedulers compute it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 

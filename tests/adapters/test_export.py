@@ -235,3 +235,12 @@ def test_what_ollama_would_misread_is_refused_and_nothing_written(chat, launch, 
     code, _, said = launch("export", chat, "--to", "ollama", "--out", tmp_path / "out")
     assert (code, "three quotes" in said, "inputs.json" in said) == (2, True, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["gguf", "vllm"])
+def test_command_knows_a_base_by_its_short_name(to, launch, tmp_path):
+    """A config that comes with dynrank stands for a model that a package or the hub has."""
+    save_llama(tmp_path, targets=["down_proj"])
+    code, printed, said = launch("export", tmp_path / "adapter", "--to", to, "--out", "out", "--model", "llama-2-7b")
+    assert code == 0, said
+    assert "llama-2-7b" in printed

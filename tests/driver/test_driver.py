@@ -17,7 +17,7 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, auto
+from dynrank.schedules import How, Stage, auto, early_budget
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At, Plateau, Run
 
@@ -328,3 +328,11 @@ def test_change_at_the_end_of_a_run_comes_at_an_early_end_too():
     driver, loop = due(Stage(At(fraction=1.0), Rank(2)))
     driver.finish(loop)
     assert trajectory(driver) == [(5, 6, 2)]
+
+
+def test_checkpoint_of_another_version_is_refused_in_one_sentence():
+    driver = RankDriver(early_budget(2))
+    state = driver.state_dict()
+    del state["importance"]
+    with pytest.raises(ConfigurationError, match="has no importance of a rank schedule, so another version"):
+        driver.load_state_dict(state)

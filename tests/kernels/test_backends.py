@@ -37,9 +37,7 @@ def test_what_triton_cannot_serve_is_an_error(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"the rank must be at most 128 .* got 129; set backend=\"torch\""):
         model(torch.ones(1, 130))
     dynrank.resize(model, 128, optimizers=())
-    with pytest.raises(
-        ConfigurationError, match=r"x must be bfloat16 or float16 .* got float32; set backend=\"tor"
-    ):
+    with pytest.raises(ConfigurationError, match=r"x must be bfloat16 or float16 .* got float32; set backend=\"tor"):
         model(torch.ones(1, 130))
     with pytest.raises(ConfigurationError, match=r"(NVIDIA GPU .* got cpu|not installed); set backend=\"torch\""):
         model.bfloat16()(torch.ones(1, 130).bfloat16())

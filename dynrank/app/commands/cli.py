@@ -211,11 +211,12 @@ def export(
     """
     from dynrank.adapters.export import export_adapter
     from dynrank.app.console import print_facts
+    from dynrank.app.models.base_model import base_for_server
     from dynrank.output.slots import slot_line
 
     # export_adapter checks that it knows the server.
     server: Any = to
-    done = export_adapter(adapter, out, to=server, model=model, multiple=multiple)
+    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), multiple=multiple)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:

@@ -11,11 +11,13 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import input_files, modelfile, read_inputs, with_labels
-from dynrank.app.models.names import ModelSettings, model_source, stored_source
+from dynrank.adapters.stored import read_json
+from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
 from dynrank.app.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
@@ -39,6 +41,17 @@ _AUTO_CLASSES = {
 def base_source(adapter: Adapter, given: str | None) -> str:
     """Folder or hub name of the base model: ``given`` by the user, or named by the adapter."""
     return model_source(stored_source(base_name(adapter, given)), "--model")
+
+
+def base_for_server(folder: Path, given: str | None, to: str) -> str | None:
+    """The base of the adapter in ``folder`` as an export to a server needs it; None: as the adapter names it.
+
+    llama.cpp's file needs the base's config, so a short name becomes a place; others print a name.
+    """
+    if to in ("gguf", "ollama"):
+        stored = given or read_json(AdapterConfig, folder / CONFIG_FILE).base_model_name_or_path
+        return model_source(stored_source(stored), "--model") if isinstance(stored, str) and stored else None
+    return None if given is None else public_name(model_source(given, "--model"))
 
 
 def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynrank.adapters.read import Adapter
 from dynrank.app.console import print_facts
 from dynrank.app.keys import names_keys
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
@@ -132,9 +133,10 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     if rows is None or length is None:
         raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
     needs = []
+    adapter = adapter_of(config)
     measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
     for rank in sorted(set(asked.ranks)):
-        model = _model(config, rank)
+        model = _model(config, adapter, rank)
         for parameter in model.parameters() if dtype is not None else ():
             parameter.data = parameter.data.to(dtype)
         factors = set(adapter_parameters(model))
@@ -157,10 +159,10 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     return facts, needs
 
 
-def _model(config: DictConfig, rank: int) -> PreTrainedModel:
+def _model(config: DictConfig, adapter: Adapter | None, rank: int) -> PreTrainedModel:
     """The model of the task with its LoRA layers, on the meta device."""
     # Every backend saves the same tensors, and torch's can run on tensors without values.
-    lora = {**lora_arguments(config, adapter_of(config)), "rank": rank, "backend": "torch"}
+    lora = {**lora_arguments(config, adapter), "rank": rank, "backend": "torch"}
     task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -51,8 +52,8 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # filelock takes a folder that cannot be written to for one that is in use.
-        (folder / LOCK).touch()
-        lock.acquire(blocking=False)
+        with TemporaryFile(dir=folder):
+            lock.acquire(blocking=False)
     except Timeout:
         raise ConfigurationError(
             f"{str(folder)!r} is in use by another process; wait for its end, or set hydra.run.dir (of a sweep "
@@ -69,7 +70,7 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
             yield
         except ConfigurationError:
             # Some values are refused only when training starts.
-            if not resumed and not (folder / METRICS).exists():
+            if not (resumed or (folder / METRICS).exists() or last_checkpoint(folder).exists()):
                 _empty(folder)
             raise
     finally:

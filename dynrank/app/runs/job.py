@@ -19,7 +19,7 @@ from dynrank.adapters.base import base_of
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.app.keys import names_keys
+from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import checkpoint_of, locked
@@ -131,7 +131,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
-    check_schedule(scheduler.driver.stages, run)
+    with named(keys_of(config, made="schedule")):
+        check_schedule(scheduler.driver.stages, run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
@@ -148,11 +149,13 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     # Only a classifier has classes to keep; a task without data has none of its own.
     if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
         task.go_on_from(before)
-    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
+    with named(keys_of(config, made="lora")):
+        module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if adapter is not None and not on_meta:
         # The factors of a checkpoint replace these.
         start_from(module.model, adapter)
-    scheduler.driver.check_model(module.model, run)
+    with named(keys_of(config, made="schedule")):
+        scheduler.driver.check_model(module.model, run)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)

@@ -64,7 +64,9 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
         inner: Any = known.get(name)
         if name not in known:
             raise ConfigurationError(unknown_key(name, config))
-        wrong = [key for key, _ in children(node) if key not in inner] if node is not None and inner else []
+        # A mapping in a list is a value.
+        keys = [key for key, _ in children(node) if "[" not in key] if node is not None and inner else []
+        wrong = [key for key in keys if key not in inner]
         if wrong:
             raise ConfigurationError(unknown_key(f"{name}.{wrong[0]}", config))
 

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             split: dict[bool, list[Tensor]] = {True: [], False: []}
             for parameter in group["params"]:
-                split[group["name"] == "adapter" and parameter.ndim == 2].append(parameter)
+                split[group.get("name") == "adapter" and parameter.ndim == 2].append(parameter)
             matrices.append({**group, "params": split[True]})
             others.append({**group, "params": split[False]})
         return [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(others)]

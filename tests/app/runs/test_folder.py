@@ -68,3 +68,16 @@ def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(
     with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.locked(tmp_path, resumed=False):
         pass
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_refusal_keeps_the_checkpoint_that_was_written_before_it(tmp_path):
+    """As of a disk that is full before metrics.csv is made."""
+
+    def run():
+        with run_folder.locked(tmp_path, resumed=False):
+            write(tmp_path / "checkpoints" / "last.ckpt", "x")
+            raise ConfigurationError("the disk is full")
+
+    with pytest.raises(ConfigurationError, match="full"):
+        run()
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -155,7 +155,7 @@ def test_an_average_without_the_base_resumes_to_the_bit_at_a_fixed_rank(fit, tmp
 # Lightning gives advice about small data.
 @pytest.mark.filterwarnings("ignore")
 def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(fit, regression, tmp_path):
-    """And a resume comes to equal bits; see also the killed runs of tests/runs."""
+    """And a resume comes to equal bits; see also the killed runs of tests/app/runs."""
 
     def trained(folder, module=None, **options):
         schedule = RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))

@@ -66,7 +66,7 @@ def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
 
 
 def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path):
-    """Without any such job they are refused as well, see tests/runs/test_bad_input.py."""
+    """Without any such job they are refused as well, see tests/app/runs/test_bad_input.py."""
     config = dynrank.compose(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
     arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter(), BestWeights("val/loss", "min"))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")

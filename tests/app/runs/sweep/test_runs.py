@@ -35,8 +35,9 @@ def measured(folder):
 
 def test_experiment_is_four_ranks_at_one_scaling():
     configs = [dynrank.compose(["experiment=medical_rank_sweep", f"lora.rank={rank}"]) for rank in (4, 8, 12, 16)]
-    # That is twice the rank.
-    assert all(config.lora.alpha is None for config in configs)
+    models = [job.build(config, on_meta=True).module.model for config in configs]
+    # Alpha is twice the rank unless it is given.
+    assert {layer.scaling for model in models for _, layer in dynrank.lora_layers(model)} == {2.0}
     assert all(config.schedule == {"_target_": "dynrank.schedules.fixed"} for config in configs)
 
 
