@@ -24,6 +24,11 @@ foreach_mul_ = torch._foreach_mul_
 foreach_sub_ = torch._foreach_sub_
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """A number that every change of the tensor in place raises."""
+    return int(tensor._version)
+
+
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")

@@ -17,6 +17,7 @@ from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
+from dynrank.driver.last_step import LastStep
 from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
@@ -77,6 +78,8 @@ class RankDriver:
         self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
         self._rates: list[LearningRates] = []
+        # One for each optimizer, as long as importance is measured.
+        self._steps: list[LastStep] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
         # The importance in a checkpoint, kept until start() brings the layers.
@@ -138,7 +141,7 @@ class RankDriver:
         if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
-        self._remove_lr_hooks()
+        self._remove_hooks()
         adapters = adapter_parameters(training.model)
         self._rates = [
             LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
@@ -150,8 +153,10 @@ class RankDriver:
             self._importance = Importance(layers)
         else:
             self._importance.forget_last_update()
-        if self._importance is not None and self._loaded is not None:
-            self._importance.load_state_dict(self._loaded)
+        if self._importance is not None:
+            self._steps = [LastStep(optimizer, adapters) for optimizer in training.optimizers]
+            if self._loaded is not None:
+                self._importance.load_state_dict(self._loaded)
         self._loaded = None
 
     def advance(self, training: Training) -> None:
@@ -168,11 +173,24 @@ class RankDriver:
         if training.step > self._ended_step:
             self._ended_step = training.step
             if self._importance is not None:
-                stepped = [rates.pop_stepped() for rates in self._rates]
-                # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps
-                # not all have: the gradients of the others may be old.
-                ids = None if len(stepped) == 1 else {id(p) for parameters in stepped for p in parameters}
-                self._importance.end_step(ids)
+                self._measure_step()
+
+    def _measure_step(self) -> None:
+        """Pass the step just made to the importance."""
+        assert self._importance is not None
+        made = [step for step in self._steps if step.made]
+        with_gradients = [step for step in made if step.had_gradients]
+        if with_gradients and all(step.has_lost_gradients for step in with_gradients):
+            raise ConfigurationError(
+                "the importance of layers is measured by the gradients of each step, and zero_grad has deleted them "
+                "before end_step: call end_step (under Lightning RankScheduler.step) before zero_grad"
+            )
+        # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps not all
+        # have: the gradients of the others may be old.
+        ids = None if len(self._steps) == 1 else {id(p) for step in made for p in step.parameters}
+        self._importance.end_step(ids)
+        for step in made:
+            step.forget()
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -195,7 +213,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
-        self._remove_lr_hooks()
+        self._remove_hooks()
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
@@ -203,8 +221,8 @@ class RankDriver:
             )
 
     def abort(self) -> None:
-        """Remove the hooks that raise rates within steps, after an error."""
-        self._remove_lr_hooks()
+        """Remove the hooks on the optimizers, after an error."""
+        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -250,7 +268,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        self._remove_lr_hooks()
+        self._remove_hooks()
         self.lr_factor = float(state["lr_factor"])
         self._importance = None
         self._loaded = state["importance"]
@@ -375,6 +393,7 @@ class RankDriver:
             self.history.append(event)
         if not self._needs_importance:
             self._importance = None
+            self._stop_watching()
         if event is not None and not event.undone:
             if self._importance is not None:
                 self._importance.forget_last_update()
@@ -392,7 +411,14 @@ class RankDriver:
         saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
         return saved + sum(layer.rank * layer.params_per_rank for _, layer in lora_layers(training.model))
 
-    def _remove_lr_hooks(self) -> None:
+    def _remove_hooks(self) -> None:
         for rates in self._rates:
             rates.remove()
         self._rates = []
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        """Remove the hooks by which importance knows of steps."""
+        for step in self._steps:
+            step.remove()
+        self._steps = []

@@ -62,7 +62,6 @@ class LearningRates:
         self.factor = factor
         self._optimizer = optimizer
         self._adapters = {id(parameter) for parameter in adapters}
-        self._has_stepped = False
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before = optimizer.register_step_pre_hook
@@ -89,12 +88,6 @@ class LearningRates:
         groups = zip(self._optimizer.param_groups, raised, strict=True)
         return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 
-    def pop_stepped(self) -> list[nn.Parameter]:
-        """The optimizer's parameters, if it has made a step since the last call."""
-        stepped = [p for group in self._optimizer.param_groups for p in group["params"]] if self._has_stepped else []
-        self._has_stepped = False
-        return stepped
-
     def remove(self) -> None:
         """Remove the hooks; what the groups contain of the factor stays there."""
         self.restore()
@@ -107,7 +100,6 @@ class LearningRates:
         return self.factor / float(group.get(LR_FACTOR, 1.0))
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
-        self._has_stepped = True
         if all(self._missing(group) == 1.0 for group in optimizer.param_groups):
             return
         self.restore()

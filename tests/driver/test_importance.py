@@ -20,6 +20,7 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.importance import Importance, bytes_held
 from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState, Rank
 from dynrank.triggers import At, Run
@@ -455,6 +456,51 @@ def test_optimizers_that_step_in_turn_are_judged_by_their_next_own_gradients():
     for name, share in measured.of_layers().items():
         assert share.value == pytest.approx(sum(terms[name]), rel=1e-9)
         assert share.error == pytest.approx(stdev(terms[name]) * len(terms[name]) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_gone_before_end_step_are_refused(set_to_none):
+    """Otherwise nothing would be known of any layer, and the pool would be uniform."""
+    model = model_of()
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+    driver.start(training, Run(total_steps=20))
+    model(X[0]).square().mean().backward()
+    training.optimizers[0].step()
+    training.optimizers[0].zero_grad(set_to_none)
+    training.step += 1
+    with pytest.raises(ConfigurationError, match=r"^[^.]*call end_step .*RankScheduler\.step\) before zero_grad$"):
+        driver.end_step(training)
+
+
+def test_steps_without_gradients_of_adapters_are_no_fault():
+    """A step of a head alone, a step that GradScaler skips, a loss of zero, and a layer that the loss does not reach"""
+    model = model_of()
+    head = nn.Parameter(torch.ones(6))
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    made = torch.optim.SGD([*dynrank.adapter_parameters(model), head], lr=0.1)
+    training = Training(model, [made])
+    driver.start(training, Run(total_steps=20))
+    scaler = torch.amp.GradScaler("cpu")
+    losses = [
+        lambda: (head.sum(), made),
+        lambda: (float("inf") * model(X[0]).square().sum(), scaler),
+        lambda: (0.0 * model(X[0]).square().sum(), made),
+        lambda: (model(X[0]).square().mean(), made),
+        lambda: (model(X[1]).square().mean(), made),
+    ]
+    for make in losses:
+        loss, by = make()
+        (scaler.scale(loss) if by is scaler else loss).backward()
+        if by is scaler:
+            scaler.step(made)
+            made.zero_grad()
+        else:
+            made.step()
+        training.step += 1
+        driver.end_step(training)
+        made.zero_grad()
+    assert driver.state_dict()["importance"]["steps"].tolist() == [2, 2, 0]
 
 
 def test_second_start_of_the_same_layers_goes_on_with_the_sums():

@@ -15,7 +15,7 @@ from dynrank.triggers import At, Plateau
 def manual(regression, fit):
     """Trains by a module that has the loop in its own hands, and makes a step every so many batches."""
 
-    def run(scheduler, *callbacks, base=regression[0], every=1, told=True, **options):
+    def run(scheduler, *callbacks, base=regression[0], every=1, told=True, zeroed=False, **options):
         class Manual(base):
             automatic_optimization = False
 
@@ -28,6 +28,8 @@ def manual(regression, fit):
                 if batch_idx % every == every - 1:
                     for optimizer in optimizers:
                         optimizer.step()
+                    if zeroed:
+                        self.zero_grad()
                     if told:
                         scheduler.step(self)
                     self.lr_schedulers().step()
@@ -98,6 +100,13 @@ def test_module_that_never_says_so_is_refused(manual):
         manual(SCHEDULES["budget"](), told=False)
     # Without stages there is nothing to do.
     manual(RankScheduler([]), told=False)
+
+
+def test_step_after_zero_grad_is_refused(manual):
+    with pytest.raises(ConfigurationError, match="before zero_grad"):
+        manual(SCHEDULES["budget"](), zeroed=True)
+    # This schedule needs no importance.
+    manual(SCHEDULES["checked"](), zeroed=True)
 
 
 def test_share_of_a_run_without_max_steps_is_refused(manual):
