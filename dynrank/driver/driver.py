@@ -188,7 +188,8 @@ class RankDriver:
         # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps not all
         # have: the gradients of the others may be old.
         ids = None if len(self._steps) == 1 else {id(p) for step in made for p in step.parameters}
-        self._importance.end_step(ids)
+        scales = {id(p): step.scale for step in made if step.scale is not None for p in step.parameters}
+        self._importance.end_step(ids, scales)
         for step in made:
             step.forget()
 

@@ -81,11 +81,12 @@ class Importance:
         self._measured: tuple[list[bool], Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def end_step(self, stepped: Collection[int] | None = None) -> None:
+    def end_step(self, stepped: Collection[int] | None = None, scales: Mapping[int, Tensor] | None = None) -> None:
         """Take the gradients of the optimizer step just made and the update before it; nothing waits for a GPU.
 
         Args:
             stepped: ids of the parameters of the optimizers that have made it; None: all.
+            scales: {id of a parameter: what its gradient is multiplied by}; others have their gradient as it is.
         """
         factors = self._factors
         # Somebody else has changed ranks.
@@ -96,12 +97,12 @@ class Importance:
         grads = [factor.grad if stepped is None or id(factor) in stepped else None for factor in factors]
         measured = [grad is not None and known for grad, known in zip(grads, self._has_update, strict=True)]
         if any(measured):
-            self._add(grads, measured)
+            self._add(grads, measured, scales or {})
         for buffer in self._updates:
             buffer.replace(factors, grads)
         self._has_update = [grad is not None or known for grad, known in zip(grads, self._has_update, strict=True)]
 
-    def _add(self, grads: Sequence[Tensor | None], measured: list[bool]) -> None:
+    def _add(self, grads: Sequence[Tensor | None], measured: list[bool], scales: Mapping[int, Tensor]) -> None:
         """Add the terms of a step; ``measured`` are the factors with a gradient and an update before it."""
         if self._measured is None or self._measured[0] != measured:
             # Made anew only if it differs from that of the step before, because each copy to a GPU takes time.
@@ -112,6 +113,9 @@ class Importance:
         products = self._zeros(len(measured))
         for buffer in self._updates:
             products.index_copy_(0, buffer.numbers, buffer.products(grads).to(self._device))
+        if scales:
+            one = torch.ones((), device=next(iter(scales.values())).device)
+            products /= torch.stack([scales.get(id(factor), one) for factor in self._factors]).to(self._device)
         terms = -torch.where(is_measured, products, 0.0).view(-1, 2).sum(1)
         # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
         is_known = terms.isfinite().all()

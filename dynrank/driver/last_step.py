@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.private import version_of
@@ -20,6 +21,9 @@ class LastStep:
 
     Attributes:
         made: whether the optimizer has made a step since :meth:`forget`.
+        scale: what the gradients are still multiplied by after the step (a number on the device of GradScaler's scale);
+            None: one. An optimizer with ``fused=True`` unscales gradients itself, except in a step that it leaves out
+            because a gradient of any of its parameters, perhaps of a head, is not finite.
     """
 
     def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter]) -> None:
@@ -31,6 +35,7 @@ class LastStep:
     def forget(self) -> None:
         """Forget the last step."""
         self.made = False
+        self.scale: Tensor | None = None
         # A factor that had a gradient in the step, and the version of this gradient.
         self._witness: tuple[nn.Parameter, int] | None = None
 
@@ -61,6 +66,10 @@ class LastStep:
 
     def _after(self, *_: Any) -> None:
         self.made = True
+        # GradScaler lends both to the optimizer for the step; without a scale the gradients were unscaled before it.
+        scale = getattr(self._optimizer, "grad_scale", None)
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        self.scale = None if scale is None or found_inf is None else torch.where(found_inf > 0, scale, 1.0)
         found = (p for p in self.parameters if id(p) in self._adapters and p.grad is not None)
         factor = next(found, None)
         if factor is not None and factor.grad is not None:
