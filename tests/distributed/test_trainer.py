@@ -121,7 +121,7 @@ def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
         ("activation checkpointing", "gradient_checkpointing=True"),
         ("best of shards", "set state_dict_type to FULL_STATE_DICT"),
         ("vLLM", "set use_vllm=False"),
-        ("late", "RankTrainerCallback does it, if transformers' Trainer gets it in its constructor"),
+        ("late", "call RankTrainerCallback(...).attach(trainer) instead"),
         ("FSDP1 in a loop", "fsdp_version: 2"),
         ("accelerate alone", "shard_frozen(model) before accelerator.prepare"),
     ],

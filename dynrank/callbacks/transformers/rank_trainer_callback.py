@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -34,8 +35,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several.
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
-    constructor (``callbacks=[...]``), or a Trainer that is made already to :meth:`attach`; after
-    ``trainer.add_callback`` a checkpoint from after a change would not fit a PEFT model. Changes are made before the
+    constructor (``callbacks=[...]``), or a Trainer that is made already to :meth:`attach`; ``trainer.add_callback``
+    alone is refused when training starts, because its checkpoints could not be resumed. Changes are made before the
     first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
     Several processes train under DDP or accelerate's FSDP2. That shards the frozen base, when the Trainer is made, and
     each process has the complete adapters (:func:`dynrank.distributed.sharding.shard_frozen`).
@@ -96,6 +97,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.keep_best_before = keep_best_before
         # Known from attach() on, or while it trains.
         self.trainer: Trainer | None = None
+        # The Trainers whose constructor, or attach(), has prepared the model.
+        self._prepared: WeakSet[Trainer] = WeakSet()
         # The run, from the begin of training to its end.
         self._run: TrainerTraining | None = None
         # The last value of every metric; always the same dict, which the run reads.
@@ -132,11 +135,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self.trainer = trainer
-        self._prepare(trainer.args, trainer.model, lambda: trainer)
+        self._prepare(trainer.args, trainer.model, trainer)
         return self
 
-    def _prepare(self, args: TrainingArguments, model: nn.Module | None, trainer: Callable[[], Trainer]) -> None:
+    def _prepare(self, args: TrainingArguments, model: nn.Module | None, trainer: Trainer) -> None:
         """Check the arguments, and prepare the model before it is wrapped and before a checkpoint is loaded."""
+        self._prepared.add(trainer)
         check_arguments(args)
         if args.restore_callback_states_from_checkpoint:
             raise ConfigurationError(
@@ -149,7 +153,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             if fsdp_plugin() is not None:
                 # accelerate does not shard a model again that is sharded when it is prepared.
                 shard_frozen(model)
-                resume_from_shards(trainer())
+                resume_from_shards(trainer)
 
     # The Trainer's events
 
@@ -161,7 +165,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        self._prepare(args, model, calling_trainer)
+        self._prepare(args, model, calling_trainer())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +179,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             raise ConfigurationError(
                 "one RankTrainerCallback changes the ranks of a run, got several in callbacks; join their stages in "
                 "one list, RankTrainerCallback([*first, *second])",
+                "callbacks",
+            )
+        if self.trainer not in self._prepared:
+            raise ConfigurationError(
+                "trainer.add_callback comes too late to prepare the model for checkpoints that can be resumed: call "
+                "RankTrainerCallback(...).attach(trainer) instead",
                 "callbacks",
             )
         # So a change behind the last step is reported before TensorBoard and others close their files.

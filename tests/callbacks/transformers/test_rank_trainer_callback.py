@@ -100,11 +100,21 @@ def test_attached_callback_does_what_the_constructor_s_does_also_in_a_resumed_ru
         made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
         assert attached.history == schedule.history
         assert_same(model, reference, start)
-    if make is wrapped:
-        late = trainer(tmp_path, make(), None)
-        late.add_callback(RankTrainerCallback(SHRINK_AND_GROW))
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_callback_that_was_added_late_is_refused_with_the_cure(tmp_path):
+    schedule = RankTrainerCallback(CUT)
+    # Another Trainer that was given it properly changes nothing for this one.
+    trainer(tmp_path, own(), schedule)
+    made = trainer(tmp_path, own(), None)
+    made.add_callback(schedule)
+    with pytest.raises(ConfigurationError, match=r"RankTrainerCallback\(\.\.\.\)\.attach\(trainer\)") as raised:
+        made.train()
+    assert raised.value.arguments == ("callbacks",)
+    assert made.state.global_step == 0
+    schedule.attach(made)
+    made.train()
+    assert ranks(made.model) == {2}
 
 
 def test_attaching_checks_the_arguments_and_adds_the_callback_once(tmp_path):
