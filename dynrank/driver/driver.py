@@ -205,6 +205,9 @@ class RankDriver:
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             logged = {**training.logged(), **self.progress.metrics}
+            absent = [name for name in trigger.monitors if name not in logged]
+            if absent and all(training.logs_later(name) for name in absent):
+                return
             values = [metric_value(logged, name, observed_metrics(self.stages)) for name in trigger.monitors]
             self._decide(trigger.observe(training.step, *values))
 

@@ -84,6 +84,10 @@ class Training:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
+    def logs_later(self, name: str) -> bool:
+        """Whether training has logged nothing yet and may log the metric ``name``: a trigger then waits for it."""
+        return False
+
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.wrappers import ddp_modules
@@ -57,6 +57,12 @@ class TrainerTraining(Training):
 
     def logged(self) -> Mapping[str, float]:
         return self._metrics
+
+    def logs_later(self, name: str) -> bool:
+        """An evaluation may come before the first of the logs, in which training has its ``loss``."""
+        is_of_evaluation = name.startswith(("eval_", "val/"))
+        logs = self.trainer.args.logging_strategy != IntervalStrategy.NO
+        return logs and "loss" not in self._metrics and not is_of_evaluation
 
     @property
     def _evaluation(self) -> Callable[[], Mapping[str, Any]] | None:

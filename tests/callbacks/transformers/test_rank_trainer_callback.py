@@ -31,7 +31,7 @@ from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Rank
-from dynrank.triggers import At, Plateau
+from dynrank.triggers import At, Gap, Plateau
 
 
 def wrapped_experts():
@@ -285,6 +285,28 @@ def test_metric_that_no_evaluation_has_is_named_at_the_first_one(stage, tmp_path
     with pytest.raises(ConfigurationError, match="must name a metric that is logged, got 'val_loss'; .*'eval_loss'"):
         made.train()
     assert made.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "options", "stop", "missed"),
+    [
+        ("loss", "eval_loss", {}, 10, None),
+        ("los", "eval_loss", {}, 6, "got 'los'"),
+        ("loss", "eval_los", {}, 2, "got 'eval_los'"),
+        ("loss", "eval_loss", {"logging_strategy": "no"}, 2, "got 'loss'"),
+    ],
+)
+def test_gap_waits_for_the_first_loss_that_training_logs(train, val, options, stop, missed, tmp_path):
+    """Evaluations at 2 and 4 come before the first log, at 5."""
+    gap = Gap(train, val, window=10)
+    made = trainer(
+        tmp_path, own(), RankTrainerCallback(Stage(gap, Rank(2))), **EVALUATING, **{"logging_steps": 5, **options}
+    )
+    unreached = pytest.warns(UserWarning, match="training ended before stage 1")
+    with pytest.raises(ConfigurationError, match=missed) if missed else unreached:
+        made.train()
+    assert made.state.global_step == stop
+    assert len(gap.state_dict()["_gaps"]) == (0 if missed else 3)
 
 
 @pytest.mark.parametrize(("stages", "measure"), [(auto(0.3, at=0.5), False), (CUT, True)])
