@@ -205,11 +205,11 @@ class RankDriver:
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             logged = {**training.logged(), **self.progress.metrics}
-            absent = [name for name in trigger.monitors if name not in logged]
-            if absent and all(training.logs_later(name) for name in absent):
-                return
-            values = [metric_value(logged, name, observed_metrics(self.stages)) for name in trigger.monitors]
-            self._decide(trigger.observe(training.step, *values))
+            waiting = {name for name in trigger.monitors if name not in logged and training.logs_later(name)}
+            observed = observed_metrics(self.stages)
+            values = [metric_value(logged, name, observed) for name in trigger.monitors if name not in waiting]
+            if not waiting:
+                self._decide(trigger.observe(training.step, *values))
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
