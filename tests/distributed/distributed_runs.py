@@ -26,7 +26,7 @@ from wrapped_loops import WAYS, ended
 
 import dynrank
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankScheduler
 from dynrank.distributed.processes import from_all, from_first
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
@@ -299,6 +299,22 @@ def another_base(run: Run, folder: Path) -> str:
     return refusal(run, callbacks=[Other()], ckpt_path=saved(folder, CHANGE))
 
 
+class OwnScore(lightning.Callback):
+    """Logs a score that is best at one of the first validations in process 0, and in the mean at the last one."""
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        score = -trainer.global_step if trainer.global_rank == 0 else 3 * trainer.global_step
+        self.log("score", float(score))
+
+
+def best_of_own_scores(run: Run) -> tuple[int | None, float]:
+    """The step and the value of the best weights, where processes do not average what they log."""
+    best = BestWeights("score", "max")
+    callbacks = [OwnScore(), best]
+    fit(run, strategy=strategy_of(run), devices=2, callbacks=callbacks, enable_checkpointing=True)
+    return best.step, best.value
+
+
 def main(place: str) -> None:
     """What one of two processes does, started as torchrun does: every run, every resume, every refusal."""
     folder = Path(place)
@@ -314,6 +330,7 @@ def main(place: str) -> None:
     for error in (KeyboardInterrupt("stop"), ConfigurationError("bad"), Unpicklable("a", "b")):
         checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
     checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
+    checks["best of own scores"] = partial(best_of_own_scores, RUNS["ddp"])
     checks["a folder without the base"] = partial(
         refusal, RUNS["fsdp2"], callbacks=[AdapterCheckpoint(folder / "shards")], enable_checkpointing=True
     )

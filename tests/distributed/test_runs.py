@@ -55,6 +55,13 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
     assert_close(first["importance"], expected["importance"], rtol=1e-3, atol=1e-6)
 
 
+def test_best_weights_are_those_of_the_mean_over_processes(results):
+    """The metric of process 0 falls, and that of process 1 rises faster."""
+    first, second = found(results, "best of own scores")
+    assert first == second
+    assert first == (20, 20.0)
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
     assert_resumed(found(results, f"resume {name}"), RESUMED[name][1])

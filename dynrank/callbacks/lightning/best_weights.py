@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dynrank.callbacks.lightning.training import LightningTraining
+from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
@@ -23,7 +24,7 @@ class BestWeights(Checkpoint):
 
     A change that is kept forgets them, because they have other ranks. They are part of each checkpoint, so a resumed
     run ends with the same ones. Validations that check or measure a change, or are NaN, do not count. If no validation
-    came after the last step, one is made, which nothing logs.
+    came after the last step, one is made, which nothing logs. In several processes the mean of their metrics decides.
 
     Args:
         monitor: a metric that validations log.
@@ -72,7 +73,8 @@ class BestWeights(Checkpoint):
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""
         self._last_validated = trainer.global_step
-        value = float(metrics.get(self.monitor, nan))
+        # A metric that a module logs without sync_dist differs between processes, which have to keep the same weights.
+        value = mean_over_processes(float(metrics.get(self.monitor, nan)))
         gain = self.value - value if self.mode == "min" else value - self.value
         if gain > 0 or (self.step is None and not isnan(value)):
             self.step = trainer.global_step
