@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 from statistics import mean
 from typing import Any
 
@@ -134,14 +134,26 @@ def mark(optimizer: Optimizer) -> None:
         group.setdefault(LR_FACTOR, 1.0)
 
 
+def forget_plateau(schedulers: Sequence[Any]) -> None:
+    """Let schedulers that wait for a better metric, such as ReduceLROnPlateau, wait anew: ranks have fallen."""
+    for scheduler in map(_inner, schedulers):
+        if hasattr(scheduler, "num_bad_epochs"):
+            scheduler.best = inf if scheduler.mode == "min" else -inf
+            scheduler.num_bad_epochs = 0
+
+
+def _inner(scheduler: Any) -> Any:
+    """The scheduler without accelerate's wrapper."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
     """The schedulers of ``optimizer``, with those inside them; None if one is not a class of torch's, or not given.
 
     Another class may compute rates from values that are not known here.
     """
     found: list[Any] = []
-    # accelerate wraps schedulers.
-    waiting = [getattr(scheduler, "scheduler", scheduler) for scheduler in schedulers]
+    waiting = [*map(_inner, schedulers)]
     while waiting:
         scheduler = waiting.pop()
         if unwrapped_optimizer(scheduler.optimizer) is optimizer:
