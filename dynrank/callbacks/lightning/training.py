@@ -21,6 +21,7 @@ class LightningTraining(Training):
     """
 
     validate_by = "give fit() validation data"
+    knows_schedulers = True
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # An own optimizer_step may set rates, as Lightning's manual shows it.

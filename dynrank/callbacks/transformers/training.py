@@ -29,6 +29,7 @@ class TrainerTraining(Training):
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
+    knows_schedulers = True
 
     def __init__(
         self,
