@@ -53,7 +53,7 @@ class LearningRates:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
         factor: factor of the adapters' rates, in total; a group may contain a part of it already.
-        training: the run, whose list of schedulers may change; None: its schedulers are unknown.
+        training: the run, whose schedulers may be replaced; None: its schedulers are unknown.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LearningRates:
 
     def _schedulers(self) -> list[Any] | None:
         """The optimizer's present schedulers, with those inside them; None: unknown."""
-        given = None if self._training is None else self._training.schedulers
+        given = None if self._training is None else self._training.present_schedulers()
         return None if given is None else _of_torch(given, self._optimizer)
 
     def _leave(self) -> None:

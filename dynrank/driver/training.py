@@ -59,6 +59,10 @@ class Training:
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
 
+    def present_schedulers(self) -> Sequence[Any] | None:
+        """The schedulers of the next step; a trainer's may be replaced during the run."""
+        return self.schedulers
+
     @property
     def validates(self) -> bool:
         """Whether :meth:`validate` can be called."""

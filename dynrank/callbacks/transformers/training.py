@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Subset
@@ -38,9 +38,7 @@ class TrainerTraining(Training):
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
     ) -> None:
-        scheduler = event.get("lr_scheduler")
-        schedulers = None if scheduler is None else [scheduler]
-        super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step, schedulers=schedulers)
+        super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
         self.trainer = trainer
         self._event = event
@@ -55,6 +53,9 @@ class TrainerTraining(Training):
         self.step = self.trainer.state.global_step + steps_uncounted
         self._event = event
         return self
+
+    def present_schedulers(self) -> Sequence[Any] | None:
+        return None if self.trainer.lr_scheduler is None else [self.trainer.lr_scheduler]
 
     def logged(self) -> Mapping[str, float]:
         return self._metrics

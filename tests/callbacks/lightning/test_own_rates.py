@@ -115,3 +115,22 @@ def test_run_with_own_rates_goes_on_with_the_same_bits(fit, setting, assert_same
     for step in (7, 8, 12):
         rest, _ = fitted(fit, setting, kind, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert_same(rest, whole, step)
+
+
+def test_warm_up_that_replaces_the_scheduler_at_a_cut_gets_the_next_factor_too(fit, setting):
+    """It starts from the raised rate."""
+
+    class WarmingUp(lightning.Callback):
+        def on_rank_change(self, trainer, pl_module, event):
+            if event.step == 4:
+                (optimizer,) = trainer.optimizers
+                (config,) = trainer.lr_scheduler_configs
+                config.scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
+                config.interval = "step"
+
+    setting.schedules = True
+    stages = [Stage(At(step=step), Rank(rank), how=How(lr_factor=2.0)) for step, rank in ((4, 4), (8, 2))]
+    used = Used()
+    fit(RankScheduler(stages), WarmingUp(), used, module=setting(), max_steps=10)
+    expected = [1e-2] * 4 + [1e-2, 1.5e-2, 2e-2, 2e-2] + [4e-2] * 2
+    assert [*used.rates.values()] == pytest.approx(expected, rel=1e-3)
