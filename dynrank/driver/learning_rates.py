@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 from statistics import mean
 from typing import Any
 
@@ -87,7 +87,7 @@ class LearningRates:
         self.factor *= more
         mark(self._optimizer)
         self._notice()
-        schedulers = self._schedulers()
+        schedulers = self._known_schedulers()
         for index, group in enumerate(self._optimizer.param_groups if schedulers is not None else ()):
             is_set = group[LR_FACTOR] == _SET_BY_PROGRAM or index in self._ruled_by_others
             if self._is_of_adapters(group) and not is_set:
@@ -118,7 +118,7 @@ class LearningRates:
         """The part of the factor that the group's rate does not contain."""
         return self.factor / _contained(group)
 
-    def _schedulers(self) -> list[Any] | None:
+    def _known_schedulers(self) -> list[Any] | None:
         """The optimizer's present schedulers, with those inside them; None: unknown."""
         given = None if self._training is None else self._training.present_schedulers()
         return None if given is None else _of_torch(given, self._optimizer)
@@ -136,7 +136,7 @@ class LearningRates:
             now = _number(group["lr"])
             if now is None or left is None or now == left or not self._is_of_adapters(group):
                 continue
-            schedulers = self._schedulers()
+            schedulers = self._known_schedulers()
             if schedulers is None or any(_shown(scheduler, index) == now for scheduler in schedulers):
                 continue
             if schedulers and not (self._training is not None and self._training.knows_schedulers):
@@ -209,6 +209,14 @@ def mark(optimizer: Optimizer) -> None:
         group.setdefault(LR_FACTOR, 1.0)
 
 
+def forget_plateau(schedulers: Sequence[Any]) -> None:
+    """Let schedulers that wait for a better metric, such as ReduceLROnPlateau, wait anew: ranks have fallen."""
+    for scheduler in map(_inner, schedulers):
+        if hasattr(scheduler, "num_bad_epochs"):
+            scheduler.best = inf if scheduler.mode == "min" else -inf
+            scheduler.num_bad_epochs = 0
+
+
 def begin_anew(optimizer: Optimizer) -> None:
     """Let the present rates be those of a new schedule, whatever an earlier one has multiplied into them."""
     for group in optimizer.param_groups:
@@ -235,14 +243,18 @@ def _shown(scheduler: Any, index: int) -> float | None:
     return float(shown[index]) if index < len(shown) else None
 
 
+def _inner(scheduler: Any) -> Any:
+    """The scheduler without accelerate's wrapper."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
     """The schedulers of ``optimizer``, with those inside them; None if one is not a class of torch's, or not given.
 
     Another class may compute rates from values that are not known here.
     """
     found: list[Any] = []
-    # accelerate wraps schedulers.
-    waiting = [getattr(scheduler, "scheduler", scheduler) for scheduler in schedulers]
+    waiting = [*map(_inner, schedulers)]
     while waiting:
         scheduler = waiting.pop()
         if unwrapped_optimizer(scheduler.optimizer) is optimizer:

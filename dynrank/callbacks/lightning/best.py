@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.validations import run_validation
 from dynrank.driver.event import RankEvent
+from dynrank.driver.learning_rates import forget_plateau
 from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import ranks_in_words
 
@@ -21,8 +22,9 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
     """Let everything after ``event``, which has lowered ranks, count as better than everything before it.
 
     ModelCheckpoint keeps its files, and replaces them by the next ones that it writes, as it always does with the worst
-    of its top k. EarlyStopping starts anew.
+    of its top k. EarlyStopping starts anew, and so does ReduceLROnPlateau.
     """
+    forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs])
     lost = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         worst = torch.tensor(inf if getattr(callback, "mode", "min") == "min" else -inf)

@@ -37,9 +37,9 @@ class RankScheduler(Callback):
     was made or undone.
 
     After a change that lowers ranks, the best so far no longer counts: for a ModelCheckpoint with a monitor everything
-    later is better, and its files of before are the first to be replaced; EarlyStopping starts anew. After a change
-    behind the last step, ModelCheckpoints save the changed model as their best and last. At the end a warning names a
-    best or last checkpoint whose ranks are not the model's.
+    later is better, and its files of before are the first to be replaced; EarlyStopping and ReduceLROnPlateau start
+    anew. After a change behind the last step, ModelCheckpoints save the changed model as their best and last. At the
+    end a warning names a best or last checkpoint whose ranks are not the model's.
 
     If an adapter shares its param group with other parameters and a change raises its rate, the rate is logged as
     ``lr/adapter``; elsewhere the group and its scheduler have the rate that is used.

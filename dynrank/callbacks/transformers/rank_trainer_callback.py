@@ -22,6 +22,7 @@ from dynrank.distributed.sharding import is_sharded, shard_frozen
 from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
+from dynrank.driver.learning_rates import forget_plateau
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
@@ -49,9 +50,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     resuming on another base is an error. The same folder gets the adapter in PEFT's format.
 
     After a change that lowers ranks, the best so far no longer counts: ``state.best_metric`` and
-    ``best_model_checkpoint`` are empty until the next evaluation, and EarlyStoppingCallback starts anew. A change
-    behind the last step is made in the model that the Trainer has loaded, so ``trainer.save_model()`` saves the changed
-    one; a warning names the checkpoints on disk that have other ranks.
+    ``best_model_checkpoint`` are empty until the next evaluation, and EarlyStoppingCallback and the scheduler
+    ``reduce_lr_on_plateau`` start anew. A change behind the last step is made in the model that the Trainer has loaded,
+    so ``trainer.save_model()`` saves the changed one; a warning names the checkpoints on disk that have other ranks.
 
     Each change is printed as a table. ``rank/mean``, ``rank/max`` and ``rank/parameters`` go to everything that gets
     the Trainer's log (TensorBoard, W&B, the progress bar, ``state.log_history``). So does ``lr/adapter``, if an adapter
@@ -271,8 +272,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._run.log({**means, "rank/parameters": float(parameters)})
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
-        if event.lowers and not self.keep_best_before and state.best_metric is not None:
-            forget_best(args, state, event, ranks, self._saved)
+        if event.lowers and not self.keep_best_before:
+            forget_plateau(self._run.present_schedulers() or [])
+            if state.best_metric is not None:
+                forget_best(args, state, event, ranks, self._saved)
 
     def _training(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
         """The run at its present step."""

@@ -13,7 +13,7 @@ from trained import ranks
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.callbacks.lightning.best import saved_file
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import Stage
+from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
 
@@ -120,6 +120,34 @@ def test_patience_begins_anew_after_a_cut_and_a_resumed_run_goes_on_so(fit, wors
         again = worsening()
         again.scores = (step - 1) // 5
         assert run(again, cut, max_steps=50, ckpt_path=tmp_path / f"step={step}.ckpt") == 25, step
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_reduction_on_a_plateau_waits_anew_after_a_cut(fit, worsening, tmp_path, keep):
+    """The metric jumps at the cut, and falls in each validation after it; a resumed run goes on so."""
+    scores = [1.0, 0.8, *(3.0 - 0.1 * number for number in range(20))]
+
+    class Reducing(worsening):
+        def on_validation_epoch_end(self):
+            self.scores += 1
+            self.log("score", scores[self.scores - 1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+            return [optimizer], [{"scheduler": plateau, "monitor": "score", "interval": "step", "frequency": 5}]
+
+    def run(module, **options):
+        stage = Stage(At(step=10), Rank(2), how=How(lr_factor=2.0))
+        scheduler = RankScheduler(stage, keep_best_before=keep)
+        _, trainer = fit(scheduler, module=module, max_steps=40, **options)
+        return trainer.optimizers[0].param_groups[0]["lr"]
+
+    rate = run(Reducing(), saved=tmp_path)
+    assert rate < 1e-3 if keep else rate == 2e-2
+    again = Reducing()
+    again.scores = 2
+    assert run(again, ckpt_path=tmp_path / "step=12.ckpt") == rate
 
 
 def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression):

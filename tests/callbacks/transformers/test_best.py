@@ -14,6 +14,7 @@ from small_trainer import (
     STEPS,
     Hearing,
     base,
+    own,
     trainer,
     wrapped,
 )
@@ -49,6 +50,20 @@ def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, c
         assert ranks(model) == {2}
         made.save_model(str(tmp_path / "end"))
         assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_reduction_on_a_plateau_waits_anew_after_a_cut(tmp_path, kind, keep):
+    """Each evaluation of after the cut is better than the one before it, and worse than those of before the cut."""
+    scores = iter([8.0, 9.0, *range(1, 10)])
+    options = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": {"mode": "max", "patience": 0}}
+    arguments = {"metric_for_best_model": "score", "greater_is_better": True, **EVALUATING, **options}
+    made = trainer(tmp_path, own(), RankTrainerCallback(CUT, keep_best_before=keep), **arguments)
+    made.compute_metrics = lambda _: {"score": float(next(scores))}
+    made.train()
+    fell = made.optimizer.param_groups[0]["lr"] < 1e-2
+    assert fell == keep
 
 
 @pytest.mark.parametrize("keep", [False, True])
