@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial, wraps
 from math import inf, sqrt
 from statistics import mean
 from typing import Any
@@ -80,6 +81,11 @@ class LearningRates:
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._begin), after(lambda *_: self.restore()), saved, loaded(lambda _: self._leave())]
+        for index, group in enumerate(optimizer.param_groups):
+            # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
+            for scheduler in self._with_limit() if self._is_of_adapters(group) else ():
+                if isinstance(_limited(scheduler, index), partial):
+                    _keep_limit(scheduler, index, _contained(group))
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:
@@ -91,7 +97,7 @@ class LearningRates:
         for index, group in enumerate(self._optimizer.param_groups if schedulers is not None else ()):
             is_set = group[LR_FACTOR] == _SET_BY_PROGRAM or index in self._ruled_by_others
             if self._is_of_adapters(group) and not is_set:
-                _multiply(group, index, self._missing(group), schedulers or [])
+                _multiply(group, index, self._missing(group), schedulers or [], self._with_limit())
                 group[LR_FACTOR] = self.factor
         self._leave()
 
@@ -123,6 +129,12 @@ class LearningRates:
         given = None if self._training is None else self._training.present_schedulers()
         return None if given is None else _of_torch(given, self._optimizer)
 
+    def _with_limit(self) -> list[Any]:
+        """The schedulers that may have a limit as a share of the base rate, which the user has given as a rate."""
+        if self._training is None or not self._training.limits_are_rates:
+            return []
+        return self._known_schedulers() or []
+
     def _leave(self) -> None:
         """Remember the rate of each group."""
         self._left = [_number(group["lr"]) for group in self._optimizer.param_groups]
@@ -142,7 +154,7 @@ class LearningRates:
             if schedulers and not (self._training is not None and self._training.knows_schedulers):
                 self._ruled_by_others.add(index)
             elif group.get(LR_FACTOR, 1.0) != _SET_BY_PROGRAM:
-                _multiply_bases(group, index, 1.0 / _contained(group), schedulers)
+                _multiply_bases(group, index, 1.0 / _contained(group), schedulers, self._with_limit())
                 group[LR_FACTOR] = _SET_BY_PROGRAM
         self._leave()
 
@@ -265,8 +277,13 @@ def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | No
     return found if not is_missing and all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
 
 
-def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any]) -> None:
-    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``."""
+def _multiply(
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+) -> None:
+    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
+
+    ``limited``: those that have a limit as a share of the base rate; it stays.
+    """
     if ratio == 1.0:
         return
     now = float(group["lr"])
@@ -276,7 +293,10 @@ def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Seque
     base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
     _set(group, "lr", floor + (now - floor) * above)
-    _multiply_bases(group, index, ratio, schedulers)
+    _multiply_bases(group, index, ratio, schedulers, limited)
+    for scheduler in limited:
+        if _limited(scheduler, index) is not None and _shown(scheduler, index) == now:
+            _set(group, "lr", scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch))
     for scheduler in schedulers:
         # Nested schedulers may share this list.
         shown = scheduler.get_last_lr()
@@ -292,7 +312,9 @@ def _set(group: dict[str, Any], name: str, rate: Any) -> None:
         group[name] = rate
 
 
-def _multiply_bases(group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any]) -> None:
+def _multiply_bases(
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+) -> None:
     """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
     if ratio == 1.0:
         return
@@ -304,6 +326,36 @@ def _multiply_bases(group: dict[str, Any], index: int, ratio: float, schedulers:
             # A group that was added later has no base rate.
             if rates is not None and index < len(rates):
                 rates[index] = rates[index] * ratio
+    for scheduler in limited:
+        _keep_limit(scheduler, index, ratio)
+
+
+def _limited(scheduler: Any, index: int) -> Any:
+    """The function of group number ``index`` that has a limit as a share of the base rate; None: there is none.
+
+    It is a partial, as transformers makes it, or ours with another share.
+    """
+    functions = getattr(scheduler, "lr_lambdas", ())
+    function = functions[index] if index < len(functions) else None
+    made = getattr(function, "__wrapped__", function)
+    return function if isinstance(made, partial) and made.keywords.get("min_lr_rate") else None
+
+
+def _keep_limit(scheduler: Any, index: int, ratio: float) -> None:
+    """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``."""
+    function = _limited(scheduler, index)
+    if function is None or ratio == 1.0:
+        return
+    made = getattr(function, "__wrapped__", function)
+    share = made.keywords["min_lr_rate"] / ratio
+    other = partial(made.func, *made.args, **{**made.keywords, "min_lr_rate": share})
+
+    # LambdaLR saves no function in a checkpoint.
+    @wraps(other, assigned=())
+    def limited(step: int) -> float:
+        return float(other(step))
+
+    scheduler.lr_lambdas[index] = limited
 
 
 # Keys under which some optimizers keep state in the param group instead of in each parameter's state.

@@ -64,6 +64,11 @@ class Training:
         return self.schedulers
 
     @property
+    def limits_are_rates(self) -> bool:
+        """Whether the ``min_lr_rate`` of transformers' schedulers was given as a rate, ``min_lr``, which stays."""
+        return False
+
+    @property
     def validates(self) -> bool:
         """Whether :meth:`validate` can be called."""
         return type(self).validate is not Training.validate

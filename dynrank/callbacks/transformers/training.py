@@ -57,6 +57,10 @@ class TrainerTraining(Training):
     def present_schedulers(self) -> Sequence[Any] | None:
         return None if self.trainer.lr_scheduler is None else [self.trainer.lr_scheduler]
 
+    @property
+    def limits_are_rates(self) -> bool:
+        return "min_lr" in (self.trainer.args.lr_scheduler_kwargs or {})
+
     def logged(self) -> Mapping[str, float]:
         return self._metrics
 
