@@ -18,7 +18,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.last_step import LastStep
-from dynrank.driver.learning_rates import LearningRates, factor_of_change, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, factor_of_change, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -143,8 +143,10 @@ class RankDriver:
         # Also without a checkpoint: a fit() that goes on has new optimizers.
         self._remove_hooks()
         adapters = adapter_parameters(training.model)
+        for optimizer in training.optimizers if not self.history else ():
+            begin_anew(optimizer)
         self._rates = [
-            LearningRates(optimizer, adapters, self.lr_factor, training.schedulers) for optimizer in training.optimizers
+            LearningRates(optimizer, adapters, self.lr_factor, training) for optimizer in training.optimizers
         ]
         layers = dict(lora_layers(training.model))
         if not self._needs_importance:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial, wraps
 from math import inf, sqrt
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
@@ -29,8 +31,10 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
 
 # The key in a param group of the factor that its rate contains. So a checkpoint stores the factor with that rate.
 LR_FACTOR = "dynrank_lr_factor"
-# The rates in a param group: the present one, and those by which torch's schedulers compute it.
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+# The factor of a group whose rate the program sets by itself, so that it contains none, and never will.
+_SET_BY_PROGRAM = 0.0
+# The rates in a param group by which torch's schedulers compute the present one.
+_BASES = ("initial_lr", "max_lr", "min_lr")
 
 
 class LearningRates:
@@ -43,13 +47,14 @@ class LearningRates:
 
     In other groups rates are changed just before a step of the optimizer and restored just after it: adapters get their
     own group during the step, and the factor applies to no other parameter. So it is for all groups if the schedulers
-    are unknown: they, or the loop itself, may set absolute rates.
+    are unknown: they, or the loop itself, may set absolute rates. And so it is for a group from the first step on whose
+    rate is neither the one that was left in it nor a scheduler's: the program sets it, without the factor.
 
     Args:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
         factor: factor of the adapters' rates, in total; a group may contain a part of it already.
-        schedulers: all schedulers of the run; None: unknown.
+        training: the run, whose schedulers may be replaced; None: its schedulers are unknown.
     """
 
     def __init__(
@@ -57,33 +62,47 @@ class LearningRates:
         optimizer: Optimizer,
         adapters: Collection[nn.Parameter],
         factor: float,
-        schedulers: Sequence[Any] | None = None,
+        training: Training | None = None,
     ) -> None:
         self.factor = factor
         self._optimizer = optimizer
         self._adapters = {id(parameter) for parameter in adapters}
+        self._training = training
+        # The rate of each group when it was last looked at; None: it cannot be read without waiting for a device.
+        self._left: list[float | None] = []
+        # Groups that a scheduler rules that the loop has not named: it goes on from the rate that it found.
+        self._ruled_by_others: set[int] = set()
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before = optimizer.register_step_pre_hook
         after = optimizer.register_step_post_hook
+        loaded = optimizer.register_load_state_dict_post_hook
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
-        self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
-        self._of_torch = None if schedulers is None else _of_torch(schedulers, optimizer)
+        self._handles = [before(self._begin), after(lambda *_: self.restore()), saved, loaded(lambda _: self._leave())]
+        for index, group in enumerate(optimizer.param_groups):
+            # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
+            for scheduler in self._with_limit() if self._is_of_adapters(group) else ():
+                if isinstance(_limited(scheduler, index), partial):
+                    _keep_limit(scheduler, index, _contained(group))
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:
         """Multiply the adapters' rates by ``more`` from now on."""
         self.factor *= more
         mark(self._optimizer)
-        for index, group in enumerate(self._optimizer.param_groups if self._of_torch is not None else ()):
-            own, others = self._parted(group["params"])
-            if own and not others:
-                _multiply(group, index, self.factor / group[LR_FACTOR], self._of_torch or [])
+        self._notice()
+        schedulers = self._known_schedulers()
+        for index, group in enumerate(self._optimizer.param_groups if schedulers is not None else ()):
+            is_set = group[LR_FACTOR] == _SET_BY_PROGRAM or index in self._ruled_by_others
+            if self._is_of_adapters(group) and not is_set:
+                _multiply(group, index, self._missing(group), schedulers or [], self._with_limit())
                 group[LR_FACTOR] = self.factor
+        self._leave()
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
+        self._notice()
         raised = [self._missing(g) != 1.0 and bool(self._parted(g["params"])[0]) for g in self._optimizer.param_groups]
         groups = zip(self._optimizer.param_groups, raised, strict=True)
         return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
@@ -96,13 +115,68 @@ class LearningRates:
 
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""
-        # A group that was added after the start contains none.
-        return self.factor / float(group.get(LR_FACTOR, 1.0))
+        return self.factor / _contained(group)
 
-    def _change(self, optimizer: Optimizer, *_: Any) -> None:
+    def _known_schedulers(self) -> list[Any] | None:
+        """The optimizer's present schedulers, with those inside them; None: unknown."""
+        given = None if self._training is None else self._training.present_schedulers()
+        return None if given is None else _of_torch(given, self._optimizer)
+
+    def _with_limit(self) -> list[Any]:
+        """The schedulers that may have a limit as a share of the base rate, which the user has given as a rate."""
+        if self._training is None or not self._training.limits_are_rates:
+            return []
+        return self._known_schedulers() or []
+
+    def _leave(self) -> None:
+        """Remember the rate of each group."""
+        self._left = [_number(group["lr"]) for group in self._optimizer.param_groups]
+
+    def _notice(self) -> None:
+        """Find the groups whose rate is neither the one that was left in them nor a scheduler's."""
+        # A graph of a compiled step would contain the rates as constants.
+        if torch.compiler.is_compiling() or self._groups:
+            return
+        for index, (group, left) in enumerate(zip(self._optimizer.param_groups, self._left, strict=False)):
+            now = _number(group["lr"])
+            if now is None or left is None or now == left or not self._is_of_adapters(group):
+                continue
+            schedulers = self._known_schedulers()
+            if schedulers is None or any(_shown(scheduler, index) == now for scheduler in schedulers):
+                continue
+            if schedulers and not (self._training is not None and self._training.knows_schedulers):
+                self._ruled_by_others.add(index)
+            elif group.get(LR_FACTOR, 1.0) != _SET_BY_PROGRAM:
+                _multiply_bases(group, index, 1.0 / _contained(group), schedulers, self._with_limit())
+                group[LR_FACTOR] = _SET_BY_PROGRAM
+        self._leave()
+
+    def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raise the rates of the step that begins; returns its arguments if the closure is among them."""
+        self.restore()
+        self._notice()
+        self._change(self._optimizer)
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._watched(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._watched(args[1]), *args[2:]), kwargs
+        return None
+
+    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure`` with the rates as they are outside of a step: Lightning calls hooks in it, which may set them."""
+
+        def run() -> Any:
+            self.restore()
+            result = closure()
+            self._notice()
+            self._change(self._optimizer)
+            return result
+
+        return run
+
+    def _change(self, optimizer: Optimizer) -> None:
         if all(self._missing(group) == 1.0 for group in optimizer.param_groups):
             return
-        self.restore()
         self._groups = [(group["lr"], group["params"]) for group in optimizer.param_groups]
         for group in [*optimizer.param_groups]:
             own, others = self._parted(group["params"])
@@ -122,6 +196,11 @@ class LearningRates:
                 group["lr"] = rate
                 group["params"] = parameters
 
+    def _is_of_adapters(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group has adapters, and nothing else."""
+        own, others = self._parted(group["params"])
+        return bool(own) and not others
+
     def _parted(self, parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(adapters, others) among ``parameters``."""
         own = [parameter for parameter in parameters if id(parameter) in self._adapters]
@@ -140,6 +219,32 @@ def forget_plateau(schedulers: Sequence[Any]) -> None:
         if hasattr(scheduler, "num_bad_epochs"):
             scheduler.best = inf if scheduler.mode == "min" else -inf
             scheduler.num_bad_epochs = 0
+
+
+def begin_anew(optimizer: Optimizer) -> None:
+    """Let the present rates be those of a new schedule, whatever an earlier one has multiplied into them."""
+    for group in optimizer.param_groups:
+        if group.get(LR_FACTOR) != _SET_BY_PROGRAM:
+            group.pop(LR_FACTOR, None)
+
+
+def _contained(group: Mapping[str, Any]) -> float:
+    """The factor that the group's rate contains."""
+    # A group that was added after the start contains none.
+    return float(group.get(LR_FACTOR, 1.0)) or 1.0
+
+
+def _number(rate: Any) -> float | None:
+    """The rate; None if the optimizer computes its own, or if a device would have to be waited for."""
+    if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
+        return None
+    return float(rate)
+
+
+def _shown(scheduler: Any, index: int) -> float | None:
+    """The rate that ``scheduler`` has last set in group number ``index``; None: there was no such group."""
+    shown = scheduler.get_last_lr()
+    return float(shown[index]) if index < len(shown) else None
 
 
 def _inner(scheduler: Any) -> Any:
@@ -164,8 +269,13 @@ def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | No
     return found if not is_missing and all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
 
 
-def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any]) -> None:
-    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``."""
+def _multiply(
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+) -> None:
+    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
+
+    ``limited``: those that have a limit as a share of the base rate; it stays.
+    """
     if ratio == 1.0:
         return
     now = float(group["lr"])
@@ -174,23 +284,70 @@ def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Seque
     floor = (floors or [0.0])[0]
     base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
-    for name in _RATES:
+    _set(group, "lr", floor + (now - floor) * above)
+    _multiply_bases(group, index, ratio, schedulers, limited)
+    for scheduler in limited:
+        if _limited(scheduler, index) is not None and _shown(scheduler, index) == now:
+            _set(group, "lr", scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch))
+    for scheduler in schedulers:
+        # Nested schedulers may share this list.
+        shown = scheduler.get_last_lr()
+        if index < len(shown) and float(shown[index]) == now:
+            shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+
+
+def _set(group: dict[str, Any], name: str, rate: Any) -> None:
+    if isinstance(group[name], Tensor):
+        # Captured steps of an optimizer read this tensor.
+        group[name].fill_(rate)
+    else:
+        group[name] = rate
+
+
+def _multiply_bases(
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+) -> None:
+    """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
+    if ratio == 1.0:
+        return
+    for name in _BASES:
         if name in group:
-            scaled = floor + (now - floor) * above if name == "lr" else group[name] * ratio
-            if isinstance(group[name], Tensor):
-                # Captured steps of an optimizer read this tensor.
-                group[name].fill_(scaled)
-            else:
-                group[name] = scaled
+            _set(group, name, group[name] * ratio)
     for scheduler in schedulers:
         for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
             # A group that was added later has no base rate.
             if rates is not None and index < len(rates):
                 rates[index] = rates[index] * ratio
-        # Nested schedulers may share this list.
-        shown = scheduler.get_last_lr()
-        if index < len(shown) and float(shown[index]) == now:
-            shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+    for scheduler in limited:
+        _keep_limit(scheduler, index, ratio)
+
+
+def _limited(scheduler: Any, index: int) -> Any:
+    """The function of group number ``index`` that has a limit as a share of the base rate; None: there is none.
+
+    It is a partial, as transformers makes it, or ours with another share.
+    """
+    functions = getattr(scheduler, "lr_lambdas", ())
+    function = functions[index] if index < len(functions) else None
+    made = getattr(function, "__wrapped__", function)
+    return function if isinstance(made, partial) and made.keywords.get("min_lr_rate") else None
+
+
+def _keep_limit(scheduler: Any, index: int, ratio: float) -> None:
+    """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``."""
+    function = _limited(scheduler, index)
+    if function is None or ratio == 1.0:
+        return
+    made = getattr(function, "__wrapped__", function)
+    share = made.keywords["min_lr_rate"] / ratio
+    other = partial(made.func, *made.args, **{**made.keywords, "min_lr_rate": share})
+
+    # LambdaLR saves no function in a checkpoint.
+    @wraps(other, assigned=())
+    def limited(step: int) -> float:
+        return float(other(step))
+
+    scheduler.lr_lambdas[index] = limited
 
 
 # Keys under which some optimizers keep state in the param group instead of in each parameter's state.

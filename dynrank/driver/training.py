@@ -28,7 +28,8 @@ class Training:
         step: optimizer steps made so far; the loop counts them.
         schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
             multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
-            inside each step of the optimizer, and schedulers and logs show it without that factor.
+            inside each step of the optimizer, and schedulers and logs show it without that factor. The list may be
+            replaced during the run.
 
     A class that validates, for schedules that read a metric:
 
@@ -48,6 +49,8 @@ class Training:
     step: int = 0
     schedulers: Sequence[Any] | None = None
 
+    # Whether a trainer knows all its schedulers. Any other rate is then one that the program has set by itself.
+    knows_schedulers: ClassVar[bool] = False
     # Advice in error messages: how the user makes a run validate.
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
@@ -55,6 +58,15 @@ class Training:
         self.ddp = ddp_modules(self.model)
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
+
+    def present_schedulers(self) -> Sequence[Any] | None:
+        """The schedulers of the next step; a trainer's may be replaced during the run."""
+        return self.schedulers
+
+    @property
+    def limits_are_rates(self) -> bool:
+        """Whether the ``min_lr_rate`` of transformers' schedulers was given as a rate, ``min_lr``, which stays."""
+        return False
 
     @property
     def validates(self) -> bool:

@@ -336,3 +336,31 @@ def test_checkpoint_of_another_version_is_refused_in_one_sentence():
     del state["importance"]
     with pytest.raises(ConfigurationError, match="has no importance of a rank schedule, so another version"):
         driver.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_second_schedule_on_an_optimizer_takes_the_rate_that_it_finds(scheduled):
+    """The first one has multiplied its factor into the rate, which a user then sets for the next phase."""
+    loop = Loop(6, torch.optim.SGD)
+    (optimizer,) = loop.optimizers
+    (group,) = optimizer.param_groups
+    for rank, rate in ((4, 0.01), (2, 0.003)):
+        group["lr"] = rate
+        group.pop("initial_lr", None)
+        loop.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)] if scheduled else []
+        driver = RankDriver(at(loop.step + 2, Rank(rank), lr_factor=2.0))
+        driver.start(loop, Run(8))
+        used = []
+        for _ in range(4):
+            driver.advance(loop)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(loop.model(X), Y).backward()
+            before = loop.model[0].lora_B.detach().clone()
+            optimizer.step()
+            used.append(((loop.model[0].lora_B - before).norm() / loop.model[0].lora_B.grad.norm()).item())
+            loop.step += 1
+            driver.end_step(loop)
+            for scheduler in loop.schedulers:
+                scheduler.step()
+        driver.finish(loop)
+        assert used == pytest.approx([rate] * 2 + [2 * rate] * 2, rel=1e-3)

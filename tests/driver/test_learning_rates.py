@@ -32,6 +32,16 @@ def pair():
     return adapter, head
 
 
+class Knowing(Training):
+    """As under a trainer, each rate that is no scheduler's is the program's own."""
+
+    knows_schedulers = True
+
+
+def scheduled(optimizer, schedulers, kind=Training):
+    return kind(nn.Module(), [optimizer], schedulers=schedulers)
+
+
 def plateau(optimizer):
     """It falls after every third step, whatever the metric."""
     scheduler = lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=1e-3)
@@ -85,8 +95,8 @@ def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, chan
     for step in range(18):
         if step == changed_at:
             # The second one finds the factor in the group.
-            LearningRates(optimizer, [adapter], 3.0, [scheduler]).remove()
-            LearningRates(optimizer, [adapter], 3.0, [scheduler])
+            LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [scheduler], Knowing)).remove()
+            LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [scheduler], Knowing))
         before = adapter.item()
         optimizer.step()
         fresh_rates = [group["lr"] for group in fresh.param_groups]
@@ -111,7 +121,7 @@ def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
         optimizer = torch.optim.SGD([adapter], lr=0.5)
         schedulers = make(optimizer)
         before = adapter.item()
-        LearningRates(optimizer, [adapter], 3.0, schedulers)
+        LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, schedulers))
         optimizer.step()
         assert (optimizer.param_groups[0]["lr"], adapter.item() - before) == pytest.approx((0.5, 1.5))
         for scheduler in schedulers or ():
@@ -130,7 +140,7 @@ def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
         parts = optimizer, lr.LambdaLR(optimizer, lambda step: 0.5**step)
         for part, state in zip(parts, saved, strict=False):
             part.load_state_dict(state)
-        LearningRates(optimizer, [adapter], 3.0, [parts[1]])
+        LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [parts[1]]))
         return parts
 
     first = run()
@@ -142,6 +152,38 @@ def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
         optimizer.step()
         scheduler.step()
         assert scheduler.get_last_lr() == pytest.approx([0.375])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_scheduler_that_replaces_another_at_a_change_gets_the_next_factor_too(pair, told):
+    """It starts from the raised rate, also one of which the loop has not told."""
+    adapter, _ = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    training = scheduled(optimizer, [lr.LambdaLR(optimizer, lambda step: 1.0)])
+    rates = LearningRates(optimizer, [adapter], 1.0, training)
+    rates.multiply(2.0)
+    warmup = lr.LinearLR(optimizer, 0.5, total_iters=2)
+    if told:
+        training.schedulers = [warmup]
+    for expected in (0.5, 0.75, 1.0, 2.0, 2.0):
+        if expected == 2.0 and rates.factor == 2.0:
+            rates.multiply(2.0)
+        before = adapter.item()
+        optimizer.step()
+        assert adapter.item() - before == pytest.approx(expected)
+        warmup.step()
+
+
+def test_state_that_is_loaded_during_a_run_is_no_rate_of_the_program_s_own(pair):
+    adapter, _ = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    rates = LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, []))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 0.9
+    optimizer.load_state_dict(state)
+    assert rates.of_next_step() == [0.9]
+    optimizer.step()
+    assert adapter.item() == pytest.approx(0.9)
 
 
 OPTIMIZERS = {
@@ -230,7 +272,7 @@ def test_adapters_in_a_group_that_is_added_later_follow_its_scheduler(pair):
     optimizer = torch.optim.SGD([head], lr=0.5)
     scheduler = lr.StepLR(optimizer, 1, 0.5)
     optimizer.add_param_group({"params": [adapter]})
-    rates = LearningRates(optimizer, [adapter], 3.0, [scheduler])
+    rates = LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [scheduler]))
     for expected in (1.5, 3.0, 4.5):
         optimizer.step()
         scheduler.step()

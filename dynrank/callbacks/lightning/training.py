@@ -1,6 +1,7 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -21,12 +22,12 @@ class LightningTraining(Training):
     """
 
     validate_by = "give fit() validation data"
+    knows_schedulers = True
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().__init__(pl_module, trainer.optimizers, trainer.global_step)
         # An own optimizer_step may set rates, as Lightning's manual shows it.
-        sets_rates = is_overridden("optimizer_step", pl_module)
-        schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
-        super().__init__(pl_module, trainer.optimizers, trainer.global_step, schedulers)
+        self._sets_rates = is_overridden("optimizer_step", pl_module)
         # The trainer's model is wrapped by DDP.
         self.ddp = ddp_modules(trainer.strategy.model or pl_module)
         self.trainer = trainer
@@ -36,6 +37,9 @@ class LightningTraining(Training):
         """The run itself, at its present step."""
         self.step = self.trainer.global_step
         return self
+
+    def present_schedulers(self) -> Sequence[Any] | None:
+        return None if self._sets_rates else [config.scheduler for config in self.trainer.lr_scheduler_configs]
 
     @property
     def validates(self) -> bool:

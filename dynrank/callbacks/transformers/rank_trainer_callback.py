@@ -283,7 +283,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
         if event.lowers and not self.keep_best_before:
-            forget_plateau([self._run.trainer.lr_scheduler])
+            forget_plateau(self._run.present_schedulers() or [])
             if state.best_metric is not None:
                 forget_best(args, state, event, ranks, self._saved)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Subset
@@ -29,6 +29,7 @@ class TrainerTraining(Training):
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
+    knows_schedulers = True
 
     def __init__(
         self,
@@ -37,9 +38,7 @@ class TrainerTraining(Training):
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
     ) -> None:
-        scheduler = event.get("lr_scheduler")
-        schedulers = None if scheduler is None else [scheduler]
-        super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step, schedulers=schedulers)
+        super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
         self.trainer = trainer
         self._event = event
@@ -54,6 +53,13 @@ class TrainerTraining(Training):
         self.step = self.trainer.state.global_step + steps_uncounted
         self._event = event
         return self
+
+    def present_schedulers(self) -> Sequence[Any] | None:
+        return None if self.trainer.lr_scheduler is None else [self.trainer.lr_scheduler]
+
+    @property
+    def limits_are_rates(self) -> bool:
+        return "min_lr" in (self.trainer.args.lr_scheduler_kwargs or {})
 
     def logged(self) -> Mapping[str, float]:
         return self._metrics

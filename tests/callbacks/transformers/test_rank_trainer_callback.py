@@ -384,3 +384,61 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
     measured = schedule.history[0].measured
     assert (measured.metric, measured.before, measured.after, measured.all_data) == ("val/loss", *losses, False)
     assert losses[0] != losses[1]
+
+
+class Taken(TrainerCallback):
+    """{the step: its rate}"""
+
+    def __init__(self):
+        self.rates = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **_):
+        self.rates[state.global_step] = optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("limit", [{"min_lr": 4e-3}, {"min_lr_rate": 0.4}])
+@pytest.mark.parametrize("kind", ["cosine_with_min_lr", "cosine_warmup_with_min_lr"])
+def test_lowest_rate_of_a_scheduler_stays_and_its_share_follows_the_base_rate(tmp_path, kind, limit):
+    def run(callback, start=None, **options):
+        taken = Taken()
+        options = {"lr_scheduler_type": kind, "warmup_steps": 3, **SAVING, **options}
+        made = trainer(tmp_path / str(start), own(), callback, **options)
+        made.add_callback(taken)
+        source = tmp_path / "None" / f"checkpoint-{start}"
+        made.train(resume_from_checkpoint=str(source) if start else None)
+        return taken.rates
+
+    before = run(None, lr_scheduler_kwargs=limit)
+    share = {"min_lr_rate": 0.2 if "min_lr" in limit else 0.4}
+    after = run(None, lr_scheduler_kwargs=share, learning_rate=2e-2)
+    expected = {step: (before if step < 4 else after)[step] for step in range(STEPS)}
+    assert run(RankTrainerCallback(CUT), lr_scheduler_kwargs=limit) == pytest.approx(expected)
+    rest = run(RankTrainerCallback(CUT), start=6, lr_scheduler_kwargs=limit)
+    assert rest == pytest.approx({step: expected[step] for step in range(6, STEPS)})
+    two = [
+        Stage(At(step=step), Rank(rank), how=How(lr_factor=factor)) for step, rank, factor in ((2, 3, 4.0), (4, 2, 0.5))
+    ]
+    found = run(RankTrainerCallback(two), lr_scheduler_kwargs=limit)
+    assert {step: found[step] for step in range(4, STEPS)} == pytest.approx({s: expected[s] for s in range(4, STEPS)})
+
+
+def test_rate_that_a_callback_sets_is_raised(tmp_path):
+    class Setting(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **_):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * 0.9**state.global_step
+
+    used = {}
+
+    def watch(optimizer, *_):
+        used[len(used)] = optimizer.param_groups[0]["lr"]
+
+    class Watching(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **_):
+            getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(watch)
+
+    made = trainer(tmp_path, own(), RankTrainerCallback(CUT))
+    made.add_callback(Setting())
+    made.add_callback(Watching())
+    made.train()
+    assert used == pytest.approx({step: 1e-2 * 0.9**step * (2 if step >= 4 else 1) for step in range(STEPS)})
