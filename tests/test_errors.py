@@ -249,7 +249,7 @@ KEY = re.compile(
 PYTHON = re.compile(
     r"(?:\btrainer\.)?\b(?:test\(|fit\(\w+, )ckpt_path="
     r"|\b(?:model|optimizer|trainer)\.(?:\w+\(|\w+`|(?:layers|param_groups|state|parameters|callbacks|global_step)\b)"
-    r"|\btrainer\.save_(?:checkpoint|model)\b"
+    r"|\btrainer\.(?:save_(?:checkpoint|model)|add_callback)\b"
 )
 # Lines of a shell that an export advises.
 OTHER_PROGRAMS = re.compile(r"--(?:lora|model-path|enable-|max-lora-rank|nproc_per_node)[\w-]*")

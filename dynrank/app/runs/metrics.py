@@ -29,7 +29,16 @@ def go_on(folder: Path, step: int, logger: CSVLogger) -> None:
 
 
 def drop_repeated_rows(folder: Path) -> None:
-    """Remove the second of equal rows: a resumed run repeats the validation after its checkpoint."""
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    with whole_file(folder / METRICS) as part:
-        part.write_text("".join(dict.fromkeys(lines)), encoding="utf-8")
+    """Remove the second of equal rows: a resumed run repeats the validation after its checkpoint.
+
+    After the last step of an epoch the repeated one has the number of the next epoch.
+    """
+    with (folder / METRICS).open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        first: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in reader:
+            first.setdefault(tuple(value for name, value in row.items() if name != "epoch"), row)
+    with whole_file(folder / METRICS) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, reader.fieldnames or ["step"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(first.values())

@@ -154,7 +154,7 @@ def test_importance_counts_as_many_bytes_as_a_run_holds_after_real_steps(schedul
         training.step += 1
         driver.end_step(training)
         optimizer.zero_grad()
-    real = sum(storages_of(driver, ["_layers", "_factors", "_rates"]).values())
+    real = sum(storages_of(driver, ["_layers", "_factors", "_rates", "_steps"]).values())
     # A few numbers for each layer and each factor.
     assert real - need.importance == (
         0 if schedule == "fixed" else pytest.approx(0, abs=8 * 12 * len(own_layers(model)))

@@ -18,13 +18,13 @@ def write(path, text):
 
 def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
     metrics = tmp_path / "metrics.csv"
-    write(metrics, "a,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n,1,,4.0\n,2,0.8,\n,3,0.7\n4")
+    write(metrics, "epoch,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n3,1,,4.0\n,2,0.8,\n,3,0.7\n4")
     logger = CSVLogger(tmp_path, name="", version="")
     go_on(tmp_path / "none", 2, logger)
     go_on(tmp_path, 2, logger)
     assert len(rows(metrics)) == 4
-    # The second validation after the checkpoint is another one.
-    for values, step in (({"val": 4.0}, 1), ({"train": 0.8, "new": 1.0}, 2)):
+    # The checkpoint ended an epoch, so the validation after it is repeated in the next one.
+    for values, step in (({"val": 4.0, "epoch": 4}, 1), ({"train": 0.8, "new": 1.0}, 2)):
         logger.log_metrics(values, step)
         logger.save()
     drop_repeated_rows(tmp_path)
