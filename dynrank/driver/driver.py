@@ -1,4 +1,21 @@
-"""Carrying out a schedule in a run, with any trainer: which stage is due, whether it can act, and its change."""
+"""Carrying out a schedule in a run, with any trainer: which stage is due, whether it can act, and its change.
+
+What happens at a change:
+
+1. A stage is decided: by a trigger after a validation (``validated``, where process 0 decides for all), or by time
+   before a step (``advance``). A later stage that is due by time replaces a decision that waits.
+2. ``advance`` makes the change between two steps. First all processes compare their weights and optimizer states.
+3. Process 0 asks the stage's target for the new ranks, by the state of each layer (``DueStage``: bounds, and singular
+   values or importance if the target reads them), and computes new factors and optimizer state. One broadcast gives
+   them to the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced.
+4. Only with ``max_regression``, ``measure`` or a search the weights are validated before the change, and after it.
+5. The change is applied by assignments, while DDP is paused and Ctrl-C waits.
+6. Too large a regression undoes it bit for bit. Such a stage is over, too: it is not tried again.
+7. The driver goes to the next stage: triggers begin anew; importance keeps its sums and forgets the last update; the
+   adapters' learning rate is multiplied by ``lr_factor`` of the stage's How, 1 unless the schedule says otherwise.
+8. At the end, after the validations, the event goes to the trainer's callbacks (``on_rank_change``), which print it,
+   log ranks and forget the best so far.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +114,7 @@ class RankDriver:
         """Whether every stage is over."""
         return self.progress.stage >= len(self.stages)
 
-    def hidden_rates(self, training: Training) -> dict[str, float]:
+    def unlogged_adapter_rates(self, training: Training) -> dict[str, float]:
         """{``lr/adapter``: the adapters' rate in the next step}, if it is not the rate of their param group.
 
         So it is after a change that has raised their rate, if the group also has other parameters or an unknown
@@ -328,7 +345,7 @@ class RankDriver:
             if stage.how.max_regression is None:
                 change = self._compute(training, due)
                 event = due.event(training.step, change.reports, due.reason) if change.reports else None
-                measurement = self._measurement(training, stage) if event is not None else None
+                measurement = self._validate_before_if_measured(training, stage) if event is not None else None
                 # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
                 with uninterrupted():
                     if event is not None:
@@ -363,7 +380,7 @@ class RankDriver:
         change = self._compute(training, due)
         if not change.reports:
             return None
-        test = self._test(training, due.stage)
+        test = self._validate_before(training, due.stage)
         with uninterrupted():
             apply_change(training, change)
         measured = test.measure()
@@ -373,16 +390,16 @@ class RankDriver:
         test.record()
         return replace(due.event(training.step, change.reports, due.reason), measured=measured)
 
-    def _test(self, training: Training, stage: Stage) -> RegressionTest:
+    def _validate_before(self, training: Training, stage: Stage) -> RegressionTest:
         """The test of a change that is about to be made; the run may have validated these weights already."""
         is_validated = self.progress.observed_step == training.step and stage.how.check_monitor in self.progress.metrics
         return RegressionTest(training, stage.how, self.progress.metrics if is_validated else None)
 
-    def _measurement(self, training: Training, stage: Stage) -> RegressionTest | None:
-        """As :meth:`_test`, of a change that nothing checks; None: none is wanted, or it would take too long."""
+    def _validate_before_if_measured(self, training: Training, stage: Stage) -> RegressionTest | None:
+        """As :meth:`_validate_before`, of a change that nothing checks; None: none is wanted, or it would take too long."""
         batches = batches_to_measure(training, len(self.stages), self._run) if self.measure else 0
         if batches is None:
-            return self._test(training, stage)
+            return self._validate_before(training, stage)
         return RegressionTest(training, stage.how, None, batches) if batches else None
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:

@@ -142,7 +142,7 @@ class RankScheduler(Callback):
         training = self._training
         if between_steps:
             self.driver.advance(training)
-        hidden = self.driver.hidden_rates(training)
+        hidden = self.driver.unlogged_adapter_rates(training)
         if hidden:
             pl_module.log_dict(hidden)
 

@@ -234,7 +234,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self.logged.update(numeric_metrics(logs))
             if "learning_rate" in logs:
                 training = self._training(kwargs)
-                hidden = self.driver.hidden_rates(training)
+                hidden = self.driver.unlogged_adapter_rates(training)
                 if hidden:
                     training.log(hidden)
 
