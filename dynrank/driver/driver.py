@@ -396,7 +396,7 @@ class RankDriver:
         return RegressionTest(training, stage.how, self.progress.metrics if is_validated else None)
 
     def _validate_before_if_measured(self, training: Training, stage: Stage) -> RegressionTest | None:
-        """As :meth:`_validate_before`, of a change that nothing checks; None: none is wanted, or it would take too long."""
+        """As :meth:`_validate_before`, of a change that nothing checks; None: not wanted, or it would take too long."""
         batches = batches_to_measure(training, len(self.stages), self._run) if self.measure else 0
         if batches is None:
             return self._validate_before(training, stage)
