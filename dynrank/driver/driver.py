@@ -6,13 +6,15 @@ What happens at a change:
    before a step (``advance``). A later stage that is due by time replaces a decision that waits.
 2. ``advance`` makes the change between two steps. First all processes compare their weights and optimizer states.
 3. Process 0 asks the stage's target for the new ranks, by the state of each layer (``DueStage``: bounds, and singular
-   values or importance if the target reads them), and computes new factors and optimizer state. One broadcast gives
-   them to the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced.
+   values or importance if the target reads them), and computes new factors and optimizer state. They are
+   broadcast to the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are
+   balanced.
 4. Only with ``max_regression``, ``measure`` or a search the weights are validated before the change, and after it.
 5. The change is applied by assignments, while DDP is paused and Ctrl-C waits.
 6. Too large a regression undoes it bit for bit. Such a stage is over, too: it is not tried again.
-7. The driver goes to the next stage: triggers begin anew; importance keeps its sums and forgets the last update; the
-   adapters' learning rate is multiplied by ``lr_factor`` of the stage's How, 1 unless the schedule says otherwise.
+7. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
+   the last update (its sums stay), and the adapters' learning rate is multiplied by ``lr_factor`` of the stage's How,
+   which is 1 unless the schedule says otherwise.
 8. At the end, after the validations, the event goes to the trainer's callbacks (``on_rank_change``), which print it,
    log ranks and forget the best so far.
 """
@@ -405,7 +407,8 @@ class RankDriver:
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
         """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors.
 
-        The change enters the history, later triggers and importance forget what was before it, and rates follow it.
+        Later triggers begin anew. The event enters the history. After a change that was made and kept, importance
+        forgets the last update, and the adapters' learning rates follow.
         """
         self.progress.pending = None
         self.progress.stage = index + 1

@@ -90,7 +90,7 @@ def expected_states(
 
 
 def keeps_rank(layer: RankedLayer) -> bool:
-    """Whether schedules leave a layer alone: it is pinned, or frozen.
+    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
 
     A frozen layer has no importance, and a pool would cut off what it learned earlier.
     """

@@ -40,7 +40,7 @@ class RankEvent:
         reason: why the change was made, or why it was undone.
         layers: a report for each layer with new factors; layers that only were balanced have one, too.
         undone: whether the change cost too much and was undone; then the ranks are as before.
-        measured: what the change cost; None: no validations were made directly before and after it.
+        measured: what the change cost; None: it was not measured, or it was undone or searched, and the reason says it.
 
     >>> import torch, dynrank
     >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)

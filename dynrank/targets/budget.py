@@ -32,7 +32,7 @@ class Budget(Target):
         parameters: parameters of all layers together after the change, pinned layers included.
         share: the size as a share of the present parameters, in (0, 1]. A schedule's first stage needs a share that
             suffices for the lowest ranks; later, and in :meth:`ranks`, every layer keeps its lowest rank in any case.
-        final_rank: the number of parameters that all layers have at this rank.
+        final_rank: the number of parameters that all layers have at this rank, or at the nearest one in their bounds.
         left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
@@ -40,7 +40,8 @@ class Budget(Target):
         by: what ranks follow: the "importance" of layers, or "weight", the singular values of their updates.
 
     Raises:
-        ConfigurationError: if a value is out of range; from :meth:`ranks` if the pool is below the lowest ranks.
+        ConfigurationError: if a value is out of range; from :meth:`ranks`, but for ``share``, if the pool is below the
+            lowest ranks.
 
     >>> layers = {"q": LayerState(8, 5, 5, importance=0.1), "v": LayerState(8, 5, 5, importance=0.3)}
     >>> Budget(parameters=80).ranks(layers)
@@ -144,7 +145,7 @@ class Budget(Target):
         # A layer at or below the lowest rank keeps its rank.
         if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
-        # A layer's own bounds come before those of the budget.
+        # No choice is left where the bounds of layer and budget do not meet.
         return [*range(low, min(top, layer.rank) + 1)] or [layer.shrunk(max(low, top))]
 
     def _cap(self, layer: LayerState) -> int:

@@ -26,30 +26,32 @@ class RankScheduler(Callback):
     Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Under
     manual optimization, which may have several optimizers, the module must call :meth:`step`. Metrics are read after
     each validation (after each epoch, if nothing is validated). A change is made at the start of a later batch, between
-    an optimizer step and the next forward, never with gradients pending. When a stage is due, earlier stages that have
-    not acted are skipped. A checkpoint contains everything that a resumed run needs, before, during and after a change.
+    an optimizer step and the next forward, never with gradients pending; what is due after the last step, at the end.
+    When a stage is due, earlier stages that have not acted are skipped. A checkpoint contains everything that a resumed
+    run needs, before, during and after a change.
 
-    A layer with its own final rank (rank map) is never shrunk below it and gets it in the last stage; a pinned layer
-    never changes, and a frozen one keeps its rank. One scheduler drives one run: a trainer takes one scheduler (lists
-    of stages can be added), and the next run takes a new one.
+    A layer with its own final rank (rank map) is never shrunk below it by dynrank's targets, and a cut in the last
+    stage brings it there; a pinned layer never changes, and a frozen one keeps its rank. One scheduler drives one run:
+    a trainer takes one scheduler (lists of stages can be added), and the next run takes a new one.
 
     If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.
 
     After a change that lowers ranks, the best so far no longer counts: for a ModelCheckpoint with a monitor everything
     later is better, and its files of before are the first to be replaced; EarlyStopping and ReduceLROnPlateau start
-    anew. After a change behind the last step, ModelCheckpoints save the changed model as their best and last. At the
+    anew. After a change behind the last step, ModelCheckpoints save the changed model, as their best if it is. At the
     end a warning names a best or last checkpoint whose ranks are not the model's.
 
-    If an adapter shares its param group with other parameters and a change raises its rate, the rate is logged as
-    ``lr/adapter``; elsewhere the group and its scheduler have the rate that is used.
+    The rate that is used after a change is in the param group and its scheduler, if the group has adapters alone and
+    its scheduler is one of torch's. Elsewhere it is made inside the step, and logged as ``lr/adapter``.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks; then a
             cut after the last step is in no checkpoint.
-        measure: validate directly before and after each change, on a share of the data that costs under 2% of the run,
-            and put the ``check_monitor`` of the stage's How into the event.
+        measure: validate directly before and after a change, on a share of the data that costs about 2% of the run at
+            most, and put the ``check_monitor`` of the stage's How into the event. Of many changes in a short run none
+            is measured; where the length of the run or of the data is unknown, all data are validated.
 
     Attributes:
         driver: carries out the schedule in the run.
