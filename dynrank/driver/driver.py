@@ -3,20 +3,25 @@
 What happens at a change:
 
 1. A stage is decided: by a trigger after a validation (``validated``, where process 0 decides for all), or by time
-   before a step (``advance``). A later stage that is due by time replaces a decision that waits.
-2. ``advance`` makes the change between two steps. First all processes compare their weights and optimizer states.
+   before a step (``advance``) and after the last one (``finish``). A later stage that is due by time replaces a
+   decision that waits.
+2. ``advance`` makes the change between two steps, ``finish`` what is left. First all processes compare their adapters
+   and optimizer states.
 3. Process 0 asks the stage's target for the new ranks, by the state of each layer (``DueStage``: bounds, and singular
-   values or importance if the target reads them), and computes new factors and optimizer state. They are
-   broadcast to the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are
-   balanced.
-4. Only with ``max_regression``, ``measure`` or a search the weights are validated before the change, and after it.
-5. The change is applied by assignments, while DDP is paused and Ctrl-C waits.
-6. Too large a regression undoes it bit for bit. Such a stage is over, too: it is not tried again.
-7. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
-   the last update (its sums stay), and the adapters' learning rate is multiplied by ``lr_factor`` of the stage's How,
-   which is 1 unless the schedule says otherwise.
-8. At the end, after the validations, the event goes to the trainer's callbacks (``on_rank_change``), which print it,
-   log ranks and forget the best so far.
+   values or importance if the target reads them), and computes new factors and optimizer state. They are broadcast to
+   the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced, so
+   a stage that changes no rank is a change, too.
+4. With ``max_regression`` the weights are validated before the change, unless the run has just done so, and after it. A
+   search (``auto``) instead validates once before its first cut, and once for each cut that it tries and undoes. With
+   ``measure``, if that costs little, they are validated before the change and after step 6.
+5. The change is applied by assignments, while DDP is paused and Ctrl-C waits. Too large a regression undoes it bit for
+   bit, and its stage is over: it is not tried again. Ctrl-C or an error in between undoes it, too, and its stage waits.
+6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
+   the last update (its sums stay, as long as a later stage needs them), and the adapters' learning rate is multiplied
+   by ``lr_factor`` of the stage's How: 1 in ``How()``; "sqrt" in ``early_budget``, which an int stands for, and in
+   ``auto``: the root of the mean rank before / after.
+7. At the end the event, also of a change that was undone, goes to every callback of the trainer that has
+   ``on_rank_change``: RankMonitor prints and logs it, RankScheduler forgets the best so far if ranks have fallen.
 """
 
 from __future__ import annotations
@@ -331,7 +336,7 @@ class RankDriver:
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> RankEvent | None:
-        """Make the decided change, unless its check undoes it, and go to the next stage; None: nothing would change."""
+        """Make the decided change, or undo it by its check, and end its stage; None: no layer gets new factors."""
         index = decided.stage
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
@@ -378,7 +383,7 @@ class RankDriver:
         return compute_change(training, due.ranks, due.directions, due.stage.how)
 
     def _try(self, training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
-        """Make the change of ``due``, and undo it if it costs too much; None if nothing would change."""
+        """Make the change of ``due``, and undo it if it costs too much; None if no layer gets new factors."""
         change = self._compute(training, due)
         if not change.reports:
             return None

@@ -21,7 +21,8 @@ def cut_to_smallest(training: Training, undo: Undo, due: DueStage, parameters_be
     """Cut to the fewest directions that are enough; the event says "undone" if all are needed. None: nothing to cut.
 
     The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
-    chance; it is not tried.
+    chance; it is not tried. If the bounds of the budget allow no cut within the tolerance, the one that keeps all that
+    they allow is made.
 
     Args:
         training: after the last optimizer step.

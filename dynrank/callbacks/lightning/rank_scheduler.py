@@ -42,8 +42,10 @@ class RankScheduler(Callback):
     anew. After a change behind the last step, ModelCheckpoints save the changed model, as their best if it is. At the
     end a warning names a best or last checkpoint whose ranks are not the model's.
 
-    The rate that is used after a change is in the param group and its scheduler, if the group has adapters alone and
-    its scheduler is one of torch's. Elsewhere it is made inside the step, and logged as ``lr/adapter``.
+    A change multiplies the adapters' rate by ``lr_factor`` of the stage's How (an int as schedule: the root of the mean
+    rank before / after). The rate that is used is then in the param group, if that has adapters alone, no scheduler or
+    torch's, and a rate that the program does not set by itself. Elsewhere it is made inside the step, and logged as
+    ``lr/adapter``.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
