@@ -16,7 +16,8 @@ What happens at a change:
    ``measure``, if that costs little, they are validated before the change and after step 6.
 5. The change is applied by assignments, while DDP is paused and Ctrl-C waits. Without a check Ctrl-C then
    comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit for bit, and
-   its stage is over: it is not tried again. Ctrl-C or an error before that decision undoes it, too, and its stage waits.
+   its stage is over: it is not tried again. Ctrl-C or an error before that decision undoes it, too, and the stage
+   waits.
 6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
    the last update (its sums stay, as long as a later stage needs them), and the adapters' learning rate is multiplied
    by ``lr_factor`` of the stage's How: 1 in ``How()``; "sqrt" in ``early_budget``, which an int stands for, and in

@@ -36,7 +36,8 @@ class Budget(Target):
         left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
-        highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now. No layer grows.
+        highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
+            No layer grows.
         by: what ranks follow: the "importance" of layers, or "weight", the singular values of their updates.
 
     Raises:
