@@ -24,7 +24,7 @@ FOREIGN = {
 }
 
 
-def brought(requirement, found):
+def add_requirement(requirement, found):
     """Add the distributions that a requirement brings to ``found``, each by its name."""
     wanted = Requirement(requirement)
     extras = wanted.extras or {""}
@@ -41,7 +41,7 @@ def brought(requirement, found):
     for line in installed.requires or ():
         needed = Requirement(line)
         if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-            brought(f"{needed.name}[{','.join(needed.extras)}]" if needed.extras else needed.name, found)
+            add_requirement(f"{needed.name}[{','.join(needed.extras)}]" if needed.extras else needed.name, found)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def core(tmp_path_factory):
     (packages,) = place.glob("venv/lib/python*/site-packages")
     found = {}
     for line in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]:
-        brought(line, found)
+        add_requirement(line, found)
     for installed in found.values():
         for top in {file.parts[0] for file in installed.files} - {"..", "__pycache__"}:
             link = packages / top

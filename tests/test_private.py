@@ -27,7 +27,7 @@ PUBLIC = {"_asdict", "_replace", "_target_"}
 OURS = {"_0", "_bias", "_bytes", "_frozen_base", "_sd", "_size"}
 # Attributes of objects that dynrank has made: tables, configurations, signatures, errors, Python's own settings.
 OF_MADE_HERE = {"__signature__", "args", "argv", "caption", "filters", "maxlevel", "maxother", "maxstring", "min_width"}
-OF_MADE_HERE |= {"check_val_every_n_epoch", "max_epochs", "max_steps", "schedule", "val_check_interval"}
+OF_MADE_HERE |= {"check_val_every_n_epoch", "max_epochs", "max_steps", "environ", "schedule", "val_check_interval"}
 ROW = re.compile(
     r"^\| (?P<library>[^|]+) \| `(?P<name>[^`]+)` \| (?P<kind>read|replaced) \| (?P<files>[^|]+) \| .+ \|$", re.M
 )
@@ -77,7 +77,7 @@ def fields_of_dynrank():
 
 # Attributes of other libraries' objects that have the name of one of ours.
 OF_BOTH = {"callbacks", "data", "forward", "init_lora_weights", "load_checkpoint", "optimizers", "problem_type"}
-OF_BOTH |= {"run", "state", "train", "weight"}
+OF_BOTH |= {"lora_alpha", "r", "run", "state", "train", "use_rslora", "weight"}
 
 
 def replaced_names(tree, fields):
@@ -86,6 +86,15 @@ def replaced_names(tree, fields):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and not is_self(node.value):
             if node.attr not in fields - OF_BOTH | OF_MADE_HERE:
                 yield node.attr
+        # An entry of a mapping or list that is theirs.
+        elif (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Attribute)
+        ):
+            attribute = node.value
+            if not is_self(attribute.value) and attribute.attr not in fields - OF_BOTH | OF_MADE_HERE:
+                yield attribute.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and not is_self(node.args[0]):
             yield f"setattr({ast.unparse(node.args[0])})"
 
@@ -125,7 +134,9 @@ def test_a_private_name_is_found_wherever_it_stands(program, names):
     assert {*private_names(ast.parse(program), {"_mine"}, set())} == names
 
 
-@pytest.mark.parametrize("program", ["trainer.fit_loop.run = ours", "self.trainer.run = ours", "a, trainer.run = 1, 2"])
+@pytest.mark.parametrize(
+    "program", ["trainer.fit_loop.run = ours", "self.trainer.run = ours", "a, trainer.run = 1, 2", "x.run[0] = 1"]
+)
 def test_a_replaced_method_is_found(program):
     assert [*replaced_names(ast.parse(program), {"run"})] == ["run"]
 

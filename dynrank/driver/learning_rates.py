@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial, wraps
-from math import inf, sqrt
+from functools import partial
+from math import sqrt
 from statistics import mean
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
-from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.driver.schedulers import keep_limit, limited_function, multiply, multiply_bases, of_torch, shown_rate
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.private import schedulers_in
 from dynrank.schedules import How
 
 # Below this share of the starting learning rate a model cannot recover from a cut.
@@ -33,8 +32,6 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
 LR_FACTOR = "dynrank_lr_factor"
 # The factor of a group whose rate the program sets by itself, so that it contains none, and never will.
 _SET_BY_PROGRAM = 0.0
-# The rates in a param group by which torch's schedulers compute the present one.
-_BASES = ("initial_lr", "max_lr", "min_lr")
 
 
 class LearningRates:
@@ -83,8 +80,8 @@ class LearningRates:
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
             for scheduler in self._with_limit() if self._is_of_adapters(group) else ():
-                if isinstance(_limited(scheduler, index), partial):
-                    _keep_limit(scheduler, index, _contained(group))
+                if isinstance(limited_function(scheduler, index), partial):
+                    keep_limit(scheduler, index, _contained(group))
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:
@@ -96,7 +93,7 @@ class LearningRates:
         for index, group in enumerate(self._optimizer.param_groups if schedulers is not None else ()):
             is_set = group[LR_FACTOR] == _SET_BY_PROGRAM or index in self._ruled_by_others
             if self._is_of_adapters(group) and not is_set:
-                _multiply(group, index, self._missing(group), schedulers or [], self._with_limit())
+                multiply(group, index, self._missing(group), schedulers or [], self._with_limit())
                 group[LR_FACTOR] = self.factor
         self._leave()
 
@@ -120,7 +117,7 @@ class LearningRates:
     def _known_schedulers(self) -> list[Any] | None:
         """The optimizer's present schedulers, with those inside them; None: unknown."""
         given = None if self._training is None else self._training.present_schedulers()
-        return None if given is None else _of_torch(given, self._optimizer)
+        return None if given is None else of_torch(given, self._optimizer)
 
     def _with_limit(self) -> list[Any]:
         """The schedulers that may have a limit as a share of the base rate, which the user has given as a rate."""
@@ -139,15 +136,17 @@ class LearningRates:
             return
         for index, (group, left) in enumerate(zip(self._optimizer.param_groups, self._left, strict=False)):
             now = _number(group["lr"])
-            if now is None or left is None or now == left or not self._is_of_adapters(group):
+            if now is None or left is None or now == left:
                 continue
             schedulers = self._known_schedulers()
-            if schedulers is None or any(_shown(scheduler, index) == now for scheduler in schedulers):
+            if schedulers is None or any(shown_rate(scheduler, index) == now for scheduler in schedulers):
+                continue
+            if not self._is_of_adapters(group):
                 continue
             if schedulers and not (self._training is not None and self._training.knows_schedulers):
                 self._ruled_by_others.add(index)
             elif group.get(LR_FACTOR, 1.0) != _SET_BY_PROGRAM:
-                _multiply_bases(group, index, 1.0 / _contained(group), schedulers, self._with_limit())
+                multiply_bases(group, index, 1.0 / _contained(group), schedulers, self._with_limit())
                 group[LR_FACTOR] = _SET_BY_PROGRAM
         self._leave()
 
@@ -155,7 +154,7 @@ class LearningRates:
         """Raise the rates of the step that begins; returns its arguments if the closure is among them."""
         self.restore()
         self._notice()
-        self._change(self._optimizer)
+        self._change()
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._watched(kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
@@ -169,20 +168,22 @@ class LearningRates:
             self.restore()
             result = closure()
             self._notice()
-            self._change(self._optimizer)
+            self._change()
             return result
 
         return run
 
-    def _change(self, optimizer: Optimizer) -> None:
-        if all(self._missing(group) == 1.0 for group in optimizer.param_groups):
+    def _change(self) -> None:
+        """Raise the rates of adapters for a step, each group's others in a group of their own."""
+        groups = self._optimizer.param_groups
+        if all(self._missing(group) == 1.0 for group in groups):
             return
-        self._groups = [(group["lr"], group["params"]) for group in optimizer.param_groups]
-        for group in [*optimizer.param_groups]:
+        self._groups = [(group["lr"], group["params"]) for group in groups]
+        for group in [*groups]:
             own, others = self._parted(group["params"])
             if own and others:
                 group["params"] = others
-                optimizer.param_groups.append({**group, "params": own, "lr": group["lr"] * self._missing(group)})
+                groups.append({**group, "params": own, "lr": group["lr"] * self._missing(group)})
             elif own:
                 group["lr"] = group["lr"] * self._missing(group)
 
@@ -213,14 +214,6 @@ def mark(optimizer: Optimizer) -> None:
         group.setdefault(LR_FACTOR, 1.0)
 
 
-def forget_plateau(schedulers: Sequence[Any]) -> None:
-    """Let schedulers that wait for a better metric, such as ReduceLROnPlateau, wait anew: ranks have fallen."""
-    for scheduler in map(_inner, schedulers):
-        if hasattr(scheduler, "num_bad_epochs"):
-            scheduler.best = inf if scheduler.mode == "min" else -inf
-            scheduler.num_bad_epochs = 0
-
-
 def begin_anew(optimizer: Optimizer) -> None:
     """Let the present rates be those of a new schedule, whatever an earlier one has multiplied into them."""
     for group in optimizer.param_groups:
@@ -239,115 +232,6 @@ def _number(rate: Any) -> float | None:
     if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu"):
         return None
     return float(rate)
-
-
-def _shown(scheduler: Any, index: int) -> float | None:
-    """The rate that ``scheduler`` has last set in group number ``index``; None: there was no such group."""
-    shown = scheduler.get_last_lr()
-    return float(shown[index]) if index < len(shown) else None
-
-
-def _inner(scheduler: Any) -> Any:
-    """The scheduler without accelerate's wrapper."""
-    return getattr(scheduler, "scheduler", scheduler)
-
-
-def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
-    """The schedulers of ``optimizer``, with those inside them; None if one is not a class of torch's, or not given.
-
-    Another class may compute rates from values that are not known here.
-    """
-    found: list[Any] = []
-    waiting = [*map(_inner, schedulers)]
-    while waiting:
-        scheduler = waiting.pop()
-        if unwrapped_optimizer(scheduler.optimizer) is optimizer:
-            found.append(scheduler)
-            waiting += schedulers_in(scheduler)
-    # torch's schedulers leave this key in the groups, also those that a module keeps to itself.
-    is_missing = not found and any("initial_lr" in group for group in optimizer.param_groups)
-    return found if not is_missing and all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
-
-
-def _multiply(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
-) -> None:
-    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
-
-    ``limited``: those that have a limit as a share of the base rate; it stays.
-    """
-    if ratio == 1.0:
-        return
-    now = float(group["lr"])
-    # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
-    floors = [s.eta_min for s in schedulers if hasattr(s, "eta_min") and float(s.get_last_lr()[index]) == now]
-    floor = (floors or [0.0])[0]
-    base = float(group.get("initial_lr", now))
-    above = (base * ratio - floor) / (base - floor) if base != floor else ratio
-    _set(group, "lr", floor + (now - floor) * above)
-    _multiply_bases(group, index, ratio, schedulers, limited)
-    for scheduler in limited:
-        if _limited(scheduler, index) is not None and _shown(scheduler, index) == now:
-            _set(group, "lr", scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch))
-    for scheduler in schedulers:
-        # Nested schedulers may share this list.
-        shown = scheduler.get_last_lr()
-        if index < len(shown) and float(shown[index]) == now:
-            shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-
-
-def _set(group: dict[str, Any], name: str, rate: Any) -> None:
-    if isinstance(group[name], Tensor):
-        # Captured steps of an optimizer read this tensor.
-        group[name].fill_(rate)
-    else:
-        group[name] = rate
-
-
-def _multiply_bases(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
-) -> None:
-    """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
-    if ratio == 1.0:
-        return
-    for name in _BASES:
-        if name in group:
-            _set(group, name, group[name] * ratio)
-    for scheduler in schedulers:
-        for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
-            # A group that was added later has no base rate.
-            if rates is not None and index < len(rates):
-                rates[index] = rates[index] * ratio
-    for scheduler in limited:
-        _keep_limit(scheduler, index, ratio)
-
-
-def _limited(scheduler: Any, index: int) -> Any:
-    """The function of group number ``index`` that has a limit as a share of the base rate; None: there is none.
-
-    It is a partial, as transformers makes it, or ours with another share.
-    """
-    functions = getattr(scheduler, "lr_lambdas", ())
-    function = functions[index] if index < len(functions) else None
-    made = getattr(function, "__wrapped__", function)
-    return function if isinstance(made, partial) and made.keywords.get("min_lr_rate") else None
-
-
-def _keep_limit(scheduler: Any, index: int, ratio: float) -> None:
-    """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``."""
-    function = _limited(scheduler, index)
-    if function is None or ratio == 1.0:
-        return
-    made = getattr(function, "__wrapped__", function)
-    share = made.keywords["min_lr_rate"] / ratio
-    other = partial(made.func, *made.args, **{**made.keywords, "min_lr_rate": share})
-
-    # LambdaLR saves no function in a checkpoint.
-    @wraps(other, assigned=())
-    def limited(step: int) -> float:
-        return float(other(step))
-
-    scheduler.lr_lambdas[index] = limited
 
 
 # Keys under which some optimizers keep state in the param group instead of in each parameter's state.

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.validations import run_validation
 from dynrank.driver.event import RankEvent
-from dynrank.driver.learning_rates import forget_plateau
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import ranks_in_words
 

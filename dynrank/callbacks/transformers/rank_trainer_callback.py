@@ -23,7 +23,7 @@ from dynrank.distributed.sharding import is_sharded, shard_frozen
 from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.learning_rates import forget_plateau
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
