@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft.tuners.adalora.layer import SVDLinear
 from tables import rows
 
@@ -12,7 +13,8 @@ WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
 
 @pytest.fixture(scope="module")
 def scripts(script):
-    return SimpleNamespace(bench=script("study_bench"), adalora=script("adalora"), study=script("study"))
+    names = ("study_bench", "study_bits", "adalora", "study")
+    return SimpleNamespace(**{name.removeprefix("study_"): script(name) for name in names})
 
 
 @pytest.fixture
@@ -56,6 +58,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, "weight", highest=3, but="pooler"),
         study.Arm(4, "AdaLoRA's ranks", rate=2.0),
         study.Arm(4, "AdaLoRA's bytes", rate=2.0),
+        study.Arm(2, "EVA"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=48", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
@@ -74,7 +77,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     row_of = {row["arm"]: row for row in written}
     assert row_of.keys() == {*arms}
     size = {arm: int(row_of[arm]["parameters"]) for arm in arms}
-    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal = arms
+    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal, eva = arms
     assert size[fixed] == 2 * WIDTHS
     assert size[auto] < size[doubled] == 16 * WIDTHS
     assert size[found] == size[brought] <= 2 * WIDTHS
@@ -85,7 +88,12 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
     assert [arm for arm in arms if row_of[arm]["rise"]] == [brought, auto, but, guided, equal]
     assert 0 < size[equal] <= size[guided] < 16 * WIDTHS
-    assert sum(map(int, row_of[fixed]["ranks"].split())) == 2 * len(row_of[theirs]["ranks"].split())
+    ranks = {arm: [*map(int, row_of[arm]["ranks"].split())] for arm in arms}
+    assert sum(ranks[fixed]) == 2 * len(ranks[theirs])
+    # EVA moves whole ranks, at most to twice as many.
+    assert sum(ranks[eva]) == sum(ranks[fixed])
+    assert len(ranks[eva]) == len(ranks[fixed])
+    assert 0 <= min(ranks[eva]) < max(ranks[eva]) <= 4
 
     # One of these two shares its start with other arms.
     more = study("--seeds", "0", "2", "--rates", "1e-3", "1e30", "--only", "brought at|^AdaLoRA")
@@ -122,3 +130,62 @@ def test_headers_fall_into_splits_by_file(script):
     assert texts[0] != texts[1]
     assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
     assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
+
+
+def test_kept_adapters_are_rounded_and_tested_without_training(study, scripts, tiny_bert, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    trained = study("--seeds", "3", "--rates", "1e-3", "--only", "^rank 16|brought at", "--keep", str(kept))
+    options = ["--seeds", "3", "--keep", str(kept), "--out", str(tmp_path)]
+    options += ["--set", "task.limit=48", f"task.model={tiny_bert}"]
+    scripts.bits.main(options)
+    written = rows(tmp_path / "bits.csv")
+    assert [row["format"] for row in written] == [*scripts.bits.FORMATS] * 2
+    for start, row in zip((0, len(written) // 2), trained, strict=True):
+        whole, half, eight, four, three = written[start : start + 5]
+        # What was kept is what was trained.
+        assert whole["arm"] == row["arm"]
+        assert (whole["test_loss"], whole["test_accuracy"]) == (row["test_loss"], row["test_accuracy"])
+        numbers = int(row["parameters"])
+        assert [int(part["bytes"]) for part in (whole, half, eight)] == [4 * numbers, 2 * numbers, numbers]
+        # A float16 scale for each 64 numbers, the last of which may be fewer, in both factors.
+        for part, bits in ((four, 4), (three, 3)):
+            assert 0 <= int(part["bytes"]) - numbers * (bits / 8 + 2 / 64) <= 2 * 2 * len(row["ranks"].split())
+        errors = [float(part["error"]) for part in (whole, half, eight, four, three)]
+        assert errors[0] == 0 < errors[1] < 0.004 < errors[2] < 0.06 < errors[3] < errors[4] < 0.4
+        assert float(three["test_loss"]) == pytest.approx(float(whole["test_loss"]), rel=0.05)
+    printed = capsys.readouterr().out
+    assert "| rank 16, rate × 2 | 0.001 | 4 bits | 1 |" in printed
+    scripts.bits.main(options)
+    assert rows(tmp_path / "bits.csv") == written
+
+
+def test_levels_are_those_of_max_and_scales_the_best(scripts):
+    bits = scripts.bits
+    # Max 1960, tables 1 and 2.
+    assert bits.codebook(2)[2:].tolist() == pytest.approx([0.4528, 1.510], abs=1e-3)
+    assert bits.codebook(3)[4:].tolist() == pytest.approx([0.2451, 0.7560, 1.344, 2.152], abs=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(300, 640, generator=generator)
+    rounded = bits.to_levels(numbers, bits.codebook(4))
+    # Distortion of normal numbers is 0.009497. Scales of each group may only lower it.
+    assert 0.005 < float((numbers - rounded).square().mean()) < 0.0096
+    # No other scale of a group is much nearer, as what is lost is nearly orthogonal to what is left.
+    groups = rounded.view(-1, bits.GROUP)
+    lost = (numbers - rounded).view(-1, bits.GROUP)
+    assert float(((groups * lost).sum(1) / groups.square().sum(1)).abs().max()) < 0.05
+
+
+def test_eight_bits_are_those_of_torch_times_a_power_of_two_that_alpha_undoes(scripts):
+    generator = torch.Generator().manual_seed(0)
+    left = 1e-4 * torch.randn(48, 4, generator=generator)
+    right = torch.randn(4, 80, generator=generator)
+    balanced = scripts.bits.balanced(left, right)
+    torch.testing.assert_close(balanced[0] @ balanced[1], left @ right)
+    torch.testing.assert_close(balanced[0].norm(dim=0), balanced[1].norm(dim=1))
+    new_left, new_right, size = scripts.bits.float8(left, right)
+    assert size == left.numel() + right.numel()
+    for old, new in zip(balanced, (new_left, new_right), strict=True):
+        scale = 2.0 ** torch.floor(torch.log2(448 / old.abs().max()))
+        assert torch.equal((scale * new).to(torch.float8_e4m3fn).float(), scale * new)
+        # A number of four significant bits.
+        assert float(((new - old).abs() / old.abs().clamp(min=float(old.abs().max()) / 2**12)).max()) <= 1 / 16
