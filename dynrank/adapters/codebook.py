@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrank.adapters.precision import balanced, in_float8
+from dynrank.adapters.precision import balanced, in_float8, power_for_float8
 
 GROUP = 64
 # The positive and the negative levels of NF4, for numbers whose largest is 1.
@@ -22,9 +22,11 @@ _NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# Starting scales of a group, as shares of its largest number; the best one after refinement is kept.
-_STARTS = (0.6, 0.7, 0.8, 0.9, 1.0)
-_ROUNDS = 6
+# Starting scales of a group, as shares of its largest number; the best one after the rounds is kept. A negative one
+# mirrors the levels, of which NF4's are not symmetric.
+_STARTS = (0.6, 0.7, 0.8, 0.9, 1.0, -0.6, -0.7, -0.8, -0.9, -1.0)
+# Each round takes the least-squares scale of the present codes, and then the codes of that scale.
+_ROUNDS = 4
 
 
 @lru_cache
@@ -65,15 +67,17 @@ def encode(values_NW: Tensor, levels_K: Tensor) -> tuple[Tensor, Tensor]:
     for start in _STARTS:
         scale = largest * start
         for step in range(_ROUNDS + 1):
-            rounded = scale.to(torch.float16)
-            code = torch.bucketize(values / rounded.float().clamp(min=1e-30)[:, None], edges)
+            scale_16 = scale.to(torch.float16)
+            # With a scale of zero any code means zero.
+            divisor = torch.where(scale_16 == 0, torch.inf, scale_16.float())
+            code = torch.bucketize(values / divisor[:, None], edges)
             level = levels_K[code]
             if step < _ROUNDS:
                 scale = (values * level).sum(1) / level.square().sum(1).clamp(min=1e-30)
-        error = (values - rounded.float()[:, None] * level).square().sum(1)
+        error = (values - scale_16.float()[:, None] * level).square().sum(1)
         better = error < best
         best = torch.where(better, error, best)
-        scales = torch.where(better, rounded, scales)
+        scales = torch.where(better, scale_16, scales)
         codes = torch.where(better[:, None], code.to(torch.uint8), codes)
     return codes.view(len(values_NW), -1)[:, :width].contiguous(), scales.view(len(values_NW), groups)
 
@@ -98,7 +102,10 @@ def rounded(lora_B: Tensor, lora_A: Tensor, form: str) -> tuple[Tensor, Tensor]:
         return b_OR.float() * 2.0**-power, a_RI.float() * 2.0**-power
     book = levels(form)
     b_OR, a_RI = balanced(lora_B, lora_A)
-    return decode(*encode(b_OR.mT, book), book).mT.contiguous(), decode(*encode(a_RI, book), book)
+    # So that no scale is too small for float16.
+    size = 2.0 ** power_for_float8(b_OR, a_RI)
+    b_RO = decode(*encode(b_OR.mT * size, book), book)
+    return b_RO.mT / size, decode(*encode(a_RI * size, book), book) / size
 
 
 def bits_of(lora_B: Tensor, lora_A: Tensor, form: str) -> int:
