@@ -6,13 +6,13 @@ Shape suffixes: N = rows, W = numbers in a row, G = groups of a row, K = levels.
 """
 
 from functools import lru_cache
-from math import ceil
+from math import ceil, pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrank.adapters.precision import balanced, in_float8, power_for_float8
+from dynrank.adapters.precision import balanced, in_float8, power_of
 
 GROUP = 64
 # The positive and the negative levels of NF4, for numbers whose largest is 1.
@@ -39,14 +39,13 @@ def levels(name: str) -> Tensor:
     if name == "nf4":
         return torch.tensor(_NF4)
     count = 2 ** int(name.removeprefix("normal"))
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
-    found: Tensor = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    found = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     for _ in range(10_000):
-        # Each level is the mean of the numbers that are nearest to it.
+        # Each level becomes the mean of the normal numbers that are nearest to it.
         middle = (found[1:] + found[:-1]) / 2
         edges = torch.cat([middle.new_tensor([-torch.inf]), middle, middle.new_tensor([torch.inf])])
-        density = normal.log_prob(edges).exp()
-        new = -density.diff() / normal.cdf(edges).diff()
+        density = (-edges.square() / 2).exp() / (2 * pi) ** 0.5
+        new = -density.diff() / torch.special.ndtr(edges).diff()
         if torch.allclose(new, found, rtol=0, atol=1e-12):
             break
         found = new
@@ -103,7 +102,7 @@ def rounded(lora_B: Tensor, lora_A: Tensor, form: str) -> tuple[Tensor, Tensor]:
     book = levels(form)
     b_OR, a_RI = balanced(lora_B, lora_A)
     # So that no scale is too small for float16.
-    size = 2.0 ** power_for_float8(b_OR, a_RI)
+    size = 2.0 ** power_of(b_OR, a_RI)
     b_RO = decode(*encode(b_OR.mT * size, book), book)
     return b_RO.mT / size, decode(*encode(a_RI * size, book), book) / size
 
