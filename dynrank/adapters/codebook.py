@@ -49,7 +49,8 @@ def levels(name: str) -> Tensor:
         if torch.allclose(new, found, rtol=0, atol=1e-12):
             break
         found = new
-    return (found / found[-1]).float()
+    made: Tensor = (found / found[-1]).float()
+    return made
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn":
 # a layer is put between 2^4 and 2^5. So a direction keeps its bits down to a thousandth of the largest one, and the
 # products of a forward in float16 stay far from overflow.
 _LARGEST = 5
+# 4 to this power is a number of float32, in which a scaling is multiplied.
+MOST_POWER = 50
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def power_of(*factors: Tensor) -> int:
         return 0
     # Rounded to the bits of float8 first, so that rounded factors have the same exponent as before.
     share, exponent = frexp(largest)
-    return _LARGEST - exponent - (round(share * 16) == 16)
+    power = _LARGEST - exponent - (round(share * 16) == 16)
+    return max(-MOST_POWER, min(power, MOST_POWER))
 
 
 def in_float8(lora_B: Tensor, lora_A: Tensor, count: int = 1, power: int | None = None) -> tuple[Tensor, Tensor, int]:
@@ -117,10 +120,9 @@ def in_float8(lora_B: Tensor, lora_A: Tensor, count: int = 1, power: int | None 
 
     lora_B = lora_B.float()
     lora_A = lora_A.float()
-    made = cast((lora_B, lora_A))
-    size = 2.0 ** made[2]
-    if all(torch.equal(new.float(), old * size) for new, old in zip(made, (lora_B, lora_A), strict=False)):
-        return made
+    new_B, new_A, made = cast((lora_B, lora_A))
+    if torch.equal(new_B.float(), lora_B * 2.0**made) and torch.equal(new_A.float(), lora_A * 2.0**made):
+        return new_B, new_A, made
     pairs = [balanced(*pair) for pair in products(lora_B, lora_A, count)]
     b_OR = joined(torch.stack([b.mT for b, _ in pairs]), 1)
     return cast((b_OR, joined(torch.stack([a for _, a in pairs]), 0)))
