@@ -1,20 +1,19 @@
 """Saving adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
-import json
 import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
-from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter, wrapper_names
-from dynrank.adapters.stored import Factors
+from dynrank.adapters.precision import Rounding, check_file_dtype
+from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, open_adapter, wrapper_names
+from dynrank.adapters.write import rewrite_adapter, write_adapter
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
@@ -25,7 +24,6 @@ from dynrank.layers.foreign import stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
-from dynrank.output.whole_file import os_errors, whole_file
 from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import peft_ranks
 
@@ -33,7 +31,7 @@ from dynrank.rank_map import peft_ranks
 _TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
+def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> Rounding | None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
     Each layer keeps its own rank. For a server that reads only one rank for all, see :func:`dynrank.export_adapter`.
@@ -44,6 +42,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             are saved whole (PEFT's ``modules_to_save``). If get_peft_model has returned the model, its active adapter
             is saved as save_pretrained would.
         path: folder to write to; made if missing.
+        dtype: torch.float32, torch.bfloat16 or torch.float8_e4m3fn; None: as in the model. PEFT loads all three. In
+            float8 the factors of a layer are balanced and multiplied by a power of two, which its alpha undoes, and
+            heads are in bfloat16. dynrank undoes both when it reads; PEFT trains on with smaller steps of the update.
+
+    Returns:
+        How far the stored updates are from the model's; None without a ``dtype``.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, or a value is not finite in float32.
@@ -55,9 +59,23 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     >>> {name: layer.rank for name, layer in dynrank.read_adapter(folder).layers.items()}
     {'0': 4}
     """
-    model = uncompiled(model)
+    check_file_dtype(dtype)
+    folder = Path(path)
+    if dtype is None:
+        _save(uncompiled(model), folder)
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as place:
+        _save(uncompiled(model), Path(place))
+        with open_adapter(place) as adapter:
+            factors = {name: (*adapter.factors(name)[::-1], layer.scaling) for name, layer in adapter.layers.items()}
+            return rewrite_adapter(folder, adapter, factors, dtype)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Write the adapter of ``model`` as it is."""
     if peft_layers(model):
-        _save_wrapped(model, Path(path))
+        _save_wrapped(model, folder)
         return
     layers = own_layers(model)
     if not layers:
@@ -98,36 +116,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     }
     _warn_of_misread(model, [name for name in layers if name not in places], heads)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    write_adapter(Path(path), own, config)
-
-
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = whole_file(folder / WEIGHTS_FILE)
-    settings_file = whole_file(folder / CONFIG_FILE)
-    with weights as weights_part, settings_file as config_part, os_errors(folder):
-        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), weights_part, metadata={"format": "pt"})
-        # By default only the owner can read a file of safetensors.
-        weights_part.chmod(config_part.stat().st_mode)
-
-
-def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept."""
-    tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
-    settings = {}
-    for name, (lora_A, lora_B, scaling) in factors.items():
-        layer = adapter.layers[name]
-        rows = len(lora_A)
-        tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
-        tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
-        settings[name] = rows // layer.experts, scaling * (rows // layer.experts)
-    config = adapter.config.model_dump(exclude_unset=True) | peft_ranks(settings)
-    # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
-    if config.get("init_lora_weights") == "orthogonal":
-        config["init_lora_weights"] = True
-    write_adapter(folder, tensors, config)
+    write_adapter(folder, own, config)
 
 
 def _save_wrapped(model: nn.Module, folder: Path) -> None:

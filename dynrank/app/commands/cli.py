@@ -54,6 +54,14 @@ Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
 ]
+FileDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D",
+        help="float32, bfloat16 or float8_e4m3fn, half and a quarter of float32's bytes, which PEFT loads; by default "
+        "as stored",
+    ),
+]
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
@@ -184,11 +192,17 @@ def squeeze(
         str | None,
         typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
     ] = None,
+    dtype: FileDtype = None,
 ) -> None:
-    """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
+    """Compress an adapter to lower ranks or fewer bits; give one of --rank, --energy and --budget, or --dtype, or both.
+
+    It prints by how much the update changes.
+    """
+    from dynrank.adapters.precision import named_dtype
     from dynrank.app.commands.adapters import print_squeeze
 
-    print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget)
+    kind = None if dtype is None else named_dtype(dtype)
+    print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
 
 
 @app.command()
@@ -203,6 +217,7 @@ def export(
     multiple: Annotated[
         int, typer.Option(parser=_count, metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
     ] = 1,
+    dtype: FileDtype = None,
 ) -> None:
     """Write a PEFT adapter in a form for a server, and print the command that serves it.
 
@@ -210,13 +225,15 @@ def export(
     part or wrongly is refused.
     """
     from dynrank.adapters.export import export_adapter
+    from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
     from dynrank.app.models.base_model import base_for_server
     from dynrank.output.slots import slot_line
 
     # export_adapter checks that it knows the server.
     server: Any = to
-    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), multiple=multiple)
+    options: Any = {"multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
+    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), **options)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:
@@ -225,6 +242,8 @@ def export(
         own = 2 * sum(layer.rank * layer.params_per_rank for layer in done.layers.values()) / 2**20
         facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
         facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
+    if done.rounding is not None:
+        facts["rounding"] = done.rounding
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})
 
 

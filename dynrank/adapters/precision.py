@@ -1,0 +1,161 @@
+"""The same update in fewer bits: factors in bfloat16 or in float8, which PEFT loads as they are.
+
+Shape suffixes: O = d_out, I = d_in, R = rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import frexp, sqrt
+
+import torch
+from torch import Tensor
+
+from dynrank.errors import ConfigurationError
+from dynrank.linalg import joined, product_norm, products, truncate_product
+
+FLOAT8 = torch.float8_e4m3fn
+# The dtypes of files, by their names on the command line.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": FLOAT8}
+# float8_e4m3fn has 4 significant bits, and numbers from 2^-6 (with fewer bits from 2^-9) to 448. The largest number of
+# a layer is put between 2^4 and 2^5. So a direction keeps its bits down to a thousandth of the largest one, and the
+# products of a forward in float16 stay far from overflow.
+_LARGEST = 5
+# 4 to this power is a number of float32, in which a scaling is multiplied.
+MOST_POWER = 50
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far the updates of a file are from those that it was made of.
+
+    Attributes:
+        layers: {layer: Frobenius norm of the difference, as a share of the update's}; 0 for an update of zero.
+        whole: the same for all layers together, scaling included.
+    """
+
+    layers: Mapping[str, float]
+    whole: float
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=self.layers.__getitem__)
+        return f"{self.whole:.2g} of the update, at most {self.layers[worst]:.2g} of a layer's ({worst})"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Factors as a file holds them; ``4^-power lora_B lora_A`` is the product.
+
+    Attributes:
+        lora_B: (O, R), in the dtype of the file; the products of experts are stacked, as in lora_A.
+        lora_A: (R, I).
+        power: 0, but for float8.
+        error: Frobenius norm of the change of the product.
+        norm: Frobenius norm of the product.
+    """
+
+    lora_B: Tensor
+    lora_A: Tensor
+    power: int
+    error: float
+    norm: float
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype that the command line calls ``name``."""
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", "dtype")
+    return DTYPES[name]
+
+
+def check_file_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype in which adapters are not written; None is none."""
+    if dtype is not None and dtype not in DTYPES.values():
+        names = ", ".join(map(str, DTYPES.values()))
+        raise ConfigurationError(f"dtype must be one of {names}, got {dtype!r}", "dtype")
+
+
+def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product whose directions are orthogonal and of equal norm in both, float32.
+
+    They are the singular vectors times the roots of the singular values. To round them changes the product by at most
+    about sqrt(2) times the relative error of the numbers, in the Frobenius norm. In other factors large directions may
+    cancel each other, but their errors do not. A direction in which the product is zero keeps its row of A, as long as
+    that of the largest direction, so that it can still be trained.
+
+    Args:
+        lora_B: (O, R), floating point.
+        lora_A: (R, I), floating point; R <= min(O, I).
+    """
+    change = truncate_product(lora_B.float(), lora_A.float(), len(lora_A))
+    b_OR = change.lora_B
+    a_RI = change.lora_A
+    norms = torch.maximum(b_OR.norm(dim=0), a_RI.norm(dim=1))
+    idle = (b_OR.norm(dim=0) == 0) | (a_RI.norm(dim=1) == 0)
+    factor = torch.where(idle & (norms > 0), norms[0] / norms, 1.0)
+    return b_OR * factor, a_RI * factor[:, None]
+
+
+def power_of(*factors: Tensor) -> int:
+    """The exponent p for which the factors times 2^p fit float8_e4m3fn best; the scaling times 4^-p undoes it."""
+    largest = max(float(factor.abs().max()) for factor in factors)
+    if largest == 0:
+        return 0
+    # Rounded to the bits of float8 first, so that rounded factors have the same exponent as before.
+    share, exponent = frexp(largest)
+    power = _LARGEST - exponent - (round(share * 16) == 16)
+    return max(-MOST_POWER, min(power, MOST_POWER))
+
+
+def in_float8(lora_B: Tensor, lora_A: Tensor, count: int = 1, power: int | None = None) -> tuple[Tensor, Tensor, int]:
+    """(B, A, p): balanced factors times 2^p in float8_e4m3fn; ``4^-p B A`` is the product, rounded.
+
+    Factors that are exact in float8 already stay as they are. ``count`` is the number of products that the factors
+    stack (:func:`dynrank.linalg.split`). ``power`` is the exponent; None for the one that fits best.
+    """
+
+    def cast(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, int]:
+        exponent = power_of(*pair) if power is None else power
+        b_OR, a_RI = (factor * 2.0**exponent for factor in pair)
+        return b_OR.to(FLOAT8), a_RI.to(FLOAT8), exponent
+
+    lora_B = lora_B.float()
+    lora_A = lora_A.float()
+    new_B, new_A, made = cast((lora_B, lora_A))
+    if torch.equal(new_B.float(), lora_B * 2.0**made) and torch.equal(new_A.float(), lora_A * 2.0**made):
+        return new_B, new_A, made
+    pairs = [balanced(*pair) for pair in products(lora_B, lora_A, count)]
+    b_OR = joined(torch.stack([b.mT for b, _ in pairs]), 1)
+    return cast((b_OR, joined(torch.stack([a for _, a in pairs]), 0)))
+
+
+def in_dtype(lora_B: Tensor, lora_A: Tensor, dtype: torch.dtype, count: int = 1, power: int | None = None) -> Rounded:
+    """The factors as a file of ``dtype`` holds them, and how far their product is from the present one."""
+    if dtype == FLOAT8:
+        new_B, new_A, made = in_float8(lora_B, lora_A, count, power)
+    else:
+        new_B, new_A, made = lora_B.to(dtype), lora_A.to(dtype), 0
+    size = 2.0**-made
+    before = products(lora_B.double(), lora_A.double(), count)
+    after = products(new_B.double() * size, new_A.double() * size, count)
+    norms = [product_norm(*pair) for pair in before]
+    errors = [
+        product_norm(torch.cat([old_B, -b], 1), torch.cat([old_A, a]))
+        for (old_B, old_A), (b, a) in zip(before, after, strict=True)
+    ]
+    return Rounded(new_B, new_A, made, sqrt(sum(e * e for e in errors)), sqrt(sum(n * n for n in norms)))
+
+
+def rounding(layers: Mapping[str, tuple[Rounded, float]]) -> Rounding:
+    """How far all layers are from what they were made of; ``layers`` is {layer: (its factors, its scaling)}."""
+    shares = {name: factors.error / factors.norm if factors.norm else 0.0 for name, (factors, _) in layers.items()}
+    error = sqrt(sum((factors.error * scaling) ** 2 for factors, scaling in layers.values()))
+    norm = sqrt(sum((factors.norm * scaling) ** 2 for factors, scaling in layers.values()))
+    return Rounding(shares, error / norm if norm else 0.0)
+
+
+def head_in(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter that is stored whole, as a file of ``dtype`` holds it: in bfloat16 where factors are in float8.
+
+    It has no scaling that could undo a power of two. Whole numbers stay as they are.
+    """
+    return value.to(torch.bfloat16 if dtype == FLOAT8 else dtype) if value.is_floating_point() else value
