@@ -1,10 +1,9 @@
 """What fewer bits cost beside lower ranks: finished adapters of the study, rounded and tested again.
 
 Run study.py with --keep FOLDER first. Each adapter that FOLDER holds is rounded after its training, without data: to
-bfloat16; to fp8 (e4m3), whose scales are powers of two that a layer's alpha undoes; and to 4 and 3 bits, levels of
-Lloyd and Max for normal numbers with a float16 scale for each 64 of them, by least squares. But for bfloat16 the
-factors are balanced first. Bytes are the factors' with their scales, and not the head's, which stays as it was trained.
-The error is that of all updates, as a share of their norm.
+bfloat16, to float8_e4m3fn, and to 4 and 3 bits by a codebook (normal4 and normal3 are Lloyd's and Max's for normal
+numbers, nf4 is QLoRA's) with a float16 scale for each 64 numbers. Bytes are the factors' with their scales, and not the
+head's, which stays as it was trained. The error is that of all updates, as a share of their norm.
 
 The program adds a row to bits.csv as soon as it has one, and prints a table. It may be interrupted.
 Run: .venv/bin/python scripts/study/study_bits.py [TASK] --keep FOLDER [--seeds N ...] [--only PATTERN]
@@ -15,8 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -27,12 +25,13 @@ from study_bench import RESULTS, TASKS, Setting, Table, kept_adapter, values, wi
 from torch import Tensor
 
 from dynrank import lora_layers, swap_adapter
+from dynrank.adapters.codebook import bits_of, rounded
+
+Pair = tuple[Tensor, Tensor]
 
 FIELDS = ("task", "seed", "arm", "lr", "format", "bytes", "error", "test_loss", "test_accuracy")
-# Numbers that share a scale.
-GROUP = 64
-# A pair of factors, and the bytes that both take.
-Rounded = tuple[Tensor, Tensor, int]
+TRAINED = "float32"
+FORMATS = (TRAINED, "bfloat16", "float8_e4m3fn", "normal4", "normal3", "nf4")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("task", nargs="?", choices=TASKS, default="medical_terms")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", required=True, help="that study.py has kept adapters in")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--only", default="", metavar="PATTERN", help="arms whose names hold this regular expression")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of study.csv and bits.csv")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration: task.model=FOLDER")
@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (row["task"], row["seed"]) == (options.task, str(seed)) and re.search(options.only, row["arm"])
         ]
         missing = {
-            folder: (row, [name for name in FORMATS if table.lacks(row["task"], seed, row["arm"], row["lr"], name)])
+            folder: (
+                row,
+                [name for name in options.formats if table.lacks(row["task"], seed, row["arm"], row["lr"], name)],
+            )
             for row, folder in kept
             if folder.exists()
         }
@@ -73,117 +76,37 @@ def _measure(setting: Setting, missing: Mapping[Path, tuple[Mapping[str, str], l
         layers = [layer for _, layer in lora_layers(model)]
         factors = [(layer.lora_B.detach().clone(), layer.lora_A.detach().clone()) for layer in layers]
         for name in formats:
-            rounded = [FORMATS[name](*pair) for pair in factors]
-            for layer, (left, right, _) in zip(layers, rounded, strict=True):
-                layer.lora_B.data.copy_(left)
-                layer.lora_A.data.copy_(right)
+            kept = factors if name == TRAINED else [rounded(*pair, name) for pair in factors]
+            bits = sum(32 * (b.numel() + a.numel()) if name == TRAINED else bits_of(b, a, name) for b, a in factors)
+            for layer, (lora_B, lora_A) in zip(layers, kept, strict=True):
+                layer.lora_B.data.copy_(lora_B)
+                layer.lora_A.data.copy_(lora_A)
             loss, accuracy = setting.trainee(model).evaluate(setting.test)
             new: dict[str, object] = {key: row[key] for key in ("task", "seed", "arm", "lr")}
-            new |= {"format": name, "bytes": sum(size for _, _, size in rounded), "error": error(factors, rounded)}
+            new |= {"format": name, "bytes": math.ceil(bits / 8), "error": error(factors, kept)}
             table.add(new | {"test_loss": loss, "test_accuracy": accuracy})
             print(", ".join(table.rows[-1][key] for key in ("seed", "arm", "format", "error", "test_loss")), flush=True)
 
 
-def error(factors: Sequence[tuple[Tensor, Tensor]], rounded: Sequence[Rounded]) -> float:
+def error(factors: Sequence[Pair], kept: Sequence[Pair]) -> float:
     """Norm of the difference of all updates, as a share of the norm of all."""
     lost = 0.0
     whole = 0.0
-    for (left, right), (new_left, new_right, _) in zip(factors, rounded, strict=True):
-        update = left @ right
-        lost += float((update - new_left @ new_right).square().sum())
+    for (lora_B, lora_A), (new_B, new_A) in zip(factors, kept, strict=True):
+        update = lora_B @ lora_A
+        lost += float((update - new_B @ new_A).square().sum())
         whole += float(update.square().sum())
     return math.sqrt(lost / whole)
 
 
-def as_trained(left: Tensor, right: Tensor) -> Rounded:
-    """The factors in float32."""
-    return left, right, 4 * (left.numel() + right.numel())
-
-
-def bfloat16(left: Tensor, right: Tensor) -> Rounded:
-    """The factors to 16 bits, as they are."""
-    return left.bfloat16().float(), right.bfloat16().float(), 2 * (left.numel() + right.numel())
-
-
-def float8(left: Tensor, right: Tensor) -> Rounded:
-    """Balanced factors to 8 bits. Each is multiplied by the power of two that its largest number leaves room for."""
-    kept = []
-    for factor in balanced(left, right):
-        scale = 2.0 ** torch.floor(
-            torch.log2(torch.finfo(torch.float8_e4m3fn).max / factor.abs().max().clamp(min=1e-30))
-        )
-        kept.append((factor * scale).to(torch.float8_e4m3fn).float() / scale)
-    return kept[0], kept[1], left.numel() + right.numel()
-
-
-def codes(bits: int) -> Callable[[Tensor, Tensor], Rounded]:
-    """Balanced factors to the levels of a codebook, with their scales."""
-
-    def rounded(left: Tensor, right: Tensor) -> Rounded:
-        left, right = balanced(left, right)
-        # The numbers of a direction lie side by side.
-        columns = to_levels(left.T, codebook(bits)).T
-        rows = to_levels(right, codebook(bits))
-        scales = sum(math.ceil(factor.numel() / GROUP) for factor in (left, right))
-        return columns, rows, math.ceil((left.numel() + right.numel()) * bits / 8) + 2 * scales
-
-    return rounded
-
-
-def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product whose columns and rows have the roots of its singular values as their norms."""
-    basis, upper = torch.linalg.qr(left)
-    other_basis, lower = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(upper @ lower.T)
-    return (basis @ u) * s.sqrt(), s.sqrt()[:, None] * (vh @ other_basis.T)
-
-
-@cache
-def codebook(bits: int, rounds: int = 2000) -> Tensor:
-    """Levels, in order, that normal numbers of variance 1 are nearest to (Lloyd 1982, Max 1960)."""
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
-    count = 2**bits
-    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    ends = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(rounds):
-        edges = torch.cat([-ends, (levels[1:] + levels[:-1]) / 2, ends])
-        density = torch.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
-        # Each level is the mean of the normal numbers between its edges.
-        levels = (density[:-1] - density[1:]) / (normal.cdf(edges[1:]) - normal.cdf(edges[:-1]))
-    return levels.float()
-
-
-def to_levels(factor: Tensor, levels: Tensor, rounds: int = 8) -> Tensor:
-    """The nearest multiples of the levels, each group of numbers with a float16 scale by least squares."""
-    # Zeros fill the last group.
-    numbers = torch.nn.functional.pad(factor.flatten(), (0, -factor.numel() % GROUP)).view(-1, GROUP)
-    edges = (levels[1:] + levels[:-1]) / 2
-    scale = numbers.square().mean(1, keepdim=True).sqrt().clamp(min=1e-7)
-    for _ in range(rounds):
-        nearest = levels[torch.bucketize(numbers / scale, edges)] * (numbers != 0)
-        scale = (numbers * nearest).sum(1, keepdim=True) / nearest.square().sum(1, keepdim=True).clamp(min=1e-30)
-        scale = scale.half().float().clamp(min=1e-7)
-    nearest = levels[torch.bucketize(numbers / scale, edges)]
-    return (scale * nearest).flatten()[: factor.numel()].view_as(factor)
-
-
-FORMATS: dict[str, Callable[[Tensor, Tensor], Rounded]] = {
-    "float32": as_trained,
-    "bfloat16": bfloat16,
-    "fp8": float8,
-    "4 bits": codes(4),
-    "3 bits": codes(3),
-}
-
-
 def show(rows: Sequence[Mapping[str, str]]) -> None:
     """Print a row for each arm, rate and format: means over seeds, and the distance to rank 16 as it was trained."""
-    whole = {row["seed"]: row for row in rows if (row["arm"], row["format"]) == (str(Arm(HIGH)), "float32")}
+    whole = {row["seed"]: row for row in rows if (row["arm"], row["format"]) == (str(Arm(HIGH)), TRAINED)}
     print("| arm | rate | format | seeds | bytes | error of the update | test loss | minus rank 16 | minus unrounded |")
     print("|" + "---|" * 9)
     for arm, lr in dict.fromkeys((row["arm"], row["lr"]) for row in rows):
         mine = [row for row in rows if (row["arm"], row["lr"]) == (arm, lr)]
-        trained = {row["seed"]: row for row in mine if row["format"] == "float32"}
+        trained = {row["seed"]: row for row in mine if row["format"] == TRAINED}
         for name in FORMATS:
             found = [row for row in mine if row["format"] == name]
             if found:
