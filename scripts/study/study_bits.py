@@ -75,16 +75,19 @@ def _measure(setting: Setting, missing: Mapping[Path, tuple[Mapping[str, str], l
         swap_adapter(model, folder)
         layers = [layer for _, layer in lora_layers(model)]
         factors = [(layer.lora_B.detach().clone(), layer.lora_A.detach().clone()) for layer in layers]
+        key = {name: row[name] for name in ("task", "seed", "arm", "lr")}
         for name in formats:
             kept = factors if name == TRAINED else [rounded(*pair, name) for pair in factors]
             bits = sum(32 * (b.numel() + a.numel()) if name == TRAINED else bits_of(b, a, name) for b, a in factors)
-            for layer, (lora_B, lora_A) in zip(layers, kept, strict=True):
-                layer.lora_B.data.copy_(lora_B)
-                layer.lora_A.data.copy_(lora_A)
-            loss, accuracy = setting.trainee(model).evaluate(setting.test)
-            new: dict[str, object] = {key: row[key] for key in ("task", "seed", "arm", "lr")}
-            new |= {"format": name, "bytes": math.ceil(bits / 8), "error": error(factors, kept)}
-            table.add(new | {"test_loss": loss, "test_accuracy": accuracy})
+            losses: dict[str, object] = {name: row[name] for name in ("test_loss", "test_accuracy")}
+            if name != TRAINED:
+                for layer, (lora_B, lora_A) in zip(layers, kept, strict=True):
+                    layer.lora_B.data.copy_(lora_B)
+                    layer.lora_A.data.copy_(lora_A)
+                loss, accuracy = setting.trainee(model).evaluate(setting.test)
+                losses = {"test_loss": loss, "test_accuracy": accuracy}
+            sizes = {"format": name, "bytes": math.ceil(bits / 8), "error": error(factors, kept)}
+            table.add(key | sizes | losses)
             print(", ".join(table.rows[-1][key] for key in ("seed", "arm", "format", "error", "test_loss")), flush=True)
 
 
