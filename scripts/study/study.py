@@ -286,7 +286,18 @@ def at_an_edge(table: Table, task: str, arms: Sequence[Arm]) -> list[tuple[Arm, 
 
 def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
     """Print a row for each arm at its best rate: means over seeds, and its distance to rank 16 within seeds."""
-    print("| arm | seeds | bytes | rate | at the cut | test loss (sd) | minus rank 16 | accuracy |\n|" + "---|" * 8)
+    names = (
+        "arm",
+        "seeds",
+        "bytes",
+        "highest rank",
+        "rate",
+        "at the cut",
+        "test loss (sd)",
+        "minus rank 16",
+        "accuracy",
+    )
+    print(f"| {' | '.join(names)} |\n|" + "---|" * len(names))
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
         loss = values(mine, "test_loss")
@@ -294,10 +305,13 @@ def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
         rises = [float(row["rise"]) for row in mine if row["rise"]]
         sizes = [float(row["parameters"]) for row in mine if row["parameters"]]
         whole = values(rows, "parameters", arm=Arm(HIGH))
+        # What a server's slot must hold.
+        highest = sorted({max(map(int, row["ranks"].split())) for row in mine if row["ranks"]})
         cells = [
             str(arm),
             str(len(mine)),
             f"{mean(sizes) / whole[0]:.3f}" if sizes and whole else "",
+            "-".join(map(str, highest[:1] + highest[1:][-1:])),
             f"{lr:.3g}",
             f"{mean(rises):+.1%}" if rises else "",
             f"{mean(loss):.3f}" + (f" ({stdev(loss):.3f})" if len(loss) > 1 and all(map(isfinite, loss)) else ""),

@@ -100,7 +100,11 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     added = [(row["seed"], row["arm"], row["lr"], row["test_loss"] == "inf") for row in more[len(written) :]]
     high = [("0", arm, "1e+30", True) for arm in (brought, theirs)]
     assert added == [*high, *(("2", arm, "0.001", False) for arm in (brought, theirs))]
-    assert f"| {brought} | 2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| {brought} | 2 |" in printed
+    slots = sorted({max(map(int, row["ranks"].split())) for row in more if row["arm"] == brought and row["ranks"]})
+    line = [line for line in printed.splitlines() if line.startswith(f"| {brought} |")][-1]
+    assert line.split(" | ")[3] == "-".join(map(str, slots))
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
 
