@@ -51,6 +51,7 @@ def main() -> None:
         text = (ROOT / source).read_text(encoding="utf-8")
         text = of_notebook(json.loads(text)) if source.endswith(".ipynb") else text
         write(pages / page, with_links(text, source, homes, pages))
+    shutil.copyfile(docs / "extra.css", pages / "extra.css")
     for package in PACKAGES:
         write(pages / "api" / f"{package}.md", api(package))
     config = mkdocs.config.load_config(
