@@ -15,6 +15,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.rank_map import (
     LayerValues,
+    RankBounds,
     RankRule,
     by_layer,
     load_rank_map,
@@ -66,11 +67,11 @@ def test_a_layers_own_name_means_it_alone_and_before_all_patterns(keys, names):
 def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
     rules = {"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5, "highest": 5}, "1.v_proj": 3, "mlp": {"pinned": True}}
     values = {
-        "model.layers.0.q_proj": (6, 1.5, 3, 5, False, "q_proj"),
-        "model.layers.0.v_proj": (2, 4, None, None, True, "mlp"),
-        "model.layers.1.q_proj": (6, 1.5, 3, 5, False, "q_proj"),
-        "model.layers.1.v_proj": (3, 4, None, None, False, "1.v_proj"),
-        "lm_head": (2, 4, None, None, False, None),
+        "model.layers.0.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
+        "model.layers.0.v_proj": (2, 4, RankBounds(pinned=True), "mlp"),
+        "model.layers.1.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
+        "model.layers.1.v_proj": (3, 4, RankBounds(), "1.v_proj"),
+        "lm_head": (2, 4, RankBounds(), None),
     }
     assert resolve(rules) == {name: LayerValues(*expected) for name, expected in values.items()}
 
@@ -124,8 +125,11 @@ def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
     [
         ("8", "got '8'"),
         ({"rnak": 8}, "rnak is unknown; nearest: rank"),
-        ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
-        ({"pinned": True, "highest": 2}, "pinned layer has .* no highest"),
+        ({"pinned": True, "final_rank": 2}, "a pinned layer keeps its rank and has no final_rank; remove pinned, or f"),
+        ({"pinned": True, "highest": 2, "lowest": 1}, "pinned layer .* no highest and no lowest; remove pinned, or h"),
+        ({"lowest": 5, "highest": 4}, "lowest must be at most highest = 4, got 5"),
+        ({"lowest": 5, "final_rank": 4}, "lowest must be at most final_rank = 4, got 5"),
+        ({"final_rank": 5, "highest": 4}, "final_rank must be at most highest = 4, got 5"),
     ],
 )
 def test_parse_rank_map_refuses_a_faulty_rule(value, message):
@@ -177,8 +181,8 @@ def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(tmp_path):
     }
     assert parse_rank_map(load_rank_map(str(file)), "rules themselves") == load_rank_map(file)
     file = written(tmp_path, "rank_pattern: {q: &q {rank: 8, alpha: 4}, k: *q, v: {<<: *q, rank: 2}}")
-    rule = RankRule(8, alpha=4.0)
-    assert load_rank_map(file) == {"q": rule, "k": rule, "v": RankRule(2, alpha=4.0)}
+    rule = RankRule(rank=8, alpha=4.0)
+    assert load_rank_map(file) == {"q": rule, "k": rule, "v": RankRule(rank=2, alpha=4.0)}
 
 
 @pytest.mark.parametrize(
