@@ -327,24 +327,15 @@ def resolve_rank_map(
         key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if capped else rank
-        layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.bounds, key)
-        faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
-        layers[name] = layer
+        layers[name] = layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.bounds, key)
+        most = min(d_out, d_in)
+        if layer.rank > most:
+            said = f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {layer.rank}"
+            lower = "lower rank, or set the rank of this layer in rank_map"
+            faults.append(f"{said}; {lower if rule.rank is None else f'fix the rule {key!r} of rank_map'}")
     if faults:
         raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]), "rank_map", "rank")
     return layers
-
-
-def _layer_faults(layer: LayerValues, rule: RankRule, d_out: int, d_in: int) -> list[str]:
-    fix = f"fix the rule {layer.rule!r} of rank_map"
-    lower = "lower rank, or set the rank of this layer in rank_map"
-    faults = []
-    if layer.rank > min(d_out, d_in):
-        said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
-        faults.append(f"{said}; {lower if rule.rank is None else fix}")
-    if rule.final_rank is not None and rule.final_rank > layer.rank:
-        faults.append(f"final_rank must be at most rank = {layer.rank}, got {rule.final_rank}; {fix}")
-    return faults
 
 
 def rule_of_each(rules: Iterable[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:

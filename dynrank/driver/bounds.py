@@ -42,44 +42,52 @@ def is_frozen(layer: RankedLayer) -> bool:
     return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
 
 
-def faults_of_budget(stage: Stage, bounds: Mapping[str, RankBounds]) -> list[str]:
-    """Why the bounds of a budget and those of layers, ``bounds``, leave no rank to some of these."""
-    if not isinstance(stage.to, Budget):
-        return []
-    faults: dict[str, list[str]] = {}
-    for name, own in bounds.items():
-        if own.highest is not None and own.highest < stage.to.lowest:
-            fault = f"highest={own.highest} in rank_map is below lowest={stage.to.lowest} of the budget"
-            faults.setdefault(fault, []).append(name)
-        if own.lowest is not None and own.lowest > (stage.to.highest or own.lowest):
-            fault = f"lowest={own.lowest} in rank_map is above highest={stage.to.highest} of the budget"
-            faults.setdefault(fault, []).append(name)
-    return _lines(faults)
+def check_bounds(
+    schedule: Sequence[Stage],
+    layers: Mapping[str, RankedLayer],
+    bounds: Mapping[str, RankBounds],
+    ends: Mapping[str, int],
+) -> None:
+    """Refuse bounds of layers that no rank fulfils together with a budget's, or that the schedule does not reach.
 
-
-def check_ends(layers: Mapping[str, RankedLayer], bounds: Mapping[str, RankBounds], ends: Mapping[str, int]) -> None:
-    """Refuse bounds that layers do not come into; ``ends`` are the ranks that a schedule leads to.
-
-    They come into them whatever the data, unless they are frozen, or no stage lowers or raises their rank.
+    ``ends`` are the ranks that the schedule leads to. They are within the bounds whatever the data, unless a layer is
+    frozen, or no stage lowers or raises its rank.
     """
     faults: dict[str, list[str]] = {}
     for name, own in bounds.items():
-        end = ends[name]
-        for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
-            value = getattr(own, bound)
-            if value is None or allows(value, end):
-                continue
-            side, verb = ("above", "raises") if value > end else ("below", "lowers")
-            why = "it is frozen" if is_frozen(layers[name]) else f"no stage {verb} it there"
-            faults.setdefault(f"{bound}={value} is {side} its rank {end}, and {why}", []).append(name)
-    if faults:
-        lines = "\n  ".join(_lines(faults)[:_LISTED])
-        raise ConfigurationError(f"rank_map does not fit the schedule:\n  {lines}", "rank_map")
+        why = "it is frozen" if is_frozen(layers[name]) else None
+        found = [] if why or own.final_rank is not None else _against_budgets(schedule, own)
+        for fault in found or _unreached(own, ends[name], why):
+            faults.setdefault(fault, []).append(name)
+    lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
+    if lines:
+        raise ConfigurationError(
+            "rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map", "highest", "lowest"
+        )
 
 
-def _lines(faults: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each fault, with the first of its layers."""
-    return [
-        f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {fault}"
-        for fault, names in faults.items()
-    ]
+def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> list[str]:
+    """Which bounds of budgets leave no rank to a layer with these bounds."""
+    faults = []
+    for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
+        if own.highest is not None and own.highest < budget.lowest:
+            faults.append(
+                f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
+            )
+        if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
+            faults.append(
+                f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
+            )
+    return faults
+
+
+def _unreached(own: RankBounds, end: int, why: str | None) -> list[str]:
+    """Which of these bounds a layer that ends at rank ``end`` does not keep; ``why``, if it is not the schedule."""
+    faults = []
+    for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
+        value = getattr(own, bound)
+        if value is not None and not allows(value, end):
+            side, verb, side_of_end = ("above", "raises", "most") if value > end else ("below", "lowers", "least")
+            reason = why or f"no stage {verb} it there"
+            faults.append(f"{bound}={value} is {side} its rank {end}, and {reason}; set it to at {side_of_end} {end}")
+    return faults

@@ -12,14 +12,14 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.bounds import bounds_of, check_ends, faults_of_budget, keeps_rank
+from dynrank.driver.bounds import bounds_of, check_bounds, keeps_rank
 from dynrank.driver.due import expected_states, ranks_of_target
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.rank_map import RankBounds
+from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
 from dynrank.targets import Budget, Unchanged
@@ -94,7 +94,7 @@ def check_model(
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
     if schedule:
-        check_ends(layers, bounds, ranks)
+        check_bounds(schedule, layers, bounds, ranks)
 
 
 def _faults(
@@ -111,17 +111,15 @@ def _faults(
     free = [n for n, layer in layers.items() if not keeps_rank(layer, bounds[n]) and bounds[n].final_rank is None]
     if not free:
         return []
-    faults = faults_of_budget(stage, {name: bounds[name] for name in free})
-    if faults:
-        return faults
     states = expected_states(layers, bounds, ranks, last=last)
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
         given = stage.to.pool(states)
         least = stage.to.floor_parameters(states)
         if given < least:
+            steered = ["rank_map"] if any(own != FREE for own in bounds.values()) else []
             return [
                 f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
-                f"ranks, got {given:,} ({stage.to.size}, lowest)"
+                f"ranks, got {given:,} ({', '.join([stage.to.size, 'lowest', *steered])})"
             ]
         # Less than the present parameters is a change, though perhaps only of layers with a final rank of their own.
         if stage.to.share is not None and stage.to.share < 1:

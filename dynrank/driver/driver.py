@@ -290,8 +290,9 @@ class RankDriver:
             )
         mine = as_texts(self.stages)
         theirs = [tuple(stage) for stage in state["stages"]]
-        rules = [tuple(rule) for rule in state["rank_map"]]
-        self._differs = "schedule" if theirs != mine else "rank_map" if rules != self._rules_as_texts else None
+        my_rules = self._rules_as_texts
+        their_rules = [tuple(rule) for rule in state["rank_map"]]
+        self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
@@ -301,10 +302,10 @@ class RankDriver:
                 "may differ",
                 "schedule",
             )
-        if state["stage"] and rules != self._rules_as_texts:
+        if done and their_rules != my_rules:
             raise ConfigurationError(
-                f"the checkpoint was made under another rank_map: its first stages went by {_in_words(rules)}, here "
-                f"they go by {_in_words(self._rules_as_texts)}; give the rank_map as it was",
+                f"the checkpoint was made under another rank_map: its first stages went by {_in_words(their_rules)}, "
+                f"here they go by {_in_words(my_rules)}; give the rank_map as it was",
                 "rank_map",
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
@@ -479,5 +480,5 @@ class RankDriver:
         self._steps = []
 
 
-def _in_words(rules: Sequence[tuple[str, str]]) -> str:
+def _in_words(rules: Sequence[tuple[str, ...]]) -> str:
     return ", ".join(f"{key!r}: {rule}" for key, rule in rules) or "none"
