@@ -20,6 +20,7 @@ from dynrank.rank_map import (
     by_layer,
     load_rank_map,
     parse_rank_map,
+    read_rank_map,
     resolve_rank_map,
 )
 
@@ -127,6 +128,47 @@ def test_resolve_refuses_ranks_that_do_not_fit():
 def test_parse_rank_map_refuses_a_faulty_rule(value, message):
     with pytest.raises(ConfigurationError, match=rf"'q_proj': .*{message}"):
         parse_rank_map({"q_proj": value}, "test")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            4,
+            r"an int is the starting rank .* write \{final_rank: 4\}, the rank after the last stage, or \{highest: 4\}",
+        ),
+        (
+            {"rank": 4},
+            r"rank of a layer is set where LoRA is added: by rank_pattern of PEFT's LoraConfig, or by rank_map",
+        ),
+        ({"alpha": 4, "pinned": True}, "alpha of a layer is set .* by alpha_pattern of PEFT's LoraConfig"),
+        (RankRule(rank=4, alpha=2), "rank and alpha of a layer are set .* by rank_pattern and alpha_pattern of PEFT's"),
+        ({}, "must be a mapping of pinned, highest, lowest, final_rank, got {}"),
+        (True, "must be a mapping of pinned, highest, lowest, final_rank, got True"),
+        ({"higest": 4}, "higest is unknown; nearest: highest"),
+        ({"target_r": 4}, "target_r is final_rank here"),
+        ({"pinned": 1}, "pinned must be a valid boolean, got 1"),
+        ({"highest": 0}, "highest must be greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_schedules_map_refuses_what_add_lora_sets_and_what_is_no_bound(value, message):
+    with pytest.raises(ConfigurationError, match=f"'q_proj': {message}"):
+        read_rank_map({"q_proj": value}, RankBounds)
+
+
+def test_a_schedules_map_is_a_file_a_mapping_or_absent(tmp_path):
+    bounds = {"attention": RankBounds(lowest=4, highest=8), "mlp": RankBounds(pinned=True)}
+    file = written(tmp_path, "rank_pattern:\n  attention: {lowest: 4, highest: 8}\n  mlp: {pinned: true}\n")
+    assert read_rank_map(file, RankBounds) == read_rank_map(str(file), RankBounds) == bounds
+    assert read_rank_map(bounds, RankBounds) == bounds
+    assert read_rank_map(None, RankBounds) == {}
+    # A rule of add_lora without a start is one of a schedule, and the other way round.
+    assert read_rank_map({"mlp": RankRule(pinned=True)}, RankBounds) == {"mlp": RankBounds(pinned=True)}
+    assert read_rank_map(bounds, RankRule)["mlp"] == RankRule(pinned=True)
+    with pytest.raises(ConfigurationError, match=r"'mlp': rank of a layer"):
+        read_rank_map(written(tmp_path, "rank_pattern: {mlp: {rank: 4}}"), RankBounds)
+    with pytest.raises(ConfigurationError, match=r"rank_map must be the path of a file or a mapping .*, got \['mlp'\]"):
+        read_rank_map(["mlp"], RankBounds)
 
 
 # global flags are an error anywhere but at the start, where PEFT's matching has its own text
