@@ -23,6 +23,7 @@ PAGES = {
     "README.md": "index.md",
     "scripts/examples/notebooks/trl.ipynb": "notebooks/trl.md",
     "scripts/examples/notebooks/squeeze.ipynb": "notebooks/squeeze.md",
+    "scripts/examples/notebooks/steer.ipynb": "notebooks/steer.md",
     "dynrank/README.md": "inside/packages.md",
     "conf/README.md": "inside/conf.md",
     "kernels/README.md": "inside/kernels.md",
