@@ -6,6 +6,7 @@ packages says.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ PAGES = {
     "scripts/examples/notebooks/squeeze.ipynb": "notebooks/squeeze.md",
     "scripts/examples/notebooks/steer.ipynb": "notebooks/steer.md",
     "dynrank/README.md": "inside/packages.md",
+    "dynrank/foreign.md": "inside/foreign.md",
     "conf/README.md": "inside/conf.md",
     "kernels/README.md": "inside/kernels.md",
     "scripts/README.md": "inside/scripts.md",
@@ -32,6 +34,8 @@ PAGES = {
     "CONTRIBUTING.md": "inside/contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# The search names these after the pages of one job each.
+REFERENCE = ("api/", "archive/", "inside/", "notebooks/", "changelog")
 # Packages whose public names are the API.
 PACKAGES = ("dynrank", "dynrank.schedules", "dynrank.triggers", "dynrank.targets", "dynrank.callbacks")
 
@@ -43,6 +47,7 @@ LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
 
 def main() -> None:
     """Write the pages, and build the site of them; a warning of mkdocs is an error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     folder = Path(sys.argv[1]).resolve()
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
@@ -51,10 +56,10 @@ def main() -> None:
     for source, page in homes.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         text = of_notebook(json.loads(text)) if source.endswith(".ipynb") else text
-        write(pages / page, with_links(text, source, homes, pages))
+        write(pages, page, with_links(text, source, homes, pages))
     shutil.copyfile(docs / "extra.css", pages / "extra.css")
     for package in PACKAGES:
-        write(pages / "api" / f"{package}.md", api(package))
+        write(pages, f"api/{package}.md", api(package))
     config = mkdocs.config.load_config(
         str(docs / "mkdocs.yml"), docs_dir=str(pages), site_dir=str(folder / "site"), strict=True
     )
@@ -119,10 +124,12 @@ def api(package: str) -> str:
     return "\n\n".join([f"# {package}", about, *(f"::: {package}.{name}" for name in names)]) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file, and the folders above it."""
+def write(pages: Path, page: str, text: str) -> None:
+    """Write a page, and the folders above it."""
+    boost = 0.1 if page.startswith(REFERENCE) else 1
+    path = pages / page
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"---\nsearch:\n  boost: {boost}\n---\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

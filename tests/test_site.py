@@ -48,7 +48,8 @@ def test_site_has_every_public_name_and_its_links_lead_somewhere(tmp_path):
     # A heading weighs a thousand times as much as a text, so a page that has the words in one is among the first.
     found = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
     for words, answer in ANSWERS.items():
-        headed = [doc["location"] for doc in found if words.lower() in doc["title"].lower()]
+        whole = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE)
+        headed = [doc["location"] for doc in found if whole.search(doc["title"])]
         assert any(place.startswith(answer) for place in headed), (words, headed)
     pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("index.html")}
     anchors = {page: set(re.findall(r'id="?([^"\s>]+)', text)) for page, text in pages.items()}
