@@ -25,7 +25,16 @@ def compute_change(
     # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The global
     # generator stays as it is: data and dropout go on as without the growth, and a resumed run draws the same rows.
     generator = torch.Generator().manual_seed(training.step)
-    return Change.compute(adapters, plan, directions, how.optimizer_state, generator, balance=True, in_first=True)
+    return Change.compute(
+        adapters,
+        plan,
+        directions,
+        how.optimizer_state,
+        generator,
+        balance=True,
+        in_first=True,
+        group=training.group,
+    )
 
 
 def apply_change(training: Training, change: Change) -> None:

@@ -183,7 +183,8 @@ def quiet_training() -> None:
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
     # A resumed run goes on in a folder of its own.
     warnings.filterwarnings("ignore", "The dirpath has changed")
-    # A run exports its model. Its checkpoint is only there to resume from, and a change after the last step comes later.
+    # A run exports its model. Its checkpoint is only there to resume from, and a change after the last step is made
+    # after it.
     warnings.filterwarnings("ignore", "the last checkpoint, ")
     # Lightning 2.6 itself uses what torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
