@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dynrank.app.hub import hub_answers
 from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
 from dynrank.layers.foreign import store_on
@@ -53,6 +54,8 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
+    if not Path(source).exists() and not constants.HF_HUB_OFFLINE and not hub_answers(source, settings.revision):
+        options["local_files_only"] = True
     try:
         return loader(source, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
@@ -62,10 +65,13 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
         if isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise ConfigurationError(
-                f"{key}={name} is not in the cache, and {ENDPOINT} cannot be reached; set {key} to a folder, or "
-                "connect (with HF_HUB_OFFLINE=1 the hub is not tried, which takes half a minute without a network)"
-            ) from error
+            reason = (
+                f"{constants.ENDPOINT} cannot be reached; set {key} to a folder, or connect (with HF_HUB_OFFLINE=1 the "
+                "hub is not tried)"
+            )
+            if constants.HF_HUB_OFFLINE:
+                reason = f"HF_HUB_OFFLINE=1 keeps it from being loaded; set {key} to a folder, or unset HF_HUB_OFFLINE"
+            raise ConfigurationError(f"{key}={name} is not in the cache, and {reason}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error

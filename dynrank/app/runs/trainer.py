@@ -23,7 +23,6 @@ from dynrank.app.console import quiet_loading
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
-from dynrank.app.runs.overrides import DISK_FULL
 from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
@@ -32,6 +31,7 @@ from dynrank.callbacks.lightning.private import save_now
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import table_console
+from dynrank.output.whole_file import DISK_FULL
 
 # AdapterCheckpoint saves after the step in which one of them comes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -1,10 +1,13 @@
 import json
 import shutil
-import socket
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 
+from dynrank.app import hub
 from dynrank.app.models import names, pretrained
 from dynrank.app.models.names import model_source
 from dynrank.app.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
@@ -59,17 +62,38 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_on_the_hub_is_refused_with_advice_where_there_is_no_network(monkeypatch):
-    def nowhere(*_, **__):
-        raise socket.gaierror
+@pytest.mark.parametrize("load", [load_tokenizer, read_config, load_causal_lm])
+def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(no_network, load):
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFFLINE=1"):
+        load("nobody/nothing", "--base")
+    assert len(no_network) < 3
 
-    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    # The hub's library waits before it tries again.
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(
-        ConfigurationError, match="--base=nobody/nothing is not in the cache, and http.*HF_HUB_OFFLINE=1"
-    ):
+
+def test_a_name_in_the_hubs_cache_needs_no_network(no_network, tmp_path):
+    commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 48}))
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    assert read_config("nobody/nothing", cache_dir=tmp_path).hidden_size == 48
+    assert len(no_network) < 3
+
+
+def test_a_name_on_the_hub_is_refused_where_the_user_forbids_to_ask_it(no_network, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and HF_HUB_OFFLINE=1"):
         load_tokenizer("nobody/nothing", "--base")
+    assert not no_network
+
+
+def test_an_answer_of_the_hub_is_one_whatever_it_says(monkeypatch):
+    """A model that is not there, or is another's, has the error of transformers."""
+
+    def absent(*_, **__):
+        raise HfHubHTTPError("404", response=httpx.Response(404, request=httpx.Request("HEAD", "http://hub")))
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", absent)
+    assert hub.hub_answers("nobody/nothing")
 
 
 def test_body_that_does_not_fit_its_config_is_refused(tiny_bert, tmp_path):
