@@ -216,7 +216,7 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 def _from_hub(name: str, split: str) -> datasets.Dataset:
     if not datasets.config.HF_HUB_OFFLINE and not hub_answers(name, repo_type="dataset"):
         raise ConnectionError(
-            f"{constants.ENDPOINT} cannot be reached; connect, or set HF_HUB_OFFLINE=1 if it is in the cache of datasets"
+            f"{constants.ENDPOINT} cannot be reached; connect, or with HF_HUB_OFFLINE=1 the cache of datasets is read"
         )
     with quiet():
         return datasets.load_dataset(name, split=split)
