@@ -48,6 +48,12 @@ def usage_errors() -> Iterator[None]:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         is_full = getattr(error.__cause__, "errno", None) in DISK_FULL
         sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: a file cannot be written: {error.strerror}{where}; free space", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:

@@ -249,6 +249,21 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         assert (code, message in said) == (2, True), said
 
 
+def test_a_full_disk_is_one_line(classifier, launch, tmp_path, monkeypatch, request):
+    answer = Answerer.labels
+
+    def with_full_disk(self, rows):
+        request.getfixturevalue("full_disk")
+        return answer(self, rows)
+
+    monkeypatch.setattr(Answerer, "labels", with_full_disk)
+    file = write(tmp_path / "rows.csv", ROWS * 5)
+    code, _, said = launch(cli.main, "predict", classifier, file, "--out", "answers.jsonl", "--batch-size", 64)
+    assert code == 1
+    assert re.search("error: a file cannot be written: File too large.*; free space$", said.strip()), said
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 @pytest.fixture
 def asked(classifier, launch, tmp_path, monkeypatch):
     """Gives a file with one row to ``predict`` of an adapter that has learned from these columns.
