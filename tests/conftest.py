@@ -3,7 +3,6 @@
 import gc
 import resource
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -211,32 +210,6 @@ def full_disk():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """The hosts that are looked up, in vain, while nobody has forbidden the hub's library to try."""
-    # Few tests need it.
-    import datasets
-    from huggingface_hub import close_session, constants
-
-    hosts = []
-
-    def nowhere(host, *_, **__):
-        hosts.append(host)
-        raise socket.gaierror
-
-    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    # That library waits between its attempts.
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    for settings in (constants, datasets.config):
-        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    close_session()
-    yield hosts
-    close_session()
 
 
 # All layers go to one rank, by their singular values.
