@@ -54,30 +54,28 @@ def check_bounds(
     frozen, or no stage lowers or raises its rank.
     """
     faults: dict[str, list[str]] = {}
+    arguments = {"rank_map": None}
     for name, own in bounds.items():
         why = "it is frozen" if is_frozen(layers[name]) else None
-        found = [] if why or own.final_rank is not None else _against_budgets(schedule, own)
-        for fault in found or _unreached(own, ends[name], why):
+        against = {} if why or own.final_rank is not None else _against_budgets(schedule, own)
+        arguments |= dict.fromkeys(against.values())
+        for fault in against or _unreached(own, ends[name], why):
             faults.setdefault(fault, []).append(name)
     lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
     if lines:
-        raise ConfigurationError(
-            "rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map", "highest", "lowest"
-        )
+        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), *arguments)
 
 
-def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> list[str]:
-    """Which bounds of budgets leave no rank to a layer with these bounds."""
-    faults = []
+def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, str]:
+    """{which bound of a budget leaves no rank to a layer with these bounds: its name}."""
+    faults = {}
     for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
         if own.highest is not None and own.highest < budget.lowest:
-            faults.append(
-                f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
-            )
+            said = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
+            faults[said] = "lowest"
         if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
-            faults.append(
-                f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
-            )
+            said = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
+            faults[said] = "highest"
     return faults
 
 
