@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import eq, ge, le
 
+from dynrank.driver.due import is_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.rank_map import RankBounds, rule_of_each
@@ -28,18 +29,6 @@ def bounds_of(layers: Mapping[str, RankedLayer], rules: Mapping[str, RankBounds]
     if faults:
         raise ConfigurationError("rank_map does not fit the model:\n  " + "\n  ".join(faults), "rank_map")
     return {name: rules[keys[name]] if name in keys else layer.bounds for name, layer in layers.items()}
-
-
-def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
-    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
-
-    A frozen layer has no importance, and a pool would cut off what it learned earlier.
-    """
-    return bounds.pinned or is_frozen(layer)
-
-
-def is_frozen(layer: RankedLayer) -> bool:
-    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
 
 
 def check_bounds(

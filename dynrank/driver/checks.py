@@ -12,8 +12,8 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.bounds import bounds_of, check_bounds, keeps_rank
-from dynrank.driver.due import expected_states, ranks_of_target
+from dynrank.driver.bounds import bounds_of, check_bounds
+from dynrank.driver.due import expected_states, keeps_rank, ranks_of_target
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
-from dynrank.driver.bounds import keeps_rank
 from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import LayerImportance
 from dynrank.errors import ConfigurationError, shown
@@ -104,6 +103,18 @@ def expected_states(
     """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
     falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
     return {name: _state(layer, bounds[name], ranks[name], last, falling[name]) for name, layer in layers.items()}
+
+
+def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
+    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
+
+    A frozen layer has no importance, and a pool would cut off what it learned earlier.
+    """
+    return bounds.pinned or is_frozen(layer)
+
+
+def is_frozen(layer: RankedLayer) -> bool:
+    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
 
 
 def _state(
