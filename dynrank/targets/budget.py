@@ -102,8 +102,11 @@ class Budget(Target):
 
     @property
     def is_relative(self) -> bool:
-        """Whether the pool depends on the ranks before the change."""
-        return self.share is not None or self.final_rank is not None or self.left > 0
+        """Whether the ranks before the change decide if the pool suffices for the lowest ranks.
+
+        Not so for ``final_rank``, whose pool is at most the present parameters: these suffice.
+        """
+        return self.share is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """How many parameters ``layers`` may have together after the change."""
