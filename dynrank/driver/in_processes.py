@@ -18,8 +18,8 @@ def compute_change(
 ) -> Change:
     """The change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
 
-    Unless a layer grows, unpinned layers that keep their rank are balanced, too: steps then have the same size in all
-    layers.
+    Unless a layer grows, layers of ``directions`` that keep their rank are balanced, too: steps then have the same size
+    in all layers.
     """
     adapters = Adapters(training.model, training.optimizers)
     # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The global
@@ -31,7 +31,7 @@ def compute_change(
         directions,
         how.optimizer_state,
         generator,
-        balance=True,
+        balanced=directions.names,
         in_first=True,
         group=training.group,
     )
