@@ -171,7 +171,7 @@ class RankDriver:
         if not self.history:
             self.check_model(training.model, run)
         check_training(training, self.stages, measure=self.measure)
-        check_processes(training.model, training.optimizers, "at the start of training")
+        check_processes(training.model, training.optimizers, "at the start of training", training.group)
         if self._differs is not None:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
@@ -242,9 +242,10 @@ class RankDriver:
             logged = {**training.logged(), **self.progress.metrics}
             waiting = {name for name in trigger.monitors if name not in logged and training.logs_later(name)}
             observed = observed_metrics(self.stages)
-            values = [metric_value(logged, name, observed) for name in trigger.monitors if name not in waiting]
+            group = training.group
+            values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
             if not waiting:
-                self._decide(trigger.observe(training.step, *values))
+                self._decide(training, trigger.observe(training.step, *values))
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -336,9 +337,9 @@ class RankDriver:
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
-    def _decide(self, fires: bool) -> None:
+    def _decide(self, training: Training, fires: bool) -> None:
         """Decide the change of the next stage, if its trigger fires in process 0."""
-        if from_first(lambda: fires):
+        if from_first(lambda: fires, training.group):
             stage = self.progress.stage
             self.progress.pending = Decision(stage, self.stages[stage].when.reason)
 
@@ -367,7 +368,8 @@ class RankDriver:
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
         directions = LayerDirections({name: layer for name, layer in layers.items() if not self._bounds[name].pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
-        check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
+        when = f"before the change of rank at step {training.step}"
+        check_processes(training.model, training.optimizers, when, training.group)
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
         last = index == len(self.stages) - 1

@@ -66,7 +66,7 @@ class Search:
         self.now = {name: layer.rank for name, layer in due.layers.items()}
         self.trials: dict[int, Trial] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(self._plan)
+        self._lowest, self._order = from_first(self._plan, training.group)
 
     def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
         target = self._due.stage.to

@@ -101,7 +101,8 @@ class RegressionTest:
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
-        return metric_value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
+        arguments = {self._how.check_monitor: CHECK_MONITOR}
+        return metric_value(metrics, self._how.check_monitor, arguments, self._training.group)
 
 
 def batches_to_measure(training: Training, changes: int, run: Run) -> int | None:

@@ -309,7 +309,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 # The user's function may return more, so only that decides.
                 metrics_of_check = validate(training)
                 for name in checked:
-                    metric_value(metrics_of_check, name, checked)
+                    metric_value(metrics_of_check, name, checked, training.group)
             self._checked = True
             self.driver.validated(training, metrics)
 

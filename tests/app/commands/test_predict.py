@@ -236,6 +236,32 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
     (tmp_path / "theirs" / "inputs.json").unlink()
     code, _, said = launch(cli.main, "predict", "theirs", file, "--columns", "txt=Body")
     assert (code, "--columns txt=… names no column that is read" in said) == (2, True)
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    for task, column, message in (
+        (None, ["answer=Body"], "--columns must name one of ['text'] for the form text, got ['answer']"),
+        ("SEQ_CLS", ["prompt=Body"], "for the form classification, got ['prompt']"),
+        ("CAUSAL_LM", ["text=Body", "label=Subject"], "for the form text, got ['label']"),
+        ("CAUSAL_LM", ["prompt=Body", "system=Subject"], "for the form completion, got ['system']"),
+    ):
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
+        options = [option for name in column for option in ("--columns", name)]
+        code, _, said = launch(cli.main, "predict", "theirs", "rows.csv", *options)
+        assert (code, message in said) == (2, True), said
+
+
+def test_a_full_disk_is_one_line(classifier, launch, tmp_path, monkeypatch, request):
+    answer = Answerer.labels
+
+    def with_full_disk(self, rows):
+        request.getfixturevalue("full_disk")
+        return answer(self, rows)
+
+    monkeypatch.setattr(Answerer, "labels", with_full_disk)
+    file = write(tmp_path / "rows.csv", ROWS * 5)
+    code, _, said = launch(cli.main, "predict", classifier, file, "--out", "answers.jsonl", "--batch-size", 64)
+    assert code == 1
+    assert re.search("error: a file cannot be written: File too large.*; free space$", said.strip()), said
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept import keep_checkpoints
 from safetensors.torch import load_file
 from tables import rows
 
@@ -43,8 +44,9 @@ def validations(folder):
     return {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(Path(folder, "metrics.csv"), "val/loss")}
 
 
-def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own):
+def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own, tmp_path, monkeypatch):
     settings = [*own, "schedule.final_rank=2", "checkpoint_every=20"]
+    keep_checkpoints(tmp_path, monkeypatch.setattr)
     code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
     assert code == 0, said
     found = summary("whole")
@@ -62,13 +64,12 @@ def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(l
         assert (int(step), found["final"]["val/loss"]) == (best, pytest.approx(values[best]))
     assert found["final"]["val/loss"] <= min(values.values()) + 1e-6
 
-    # The only checkpoint is of step 20.
     adapter = "adapter/adapter_model.safetensors"
-    code, _, said = launch(train.main, *settings, "hydra.run.dir=again", "ckpt_path=whole/checkpoints/last.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=again", f"ckpt_path='{tmp_path / 'step=20.ckpt'}'")
     assert code == 0, said
     assert Path("again", adapter).read_bytes() == Path("whole", adapter).read_bytes()
 
-    code, _, said = launch(train.main, *settings, "hydra.run.dir=last", "export_weights=last", "checkpoint_every=32")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=last", "export_weights=last")
     assert code == 0, said
     assert "(export_weights=last)" in summary("last")["weights"]
     state = torch.load("last/checkpoints/last.ckpt", weights_only=True)["state_dict"]
