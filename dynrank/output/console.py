@@ -22,6 +22,14 @@ def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Tabl
     return table
 
 
+def table_text(table: Table) -> str:
+    """``table`` as a text, as an interactive session shows it."""
+    console = table_console()
+    with console.capture() as printed:
+        console.print(table)
+    return printed.get().rstrip()
+
+
 def print_table(table: Table) -> None:
     """Print ``table`` in the width of :func:`table_console`."""
     table_console().print(table)

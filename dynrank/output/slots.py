@@ -1,10 +1,11 @@
 """The slot that a server reserves for an adapter: the highest rank, in every layer."""
 
 from collections.abc import Mapping
+from math import ceil
 
 # The values that vLLM accepts for --max-lora-rank.
 SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# How many layers a line names.
+# The most layers that a line names.
 SHOWN = 5
 
 
@@ -18,22 +19,52 @@ def slot_rank(highest: int) -> int:
 
 
 def slot_line(ranks: Mapping[str, int]) -> str:
-    """Highest and average rank, the rank of a server's slot, and the layers that make it so high.
+    """Highest and average rank, the rank of a server's slot, and what it would be without the few highest layers.
 
     A server's slot for an adapter has the highest rank in every layer.
 
-    >>> slot_line({"q": 2, "v": 2, "pooler": 13})
-    "highest rank 13, average 5.7: a server's slot has 16 in every layer, because of 1 of 3 layers: pooler (13)"
+    >>> slot_line({"q": 2, "k": 2, "v": 2, "pooler": 13})
+    "highest rank 13, average 4.8: a server's slot has 16 in every layer; without 1 of 4 layers it has 8: pooler (13)"
     >>> slot_line({"q": 2, "v": 4})
     "highest rank 4, average 3.0: a server's slot has 8 in every layer"
     """
     highest = max(ranks.values())
-    average = sum(ranks.values()) / len(ranks)
     slot = slot_rank(highest)
-    line = f"highest rank {highest}, average {average:.1f}: a server's slot has {slot} in every layer"
+    line = f"highest rank {highest}, average {average(ranks):.1f}: a server's slot has {slot} in every layer"
     below = max((step for step in SLOTS if 1 < step < slot), default=highest)
     above = sorted((name for name in ranks if ranks[name] > below), key=lambda name: -ranks[name])
-    if not 0 < len(above) < len(ranks):
+    # Most layers are no exception.
+    if not 0 < len(above) <= len(ranks) / 2:
         return line
-    names = ", ".join(f"{name} ({ranks[name]})" for name in above[:SHOWN])
-    return f"{line}, because of {len(above)} of {len(ranks)} layers: {names}{', …' if len(above) > SHOWN else ''}"
+    names = ": " + ", ".join(f"{name} ({ranks[name]})" for name in above) if len(above) <= SHOWN else ""
+    return f"{line}; without {len(above)} of {len(ranks)} layers it has {below}{names}"
+
+
+def average(ranks: Mapping[str, int]) -> float:
+    """The mean rank of the layers."""
+    return sum(ranks.values()) / len(ranks)
+
+
+def reserved_line(highest: Mapping[str, int], expected: Mapping[str, int], name: str | None) -> str | None:
+    """What a server will reserve, and what limits it, before training; None: no layer needs more than the mean does.
+
+    Args:
+        highest: the highest rank that each layer may end with.
+        expected: the rank that each is expected to end with; their mean is known.
+        name: what the user calls the argument that limits the highest rank; None: there is none.
+
+    >>> reserved_line({"q": 16, "v": 16}, {"q": 4, "v": 4}, "highest")
+    'a server reserves the highest rank in every layer, up to 16; highest=8 limits it'
+    >>> reserved_line({"q": 32, "v": 32}, {"q": 16, "v": 16}, "highest")
+    'a server reserves the highest rank in every layer, up to 32; highest limits it'
+    >>> reserved_line({"q": 4, "v": 4}, {"q": 4, "v": 4}, "highest")
+    """
+    top = max(highest.values())
+    mean = average(expected)
+    if slot_rank(top) <= slot_rank(ceil(mean)):
+        return None
+    line = f"a server reserves the highest rank in every layer, up to {top}"
+    # A limit at the mean would make all ranks the same.
+    limit = next(slot for slot in SLOTS + (top,) if slot > mean)
+    value = f"={limit}" if limit < slot_rank(top) else ""
+    return line if name is None else f"{line}; {name}{value} limits it"
