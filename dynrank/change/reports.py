@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dynrank.errors import described
 from dynrank.linalg import energy_kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerReport:
     """The effect of a change of rank on one layer.
 
@@ -36,6 +37,8 @@ class LayerReport:
     params_per_rank: int
     importance: float | None = None
     importance_error: float | None = None
+
+    __repr__ = described
 
     @property
     def parameters_saved(self) -> int:
