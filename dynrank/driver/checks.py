@@ -63,7 +63,8 @@ def slot_notice(model: nn.Module, schedule: Sequence[Stage], name: str | None = 
     # Only such stages leave it to the run which layers get more than others.
     if not depends_on_data(schedule):
         return None
-    return reserved_line(highest_ranks(model, schedule), final_ranks(model, schedule), name)
+    can_limit = any(isinstance(stage.to, Budget) for stage in schedule)
+    return reserved_line(highest_ranks(model, schedule), final_ranks(model, schedule), name if can_limit else None)
 
 
 def _expected_ranks(
