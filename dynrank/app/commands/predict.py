@@ -79,8 +79,8 @@ def predict(
     with redirect_stdout(sys.stderr):
         table = _table_of(texts)
         kept = kept_columns(keep, table)
-        given: dict[str, Any] = {"learned": replace(learned, system=system), "columns": columns}
-        ask = partial(_questions, texts, table, skip=skip_unusable, **given)
+        inputs = replace(learned, system=system)
+        ask = partial(_questions, texts, table, learned=inputs, columns=columns, skip=skip_unusable)
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
         asked = ask(forms[0]) if forms else None
         answerer = Answerer(read_adapter(source), model, system=system, **options)

@@ -17,6 +17,7 @@ from small_trainer import (
     SIZE,
     STEPS,
     Hearing,
+    base,
     data,
     own,
     trainer,
@@ -29,8 +30,8 @@ from transformers import TrainerCallback
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, auto
-from dynrank.targets import Rank
+from dynrank.schedules import How, Stage, auto, early_budget
+from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Gap, Plateau
 
 
@@ -248,6 +249,23 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
     assert plain[0] == checked[0]
     for name, value in plain[1].items():
         assert torch.equal(checked[1][name], value), name
+
+
+def test_what_is_printed_has_the_trainer_s_names_and_begins_with_the_slot(tmp_path, capsys):
+    worse = itertools.count(10)
+    model = get_peft_model(base(), LoraConfig(r=16, target_modules="all-linear"))
+    costly = Stage(Plateau(min_delta=0.9, patience=1), Budget(final_rank=2), how=How(max_regression=0.0))
+    evaluate = {"evaluate": lambda: {"eval_loss": float(next(worse))}}
+    schedule = RankTrainerCallback([*early_budget(4, at=0.2), costly], measure=True, **evaluate)
+    trainer(tmp_path, model, schedule, **EVALUATING).train()
+    cut, undone = schedule.history
+    assert (cut.measured.metric, undone.measured.metric, undone.undone) == ("eval_loss", "eval_loss", True)
+    assert undone.reason == f"undone: {undone.measured} (plateau of eval_loss)"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("a server reserves the highest rank in every layer, up to 16; highest=8 limits it")
+    assert printed.count("a server reserves") == 1
+    assert "val/loss" not in printed
+    assert f"adapter's rate × {cut.lr_factor:.3g} from here" in printed
 
 
 @pytest.mark.parametrize(
