@@ -89,7 +89,7 @@ class RankDriver:
     ...     optimizer.zero_grad()
     >>> driver.finish(loop)
     >>> print(*driver.history)
-    rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
+    rank change at step 2: fraction 0.3333; adapter's rate × 1.41 from here (rank 4 → rank 2 in 1 layers)
     """
 
     def __init__(self, schedule: Schedule, *, measure: bool = False) -> None:
