@@ -14,7 +14,7 @@ def table_console() -> Console:
 
 def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Table:
     """A table without rows; its first column and the columns ``texts`` are aligned left, all others right."""
-    table = Table(title=title)
+    table = Table(title=title, caption_justify="left")
     for index, heading in enumerate(headings):
         text = index == 0 or heading in texts
         width = 20 if heading == "layer" else None

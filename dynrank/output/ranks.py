@@ -98,7 +98,6 @@ def change_table(
     lines = [_IMPORTANCE] if known else []
     lines += [slot_line(ranks)] if len({*ranks.values()}) > 1 and not undone else []
     table.caption = "\n".join(lines) or None
-    table.caption_justify = "left"
     return table
 
 
