@@ -17,7 +17,6 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.output.slots import reserved_line
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
 from dynrank.targets import Budget, Unchanged
@@ -37,34 +36,6 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
     for number, stage in enumerate(schedule, 1):
         ranks = _expected_ranks(stage, layers, ranks, last=number == len(schedule))
     return ranks
-
-
-def highest_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
-    """{layer: the highest rank that it can have after the last stage}."""
-    layers = dict(lora_layers(model))
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    for number, stage in enumerate(schedule, 1):
-        states = expected_states(layers, ranks, last=number == len(schedule))
-        if isinstance(stage.to, Budget):
-            ranks = stage.to.highest_ranks(states)
-        elif not stage.to.needs:
-            ranks = ranks_of_target(stage, layers, states)
-    return ranks
-
-
-def slot_notice(model: nn.Module, schedule: Sequence[Stage], name: str | None = "highest") -> str | None:
-    """A line about a server's slot for what a run on ``model`` ends with; None: no layer can exceed the mean much.
-
-    Args:
-        model: the model, before the first stage of ``schedule``.
-        schedule: the stages to come.
-        name: what the user calls the argument ``highest`` of a budget; None: the user cannot set it.
-    """
-    # Only such stages leave it to the run which layers get more than others.
-    if not depends_on_data(schedule):
-        return None
-    can_limit = any(isinstance(stage.to, Budget) for stage in schedule)
-    return reserved_line(highest_ranks(model, schedule), final_ranks(model, schedule), name if can_limit else None)
 
 
 def _expected_ranks(

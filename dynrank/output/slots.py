@@ -1,7 +1,6 @@
 """The slot that a server reserves for an adapter: the highest rank, in every layer."""
 
 from collections.abc import Callable, Mapping
-from math import ceil
 
 # The values that vLLM accepts for --max-lora-rank.
 SLOTS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,28 +45,3 @@ def slot_line(ranks: Mapping[str, int], slot_of: Callable[[int], int] = slot_ran
 def average(ranks: Mapping[str, int]) -> float:
     """The mean rank of the layers."""
     return sum(ranks.values()) / len(ranks)
-
-
-def reserved_line(highest: Mapping[str, int], expected: Mapping[str, int], name: str | None) -> str | None:
-    """What a server will reserve, and what limits it, before training; None: no layer needs more than the mean does.
-
-    Args:
-        highest: the highest rank that each layer may end with.
-        expected: the rank that each is expected to end with; their mean is known.
-        name: what the user calls the argument that limits the highest rank; None: there is none.
-
-    >>> reserved_line({"q": 16, "v": 16}, {"q": 4, "v": 4}, "highest")
-    'a server reserves the highest rank in every layer, up to 16; highest=8 limits it'
-    >>> reserved_line({"q": 32, "v": 32}, {"q": 16, "v": 16}, "highest")
-    'a server reserves the highest rank in every layer, up to 32; highest limits it'
-    >>> reserved_line({"q": 4, "v": 4}, {"q": 4, "v": 4}, "highest")
-    """
-    top = max(highest.values())
-    mean = average(expected)
-    if slot_rank(top) <= slot_rank(ceil(mean)):
-        return None
-    line = f"a server reserves the highest rank in every layer, up to {top}"
-    # A limit at the mean would make all ranks the same.
-    limit = next(slot for slot in SLOTS + (top,) if slot > mean)
-    value = f"={limit}" if limit < slot_rank(top) else ""
-    return line if name is None else f"{line}; {name}{value} limits it"

@@ -9,9 +9,9 @@ from rich.console import Console
 
 import dynrank
 from dynrank.change.reports import LayerReport
-from dynrank.driver.checks import highest_ranks, slot_notice
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import Measured, RankEvent
+from dynrank.driver.reserved import highest_ranks, slot_notice
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto, early_budget, energy, fixed, milestones
@@ -137,6 +137,9 @@ CAPPED = dict.fromkeys(KINDS, {"highest": 8})
         (early_budget(12), {}, None),
         (early_budget(4, highest=8), {}, None),
         (early_budget(4), {"rank_map": CAPPED}, None),
+        # Not even a limit of the schedule would lower these.
+        (early_budget(2), {"rank_map": PINNED}, "up to 16"),
+        (early_budget(4, lowest=3), {"rank_map": {"q_proj": {"highest": 16}}}, "up to 16"),
         # Uniform ranks, or ones that are known.
         (after_convergence(4, shared=False), {}, None),
         (milestones([8, 4], at=[0.5, 0.75]), {}, None),

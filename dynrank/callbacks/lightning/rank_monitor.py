@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
-from dynrank.driver.checks import slot_notice
 from dynrank.driver.event import FIELDS, RankEvent
+from dynrank.driver.reserved import slot_notice
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
 from dynrank.output.ranks import rank_totals

@@ -20,9 +20,10 @@ from dynrank.callbacks.transformers.training import TrainerTraining, numeric_met
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
-from dynrank.driver.checks import checked_metrics, metric_value, slot_notice
+from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
+from dynrank.driver.reserved import slot_notice
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
