@@ -137,9 +137,9 @@ CAPPED = dict.fromkeys(KINDS, {"highest": 8})
         (early_budget(12), {}, None),
         (early_budget(4, highest=8), {}, None),
         (early_budget(4), {"rank_map": CAPPED}, None),
-        # Not even a limit of the schedule would lower these.
+        # No limit of the schedule lowers a pinned layer; one of the rank map does not raise it.
         (early_budget(2), {"rank_map": PINNED}, "up to 16"),
-        (early_budget(4, lowest=3), {"rank_map": {"q_proj": {"highest": 16}}}, "up to 16"),
+        (early_budget(4, lowest=3), {"rank_map": {"q_proj": {"highest": 16}}}, "up to 16; highest=8 limits it"),
         # Uniform ranks, or ones that are known.
         (after_convergence(4, shared=False), {}, None),
         (milestones([8, 4], at=[0.5, 0.75]), {}, None),
@@ -155,10 +155,10 @@ def test_before_training_a_line_says_what_a_server_may_reserve_and_what_limits_i
     notice = slot_notice(model(**options), schedule)
     assert notice == (said and f"a server reserves the highest rank in every layer, {said}")
     if said and "limits" in said:
-        assert slot_notice(model(**options), schedule, "schedule.highest") == notice.replace(
+        assert slot_notice(model(**options), schedule, name="schedule.highest") == notice.replace(
             "highest=", "schedule.highest="
         )
-        assert slot_notice(model(**options), schedule, None) == notice.partition(";")[0]
+        assert slot_notice(model(**options), schedule, name=None) == notice.partition(";")[0]
 
 
 @pytest.mark.parametrize("skewed", KINDS)

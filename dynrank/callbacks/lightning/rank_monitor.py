@@ -110,7 +110,7 @@ class RankMonitor(Callback):
         """Print what a server will reserve for the adapter, if a schedule can leave it more than the mean."""
         name = "highest" if self.names is None else self.names("highest")
         for driver in (c.driver for c in trainer.callbacks if isinstance(c, RankScheduler)):  # type: ignore[attr-defined]
-            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], name)
+            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules, name)
             if notice is not None:
                 print(notice, flush=True)
 
