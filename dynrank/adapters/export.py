@@ -4,7 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class Exported:
     """
 
     out: Path
-    layers: dict[str, StoredLayer]
+    layers: dict[str, StoredLayer] = field(repr=False)
     rank: int | None
     bytes: int
     line: str

@@ -41,11 +41,11 @@ from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.last_step import LastStep
-from dynrank.driver.learning_rates import LearningRates, begin_anew, factor_of_change, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -92,7 +92,7 @@ class RankDriver:
     ...     optimizer.zero_grad()
     >>> driver.finish(loop)
     >>> print(*driver.history)
-    rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
+    rank change at step 2: fraction 0.3333; adapter's rate × 1.41 from here (rank 4 → rank 2 in 1 layers)
     """
 
     def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
@@ -120,9 +120,9 @@ class RankDriver:
         self._differs: str | None = None
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
-        return self.progress.history
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
+        return History(self.progress.history)
 
     @property
     def finished(self) -> bool:
@@ -245,7 +245,11 @@ class RankDriver:
             group = training.group
             values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
             if not waiting:
-                self._decide(training, trigger.observe(training.step, *values))
+                fires = trigger.observe(training.step, *values)
+                reason = trigger.reason
+                for name in trigger.monitors:
+                    reason = reason.replace(name, training.own_name(name, logged))
+                self._decide(training, fires, reason)
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -337,11 +341,10 @@ class RankDriver:
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
-    def _decide(self, training: Training, fires: bool) -> None:
-        """Decide the change of the next stage, if its trigger fires in process 0."""
+    def _decide(self, training: Training, fires: bool, reason: str) -> None:
+        """Decide the change of the next stage, if its trigger fires in process 0, for this ``reason``."""
         if from_first(lambda: fires, training.group):
-            stage = self.progress.stage
-            self.progress.pending = Decision(stage, self.stages[stage].when.reason)
+            self.progress.pending = Decision(self.progress.stage, reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
         """Decide the last stage that is due by time, which replaces those before it.
@@ -375,6 +378,7 @@ class RankDriver:
         last = index == len(self.stages) - 1
         due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None
+        history = self.progress.history
         try:
             if stage.how.max_regression is None:
                 change = self._compute(training, due)
@@ -386,7 +390,7 @@ class RankDriver:
                         apply_change(training, change)
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
-                    self.history[-1] = event = replace(event, measured=measurement.measure())
+                    history[-1] = event = replace(event, measured=measurement.measure())
                     measurement.record()
             else:
                 undo = Undo(training)
@@ -401,7 +405,7 @@ class RankDriver:
                         self._end_stage(training, index, event)
         finally:
             # Also if Ctrl-C was pressed during the change, or its measurement has failed.
-            if event is not None and self.history and self.history[-1] is event:
+            if event is not None and history and history[-1] is event:
                 training.tell(event)
         return event
 
@@ -420,9 +424,10 @@ class RankDriver:
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
-            return due.event(training.step, change.reports, f"undone: {measured} ({due.reason})", undone=True)
+            reason = f"{UNDONE}{measured} ({due.reason})"
+            return due.event(training.step, change.reports, reason, measured, undone=True)
         test.record()
-        return replace(due.event(training.step, change.reports, due.reason), measured=measured)
+        return due.event(training.step, change.reports, due.reason, measured)
 
     def _validate_before(self, training: Training, stage: Stage) -> RegressionTest:
         """The test of a change that is about to be made; the run may have validated these weights already."""
@@ -448,7 +453,7 @@ class RankDriver:
             if isinstance(later.when, Trigger):
                 later.when.reset()
         if event is not None:
-            self.history.append(event)
+            self.progress.history.append(event)
         if not self._needs_importance:
             self._importance = None
             self._stop_watching()
@@ -457,12 +462,9 @@ class RankDriver:
                 self._importance.forget_last_update()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
-            after = {name: layer.rank for name, layer in lora_layers(training.model)}
-            before = after | {report.layer: report.rank_before for report in event.layers}
-            factor = factor_of_change(self.stages[index].how, before, after)
-            self.lr_factor *= factor
+            self.lr_factor *= event.lr_factor
             for rates in self._rates:
-                rates.multiply(factor)
+                rates.multiply(event.lr_factor)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""

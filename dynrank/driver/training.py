@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,6 +96,10 @@ class Training:
     def validate_share(self, most: int) -> Mapping[str, float]:
         """As :meth:`validate`, with about ``most`` batches at equal distances."""
         raise NotImplementedError
+
+    def own_name(self, name: str, metrics: Collection[str]) -> str:
+        """What the user calls the metric ``name`` of a validation with these ``metrics``."""
+        return name
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a validation that was made for a change, if the change was kept."""

@@ -75,13 +75,18 @@ class RegressionTest:
         self._how = how
         self._batches = batches
         self.observed: list[Mapping[str, float]] = []
-        self.before = self.value(self._validate() if validated is None else validated)
+        metrics = self._validate() if validated is None else validated
+        self._name = training.own_name(how.check_monitor, metrics)
+        self.before = self.value(metrics)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
     def measure(self) -> Measured:
         """Validate the changed weights."""
-        after = self.value(self._validate())
-        return Measured(self._how.check_monitor, self.before, after, all_data=self._batches is None)
+        return self.measured(self.value(self._validate()))
+
+    def measured(self, after: float) -> Measured:
+        """What a change costs after which the metric is ``after``."""
+        return Measured(self._name, self.before, after, all_data=self._batches is None)
 
     def record(self) -> None:
         """Log the validations of a change that was kept."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
+from dynrank.app.commands.keep import kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer
 from dynrank.app.tasks.data.columns import (
@@ -57,6 +58,7 @@ def predict(
     *,
     model: str | None,
     columns: Mapping[str, Theirs],
+    keep: Sequence[str],
     system: str | None,
     chat: bool,
     skip_unusable: bool,
@@ -68,22 +70,26 @@ def predict(
         raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+    if keep and out is None:
+        raise ConfigurationError(f"--keep must go with --out, which gets the columns, got {' '.join(keep)}")
     refuse_unknown(columns, "FILE")
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
     system = learned.system if system is None else system
-    learned_here = replace(learned, system=system)
+    inputs = replace(learned, system=system)
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         asking = _asking(texts, columns)
-        ask = partial(_questions, asking, learned=learned_here, columns=columns, skip=skip_unusable)
+        table = asking if isinstance(asking, Source) else None
+        kept = kept_columns(keep, table)
+        ask = partial(_questions, asking, learned=inputs, columns=columns, skip=skip_unusable)
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
         asked = ask(forms[0]) if forms else None
         adapter = read_adapter(source)
-        if not forms and isinstance(asking, Source):
-            _refuse_in_every_form(asking, adapter.config.task_type, learned_here, columns)
+        if not forms and table is not None:
+            _refuse_in_every_form(table, adapter.config.task_type, inputs, columns)
         answerer = Answerer(adapter, model, system=system, **options)
         rows, form, where = asked or ask(None if answerer.writes else "classification")
     if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
@@ -103,10 +109,11 @@ def predict(
         return
     if out.suffix == ".csv" and answerer.several:
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
+    beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
     weights = (source / WEIGHTS_FILE).stat()
     how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
     key = digest((*how, asdict(learned), rows._fingerprint))
-    _write(rows, out, key, answerer, batch_size)
+    _write(rows, out, key, answerer, batch_size, beside)
 
 
 def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Sequence[str] | Path:
@@ -270,10 +277,13 @@ def _ranked(labels: list[tuple[str, float]]) -> str:
     return "\t".join(f"{one_line(name)} {value:.4f}" for name, value in labels[:_SHOWN])
 
 
-def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int) -> None:
+def _write(
+    rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int, beside: datasets.Dataset | None
+) -> None:
     """Write the answers to ``out``; an interrupted command goes on with the parts that the cache of ``datasets`` has.
 
-    ``key`` is in their fingerprints, and changes with everything on which the answers depend.
+    ``key`` is in their fingerprints, and changes with everything on which the answers depend. ``beside`` has columns of
+    the same rows, which come before the answers.
     """
     print_facts({"writing": f"{out}, {len(rows):,} rows; if it is interrupted, the same command goes on"})
     # One bar shows all parts.
@@ -296,6 +306,11 @@ def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batc
             )
             bar.update(len(part))
     answers = datasets.concatenate_datasets(parts)
+    stored = answers.cache_files
+    if beside is not None:
+        place, *own = answers.column_names
+        answers = datasets.concatenate_datasets([answers, beside], axis=1)
+        answers = answers.select_columns([place, *beside.column_names, *own])
     with new_file(out) as file:
         if out.suffix == ".csv":
             answers.to_csv(file)
@@ -304,8 +319,8 @@ def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batc
         else:
             answers.to_parquet(file)
     # Another command answers anew, because the base model may be another by then.
-    for stored in answers.cache_files:
-        Path(stored["filename"]).unlink(missing_ok=True)
+    for part in stored:
+        Path(part["filename"]).unlink(missing_ok=True)
 
 
 def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:
