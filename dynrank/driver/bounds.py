@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import eq, ge, le
 
+from dynrank.driver.due import is_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.rank_map import RankBounds, rule_of_each
@@ -30,18 +31,6 @@ def bounds_of(layers: Mapping[str, RankedLayer], rules: Mapping[str, RankBounds]
     return {name: rules[keys[name]] if name in keys else layer.bounds for name, layer in layers.items()}
 
 
-def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
-    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
-
-    A frozen layer has no importance, and a pool would cut off what it learned earlier.
-    """
-    return bounds.pinned or is_frozen(layer)
-
-
-def is_frozen(layer: RankedLayer) -> bool:
-    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
-
-
 def check_bounds(
     schedule: Sequence[Stage],
     layers: Mapping[str, RankedLayer],
@@ -54,30 +43,28 @@ def check_bounds(
     frozen, or no stage lowers or raises its rank.
     """
     faults: dict[str, list[str]] = {}
+    arguments = {"rank_map": None}
     for name, own in bounds.items():
         why = "it is frozen" if is_frozen(layers[name]) else None
-        found = [] if why or own.final_rank is not None else _against_budgets(schedule, own)
-        for fault in found or _unreached(own, ends[name], why):
+        against = {} if why or own.final_rank is not None else _against_budgets(schedule, own)
+        arguments |= dict.fromkeys(against.values())
+        for fault in against or _unreached(own, ends[name], why):
             faults.setdefault(fault, []).append(name)
     lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
     if lines:
-        raise ConfigurationError(
-            "rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map", "highest", "lowest"
-        )
+        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), *arguments)
 
 
-def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> list[str]:
-    """Which bounds of budgets leave no rank to a layer with these bounds."""
-    faults = []
+def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, str]:
+    """{which bound of a budget leaves no rank to a layer with these bounds: its name}."""
+    faults = {}
     for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
         if own.highest is not None and own.highest < budget.lowest:
-            faults.append(
-                f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
-            )
+            said = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
+            faults[said] = "lowest"
         if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
-            faults.append(
-                f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
-            )
+            said = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
+            faults[said] = "highest"
     return faults
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
-from dynrank.driver.bounds import keeps_rank
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import Measured, RankEvent
 from dynrank.driver.importance import LayerImportance
+from dynrank.driver.learning_rates import factor_of_change
 from dynrank.errors import ConfigurationError, shown
 from dynrank.layers.base import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
@@ -61,7 +61,15 @@ class DueStage:
         """The ranks that the stage's target gives for the present state of the layers."""
         return ranks_of_target(self.stage, self.bounds, self.states())
 
-    def event(self, step: int, reports: Sequence[LayerReport], reason: str, *, undone: bool = False) -> RankEvent:
+    def event(
+        self,
+        step: int,
+        reports: Sequence[LayerReport],
+        reason: str,
+        measured: Measured | None = None,
+        *,
+        undone: bool = False,
+    ) -> RankEvent:
         """The event of a change, with the importance of each of its layers, where that is known."""
         layers = []
         for report in reports:
@@ -69,7 +77,11 @@ class DueStage:
             if known is not None:
                 report = replace(report, importance=known.value, importance_error=known.error)
             layers.append(report)
-        return RankEvent(step, reason, tuple(layers), undone)
+        others = {name: layer.rank for name, layer in self.layers.items()}
+        before = others | {report.layer: report.rank_before for report in reports}
+        after = others | {report.layer: report.rank_after for report in reports}
+        factor = 1.0 if undone else factor_of_change(self.stage.how, before, after)
+        return RankEvent(step, reason, tuple(layers), undone, measured, factor)
 
 
 def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapping[str, LayerState]) -> dict[str, int]:
@@ -104,6 +116,18 @@ def expected_states(
     """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
     falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
     return {name: _state(layer, bounds[name], ranks[name], last, falling[name]) for name, layer in layers.items()}
+
+
+def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
+    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
+
+    A frozen layer has no importance, and a pool would cut off what it learned earlier.
+    """
+    return bounds.pinned or is_frozen(layer)
+
+
+def is_frozen(layer: RankedLayer) -> bool:
+    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
 
 
 def _state(

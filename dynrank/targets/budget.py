@@ -102,8 +102,11 @@ class Budget(Target):
 
     @property
     def is_relative(self) -> bool:
-        """Whether the pool depends on the ranks before the change."""
-        return self.share is not None or self.final_rank is not None or self.left > 0
+        """Whether the ranks before the change decide if the pool suffices for the lowest ranks.
+
+        Not so for ``final_rank``, whose pool is at most the present parameters: these suffice.
+        """
+        return self.share is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """How many parameters ``layers`` may have together after the change."""
@@ -127,6 +130,10 @@ class Budget(Target):
     def lowest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         """The lowest rank that each layer may get."""
         return {name: self._choices(layer)[0] for name, layer in layers.items()}
+
+    def highest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        """The highest rank that each layer may get, if the pool has enough for it."""
+        return {name: self._choices(layer)[-1] for name, layer in layers.items()}
 
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
         """(layer, its next rank) of every step up from the lowest ranks, the first one first.

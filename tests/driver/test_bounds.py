@@ -293,6 +293,9 @@ def test_a_frozen_layer_cannot_come_into_bounds(rule, said):
 def test_a_pool_that_the_lowest_ranks_exceed_names_the_rank_map():
     with pytest.raises(ConfigurationError, match=r"the budget must be at least .*\(final_rank, lowest, rank_map\)"):
         check_model(wrapped(), early_budget(4), RUN, rules_of({".*": {"lowest": 5}}))
+    # Also in a later stage, whatever the data.
+    with pytest.raises(ConfigurationError, match=r"stage 2: the budget must be at least .*rank_map\)"):
+        check_model(wrapped(), early_budget(6) + early_budget(4, at=0.7), RUN, rules_of({".*": {"lowest": 5}}))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class RunKeys:
     Attributes:
         seed: seed of everything random; NumPy's generator allows none from 2**32 on.
         ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir`` goes on there.
-        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
+        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt); the last step has one, too.
         objective: a sweeper that looks for the best run is told this of the exported weights; a smaller value is better
             if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
