@@ -30,6 +30,7 @@ PAGES = {
     "conf/README.md": "inside/conf.md",
     "kernels/README.md": "inside/kernels.md",
     "scripts/README.md": "inside/scripts.md",
+    "scripts/bench/README.md": "inside/bench.md",
     "tests/README.md": "inside/tests.md",
     "CONTRIBUTING.md": "inside/contributing.md",
     "CHANGELOG.md": "changelog.md",
