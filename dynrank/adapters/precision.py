@@ -38,7 +38,7 @@ class Rounding:
 
     def __str__(self) -> str:
         worst = max(self.layers, key=self.layers.__getitem__)
-        return f"{self.whole:.2g} of the update, at most {self.layers[worst]:.2g} of a layer's ({worst})"
+        return f"{self.whole:.2%} of the update, at most {self.layers[worst]:.2%} of a layer's ({worst})"
 
 
 @dataclass(frozen=True)

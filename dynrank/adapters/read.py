@@ -17,8 +17,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
@@ -41,6 +42,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # In the metadata of the file: {layer: exponent of the power of two by which its factors were multiplied}, as JSON.
 POWERS = "dynrank.powers"
+_Power = Annotated[int, Field(strict=True, ge=-MOST_POWER, le=MOST_POWER)]
 _INSIDE = ".base_layer"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
@@ -155,11 +157,9 @@ def _powers(metadata: Mapping[str, str], layers: Iterable[str], weights: Path) -
         return {}
     where = f"{POWERS} in the metadata of {str(weights)!r}"
     with readable(where):
-        powers = read_as(dict[str, int], json.loads(metadata[POWERS]), where)
-    faults = [
-        f"{name!r}: {power!r:.40}" for name, power in powers.items() if name not in layers or abs(power) > MOST_POWER
-    ]
-    refuse_faults(f"{where} must have exponents up to {MOST_POWER} of the file's layers", faults)
+        content = json.loads(metadata[POWERS])
+    powers = read_as(dict[str, _Power], content, where)
+    refuse_faults(f"{where} must be of the file's layers", [f"got {name!r}" for name in powers if name not in layers])
     return powers
 
 
