@@ -73,3 +73,12 @@ def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(kind, zoo, t
     assert (by_torch(model) - expected).abs().max() > 1
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "ours.gguf", to="gguf", model=str(tmp_path / "base"))
     assert (answers(base, tmp_path / "ours.gguf") - expected).abs().max() < 1e-4
+    # llama.cpp also rounds inputs to bfloat16 before it multiplies them with such a tensor.
+    narrow = {"to": "gguf", "model": str(tmp_path / "base"), "dtype": torch.bfloat16}
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "half.gguf", **narrow)
+    print(
+        "BF16",
+        (answers(base, tmp_path / "half.gguf") - expected).abs().max(),
+        (by_torch(model) - expected).abs().max(),
+        [(tmp_path / n).stat().st_size for n in ("half.gguf", "ours.gguf")],
+    )
