@@ -326,3 +326,17 @@ def test_commands_say_what_rounding_changed(zoo, launch, tmp_path):
     code, _, said = launch("squeeze", source, "--dtype", "fp8", "--out", tmp_path / "c")
     assert (code, "float8_e4m3fn, got 'fp8' (--dtype)" in said) == (2, True)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_model_of_peft_s_is_saved_in_fewer_bits_as_in_any_other_way(zoo, tmp_path):
+    model = zoo.by_peft("bert", tmp_path / "source", use_rslora=True)
+    rounding = dynrank.save_adapter(model, tmp_path / "wrapped", dtype=FLOAT8)
+    squeeze(tmp_path / "source", tmp_path / "squeezed", dtype=FLOAT8)
+    own = dynrank.load_adapter(zoo.plain("bert"), tmp_path / "source")
+    assert dynrank.save_adapter(own, tmp_path / "own", dtype=FLOAT8).layers == rounding.layers
+    wrapped, squeezed, saved = (load_file(tmp_path / place / WEIGHTS) for place in ("wrapped", "squeezed", "own"))
+    assert wrapped.keys() == squeezed.keys() == saved.keys()
+    for key, value in wrapped.items():
+        assert torch.equal(value.float(), squeezed[key].float())
+        assert torch.equal(value.float(), saved[key].float())
+    assert {file.name for file in (tmp_path / "wrapped").iterdir()} == {CONFIG, WEIGHTS}
