@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
-from dynrank.adapters.precision import FLOAT8, Rounding, balanced, check_file_dtype, power_of
+from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
 from dynrank.adapters.write import rewrite_adapter
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
-from dynrank.linalg import finite, products
+from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
 
@@ -204,12 +204,11 @@ def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
 def _power(factors: Mapping[str, Factors], adapter: Adapter) -> int:
     """The exponent for all layers, which keep one scaling, with which their factors fit float8."""
     powers = (
-        power_of(*balanced(*pair))
+        power_of(*balanced(lora_B, lora_A, adapter.layers[name].experts))
         for name, (lora_A, lora_B, _) in factors.items()
-        for pair in products(lora_B, lora_A, adapter.layers[name].experts)
     )
     # The largest number of all is put 8 times higher than that of a layer with its own exponent, but below 448.
-    return min(powers) + 3
+    return min(min(powers) + 3, MOST_POWER)
 
 
 def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factors:

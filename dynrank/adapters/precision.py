@@ -5,13 +5,13 @@ Shape suffixes: O = d_out, I = d_in, R = rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import frexp, sqrt
+from math import frexp, hypot
 
 import torch
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import joined, product_norm, products, truncate_product
+from dynrank.linalg import finite, joined, product_norm, products, truncate_product
 
 FLOAT8 = torch.float8_e4m3fn
 # The dtypes of files, by their names on the command line.
@@ -74,7 +74,7 @@ def check_file_dtype(dtype: torch.dtype | None) -> None:
         raise ConfigurationError(f"dtype must be one of {names}, got {dtype!r}", "dtype")
 
 
-def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(lora_B: Tensor, lora_A: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Factors of the same product whose directions are orthogonal and of equal norm in both, float32.
 
     They are the singular vectors times the roots of the singular values. To round them changes the product by at most
@@ -85,7 +85,13 @@ def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point; R <= min(O, I).
+        count: how many products they stack (:func:`dynrank.linalg.split`).
     """
+    pairs = [_balanced(*pair) for pair in products(lora_B, lora_A, count)]
+    return joined(torch.stack([b.mT for b, _ in pairs]), 1), joined(torch.stack([a for _, a in pairs]), 0)
+
+
+def _balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     change = truncate_product(lora_B.float(), lora_A.float(), len(lora_A))
     b_OR = change.lora_B
     a_RI = change.lora_A
@@ -123,9 +129,7 @@ def in_float8(lora_B: Tensor, lora_A: Tensor, count: int = 1, power: int | None 
     new_B, new_A, made = cast((lora_B, lora_A))
     if torch.equal(new_B.float(), lora_B * 2.0**made) and torch.equal(new_A.float(), lora_A * 2.0**made):
         return new_B, new_A, made
-    pairs = [balanced(*pair) for pair in products(lora_B, lora_A, count)]
-    b_OR = joined(torch.stack([b.mT for b, _ in pairs]), 1)
-    return cast((b_OR, joined(torch.stack([a for _, a in pairs]), 0)))
+    return cast(balanced(lora_B, lora_A, count))
 
 
 def in_dtype(lora_B: Tensor, lora_A: Tensor, dtype: torch.dtype, count: int = 1, power: int | None = None) -> Rounded:
@@ -133,23 +137,32 @@ def in_dtype(lora_B: Tensor, lora_A: Tensor, dtype: torch.dtype, count: int = 1,
     if dtype == FLOAT8:
         new_B, new_A, made = in_float8(lora_B, lora_A, count, power)
     else:
-        new_B, new_A, made = lora_B.to(dtype), lora_A.to(dtype), 0
-    size = 2.0**-made
-    before = products(lora_B.double(), lora_A.double(), count)
-    after = products(new_B.double() * size, new_A.double() * size, count)
+        new_B = lora_B.to(dtype)
+        new_A = lora_A.to(dtype)
+        made = 0
+    if not (finite(new_B) and finite(new_A)):
+        raise ConfigurationError(f"factors are too large for {dtype}", "dtype")
+    return Rounded(new_B, new_A, made, *compared((lora_B, lora_A), (new_B, new_A), made, count))
+
+
+def compared(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], power: int, count: int = 1) -> tuple[float, float]:
+    """(error, norm) of :class:`Rounded` for the factors (lora_B, lora_A) before and after."""
+    size = 2.0**-power
+    before = products(old[0].double(), old[1].double(), count)
+    after = products(new[0].double() * size, new[1].double() * size, count)
     norms = [product_norm(*pair) for pair in before]
     errors = [
         product_norm(torch.cat([old_B, -b], 1), torch.cat([old_A, a]))
         for (old_B, old_A), (b, a) in zip(before, after, strict=True)
     ]
-    return Rounded(new_B, new_A, made, sqrt(sum(e * e for e in errors)), sqrt(sum(n * n for n in norms)))
+    return hypot(*errors), hypot(*norms)
 
 
 def rounding(layers: Mapping[str, tuple[Rounded, float]]) -> Rounding:
     """How far all layers are from what they were made of; ``layers`` is {layer: (its factors, its scaling)}."""
     shares = {name: factors.error / factors.norm if factors.norm else 0.0 for name, (factors, _) in layers.items()}
-    error = sqrt(sum((factors.error * scaling) ** 2 for factors, scaling in layers.values()))
-    norm = sqrt(sum((factors.norm * scaling) ** 2 for factors, scaling in layers.values()))
+    error = hypot(*(factors.error * scaling for factors, scaling in layers.values()))
+    norm = hypot(*(factors.norm * scaling for factors, scaling in layers.values()))
     return Rounding(shares, error / norm if norm else 0.0)
 
 
