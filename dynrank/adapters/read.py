@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.packed import PACKED_FILE, PackedFile
 from dynrank.adapters.precision import MOST_POWER
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
@@ -79,13 +80,14 @@ def read_adapter(path: str | Path) -> Adapter:
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
     """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
     folder = Path(path)
-    weights = folder / WEIGHTS_FILE
+    weights = weights_file(folder)
     config = read_json(AdapterConfig, folder / CONFIG_FILE)
     if not weights.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
         )
-    with opened(weights) as file:
+    with opened(weights) as raw:
+        file = PackedFile(raw, weights) if weights.name == PACKED_FILE else raw
         factors, others = _sorted_keys(file.keys(), config, folder)
         layers = _checked_layers(file, factors, others, config, folder)
         powers = _powers(file.metadata() or {}, layers, weights)
@@ -94,6 +96,12 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
             tensor = partial(_divided, tensor, {key: powers[name] for name in powers for key in layers[name].keys})
             layers |= {name: _multiplied(layers[name], 4.0**power) for name, power in powers.items()}
         yield Adapter(str(folder), layers, others, tensor, config)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with an adapter's tensors: PEFT's, or if there is none, a packed one if there is one."""
+    packed = folder / PACKED_FILE
+    return packed if packed.is_file() and not (folder / WEIGHTS_FILE).exists() else folder / WEIGHTS_FILE
 
 
 def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:

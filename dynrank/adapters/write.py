@@ -1,7 +1,7 @@
 """The two files of an adapter in PEFT's format, written anew or from another adapter."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE
+from dynrank.adapters.packed import PACKED_FILE, in_codes, packed
 from dynrank.adapters.precision import FLOAT8, Rounded, Rounding, head_in, in_dtype, rounding
 from dynrank.adapters.read import POWERS, WEIGHTS_FILE, Adapter
 from dynrank.adapters.stored import Factors
@@ -18,19 +19,30 @@ from dynrank.rank_map import peft_ranks
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], powers: Mapping[str, int] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    powers: Mapping[str, int] | None = None,
+    packs: Iterable[str] = (),
 ) -> None:
     """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU.
 
-    ``powers`` is {layer: exponent of the power of two by which its factors were multiplied}.
+    ``powers`` is {layer: exponent of the power of two by which its factors were multiplied}; ``packs`` are the keys of
+    tensors that are packed (:mod:`.packed`), if any.
     """
     metadata = {"format": "pt"} | ({POWERS: json.dumps(powers)} if powers else {})
+    tensors = {**tensors}
+    factors = {key: tensors.pop(key) for key in packs}
+    if factors:
+        codes, described = packed(factors)
+        tensors |= codes
+        metadata |= described
     folder.mkdir(parents=True, exist_ok=True)
-    weights = whole_file(folder / WEIGHTS_FILE)
+    weights = whole_file(folder / (PACKED_FILE if factors else WEIGHTS_FILE))
     settings_file = whole_file(folder / CONFIG_FILE)
     with weights as weights_part, settings_file as config_part, os_errors(folder):
         config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), weights_part, metadata=metadata)
+        save_file(tensors, weights_part, metadata=metadata)
         # By default only the owner can read a file of safetensors.
         weights_part.chmod(config_part.stat().st_mode)
 
@@ -41,6 +53,7 @@ def rewrite_adapter(
     factors: Mapping[str, Factors],
     dtype: torch.dtype | None = None,
     power: int | None = None,
+    packs: bool = False,
 ) -> Rounding | None:
     """Write ``adapter`` to ``folder`` with other factors; keys, other tensors and other settings are kept.
 
@@ -51,11 +64,14 @@ def rewrite_adapter(
         dtype: dtype of the factors and the heads, see :func:`save_adapter`; None: factors as they are given, but in
             float8 if the adapter is.
         power: with float8, the exponent for all layers; None: of each layer the one that fits best.
+        packs: whether to pack the factors in 4 bits (:mod:`.packed`); heads are in bfloat16 then.
 
     Returns:
-        What was lost to ``dtype``; None if factors are written as they are given.
+        What was lost to ``dtype``, or to packing; None if factors are written as they are given.
     """
-    if dtype is None and adapter.float8:
+    if packs:
+        dtype = torch.bfloat16
+    elif dtype is None and adapter.float8:
         dtype = FLOAT8
     tensors = {key: _whole(adapter, name, dtype) for name, key in adapter.others.items()}
     settings = {}
@@ -66,7 +82,11 @@ def rewrite_adapter(
         rows = len(lora_A)
         made = 0
         if dtype is not None:
-            new = in_dtype(lora_B, lora_A, dtype, layer.experts, power)
+            new = (
+                in_codes(lora_B, lora_A, layer.experts)
+                if packs
+                else in_dtype(lora_B, lora_A, dtype, layer.experts, power)
+            )
             lora_A = new.lora_A
             lora_B = new.lora_B
             made = new.power
@@ -80,7 +100,8 @@ def rewrite_adapter(
     # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
     if config.get("init_lora_weights") == "orthogonal":
         config["init_lora_weights"] = True
-    write_adapter(folder, tensors, config, powers)
+    keys = [key for name in factors for key in adapter.layers[name].keys] if packs else []
+    write_adapter(folder, tensors, config, powers, keys)
     return rounding(stored) if stored else None
 
 

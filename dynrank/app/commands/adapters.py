@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import WEIGHTS_FILE, open_stored
+from dynrank.adapters.pack import pack, unpack
+from dynrank.adapters.read import open_stored, weights_file
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
@@ -73,7 +74,19 @@ def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     if source.is_file():
         print_facts(facts | _of_file(source, out, others))
     else:
-        print_facts(facts | {"files": f"{out}, {_sizes(source / WEIGHTS_FILE, out / WEIGHTS_FILE)}"})
+        print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
+
+
+def print_pack(source: Path, out: Path) -> None:
+    """Pack the adapter in ``source`` into ``out``, and print what that changed."""
+    lost = pack(source, out)
+    print_facts({"rounding": lost, "files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
+
+
+def print_unpack(source: Path, out: Path) -> None:
+    """Unpack the adapter in ``source`` into ``out``."""
+    unpack(source, out)
+    print_facts({"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:

@@ -205,6 +205,33 @@ def squeeze(
     print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
 
 
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to")]
+
+
+@app.command()
+def pack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a PEFT adapter in 4 bits, about 1/7 of float32's bytes, which all commands here read as it lies.
+
+    It prints by how much the update changes. For PEFT and for servers, dynrank unpack, or export.
+    """
+    from dynrank.app.commands.adapters import print_pack
+
+    print_pack(adapter, out)
+
+
+@app.command()
+def unpack(
+    packed: Annotated[
+        Path, typer.Argument(metavar="PACKED", callback=_adapter_of, help="What dynrank pack has written")
+    ],
+    out: NewFolder,
+) -> None:
+    """Write a packed adapter as PEFT's files in float32, with the same updates."""
+    from dynrank.app.commands.adapters import print_unpack
+
+    print_unpack(packed, out)
+
+
 @app.command()
 def export(
     adapter: Adapter,
