@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.codebook import GROUP, decode, encode, levels
-from dynrank.adapters.precision import Rounded, balanced, compared, power_of
+from dynrank.adapters.precision import NF4, Rounded, balanced, compared, power_of
 from dynrank.adapters.stored import readable, refuse_faults
 from dynrank.errors import ConfigurationError, Count, read_as
 
 PACKED_FILE = "adapter_model.packed.safetensors"
-CODEBOOK = "nf4"
 # Entries of the metadata: the name of the codebook, and {key of a factor: its shape} as JSON.
 _BOOK = "dynrank.codebook"
 _SHAPES = "dynrank.shapes"
@@ -35,8 +34,8 @@ class PackedFile:
         self.file = file
         self.metadata = file.metadata
         book = (file.metadata() or {}).get(_BOOK)
-        if book != CODEBOOK:
-            raise ConfigurationError(f"{str(path)!r} must be packed with {CODEBOOK!r}, got {book!r:.100}")
+        if book != NF4:
+            raise ConfigurationError(f"{str(path)!r} must be packed with {NF4!r}, got {book!r:.100}")
         where = f"{_SHAPES} in the metadata of {str(path)!r}"
         with readable(where):
             content = json.loads(file.metadata().get(_SHAPES, ""))
@@ -65,7 +64,7 @@ class PackedFile:
             return tensor
         _, width = _flat(key, self.shapes[key])
         codes = torch.stack([tensor >> 4, tensor & 15], dim=2).flatten(1)[:, :width]
-        values = decode(codes, self.file.get_tensor(key + _SCALES), levels(CODEBOOK))
+        values = decode(codes, self.file.get_tensor(key + _SCALES), levels(NF4))
         return (values.mT if _is_B(key) else values).reshape(self.shapes[key])
 
 
@@ -74,7 +73,7 @@ def in_codes(lora_B: Tensor, lora_A: Tensor, count: int) -> Rounded:
     pair = balanced(lora_B, lora_A, count)
     power = power_of(*pair)
     new_B, new_A = (factor * 2.0**power for factor in pair)
-    book = levels(CODEBOOK)
+    book = levels(NF4)
     coded = decode(*encode(new_B.mT, book), book).mT, decode(*encode(new_A, book), book)
     return Rounded(new_B, new_A, power, *compared((lora_B, lora_A), coded, power, count))
 
@@ -84,11 +83,11 @@ def packed(factors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     tensors = {}
     for key, factor in factors.items():
         rows = factor.flatten(1).mT if _is_B(key) else factor.flatten(1)
-        codes, tensors[key + _SCALES] = encode(rows, levels(CODEBOOK))
+        codes, tensors[key + _SCALES] = encode(rows, levels(NF4))
         codes = F.pad(codes, (0, codes.shape[1] % 2))
         tensors[key] = codes[:, ::2] << 4 | codes[:, 1::2]
     shapes = {key: [*factor.shape] for key, factor in factors.items()}
-    return tensors, {_BOOK: CODEBOOK, _SHAPES: json.dumps(shapes)}
+    return tensors, {_BOOK: NF4, _SHAPES: json.dumps(shapes)}
 
 
 def _is_B(key: str) -> bool:

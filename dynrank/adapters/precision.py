@@ -6,6 +6,7 @@ Shape suffixes: O = d_out, I = d_in, R = rank.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import frexp, hypot
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from dynrank.linalg import finite, joined, product_norm, products, truncate_prod
 FLOAT8 = torch.float8_e4m3fn
 # The dtypes of files, by their names on the command line.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": FLOAT8}
+# Codes of 4 bits, which only dynrank reads (:mod:`.packed`).
+NF4: Literal["nf4"] = "nf4"
+FileDtype = torch.dtype | Literal["nf4"]
 # float8_e4m3fn has 4 significant bits, and numbers from 2^-6 (with fewer bits from 2^-9) to 448. The largest number of
 # a layer is put between 2^4 and 2^5. So a direction keeps its bits down to a thousandth of the largest one, and the
 # products of a forward in float16 stay far from overflow.
@@ -60,18 +64,19 @@ class Rounded:
     norm: float
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """The dtype that the command line calls ``name``."""
-    if name not in DTYPES:
-        raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", "dtype")
-    return DTYPES[name]
+def named_dtype(name: str, *, packed: bool = False) -> FileDtype:
+    """The dtype that the command line calls ``name``. ``packed``: whether 4 bits are possible."""
+    kinds: Mapping[str, FileDtype] = {**DTYPES, **({NF4: NF4} if packed else {})}
+    if name not in kinds:
+        raise ConfigurationError(f"dtype must be one of {', '.join(kinds)}, got {name!r}", "dtype")
+    return kinds[name]
 
 
-def check_file_dtype(dtype: torch.dtype | None) -> None:
-    """Refuse a dtype in which adapters are not written; None is none."""
-    if dtype is not None and dtype not in DTYPES.values():
-        names = ", ".join(map(str, DTYPES.values()))
-        raise ConfigurationError(f"dtype must be one of {names}, got {dtype!r}", "dtype")
+def check_file_dtype(dtype: FileDtype | None, *, packed: bool = False) -> None:
+    """Refuse a dtype in which adapters are not written; None is none. ``packed``: whether 4 bits are possible."""
+    known = [*DTYPES.values(), *([NF4] if packed else [])]
+    if dtype is not None and dtype not in known:
+        raise ConfigurationError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}", "dtype")
 
 
 def balanced(lora_B: Tensor, lora_A: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -166,9 +171,10 @@ def rounding(layers: Mapping[str, tuple[Rounded, float]]) -> Rounding:
     return Rounding(shares, error / norm if norm else 0.0)
 
 
-def head_in(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter that is stored whole, as a file of ``dtype`` holds it: in bfloat16 where factors are in float8.
+def head_in(value: Tensor, dtype: FileDtype) -> Tensor:
+    """A parameter that is stored whole, as a file of ``dtype`` holds it: in bfloat16 where factors are in fewer bits.
 
     It has no scaling that could undo a power of two. Whole numbers stay as they are.
     """
-    return value.to(torch.bfloat16 if dtype == FLOAT8 else dtype) if value.is_floating_point() else value
+    kind = torch.bfloat16 if dtype in (FLOAT8, NF4) else dtype
+    return value.to(kind) if isinstance(kind, torch.dtype) and value.is_floating_point() else value

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE
 from dynrank.adapters.packed import PACKED_FILE, in_codes, packed
-from dynrank.adapters.precision import FLOAT8, Rounded, Rounding, head_in, in_dtype, rounding
+from dynrank.adapters.precision import FLOAT8, NF4, FileDtype, Rounded, Rounding, head_in, in_dtype, rounding
 from dynrank.adapters.read import POWERS, WEIGHTS_FILE, Adapter
 from dynrank.adapters.stored import Factors
 from dynrank.output.whole_file import os_errors, whole_file
@@ -51,9 +50,8 @@ def rewrite_adapter(
     folder: Path,
     adapter: Adapter,
     factors: Mapping[str, Factors],
-    dtype: torch.dtype | None = None,
+    dtype: FileDtype | None = None,
     power: int | None = None,
-    packs: bool = False,
 ) -> Rounding | None:
     """Write ``adapter`` to ``folder`` with other factors; keys, other tensors and other settings are kept.
 
@@ -64,14 +62,11 @@ def rewrite_adapter(
         dtype: dtype of the factors and the heads, see :func:`save_adapter`; None: factors as they are given, but in
             float8 if the adapter is.
         power: with float8, the exponent for all layers; None: of each layer the one that fits best.
-        packs: whether to pack the factors in 4 bits (:mod:`.packed`); heads are in bfloat16 then.
 
     Returns:
-        What was lost to ``dtype``, or to packing; None if factors are written as they are given.
+        What was lost to ``dtype``; None if factors are written as they are given.
     """
-    if packs:
-        dtype = torch.bfloat16
-    elif dtype is None and adapter.float8:
+    if dtype is None and adapter.float8:
         dtype = FLOAT8
     tensors = {key: _whole(adapter, name, dtype) for name, key in adapter.others.items()}
     settings = {}
@@ -84,7 +79,7 @@ def rewrite_adapter(
         if dtype is not None:
             new = (
                 in_codes(lora_B, lora_A, layer.experts)
-                if packs
+                if dtype == NF4
                 else in_dtype(lora_B, lora_A, dtype, layer.experts, power)
             )
             lora_A = new.lora_A
@@ -100,12 +95,12 @@ def rewrite_adapter(
     # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
     if config.get("init_lora_weights") == "orthogonal":
         config["init_lora_weights"] = True
-    keys = [key for name in factors for key in adapter.layers[name].keys] if packs else []
+    keys = [key for name in factors for key in adapter.layers[name].keys] if dtype == NF4 else []
     write_adapter(folder, tensors, config, powers, keys)
     return rounding(stored) if stored else None
 
 
-def _whole(adapter: Adapter, name: str, dtype: torch.dtype | None) -> Tensor:
+def _whole(adapter: Adapter, name: str, dtype: FileDtype | None) -> Tensor:
     """A tensor beside the factors as it is written in a file of ``dtype``."""
     value = adapter.tensor(adapter.others[name])
     # PEFT puts the stored weight of an adapted embedding into the base, so that must stay as it is.

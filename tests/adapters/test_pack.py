@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dynrank
-from dynrank.adapters.pack import pack, unpack
+from dynrank.adapters.squeeze import squeeze
 from dynrank.app.models.base_model import merge_adapter
 from dynrank.errors import ConfigurationError
 
@@ -46,7 +46,7 @@ def unpacked(file):
 def test_peft_computes_after_unpack_what_the_codes_say_and_so_does_every_reader(kind, zoo, tmp_path):
     options = {"use_rslora": True, "rank_pattern": {r".*\.1\..*|point": 4}}
     source = zoo.by_peft(kind, tmp_path / "source", **({"r": 6, "lora_alpha": 9} | options))
-    rounding = pack(tmp_path / "source", tmp_path / "packed")
+    rounding = squeeze(tmp_path / "source", tmp_path / "packed", dtype="nf4").rounding
     assert {file.name for file in (tmp_path / "packed").iterdir()} == {CONFIG, PACKED}
     assert 0.05 < rounding.whole < 0.15
     # The same files with the codes as numbers are an adapter that PEFT reads.
@@ -54,7 +54,7 @@ def test_peft_computes_after_unpack_what_the_codes_say_and_so_does_every_reader(
     shutil.copytree(tmp_path / "packed", by_hand)
     save_file(unpacked(by_hand / PACKED), by_hand / WEIGHTS)
     expected = zoo.outputs(PeftModel.from_pretrained(zoo.plain(kind), by_hand).eval())
-    unpack(tmp_path / "packed", tmp_path / "plain")
+    squeeze(tmp_path / "packed", tmp_path / "plain", dtype=torch.float32)
     assert {value.dtype for value in load_file(tmp_path / "plain" / WEIGHTS).values()} <= {torch.float32, torch.int64}
     plain = zoo.outputs(PeftModel.from_pretrained(zoo.plain(kind), tmp_path / "plain").eval())
     ours = zoo.outputs(dynrank.load_adapter(zoo.plain(kind), tmp_path / "packed"))
@@ -94,7 +94,7 @@ def test_a_packed_file_is_a_seventh_of_float32(tmp_path):
         for _, layer in dynrank.lora_layers(model):
             layer.lora_B.normal_(std=1e-6)
     dynrank.save_adapter(model, tmp_path / "source")
-    rounding = pack(tmp_path / "source", tmp_path / "packed")
+    rounding = squeeze(tmp_path / "source", tmp_path / "packed", dtype="nf4").rounding
     assert rounding.whole < 0.13
     size = (tmp_path / "packed" / PACKED).stat().st_size
     assert size <= 0.145 * (tmp_path / "source" / WEIGHTS).stat().st_size
@@ -107,7 +107,7 @@ def test_a_packed_file_is_a_seventh_of_float32(tmp_path):
 def whole(zoo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     zoo.saved(folder / "source", "bert", rank_map={"value": {"rank": 2, "alpha": 7}})
-    pack(folder / "source", folder / "packed")
+    squeeze(folder / "source", folder / "packed", dtype="nf4")
     return folder / "packed"
 
 

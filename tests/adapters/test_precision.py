@@ -324,7 +324,7 @@ def test_commands_say_what_rounding_changed(zoo, launch, tmp_path):
     assert code == 0
     assert re.search(r"rounding +0\.[123]\d% of the update", printed)
     code, _, said = launch("squeeze", source, "--dtype", "fp8", "--out", tmp_path / "c")
-    assert (code, "float8_e4m3fn, got 'fp8' (--dtype)" in said) == (2, True)
+    assert (code, "float8_e4m3fn, nf4, got 'fp8' (--dtype)" in said) == (2, True)
     assert not (tmp_path / "c").exists()
 
 

@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.pack import pack, unpack
 from dynrank.adapters.read import open_stored, weights_file
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
@@ -75,18 +74,6 @@ def print_squeeze(source: Path, out: Path, **options: Any) -> None:
         print_facts(facts | _of_file(source, out, others))
     else:
         print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
-
-
-def print_pack(source: Path, out: Path) -> None:
-    """Pack the adapter in ``source`` into ``out``, and print what that changed."""
-    lost = pack(source, out)
-    print_facts({"rounding": lost, "files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
-
-
-def print_unpack(source: Path, out: Path) -> None:
-    """Unpack the adapter in ``source`` into ``out``."""
-    unpack(source, out)
-    print_facts({"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:

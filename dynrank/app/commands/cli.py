@@ -58,8 +58,8 @@ FileDtype = Annotated[
     str | None,
     typer.Option(
         metavar="D",
-        help="float32, bfloat16 or float8_e4m3fn, half and a quarter of float32's bytes, which PEFT loads; by default "
-        "as stored",
+        help="float32, bfloat16 or float8_e4m3fn (half and a quarter of float32's bytes), which PEFT loads; with "
+        "squeeze also nf4 (a seventh), see dynrank pack; by default as stored",
     ),
 ]
 ConfigDir = Annotated[
@@ -201,7 +201,7 @@ def squeeze(
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.commands.adapters import print_squeeze
 
-    kind = None if dtype is None else named_dtype(dtype)
+    kind = None if dtype is None else named_dtype(dtype, packed=True)
     print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
 
 
@@ -210,26 +210,17 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty fol
 
 @app.command()
 def pack(adapter: Adapter, out: NewFolder) -> None:
-    """Write a PEFT adapter in 4 bits, about 1/7 of float32's bytes, which all commands here read as it lies.
+    """Write a PEFT adapter in 4 bits: the same as dynrank squeeze --dtype nf4.
 
-    It prints by how much the update changes. For PEFT and for servers, dynrank unpack, or export.
+    All commands here read it as it lies, PEFT after dynrank unpack. It prints by how much the update changes.
     """
-    from dynrank.app.commands.adapters import print_pack
-
-    print_pack(adapter, out)
+    squeeze(adapter, out, dtype="nf4")
 
 
 @app.command()
-def unpack(
-    packed: Annotated[
-        Path, typer.Argument(metavar="PACKED", callback=_adapter_of, help="What dynrank pack has written")
-    ],
-    out: NewFolder,
-) -> None:
-    """Write a packed adapter as PEFT's files in float32, with the same updates."""
-    from dynrank.app.commands.adapters import print_unpack
-
-    print_unpack(packed, out)
+def unpack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a packed adapter as PEFT's files in float32: the same as dynrank squeeze --dtype float32."""
+    squeeze(adapter, out, dtype="float32")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.adapters.base import Base
-from dynrank.adapters.precision import named_dtype
+from dynrank.adapters.precision import DTYPES
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.app.console import print_facts
@@ -92,7 +92,7 @@ def export(
     inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
-    lost = save_adapter(model, adapter, dtype=named_dtype(config.export_dtype))
+    lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
     if config.export_dtype != "float32":
         print_facts({"adapter's file": f"{config.export_dtype}, rounding changed {lost}"})
     write_sidecar_files(adapter, model, tokenizer, inputs, base)
