@@ -46,6 +46,7 @@ from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.last_step import LastStep
 from dynrank.driver.learning_rates import LearningRates, begin_anew, factor_of_change, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
@@ -438,6 +439,9 @@ class RankDriver:
             self.lr_factor *= factor
             for rates in self._rates:
                 rates.multiply(factor)
+            if event.lowers:
+                # A trainer's schedulers are not in this list: its callback decides by ``keep_best_before``.
+                forget_plateau(training.schedulers or [])
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
