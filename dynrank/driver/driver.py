@@ -145,6 +145,11 @@ class RankDriver:
         """Names of the metrics that the schedule reads."""
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
+    @property
+    def observes(self) -> list[str]:
+        """Names of the metrics that the triggers of the stages to come read."""
+        return sorted(observed_metrics(self.stages[self.progress.stage :]))
+
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
         check_model(model, self.stages, run)

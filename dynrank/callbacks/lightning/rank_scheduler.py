@@ -82,6 +82,8 @@ class RankScheduler(Callback):
         self._first_step = 0
         # The run, from on_train_start to its end.
         self._run: LightningTraining | None = None
+        # The last value of each metric that triggers read; Lightning forgets them when a run is resumed.
+        self._logged: dict[str, float] = {}
 
     @property
     def history(self) -> list[RankEvent]:
@@ -104,11 +106,13 @@ class RankScheduler(Callback):
         self.driver.end_step(self._training)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.driver.state_dict(), "stepped": self._stepped}
+        self._keep_logged()
+        return {**self.driver.state_dict(), "stepped": self._stepped, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
+        self._logged = state_dict["logged"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -121,7 +125,7 @@ class RankScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self._run = LightningTraining(trainer, pl_module)
+        self._run = LightningTraining(trainer, pl_module, self._logged)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
@@ -160,6 +164,7 @@ class RankScheduler(Callback):
         self._check_stepped(pl_module)
         before = len(self.history)
         self.driver.finish(self._training)
+        self._keep_logged()
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
             save_after_end(trainer, self)
         if self.history:
@@ -182,6 +187,11 @@ class RankScheduler(Callback):
         """The run at its present step."""
         assert self._run is not None
         return self._run.now()
+
+    def _keep_logged(self) -> None:
+        if self._run is not None:
+            logged = self._run.logged()
+            self._logged = {name: logged[name] for name in self.driver.observes if name in logged}
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""
