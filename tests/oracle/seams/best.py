@@ -1,13 +1,15 @@
 """Random validations and cuts: which of them must be the best, and when must early stopping stop?
 
 The answer needs no callback: the best validation since the last cut, and the number of validations since it. It is
-compared with Lightning's ModelCheckpoint, EarlyStopping and BestWeights in a small run, which may be resumed at any step,
-and with what transformers' Trainer keeps of its evaluations, and its EarlyStoppingCallback.
+compared with Lightning's ModelCheckpoint, EarlyStopping and BestWeights, and with EarlyStoppingCallback and
+load_best_model_at_end of transformers, in small runs that may be resumed at any step. Most cases call only the
+Trainer's events.
 """
 
+import contextlib
 import functools
+import io
 import logging
-import math
 import random
 import tempfile
 import types
@@ -24,7 +26,6 @@ from torch.utils.data import DataLoader
 
 import dynrank
 from dynrank.callbacks import BestWeights, RankScheduler, RankTrainerCallback
-from dynrank.callbacks.transformers.best import forget_best
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank, Unchanged
 from dynrank.triggers import At
@@ -57,7 +58,7 @@ class Case:
 
 def make_case(seed):
     draw = random.Random(seed)
-    driver = draw.choices(["events", "lightning"], [85, 15])[0]
+    driver = draw.choices(["events", "lightning", "trainer"], [84, 12, 4])[0]
     # Few different values, so that some are equal.
     values = [float(draw.randint(0, 9)) for _ in range(TOTAL)]
     steps = sorted(draw.sample(range(1, TOTAL), draw.choice([0, 1, 1, 2])))
@@ -93,11 +94,15 @@ def expected(case):
             waited += 1
         if waited >= case.patience:
             return step_of_best, step
+        # The Trainer forgets what its callbacks have counted, unless it makes all of them anew.
+        waited = 0 if case.driver == "trainer" and step == case.resume else waited
     return step_of_best, TOTAL
 
 
 def best_of_these_ranks(case, last):
-    """The step of the best validation since the last change of any kind, in a run of ``last`` steps."""
+    """The step of the best validation since the last change of any kind, in a run of ``last`` steps; None: no one."""
+    if last in case.changes and case.keep:
+        return None
     start = max((step for step in case.changes if step <= last), default=0)
     # After a change behind the last step the weights are validated once more.
     steps = range(start + 1, last + 1) or [last]
@@ -111,11 +116,11 @@ class Module(lightning.LightningModule):
     def __init__(self, values):
         super().__init__()
         torch.manual_seed(0)
-        self.net = dynrank.add_lora(nn.Sequential(nn.Linear(5, 6)), rank=4, dtype=torch.float64).to(torch.float64)
+        self.net = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4, dtype=torch.float64).to(torch.float64)
         self.values = values
 
     def training_step(self, batch, batch_idx):
-        return self.net(torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5)).square().mean()
+        return self.net(torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(2, 8)).square().mean()
 
     def validation_step(self, batch, batch_idx):
         self.log("score", self.values[self.global_step - 1], batch_size=1)
@@ -219,7 +224,7 @@ def by_events(case):
     control = transformers.TrainerControl()
     callback = RankTrainerCallback(stages_of(case), keep_best_before=case.keep)
     net = nn.Module()
-    net.a = dynrank.add_lora(nn.Sequential(nn.Linear(5, 6)), rank=4)
+    net.a = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4)
     log = types.SimpleNamespace(log=lambda _: None, present_schedulers=lambda: [])
     driver = callback.driver
     loop = dynrank.Training(net, [torch.optim.SGD(dynrank.adapter_parameters(net), lr=0.1)])
@@ -242,6 +247,80 @@ def by_events(case):
     return {"best": (made.state.best_global_step, step_of_best), "EarlyStoppingCallback": (last, stop)}
 
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4)
+
+    def forward(self, labels=None):
+        out = self.net(torch.linspace(-1, 1, 16).reshape(2, 8))
+        return {"loss": out.square().mean(), "logits": labels}
+
+    @property
+    def update(self):
+        return (self.net[0].lora_B @ self.net[0].lora_A).detach().clone()
+
+
+class Updates(transformers.TrainerCallback):
+    """{step: the update of the weight after it}; an exception ends the run after the checkpoint of step ``killed``."""
+
+    def __init__(self, killed):
+        self.killed = killed
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.seen[state.global_step] = model.update
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == self.killed:
+            raise Killed
+
+
+def in_trainer(case):
+    """{what: (found, expected)}"""
+    step_of_best, last = expected(case)
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    every |= {"metric_for_best_model": "score", "greater_is_better": case.mode == "max", "load_best_model_at_end": True}
+    options = {"max_steps": TOTAL, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
+    seen = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def go(killed=None, **start):
+            updates = Updates(killed)
+            net = Net()
+            schedule = RankTrainerCallback(stages_of(case), keep_best_before=case.keep)
+            made = transformers.Trainer(
+                net,
+                transformers.TrainingArguments(folder, **every, **options, per_device_train_batch_size=1),
+                train_dataset=[{"labels": 0}] * TOTAL,
+                eval_dataset=[{"labels": 0}],
+                compute_metrics=lambda _: {"score": case.values[made.state.global_step - 1]},
+                optimizers=(torch.optim.SGD(dynrank.adapter_parameters(net), lr=0.1), None),
+                callbacks=[schedule, transformers.EarlyStoppingCallback(case.patience), updates],
+            )
+            made.remove_callback(transformers.PrinterCallback)
+            try:
+                made.train(**start)
+            finally:
+                seen.update(updates.seen)
+            return made.state, net.update
+
+        resumed = case.resume if case.resume is not None and case.resume < last else None
+        try:
+            state, update = go(resumed)
+        except Killed:
+            state, update = go(resume_from_checkpoint=f"{folder}/checkpoint-{resumed}")
+    # A change that falls on the step where the run stops is made in the model that is loaded.
+    same = last in case.changes or torch.allclose(update, seen[step_of_best], atol=1e-5)
+    forgets = case.changes.get(last) == "cut" and not case.keep
+    return {
+        "best": (state.best_global_step, None if forgets else step_of_best),
+        "EarlyStoppingCallback": (state.global_step, last),
+        "loaded": (same, True),
+    }
+
+
 def judged(seed):
     """The fault of the case, or ""."""
     case = make_case(seed)
@@ -249,7 +328,9 @@ def judged(seed):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = {"events": by_events, "lightning": in_lightning}[case.driver](case)
+        runs = {"events": by_events, "lightning": in_lightning, "trainer": in_trainer}
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = runs[case.driver](case)
     return "; ".join(
         f"{what}: {is_}, expected {wanted}; {case}" for what, (is_, wanted) in found.items() if is_ != wanted
     )

@@ -6,7 +6,9 @@ used rate is read from what the optimizer does to a parameter. Changes are made 
 any step, under Lightning and under transformers' Trainer.
 """
 
+import contextlib
 import copy
+import io
 import logging
 import math
 import random
@@ -157,8 +159,8 @@ def make_case(seed):
         own = ""
     place = draw.choice(["before", "after", "within"]) if driver == "plain" else draw.choice(["before", "after"])
     case = Case(seed, driver, optimizer, foreach, tensor, groups, rates, scheduler, named, own, 0, place, changes)
-    # Beside a known scheduler nobody can tell a rate that is first set after a change from a multiple of the raised one;
-    # a trainer takes it as absolute, a plain loop as a multiple, and both warn.
+    # Beside a known scheduler nobody can tell a rate that is first set after a change from a share of the raised one:
+    # a trainer takes it as absolute, a plain loop as a share, and both warn.
     free = not case.knows or (own == "absolute" and driver != "plain")
     case.begins = draw.randrange(TOTAL if free else steps[0])
     case.resume = draw.choice([None, draw.randrange(1, TOTAL)]) if driver == "plain" else None
@@ -422,7 +424,8 @@ def judged(seed):
         warnings.simplefilter("ignore")
         wanted = expected(case)
         try:
-            found = {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case)
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case)
         except AssertionError as error:
             return f"{error}; {case}"
     if len(found) != TOTAL:
