@@ -322,7 +322,7 @@ def in_trainer(case):
 
 
 def judged(seed):
-    """The fault of the case, or ""."""
+    """(the kind of the case, its fault or "")"""
     case = make_case(seed)
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -331,6 +331,5 @@ def judged(seed):
         runs = {"events": by_events, "lightning": in_lightning, "trainer": in_trainer}
         with contextlib.redirect_stdout(io.StringIO()):
             found = runs[case.driver](case)
-    return "; ".join(
-        f"{what}: {is_}, expected {wanted}; {case}" for what, (is_, wanted) in found.items() if is_ != wanted
-    )
+    faults = [f"{what}: {is_}, expected {wanted}" for what, (is_, wanted) in found.items() if is_ != wanted]
+    return case.driver, f"{'; '.join(faults)}; {case}" if faults else ""

@@ -416,7 +416,7 @@ def in_trainer(case):
 
 
 def judged(seed):
-    """The fault of the case, or ""."""
+    """(the kind of the case, its fault or "")"""
     case = make_case(seed)
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -427,11 +427,11 @@ def judged(seed):
             with contextlib.redirect_stdout(io.StringIO()):
                 found = {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case)
         except AssertionError as error:
-            return f"{error}; {case}"
+            return case.driver, f"{error}; {case}"
     if len(found) != TOTAL:
-        return f"{len(found)} steps; {case}"
+        return case.driver, f"{len(found)} steps; {case}"
     for step, used in enumerate(found):
         for name, rate in used.items():
             if not math.isclose(rate, wanted[name][step], rel_tol=1e-6, abs_tol=1e-9):
-                return f"step {step}: {name} has {rate:.6g}, expected {wanted[name][step]:.6g}; {case}"
-    return ""
+                return case.driver, f"step {step}: {name} has {rate:.6g}, expected {wanted[name][step]:.6g}; {case}"
+    return case.driver, ""
