@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -132,8 +133,13 @@ class RankDriver:
         """
         shown = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
         used = [rate for rates in self._rates for rate in rates.of_next_step()]
-        hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
-        return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
+        return _named({number: rate for number, rate in enumerate(used) if rate != shown[number]})
+
+    def raised_adapter_rates(self, training: Training) -> dict[str, float]:
+        """The same for the last step, whoever has set the rate of its group."""
+        starts = accumulate((len(optimizer.param_groups) for optimizer in training.optimizers), initial=0)
+        pairs = zip(starts, self._rates, strict=False)
+        return _named({start + number: rate for start, rates in pairs for number, rate in rates.raised.items()})
 
     @property
     def _needs_importance(self) -> bool:
@@ -464,3 +470,8 @@ class RankDriver:
         for step in self._steps:
             step.remove()
         self._steps = []
+
+
+def _named(hidden: Mapping[int, Any]) -> dict[str, float]:
+    """{the name of a rate that is logged: the rate}, of {number of a param group: the rate of its adapters}."""
+    return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}

@@ -72,6 +72,8 @@ class LearningRates:
         self._training = training
         # The rate of each group when it was last looked at; None: it cannot be read without waiting for a device.
         self._left: list[float | None] = []
+        # {number of a group: the adapters' rate in the last step}, where it was not the group's.
+        self.raised: dict[int, Any] = {}
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before = optimizer.register_step_pre_hook
@@ -188,16 +190,19 @@ class LearningRates:
     def _change(self) -> None:
         """Raise the rates of adapters for a step, each group's others in a group of their own."""
         groups = self._optimizer.param_groups
+        self.raised = {}
         if all(self._missing(group) == 1.0 for group in groups):
             return
         self._groups = [(group["lr"], group["params"]) for group in groups]
-        for group in [*groups]:
+        for number, group in enumerate([*groups]):
             own, others = self._parted(group["params"])
-            if own and others:
-                group["params"] = others
-                groups.append({**group, "params": own, "lr": group["lr"] * self._missing(group)})
-            elif own:
-                group["lr"] = group["lr"] * self._missing(group)
+            if own and self._missing(group) != 1.0:
+                self.raised[number] = group["lr"] * self._missing(group)
+                if others:
+                    group["params"] = others
+                    groups.append({**group, "params": own, "lr": self.raised[number]})
+                else:
+                    group["lr"] = self.raised[number]
 
     def restore(self) -> None:
         """Restore the groups to their state before the present step, if a step is running."""

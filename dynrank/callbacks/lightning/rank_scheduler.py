@@ -43,9 +43,9 @@ class RankScheduler(Callback):
     end a warning names a best or last checkpoint whose ranks are not the model's.
 
     A change multiplies the adapters' rate by ``lr_factor`` of the stage's How (an int as schedule: the root of the mean
-    rank before / after). The rate that is used is then in the param group, if that has adapters alone, no scheduler or
-    torch's, and a rate that the program does not set by itself. Elsewhere it is made inside the step, and logged as
-    ``lr/adapter``.
+    rank before / after). Where a param group has adapters alone and schedulers of torch, the rate that is used is then
+    in the group. Elsewhere, and from the step on in which the program sets the rate by itself, it is made inside the
+    step, and logged as ``lr/adapter``: set rates without the factor.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
@@ -147,18 +147,19 @@ class RankScheduler(Callback):
         else:
             between_steps = self._stepped
             self._stepped = False
-        training = self._training
         if between_steps:
-            self.driver.advance(training)
-        hidden = self.driver.unlogged_adapter_rates(training)
-        if hidden:
-            pl_module.log_dict(hidden)
+            self.driver.advance(self._training)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        training = self._training
         if pl_module.automatic_optimization:
-            self.driver.end_step(self._training)
+            self.driver.end_step(training)
+        # Before the step a hook of the module may still set the rate.
+        raised = self.driver.raised_adapter_rates(training)
+        if raised:
+            pl_module.log_dict(raised)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
