@@ -4,20 +4,23 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
+from dynrank.adapters.load import misfit
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
+from dynrank.layers.finding import modules_by_name
 from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
@@ -45,7 +48,7 @@ class Exported:
     """
 
     out: Path
-    layers: dict[str, StoredLayer]
+    layers: dict[str, StoredLayer] = field(repr=False)
     rank: int | None
     bytes: int
     line: str
@@ -147,6 +150,18 @@ def _config_of(base: str) -> Any:
         raise ConfigurationError(f"{what}; give another model", "model") from error
 
 
+def _misfits(config: Any, adapter: Adapter) -> list[str]:
+    """What does not fit between the layers of ``adapter`` and those of a model with ``config``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    modules = modules_by_name(model)
+    # A model of another class, such as a classifier, may have other names.
+    found = (misfit(name, modules[name], layer) for name, layer in adapter.layers.items() if name in modules)
+    return [fault for fault in found if fault is not None]
+
+
 def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
     """Refuse an adapter that a server would read only in part or wrongly; ``others`` are parameters stored whole."""
     server, whole = _READERS[to]
@@ -196,6 +211,8 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> 
         )
     config = _config_of(origin)
     names = gguf_names(config, adapter.layers)
+    faults = _misfits(config, adapter)
+    refuse_faults(f"the adapter {adapter.source!r} was not trained on {origin!r}", faults, "model")
     if not ollama:
         with new_file(out) as part:
             write_gguf(part, adapter, config, names)

@@ -1,13 +1,15 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import floor
 from pathlib import Path
+from statistics import mean
 
 import torch
+from rich.table import Table
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.read import Adapter, open_stored
@@ -18,7 +20,9 @@ from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer
 from dynrank.change.reports import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, products, stacked, truncate_product
+from dynrank.output.console import empty_table, span, table_text
 from dynrank.output.output_folder import new_file
+from dynrank.output.ranks import change_table, layer_kinds
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 
@@ -44,8 +48,50 @@ class LayerSpectrum(StoredLayer):
         return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
 
 
-def inspect(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a stored LoRA, ordered by name, with the singular values of their updates.
+class Spectra(list[LayerSpectrum]):
+    """The layers of a stored adapter; shown in an interactive session, they are a table with a line for each kind."""
+
+    def table(self) -> Table:
+        """A table of rich; for ``rich.print``."""
+        headings = ("count", "rank", "alpha", "sigma max", "90% energy (mean)", "effective rank (mean)", "parameters")
+        table = empty_table("LoRA layers of the adapter", "layers", *headings)
+        kinds = layer_kinds(layer.layer for layer in self)
+        for kind in dict.fromkeys(kinds.values()):
+            table.add_row(kind, *_cells([layer for layer in self if kinds[layer.layer] == kind]))
+        table.add_section()
+        table.add_row("all", *_cells(self))
+        return table
+
+    def __repr__(self) -> str:
+        return table_text(self.table()) if self else "[]"
+
+
+def _cells(layers: Sequence[LayerSpectrum]) -> tuple[str, ...]:
+    alphas = sorted({layer.alpha for layer in layers})
+    return (
+        str(len(layers)),
+        span([layer.rank for layer in layers]),
+        "-".join(f"{alpha:g}" for alpha in dict.fromkeys((alphas[0], alphas[-1]))),
+        f"{max(layer.singular_values[0] for layer in layers):.3g}",
+        f"{mean(layer.energy_rank(0.9) for layer in layers):.1f}",
+        f"{mean(layer.effective_rank for layer in layers):.1f}",
+        f"{sum(layer.parameters for layer in layers):,}",
+    )
+
+
+class Squeezed(list[LayerReport]):
+    """What was squeezed in each layer; shown in an interactive session, it is a table with a line for each kind."""
+
+    def table(self) -> Table:
+        """A table of rich; for ``rich.print``."""
+        return change_table("squeezed adapter", self, {layer.layer: layer.rank_after for layer in self})
+
+    def __repr__(self) -> str:
+        return table_text(self.table()) if self else "[]"
+
+
+def inspect(path: str | Path) -> Spectra:
+    """The layers of a stored LoRA, ordered by name, with the singular values of their updates, as a list.
 
     Neither a model nor PEFT is needed, and one layer is in memory at a time.
 
@@ -71,7 +117,7 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
         for name, stored in adapter.layers.items():
             values = tuple(adapter.singular_values(name).tolist())
             spectra.append(LayerSpectrum(**vars(stored), layer=name, singular_values=values))
-        return spectra
+        return Spectra(spectra)
 
 
 def squeeze(
@@ -81,7 +127,7 @@ def squeeze(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
-) -> list[LayerReport]:
+) -> Squeezed:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
     Each layer gets its best approximation in the Frobenius norm. Scaling is kept, so alpha changes with the rank, and
@@ -104,7 +150,8 @@ def squeeze(
             directions with the largest squared singular values of the update (scaling included) are kept.
 
     Returns:
-        A report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …
+        A list with a report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``,
+        ``energy_kept``, …
 
     Raises:
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
@@ -118,7 +165,7 @@ def squeeze(
     """
     with open_stored(adapter_folder(Path(source))) as adapter:
         ranks = _ranks(adapter, _target(adapter, rank, energy, budget))
-        return _write(adapter, ranks, Path(out))
+        return Squeezed(_write(adapter, ranks, Path(out)))
 
 
 def _target(adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None) -> Target:

@@ -9,7 +9,6 @@ from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_table, shape_of_update
-from dynrank.output.ranks import change_table
 
 # Shares of the energy for which the table shows how many directions have them.
 SHARES = (0.9, 0.99)
@@ -62,7 +61,7 @@ def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
 def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze``, and print the result."""
     layers = squeeze(source, out, **options)
-    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
+    print_table(layers.table())
     with open_stored(source) as adapter:
         before = sum(layer.parameters for layer in adapter.layers.values())
         others = adapter.others

@@ -44,7 +44,15 @@ def summarise(
         final=final,
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
-        changes=[{"step": event.step, "reason": event.reason_and_cost, "undone": event.undone} for event in history],
+        changes=[
+            {
+                "step": event.step,
+                "reason": event.reason_and_cost,
+                "undone": event.undone,
+                "lr_factor": event.lr_factor,
+            }
+            for event in history
+        ],
         parameters={
             "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -66,7 +74,7 @@ def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
     """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
     for event in reversed([event for event in history if not event.undone]):
         if event.measured is not None:
-            now = f", {final[event.measured.metric]:.4g} now" if event.measured.metric in final else ""
+            now = f", {final[event.measured.metric]:.4g} at the end" if event.measured.metric in final else ""
             return f"{event.cost} at step {event.step:,}{now}"
     return ""
 
