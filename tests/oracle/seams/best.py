@@ -225,7 +225,7 @@ def by_events(case):
     callback = RankTrainerCallback(stages_of(case), keep_best_before=case.keep)
     net = nn.Module()
     net.a = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4)
-    log = types.SimpleNamespace(log=lambda _: None, present_schedulers=lambda: [])
+    log = types.SimpleNamespace(log=lambda _: None, present_schedulers=lambda: [], model=net)
     driver = callback.driver
     loop = dynrank.Training(net, [torch.optim.SGD(dynrank.adapter_parameters(net), lr=0.1)])
     loop.tell = lambda event: callback.on_rank_change(made.args, made.state, control, event=event, model=net)

@@ -21,6 +21,7 @@ from dynrank.adapters.sidecar_files import Inputs
 from dynrank.app.commands.predict import _questions
 from dynrank.app.tasks import account
 from dynrank.app.tasks.classification import Classification, Classifier
+from dynrank.app.tasks.data.source import Source
 from dynrank.app.tasks.data.splits import from_files
 from dynrank.errors import ConfigurationError
 
@@ -278,7 +279,9 @@ def columns_case(draw, folder):
     missing = [name for ours, theirs in used.items() for name in each(theirs) if name not in present]
     learned = Inputs(form, trained | answer)
     try:
-        rows, as_form, _ = _questions([str(path)], form, learned=learned, columns=given, skip=False)
+        rows, as_form, _ = _questions(
+            Source(str(path), "FILE", "test"), form, learned=learned, columns=given, skip=False
+        )
     except ConfigurationError as error:
         check(f"refused ({error})", bool(missing), True)
         check("columns that the error leaves out", [name for name in missing if repr(name) not in str(error)], [])
