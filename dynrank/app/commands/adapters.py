@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import open_stored
+from dynrank.adapters.read import open_stored, weights_file
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
@@ -67,13 +67,22 @@ def print_squeeze(source: Path, out: Path, **options: Any) -> None:
         others = adapter.others
     after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})"}
-    print_facts(facts | (_of_file(source, out, others) if source.is_file() else {"files": out}))
+    if layers.rounding is not None:
+        facts["rounding"] = str(layers.rounding)
+    if source.is_file():
+        print_facts(facts | _of_file(source, out, others))
+    else:
+        print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:
-    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
+    sizes = _sizes(source, out)
     if not others:
         return {"file": f"{out}, {sizes}"}
     kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
     copied = f"{len(others)} tensors of layers that are not plain LoRA: {', '.join(kinds)}"
     return {"copied": copied, "file": f"{out}, {sizes}"}
+
+
+def _sizes(source: Path, out: Path) -> str:
+    return " → ".join(f"{file.stat().st_size / 1e6:.2f} MB" for file in (source, out))

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
+from dynrank.adapters.read import read_adapter, weights_file
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.app.commands.keep import kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
@@ -110,7 +110,7 @@ def predict(
     if out.suffix == ".csv" and answerer.several:
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
     beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
-    weights = (source / WEIGHTS_FILE).stat()
+    weights = weights_file(source).stat()
     how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
     key = digest((*how, asdict(learned), rows._fingerprint))
     _write(rows, out, key, answerer, batch_size, beside)

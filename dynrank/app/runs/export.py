@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.adapters.base import Base
+from dynrank.adapters.precision import DTYPES
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
+from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
 from dynrank.app.runs.metrics import drop_repeated_rows
@@ -98,7 +100,9 @@ def export(
     inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
-    save_adapter(model, adapter)
+    lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
+    if config.export_dtype != "float32":
+        print_facts({"adapter's file": f"{config.export_dtype}, rounding changed {lost}"})
     write_sidecar_files(adapter, model, tokenizer, inputs, base)
     write_card(adapter, model, summary, steps, command(folder))
     write_summary(summary, folder)
