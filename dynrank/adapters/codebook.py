@@ -59,6 +59,8 @@ def encode(values_NW: Tensor, levels_K: Tensor) -> tuple[Tensor, Tensor]:
     width = values_NW.shape[1]
     groups = ceil(width / GROUP)
     values = F.pad(values_NW.float(), (0, groups * GROUP - width)).reshape(-1, GROUP)
+    # Numbers beyond the end of a row have no code; not every codebook has a level for zero.
+    real = torch.arange(groups * GROUP).view(groups, GROUP).lt(width).repeat(len(values_NW), 1)
     edges = (levels_K[1:] + levels_K[:-1]) / 2
     largest = values.abs().amax(1)
     best = torch.full_like(largest, torch.inf)
@@ -71,7 +73,7 @@ def encode(values_NW: Tensor, levels_K: Tensor) -> tuple[Tensor, Tensor]:
             # With a scale of zero any code means zero.
             divisor = torch.where(scale_16 == 0, torch.inf, scale_16.float())
             code = torch.bucketize(values / divisor[:, None], edges)
-            level = levels_K[code]
+            level = levels_K[code] * real
             if step < _ROUNDS:
                 scale = (values * level).sum(1) / level.square().sum(1).clamp(min=1e-30)
         error = (values - scale_16.float()[:, None] * level).square().sum(1)

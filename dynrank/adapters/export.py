@@ -4,7 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
-from dynrank.adapters.precision import FLOAT8, Rounding, balanced, check_file_dtype, power_of
+from dynrank.adapters.load import misfit
+from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
 from dynrank.adapters.write import rewrite_adapter
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
-from dynrank.linalg import finite, products
+from dynrank.layers.finding import modules_by_name
+from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
 
@@ -48,7 +50,7 @@ class Exported:
     """
 
     out: Path
-    layers: dict[str, StoredLayer]
+    layers: dict[str, StoredLayer] = field(repr=False)
     rank: int | None
     bytes: int
     line: str
@@ -168,6 +170,18 @@ def _config_of(base: str) -> Any:
         raise ConfigurationError(f"{what}; give another model", "model") from error
 
 
+def _misfits(config: Any, adapter: Adapter) -> list[str]:
+    """What does not fit between the layers of ``adapter`` and those of a model with ``config``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    modules = modules_by_name(model)
+    # A model of another class, such as a classifier, may have other names.
+    found = (misfit(name, modules[name], layer) for name, layer in adapter.layers.items() if name in modules)
+    return [fault for fault in found if fault is not None]
+
+
 def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
     """Refuse an adapter that a server would read only in part or wrongly; ``others`` are parameters stored whole."""
     server, whole = _READERS[to]
@@ -204,12 +218,11 @@ def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
 def _power(factors: Mapping[str, Factors], adapter: Adapter) -> int:
     """The exponent for all layers, which keep one scaling, with which their factors fit float8."""
     powers = (
-        power_of(*balanced(*pair))
+        power_of(*balanced(lora_B, lora_A, adapter.layers[name].experts))
         for name, (lora_A, lora_B, _) in factors.items()
-        for pair in products(lora_B, lora_A, adapter.layers[name].experts)
     )
     # The largest number of all is put 8 times higher than that of a layer with its own exponent, but below 448.
-    return min(powers) + 3
+    return min(min(powers) + 3, MOST_POWER)
 
 
 def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factors:
@@ -228,6 +241,8 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, dtype: torch.dtype |
         )
     config = _config_of(origin)
     names = gguf_names(config, adapter.layers)
+    faults = _misfits(config, adapter)
+    refuse_faults(f"the adapter {adapter.source!r} was not trained on {origin!r}", faults, "model")
     if not ollama:
         with new_file(out) as part:
             lost = write_gguf(part, adapter, config, names, dtype)

@@ -5,17 +5,21 @@ Shape suffixes: O = d_out, I = d_in, R = rank.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import frexp, sqrt
+from math import frexp, hypot
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import joined, product_norm, products, truncate_product
+from dynrank.linalg import finite, joined, product_norm, products, truncate_product
 
 FLOAT8 = torch.float8_e4m3fn
 # The dtypes of files, by their names on the command line.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": FLOAT8}
+# Codes of 4 bits, which only dynrank reads (:mod:`.packed`).
+NF4: Literal["nf4"] = "nf4"
+FileDtype = torch.dtype | Literal["nf4"]
 # float8_e4m3fn has 4 significant bits, and numbers from 2^-6 (with fewer bits from 2^-9) to 448. The largest number of
 # a layer is put between 2^4 and 2^5. So a direction keeps its bits down to a thousandth of the largest one, and the
 # products of a forward in float16 stay far from overflow.
@@ -38,7 +42,7 @@ class Rounding:
 
     def __str__(self) -> str:
         worst = max(self.layers, key=self.layers.__getitem__)
-        return f"{self.whole:.2g} of the update, at most {self.layers[worst]:.2g} of a layer's ({worst})"
+        return f"{self.whole:.2%} of the update, at most {self.layers[worst]:.2%} of a layer's ({worst})"
 
 
 @dataclass(frozen=True)
@@ -60,21 +64,22 @@ class Rounded:
     norm: float
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """The dtype that the command line calls ``name``."""
-    if name not in DTYPES:
-        raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}", "dtype")
-    return DTYPES[name]
+def named_dtype(name: str, *, packed: bool = False) -> FileDtype:
+    """The dtype that the command line calls ``name``. ``packed``: whether 4 bits are possible."""
+    kinds: Mapping[str, FileDtype] = {**DTYPES, **({NF4: NF4} if packed else {})}
+    if name not in kinds:
+        raise ConfigurationError(f"dtype must be one of {', '.join(kinds)}, got {name!r}", "dtype")
+    return kinds[name]
 
 
-def check_file_dtype(dtype: torch.dtype | None) -> None:
-    """Refuse a dtype in which adapters are not written; None is none."""
-    if dtype is not None and dtype not in DTYPES.values():
-        names = ", ".join(map(str, DTYPES.values()))
-        raise ConfigurationError(f"dtype must be one of {names}, got {dtype!r}", "dtype")
+def check_file_dtype(dtype: FileDtype | None, *, packed: bool = False) -> None:
+    """Refuse a dtype in which adapters are not written; None is none. ``packed``: whether 4 bits are possible."""
+    known = [*DTYPES.values(), *([NF4] if packed else [])]
+    if dtype is not None and dtype not in known:
+        raise ConfigurationError(f"dtype must be one of {', '.join(map(str, known))}, got {dtype!r}", "dtype")
 
 
-def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(lora_B: Tensor, lora_A: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Factors of the same product whose directions are orthogonal and of equal norm in both, float32.
 
     They are the singular vectors times the roots of the singular values. To round them changes the product by at most
@@ -85,7 +90,13 @@ def balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point; R <= min(O, I).
+        count: how many products they stack (:func:`dynrank.linalg.split`).
     """
+    pairs = [_balanced(*pair) for pair in products(lora_B, lora_A, count)]
+    return joined(torch.stack([b.mT for b, _ in pairs]), 1), joined(torch.stack([a for _, a in pairs]), 0)
+
+
+def _balanced(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     change = truncate_product(lora_B.float(), lora_A.float(), len(lora_A))
     b_OR = change.lora_B
     a_RI = change.lora_A
@@ -123,9 +134,7 @@ def in_float8(lora_B: Tensor, lora_A: Tensor, count: int = 1, power: int | None 
     new_B, new_A, made = cast((lora_B, lora_A))
     if torch.equal(new_B.float(), lora_B * 2.0**made) and torch.equal(new_A.float(), lora_A * 2.0**made):
         return new_B, new_A, made
-    pairs = [balanced(*pair) for pair in products(lora_B, lora_A, count)]
-    b_OR = joined(torch.stack([b.mT for b, _ in pairs]), 1)
-    return cast((b_OR, joined(torch.stack([a for _, a in pairs]), 0)))
+    return cast(balanced(lora_B, lora_A, count))
 
 
 def in_dtype(lora_B: Tensor, lora_A: Tensor, dtype: torch.dtype, count: int = 1, power: int | None = None) -> Rounded:
@@ -133,29 +142,39 @@ def in_dtype(lora_B: Tensor, lora_A: Tensor, dtype: torch.dtype, count: int = 1,
     if dtype == FLOAT8:
         new_B, new_A, made = in_float8(lora_B, lora_A, count, power)
     else:
-        new_B, new_A, made = lora_B.to(dtype), lora_A.to(dtype), 0
-    size = 2.0**-made
-    before = products(lora_B.double(), lora_A.double(), count)
-    after = products(new_B.double() * size, new_A.double() * size, count)
+        new_B = lora_B.to(dtype)
+        new_A = lora_A.to(dtype)
+        made = 0
+    if not (finite(new_B) and finite(new_A)):
+        raise ConfigurationError(f"factors are too large for {dtype}", "dtype")
+    return Rounded(new_B, new_A, made, *compared((lora_B, lora_A), (new_B, new_A), made, count))
+
+
+def compared(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], power: int, count: int = 1) -> tuple[float, float]:
+    """(error, norm) of :class:`Rounded` for the factors (lora_B, lora_A) before and after."""
+    size = 2.0**-power
+    before = products(old[0].double(), old[1].double(), count)
+    after = products(new[0].double() * size, new[1].double() * size, count)
     norms = [product_norm(*pair) for pair in before]
     errors = [
         product_norm(torch.cat([old_B, -b], 1), torch.cat([old_A, a]))
         for (old_B, old_A), (b, a) in zip(before, after, strict=True)
     ]
-    return Rounded(new_B, new_A, made, sqrt(sum(e * e for e in errors)), sqrt(sum(n * n for n in norms)))
+    return hypot(*errors), hypot(*norms)
 
 
 def rounding(layers: Mapping[str, tuple[Rounded, float]]) -> Rounding:
     """How far all layers are from what they were made of; ``layers`` is {layer: (its factors, its scaling)}."""
     shares = {name: factors.error / factors.norm if factors.norm else 0.0 for name, (factors, _) in layers.items()}
-    error = sqrt(sum((factors.error * scaling) ** 2 for factors, scaling in layers.values()))
-    norm = sqrt(sum((factors.norm * scaling) ** 2 for factors, scaling in layers.values()))
+    error = hypot(*(factors.error * scaling for factors, scaling in layers.values()))
+    norm = hypot(*(factors.norm * scaling for factors, scaling in layers.values()))
     return Rounding(shares, error / norm if norm else 0.0)
 
 
-def head_in(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter that is stored whole, as a file of ``dtype`` holds it: in bfloat16 where factors are in float8.
+def head_in(value: Tensor, dtype: FileDtype) -> Tensor:
+    """A parameter that is stored whole, as a file of ``dtype`` holds it: in bfloat16 where factors are in fewer bits.
 
     It has no scaling that could undo a power of two. Whole numbers stay as they are.
     """
-    return value.to(torch.bfloat16 if dtype == FLOAT8 else dtype) if value.is_floating_point() else value
+    kind = torch.bfloat16 if dtype in (FLOAT8, NF4) else dtype
+    return value.to(kind) if isinstance(kind, torch.dtype) and value.is_floating_point() else value

@@ -17,11 +17,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.packed import PACKED_FILE, PackedFile
 from dynrank.adapters.precision import MOST_POWER
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
@@ -41,6 +43,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # In the metadata of the file: {layer: exponent of the power of two by which its factors were multiplied}, as JSON.
 POWERS = "dynrank.powers"
+_Power = Annotated[int, Field(strict=True, ge=-MOST_POWER, le=MOST_POWER)]
 _INSIDE = ".base_layer"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
@@ -77,13 +80,14 @@ def read_adapter(path: str | Path) -> Adapter:
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
     """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
     folder = Path(path)
-    weights = folder / WEIGHTS_FILE
+    weights = weights_file(folder)
     config = read_json(AdapterConfig, folder / CONFIG_FILE)
     if not weights.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
         )
-    with opened(weights) as file:
+    with opened(weights) as raw:
+        file = PackedFile(raw, weights) if weights.name == PACKED_FILE else raw
         factors, others = _sorted_keys(file.keys(), config, folder)
         layers = _checked_layers(file, factors, others, config, folder)
         powers = _powers(file.metadata() or {}, layers, weights)
@@ -92,6 +96,12 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
             tensor = partial(_divided, tensor, {key: powers[name] for name in powers for key in layers[name].keys})
             layers |= {name: _multiplied(layers[name], 4.0**power) for name, power in powers.items()}
         yield Adapter(str(folder), layers, others, tensor, config)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with an adapter's tensors: PEFT's, or if there is none, a packed one if there is one."""
+    packed = folder / PACKED_FILE
+    return packed if packed.is_file() and not (folder / WEIGHTS_FILE).exists() else folder / WEIGHTS_FILE
 
 
 def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:
@@ -155,11 +165,9 @@ def _powers(metadata: Mapping[str, str], layers: Iterable[str], weights: Path) -
         return {}
     where = f"{POWERS} in the metadata of {str(weights)!r}"
     with readable(where):
-        powers = read_as(dict[str, int], json.loads(metadata[POWERS]), where)
-    faults = [
-        f"{name!r}: {power!r:.40}" for name, power in powers.items() if name not in layers or abs(power) > MOST_POWER
-    ]
-    refuse_faults(f"{where} must have exponents up to {MOST_POWER} of the file's layers", faults)
+        content = json.loads(metadata[POWERS])
+    powers = read_as(dict[str, _Power], content, where)
+    refuse_faults(f"{where} must be of the file's layers", [f"got {name!r}" for name in powers if name not in layers])
     return powers
 
 

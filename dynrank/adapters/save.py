@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
-from dynrank.adapters.precision import Rounding, check_file_dtype
+from dynrank.adapters.precision import Rounded, Rounding, check_file_dtype, head_in, in_dtype, rounding
 from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, open_adapter, wrapper_names
 from dynrank.adapters.write import rewrite_adapter, write_adapter
 from dynrank.distributed.sharding import plain_class
@@ -60,33 +60,16 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
     {'0': 4}
     """
     check_file_dtype(dtype)
-    folder = Path(path)
-    if dtype is None:
-        _save(uncompiled(model), folder)
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as place:
-        _save(uncompiled(model), Path(place))
-        with open_adapter(place) as adapter:
-            factors = {name: (*adapter.factors(name)[::-1], layer.scaling) for name, layer in adapter.layers.items()}
-            return rewrite_adapter(folder, adapter, factors, dtype)
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    """Write the adapter of ``model`` as it is."""
+    model = uncompiled(model)
     if peft_layers(model):
-        _save_wrapped(model, folder)
-        return
+        return _save_wrapped(model, Path(path), dtype)
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
     of_parameters = [name for name, layer in layers.items() if isinstance(layer, LoRAParameter)]
     places = wrapper_names(of_parameters)
-    tensors = dict[str, Tensor]()
-    for name, layer in layers.items():
-        place = places.get(name, name)
-        tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer).items()}
     heads = trained_heads(model, layers)
+    whole = dict[str, Tensor]()
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
             raise ConfigurationError(
@@ -94,8 +77,17 @@ def _save(model: nn.Module, folder: Path) -> None:
                 "cannot store; freeze the parameter before save_adapter, or save it yourself"
             )
         values = model.get_submodule(head).state_dict()
-        tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
-    _check_finite(tensors)
+        whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
+    factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
+    _check_finite(factors | whole)
+    stored = {} if dtype is None else _stored(layers, dtype)
+    tensors = {
+        f"{places.get(name, name)}.{key}": value
+        for name, layer in layers.items()
+        for key, value in _to_peft(layer, stored.get(name, layer)).items()
+    }
+    tensors |= {name: value if dtype is None else head_in(value, dtype) for name, value in whole.items()}
+    powers = {name: new.power for name, new in stored.items() if new.power}
     cls = plain_class(model)
     base_class = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     config = {
@@ -106,7 +98,7 @@ def _save(model: nn.Module, folder: Path) -> None:
         # PEFT's AutoPeftModel and ``dynrank merge`` read the class.
         "auto_mapping": base_class if hasattr(model, "config") else None,
         "inference_mode": True,
-        **peft_ranks({name: (layer.rank, layer.alpha) for name, layer in layers.items()}),
+        **peft_ranks({name: (of.rank, of.alpha * 4.0 ** -powers.get(name, 0)) for name, of in layers.items()}),
         # Beside target_parameters PEFT refuses any other dropout.
         "lora_dropout": 0.0 if of_parameters else max(layer.dropout.p for layer in layers.values()),
         "target_modules": target_modules(model, [name for name in layers if name not in places]),
@@ -116,10 +108,11 @@ def _save(model: nn.Module, folder: Path) -> None:
     }
     _warn_of_misread(model, [name for name in layers if name not in places], heads)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    write_adapter(folder, own, config)
+    write_adapter(Path(path), own, config, powers)
+    return rounding({name: (new, layers[name].scaling) for name, new in stored.items()}) if stored else None
 
 
-def _save_wrapped(model: nn.Module, folder: Path) -> None:
+def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
     """Write the active adapter of PEFT's ``model``."""
     # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
     from peft import PeftModel
@@ -133,11 +126,21 @@ def _save_wrapped(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
+        if dtype is not None:
+            return _written_again(next(Path(place).rglob(CONFIG_FILE)).parent, folder, dtype)
         # PEFT writes an adapter that is not named "default" to a folder of its name.
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (written,) = Path(place).rglob(name)
             written.chmod(folder.stat().st_mode & 0o666)
             os.replace(written, folder / name)
+    return None
+
+
+def _written_again(source: Path, folder: Path, dtype: torch.dtype) -> Rounding | None:
+    """Write the adapter in ``source`` to ``folder`` in ``dtype``."""
+    with open_adapter(source) as adapter:
+        factors = {name: (*adapter.factors(name)[::-1], layer.scaling) for name, layer in adapter.layers.items()}
+        return rewrite_adapter(folder, adapter, factors, dtype)
 
 
 def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collection[str]) -> None:
@@ -179,9 +182,18 @@ def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str
     return list(layers)
 
 
-def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
-    lora_A = layer.lora_A
-    lora_B = layer.lora_B
+def _stored(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Rounded]:
+    """{layer: its factors in ``dtype``}."""
+    return {
+        name: in_dtype(layer.lora_B.detach().cpu(), layer.lora_A.detach().cpu(), dtype, layer.num_products)
+        for name, layer in layers.items()
+    }
+
+
+def _to_peft(layer: LoRALayer, factors: LoRALayer | Rounded) -> dict[str, Tensor]:
+    """{last part of a key: one of the factors, as PEFT has it for such a layer}."""
+    lora_A = factors.lora_A
+    lora_B = factors.lora_B
     if isinstance(layer, LoRAEmbedding):
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
     if isinstance(layer, LoRAConv2d):

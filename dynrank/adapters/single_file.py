@@ -134,11 +134,11 @@ def rewrite_file(
     stored = dict[str, tuple[Rounded, float]]()
     for name, (lora_A, lora_B, scaling) in factors.items():
         layer = file.layers[name]
-        fold = scaling / (alpha / ranks[name] if file.alphas else 1.0)
-        pair = {"A": lora_A, "B": lora_B * fold}
+        of_file = alpha / ranks[name] if file.alphas else 1.0
+        pair = {"A": lora_A, "B": lora_B * (scaling / of_file)}
         if dtype is not None:
             new = in_dtype(pair["B"], pair["A"], dtype)
-            stored[name] = new, scaling / fold
+            stored[name] = new, of_file
             pair = {"A": new.lora_A, "B": new.lora_B}
         for key, (factor, values) in zip(layer.keys, pair.items(), strict=True):
             old = file.tensor(key)

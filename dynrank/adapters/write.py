@@ -1,16 +1,16 @@
 """The two files of an adapter in PEFT's format, written anew or from another adapter."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE
-from dynrank.adapters.precision import FLOAT8, Rounded, Rounding, head_in, in_dtype, rounding
+from dynrank.adapters.packed import PACKED_FILE, in_codes, packed
+from dynrank.adapters.precision import FLOAT8, NF4, FileDtype, Rounded, Rounding, head_in, in_dtype, rounding
 from dynrank.adapters.read import POWERS, WEIGHTS_FILE, Adapter
 from dynrank.adapters.stored import Factors
 from dynrank.output.whole_file import os_errors, whole_file
@@ -18,19 +18,30 @@ from dynrank.rank_map import peft_ranks
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], powers: Mapping[str, int] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    powers: Mapping[str, int] | None = None,
+    packs: Iterable[str] = (),
 ) -> None:
     """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU.
 
-    ``powers`` is {layer: exponent of the power of two by which its factors were multiplied}.
+    ``powers`` is {layer: exponent of the power of two by which its factors were multiplied}; ``packs`` are the keys of
+    tensors that are packed (:mod:`.packed`), if any.
     """
     metadata = {"format": "pt"} | ({POWERS: json.dumps(powers)} if powers else {})
+    tensors = {**tensors}
+    factors = {key: tensors.pop(key) for key in packs}
+    if factors:
+        codes, described = packed(factors)
+        tensors |= codes
+        metadata |= described
     folder.mkdir(parents=True, exist_ok=True)
-    weights = whole_file(folder / WEIGHTS_FILE)
+    weights = whole_file(folder / (PACKED_FILE if factors else WEIGHTS_FILE))
     settings_file = whole_file(folder / CONFIG_FILE)
     with weights as weights_part, settings_file as config_part, os_errors(folder):
         config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), weights_part, metadata=metadata)
+        save_file(tensors, weights_part, metadata=metadata)
         # By default only the owner can read a file of safetensors.
         weights_part.chmod(config_part.stat().st_mode)
 
@@ -39,7 +50,7 @@ def rewrite_adapter(
     folder: Path,
     adapter: Adapter,
     factors: Mapping[str, Factors],
-    dtype: torch.dtype | None = None,
+    dtype: FileDtype | None = None,
     power: int | None = None,
 ) -> Rounding | None:
     """Write ``adapter`` to ``folder`` with other factors; keys, other tensors and other settings are kept.
@@ -66,7 +77,11 @@ def rewrite_adapter(
         rows = len(lora_A)
         made = 0
         if dtype is not None:
-            new = in_dtype(lora_B, lora_A, dtype, layer.experts, power)
+            new = (
+                in_codes(lora_B, lora_A, layer.experts)
+                if dtype == NF4
+                else in_dtype(lora_B, lora_A, dtype, layer.experts, power)
+            )
             lora_A = new.lora_A
             lora_B = new.lora_B
             made = new.power
@@ -80,11 +95,12 @@ def rewrite_adapter(
     # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
     if config.get("init_lora_weights") == "orthogonal":
         config["init_lora_weights"] = True
-    write_adapter(folder, tensors, config, powers)
+    keys = [key for name in factors for key in adapter.layers[name].keys] if dtype == NF4 else []
+    write_adapter(folder, tensors, config, powers, keys)
     return rounding(stored) if stored else None
 
 
-def _whole(adapter: Adapter, name: str, dtype: torch.dtype | None) -> Tensor:
+def _whole(adapter: Adapter, name: str, dtype: FileDtype | None) -> Tensor:
     """A tensor beside the factors as it is written in a file of ``dtype``."""
     value = adapter.tensor(adapter.others[name])
     # PEFT puts the stored weight of an adapted embedding into the base, so that must stay as it is.

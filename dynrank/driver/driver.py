@@ -28,8 +28,9 @@ What happens at a change:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -38,19 +39,22 @@ from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
+from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import Importance, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.last_step import LastStep
-from dynrank.driver.learning_rates import LearningRates, begin_anew, factor_of_change, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, described, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.rank_map import RankBounds, RankMap, read_rank_map
 from dynrank.schedules import Schedule, Stage
 from dynrank.schedules.presets import stages_of
 from dynrank.schedules.stage import as_texts
@@ -66,10 +70,11 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    ``schedule``, ``measure`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
+    ``schedule``, ``measure``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: the stages of the schedule.
+        rules: the rules of the rank map.
         progress: which stages are over, and what is pending.
         lr_factor: factor of the adapters' learning rates, the product of those of all changes.
 
@@ -89,14 +94,17 @@ class RankDriver:
     ...     optimizer.zero_grad()
     >>> driver.finish(loop)
     >>> print(*driver.history)
-    rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
+    rank change at step 2: fraction 0.3333; adapter's rate × 1.41 from here (rank 4 → rank 2 in 1 layers)
     """
 
-    def __init__(self, schedule: Schedule, *, measure: bool = False) -> None:
+    def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
         self.stages = stages_of(schedule)
+        self.rules = read_rank_map(rank_map, RankBounds)
         self.measure = measure
         self.progress = Progress()
         self._run = Run(None)
+        # What the rank of each layer may become, from start() on.
+        self._bounds: Mapping[str, RankBounds] = {}
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
         # None before start(), and when no remaining stage asks for it.
@@ -110,13 +118,13 @@ class RankDriver:
         self._ended_step = 0
         # The importance in a checkpoint, kept until start() brings the layers.
         self._loaded: Mapping[str, Any] | None = None
-        # Whether the checkpoint was made under another schedule.
-        self._schedule_differs = False
+        # What the checkpoint has otherwise: "schedule" or "rank_map"; None: nothing.
+        self._differs: str | None = None
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
-        return self.progress.history
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
+        return History(self.progress.history)
 
     @property
     def finished(self) -> bool:
@@ -131,8 +139,13 @@ class RankDriver:
         """
         shown = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
         used = [rate for rates in self._rates for rate in rates.of_next_step()]
-        hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
-        return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
+        return _named({number: rate for number, rate in enumerate(used) if rate != shown[number]})
+
+    def raised_adapter_rates(self, training: Training) -> dict[str, float]:
+        """The same for the last step, whoever has set the rate of its group."""
+        starts = accumulate((len(optimizer.param_groups) for optimizer in training.optimizers), initial=0)
+        pairs = zip(starts, self._rates, strict=False)
+        return _named({start + number: rate for start, rates in pairs for number, rate in rates.raised.items()})
 
     @property
     def _needs_importance(self) -> bool:
@@ -144,9 +157,14 @@ class RankDriver:
         """Names of the metrics that the schedule reads."""
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
+    @property
+    def observes(self) -> list[str]:
+        """Names of the metrics that the triggers of the stages to come read."""
+        return sorted(observed_metrics(self.stages[self.progress.stage :]))
+
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
-        check_model(model, self.stages, run)
+        check_model(model, self.stages, run, self.rules)
 
     def start(self, training: Training, run: Run) -> None:
         """Begin a run of length ``run``, or continue it if a state has been loaded."""
@@ -159,13 +177,15 @@ class RankDriver:
         self._run = run
         self._ended_step = training.step
         self._planned = [stage.planned_step(run) for stage in self.stages]
+        layers = dict(lora_layers(training.model))
+        self._bounds = bounds_of(layers, self.rules)
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
         check_training(training, self.stages, measure=self.measure)
-        check_processes(training.model, training.optimizers, "at the start of training")
-        if self._schedule_differs:
-            training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
+        check_processes(training.model, training.optimizers, "at the start of training", training.group)
+        if self._differs is not None:
+            training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
         self._remove_hooks()
         adapters = adapter_parameters(training.model)
@@ -174,7 +194,6 @@ class RankDriver:
         self._rates = [
             LearningRates(optimizer, adapters, self.lr_factor, training) for optimizer in training.optimizers
         ]
-        layers = dict(lora_layers(training.model))
         if not self._needs_importance:
             self._importance = None
         elif self._importance is None or not self._importance.is_of(layers):
@@ -235,9 +254,14 @@ class RankDriver:
             logged = {**training.logged(), **self.progress.metrics}
             waiting = {name for name in trigger.monitors if name not in logged and training.logs_later(name)}
             observed = observed_metrics(self.stages)
-            values = [metric_value(logged, name, observed) for name in trigger.monitors if name not in waiting]
+            group = training.group
+            values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
             if not waiting:
-                self._decide(trigger.observe(training.step, *values))
+                fires = trigger.observe(training.step, *values)
+                reason = trigger.reason
+                for name in trigger.monitors:
+                    reason = reason.replace(name, training.own_name(name, logged))
+                self._decide(training, fires, reason)
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -262,6 +286,7 @@ class RankDriver:
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
+            "rank_map": self._rules_as_texts,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "importance": importance,
             "lr_factor": self.lr_factor,
@@ -270,7 +295,8 @@ class RankDriver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; call it before :meth:`start`.
 
-        Stages that are not over may differ from the checkpoint's; those of this schedule apply.
+        Stages that are not over may differ from the checkpoint's; those of this schedule apply. So does the rank map,
+        as long as no stage is over.
         """
         absent = sorted({*self.state_dict()} - state.keys())
         if absent:
@@ -281,7 +307,9 @@ class RankDriver:
             )
         mine = as_texts(self.stages)
         theirs = [tuple(stage) for stage in state["stages"]]
-        self._schedule_differs = theirs != mine
+        my_rules = self._rules_as_texts
+        their_rules = [tuple(rule) for rule in state["rank_map"]]
+        self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
@@ -290,6 +318,12 @@ class RankDriver:
                 f"they go to {', '.join(wanted) or 'nothing'}; give the schedule as it was, of which only later stages "
                 "may differ",
                 "schedule",
+            )
+        if done and their_rules != my_rules:
+            raise ConfigurationError(
+                f"the checkpoint was made under another rank_map: its first stages went by {_in_words(their_rules)}, "
+                f"here they go by {_in_words(my_rules)}; give the rank_map as it was",
+                "rank_map",
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
@@ -306,6 +340,11 @@ class RankDriver:
         self._loaded = state["importance"]
         self._ended_step = 0
 
+    @property
+    def _rules_as_texts(self) -> list[tuple[str, str]]:
+        """(pattern, what it says) of each rule of the rank map, in its order, for a checkpoint."""
+        return [(key, described(rule)) for key, rule in self.rules.items()]
+
     # Deciding
 
     @property
@@ -314,11 +353,10 @@ class RankDriver:
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
-    def _decide(self, fires: bool) -> None:
-        """Decide the change of the next stage, if its trigger fires in process 0."""
-        if from_first(lambda: fires):
-            stage = self.progress.stage
-            self.progress.pending = Decision(stage, self.stages[stage].when.reason)
+    def _decide(self, training: Training, fires: bool, reason: str) -> None:
+        """Decide the change of the next stage, if its trigger fires in process 0, for this ``reason``."""
+        if from_first(lambda: fires, training.group):
+            self.progress.pending = Decision(self.progress.stage, reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
         """Decide the last stage that is due by time, which replaces those before it.
@@ -343,13 +381,16 @@ class RankDriver:
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
-        directions = LayerDirections({name: layer for name, layer in layers.items() if not layer.pinned})
+        directions = LayerDirections({name: layer for name, layer in layers.items() if not self._bounds[name].pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
-        check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
+        when = f"before the change of rank at step {training.step}"
+        check_processes(training.model, training.optimizers, when, training.group)
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
-        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, importance)
+        last = index == len(self.stages) - 1
+        due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None
+        history = self.progress.history
         try:
             if stage.how.max_regression is None:
                 change = self._compute(training, due)
@@ -361,7 +402,7 @@ class RankDriver:
                         apply_change(training, change)
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
-                    self.history[-1] = event = replace(event, measured=measurement.measure())
+                    history[-1] = event = replace(event, measured=measurement.measure())
                     measurement.record()
             else:
                 undo = Undo(training)
@@ -376,7 +417,7 @@ class RankDriver:
                         self._end_stage(training, index, event)
         finally:
             # Also if Ctrl-C was pressed during the change, or its measurement has failed.
-            if event is not None and self.history and self.history[-1] is event:
+            if event is not None and history and history[-1] is event:
                 training.tell(event)
         return event
 
@@ -395,9 +436,10 @@ class RankDriver:
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
-            return due.event(training.step, change.reports, f"undone: {measured} ({due.reason})", undone=True)
+            reason = f"{UNDONE}{measured} ({due.reason})"
+            return due.event(training.step, change.reports, reason, measured, undone=True)
         test.record()
-        return replace(due.event(training.step, change.reports, due.reason), measured=measured)
+        return due.event(training.step, change.reports, due.reason, measured)
 
     def _validate_before(self, training: Training, stage: Stage) -> RegressionTest:
         """The test of a change that is about to be made; the run may have validated these weights already."""
@@ -423,7 +465,7 @@ class RankDriver:
             if isinstance(later.when, Trigger):
                 later.when.reset()
         if event is not None:
-            self.history.append(event)
+            self.progress.history.append(event)
         if not self._needs_importance:
             self._importance = None
             self._stop_watching()
@@ -432,12 +474,12 @@ class RankDriver:
                 self._importance.forget_last_update()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
-            after = {name: layer.rank for name, layer in lora_layers(training.model)}
-            before = after | {report.layer: report.rank_before for report in event.layers}
-            factor = factor_of_change(self.stages[index].how, before, after)
-            self.lr_factor *= factor
+            self.lr_factor *= event.lr_factor
             for rates in self._rates:
-                rates.multiply(factor)
+                rates.multiply(event.lr_factor)
+            if event.lowers:
+                # A trainer's schedulers are not in this list: its callback decides by ``keep_best_before``.
+                forget_plateau(training.schedulers or [])
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
@@ -455,3 +497,12 @@ class RankDriver:
         for step in self._steps:
             step.remove()
         self._steps = []
+
+
+def _named(hidden: Mapping[int, Any]) -> dict[str, float]:
+    """{the name of a rate that is logged: the rate}, of {number of a param group: the rate of its adapters}."""
+    return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
+
+
+def _in_words(rules: Sequence[tuple[str, ...]]) -> str:
+    return ", ".join(f"{key!r}: {rule}" for key, rule in rules) or "none"

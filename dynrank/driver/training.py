@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from dynrank.distributed.sharding import process_group
 from dynrank.distributed.wrappers import ddp_modules, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 
@@ -19,17 +21,19 @@ class Training:
     """A training run. A plain loop can use this class; override a method that the schedule or a trainer needs.
 
     Models and optimizers are passed as DDP, Lightning Fabric or accelerate has wrapped them. DDP modules follow every
-    change.
+    change. The processes of DDP's ``process_group``, or of FSDP2's mesh, change ranks together; others may train
+    another model.
 
     Args:
         model: contains the LoRA layers; their names are relative to it, without wrappers. A model that DDP has wrapped
             does not know of it, so pass what DDP has returned.
         optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
-        schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
-            multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
-            inside each step of the optimizer, and schedulers and logs show it without that factor. The list may be
-            replaced during the run.
+        schedulers: all learning-rate schedulers, if the loop sets rates by nothing else. When a change raises the
+            adapters' rate (``lr_factor``), the rates of torch's schedulers, which logs show, are then multiplied.
+            Where none is named, the rate is raised inside each step of the optimizer, and the rates that the loop sets,
+            and logs, are those without the factor. ReduceLROnPlateau starts anew after a cut. The list may be replaced
+            during the run.
 
     A class that validates, for schedules that read a metric:
 
@@ -58,6 +62,11 @@ class Training:
         self.ddp = ddp_modules(self.model)
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that train the model and change its ranks together; None: all."""
+        return process_group(self.model, self.ddp)
 
     def present_schedulers(self) -> Sequence[Any] | None:
         """The schedulers of the next step; a trainer's may be replaced during the run."""
@@ -88,6 +97,10 @@ class Training:
     def validate_share(self, most: int) -> Mapping[str, float]:
         """As :meth:`validate`, with about ``most`` batches at equal distances."""
         raise NotImplementedError
+
+    def own_name(self, name: str, metrics: Collection[str]) -> str:
+        """What the user calls the metric ``name`` of a validation with these ``metrics``."""
+        return name
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a validation that was made for a change, if the change was kept."""

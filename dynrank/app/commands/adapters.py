@@ -4,12 +4,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import WEIGHTS_FILE, open_stored
+from dynrank.adapters.read import open_stored, weights_file
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_table, shape_of_update
-from dynrank.output.ranks import change_table
 
 # Shares of the energy for which the table shows how many directions have them.
 SHARES = (0.9, 0.99)
@@ -62,7 +61,7 @@ def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
 def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze``, and print the result."""
     layers = squeeze(source, out, **options)
-    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
+    print_table(layers.table())
     with open_stored(source) as adapter:
         before = sum(layer.parameters for layer in adapter.layers.values())
         others = adapter.others
@@ -73,7 +72,7 @@ def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     if source.is_file():
         print_facts(facts | _of_file(source, out, others))
     else:
-        print_facts(facts | {"files": f"{out}, {_sizes(source / WEIGHTS_FILE, out / WEIGHTS_FILE)}"})
+        print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:

@@ -58,8 +58,8 @@ FileDtype = Annotated[
     str | None,
     typer.Option(
         metavar="D",
-        help="float32, bfloat16 or float8_e4m3fn, half and a quarter of float32's bytes, which PEFT loads; by default "
-        "as stored",
+        help="float32, bfloat16 or float8_e4m3fn (half and a quarter of float32's bytes), which PEFT loads; with "
+        "squeeze also nf4 (a seventh), see dynrank pack; by default as stored",
     ),
 ]
 ConfigDir = Annotated[
@@ -126,7 +126,7 @@ def print_ranks(config: DictConfig) -> None:
     job = build(config, on_meta=True)
     model: Any = job.module.model
     stages = job.scheduler.driver.stages
-    rules = {name: layer.rule for name, layer in own_layers(model).items()}
+    own = own_layers(model)
     final = final_ranks(model, stages)
     about = "about " if depends_on_data(stages) else ""
     headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
@@ -135,18 +135,19 @@ def print_ranks(config: DictConfig) -> None:
     end = 0
     for layer in layers:
         rank = final[layer.layer]
+        bounds = own[layer.layer].bounds
         parameters = layer.parameters // layer.rank * rank
         end += parameters
         table.add_row(
             layer.layer,
             shape_of_update(layer.experts, layer.d_out, layer.d_in),
             str(layer.rank),
-            f"{rank} (pinned)" if layer.pinned else f"{about}{rank}",
+            f"{rank} (pinned)" if bounds.pinned else f"{about}{rank}{f' ({bounds})' if str(bounds) else ''}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{layer.parameters:,}",
             f"{parameters:,}",
-            rules[layer.layer] or "lora.rank",
+            own[layer.layer].rule or "lora.rank",
         )
     table.add_section()
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", f"{end:,}", "")
@@ -201,8 +202,26 @@ def squeeze(
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.commands.adapters import print_squeeze
 
-    kind = None if dtype is None else named_dtype(dtype)
+    kind = None if dtype is None else named_dtype(dtype, packed=True)
     print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
+
+
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to")]
+
+
+@app.command()
+def pack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a PEFT adapter in 4 bits: the same as dynrank squeeze --dtype nf4.
+
+    All commands here read it as it lies, PEFT after dynrank unpack. It prints by how much the update changes.
+    """
+    squeeze(adapter, out, dtype="nf4")
+
+
+@app.command()
+def unpack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a packed adapter as PEFT's files in float32: the same as dynrank squeeze --dtype float32."""
+    squeeze(adapter, out, dtype="float32")
 
 
 @app.command()
@@ -228,7 +247,7 @@ def export(
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
     from dynrank.app.models.base_model import base_for_server
-    from dynrank.output.slots import slot_line
+    from dynrank.output.slots import slot_line, slot_rank
 
     # export_adapter checks that it knows the server.
     server: Any = to
@@ -240,7 +259,7 @@ def export(
         # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
         slot = 2 * done.rank * sum(layer.params_per_rank for layer in done.layers.values()) / 2**20
         own = 2 * sum(layer.rank * layer.params_per_rank for layer in done.layers.values()) / 2**20
-        facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
+        facts["ranks"] = slot_line(ranks, slot_rank if to == "vllm" else lambda rank: rank + -rank % multiple)
         facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
     if done.rounding is not None:
         facts["rounding"] = done.rounding
@@ -297,6 +316,14 @@ def predict(
             "text=Subject,Body",
         ),
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="A column of FILE that comes along into the written file, such as ticket_id; may be given several "
+            "times; NAME=COLUMN gives it another name",
+        ),
+    ] = None,
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
@@ -320,7 +347,7 @@ def predict(
     from dynrank.app.console import quiet_loading
 
     quiet_loading()
-    options: Any = {"model": model, "columns": _pairs(columns), "system": system, "chat": chat}
+    options: Any = {"model": model, "columns": _pairs(columns), "keep": keep or (), "system": system, "chat": chat}
     options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     predict(adapter, texts, out, **options)
 

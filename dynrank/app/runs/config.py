@@ -19,7 +19,7 @@ from dynrank.app.keys import below, keys_of, named, names_keys
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.runs.overrides import check_keys, overrides_explained
 from dynrank.errors import ConfigurationError, Count, Name, checked
-from dynrank.rank_map import load_rank_map, parse_rank_map
+from dynrank.rank_map import RankRule, load_rank_map, parse_rank_map
 
 CONFIG_MODULE = "dynrank.conf"
 CONFIG_NAME = "train"
@@ -62,7 +62,7 @@ class RunKeys:
     Attributes:
         seed: seed of everything random; NumPy's generator allows none from 2**32 on.
         ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir`` goes on there.
-        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
+        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt); the last step has one, too.
         objective: a sweeper that looks for the best run is told this of the exported weights; a smaller value is better
             if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
@@ -281,8 +281,8 @@ def rank_pattern(config: DictConfig) -> dict[str, Any]:
     with named(below("rank_map")):
         keys = RankMapKeys(**plain(config))
     with named({"path": "rank_map.file", "rank_map": "rank_map.file"}.get):
-        in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
-    here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
+        in_file = load_rank_map(Path(keys.file), RankRule) if keys.file is not None else {}
+    here = parse_rank_map(keys.rank_pattern, "rank_map.rank_pattern", RankRule)
     both = sorted(in_file.keys() & here.keys())
     if both:
         raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")

@@ -14,9 +14,10 @@ from dynrank.callbacks.lightning.training import LightningTraining, run_length
 from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.driver.checks import check_validation
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import History, RankEvent
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.rank_map import RankMap
 from dynrank.schedules import Schedule
 
 
@@ -30,9 +31,8 @@ class RankScheduler(Callback):
     When a stage is due, earlier stages that have not acted are skipped. A checkpoint contains everything that a resumed
     run needs, before, during and after a change.
 
-    A layer with its own final rank (rank map) is never shrunk below it by dynrank's targets, and a cut in the last
-    stage brings it there; a pinned layer never changes, and a frozen one keeps its rank. One scheduler drives one run:
-    a trainer takes one scheduler (lists of stages can be added), and the next run takes a new one.
+    One scheduler drives one run: a trainer takes one scheduler (lists of stages can be added), and the next run takes a
+    new one. A frozen layer keeps its rank.
 
     If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.
@@ -43,9 +43,9 @@ class RankScheduler(Callback):
     end a warning names a best or last checkpoint whose ranks are not the model's.
 
     A change multiplies the adapters' rate by ``lr_factor`` of the stage's How (an int as schedule: the root of the mean
-    rank before / after). The rate that is used is then in the param group, if that has adapters alone, no scheduler or
-    torch's, and a rate that the program does not set by itself. Elsewhere it is made inside the step, and logged as
-    ``lr/adapter``.
+    rank before / after). Where a param group has adapters alone and schedulers of torch, the rate that is used is then
+    in the group. Elsewhere, and from the step on in which the program sets the rate by itself, it is made inside the
+    step, and logged as ``lr/adapter``: set rates without the factor.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
@@ -54,15 +54,23 @@ class RankScheduler(Callback):
         measure: validate directly before and after a change, on a share of the data that costs about 2% of the run at
             most, and put the ``check_monitor`` of the stage's How into the event. Of many changes in a short run none
             is measured; where the length of the run or of the data is unknown, all data are validated.
+        rank_map: what the rank of single layers may become, in a model of PEFT as in one of ``add_lora``: {pattern or
+            word: a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}
+            (:class:`dynrank.rank_map.RankBounds`), or the path of a YAML file with this mapping below ``rank_pattern``.
+            Patterns match as those of PEFT's ``rank_pattern``, the words "attention" and "mlp" mean kinds of layers,
+            and the first that matches a layer decides. Where none does, the layer's rule in the rank map of
+            ``add_lora`` does, if it has one. Starting ranks and alphas are set where LoRA is added.
 
     Attributes:
         driver: carries out the schedule in the run.
 
     Raises:
-        ConfigurationError: if a value cannot be used.
+        ConfigurationError: if a value cannot be used; when training starts, if a pattern matches no layer or only
+            layers of others, or bounds contradict the schedule.
 
     >>> from lightning import Trainer
-    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[RankScheduler(4)])
+    >>> scheduler = RankScheduler(4, rank_map={"o_proj": {"pinned": True}, "mlp": {"highest": 8}})
+    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[scheduler])
     >>> trainer.callbacks[0].history
     []
     """
@@ -73,8 +81,9 @@ class RankScheduler(Callback):
         *,
         keep_best_before: bool = False,
         measure: bool = False,
+        rank_map: RankMap | None = None,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure)
+        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
         self.keep_best_before = keep_best_before
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
@@ -82,10 +91,12 @@ class RankScheduler(Callback):
         self._first_step = 0
         # The run, from on_train_start to its end.
         self._run: LightningTraining | None = None
+        # The last value of each metric that triggers read; Lightning forgets them when a run is resumed.
+        self._logged: dict[str, float] = {}
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
     def step(self, pl_module: LightningModule) -> None:
@@ -104,11 +115,13 @@ class RankScheduler(Callback):
         self.driver.end_step(self._training)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.driver.state_dict(), "stepped": self._stepped}
+        self._keep_logged()
+        return {**self.driver.state_dict(), "stepped": self._stepped, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
+        self._logged = state_dict["logged"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -121,7 +134,7 @@ class RankScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self._run = LightningTraining(trainer, pl_module)
+        self._run = LightningTraining(trainer, pl_module, self._logged)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
@@ -143,23 +156,25 @@ class RankScheduler(Callback):
         else:
             between_steps = self._stepped
             self._stepped = False
-        training = self._training
         if between_steps:
-            self.driver.advance(training)
-        hidden = self.driver.unlogged_adapter_rates(training)
-        if hidden:
-            pl_module.log_dict(hidden)
+            self.driver.advance(self._training)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        training = self._training
         if pl_module.automatic_optimization:
-            self.driver.end_step(self._training)
+            self.driver.end_step(training)
+        # Before the step a hook of the module may still set the rate.
+        raised = self.driver.raised_adapter_rates(training)
+        if raised:
+            pl_module.log_dict(raised)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         before = len(self.history)
         self.driver.finish(self._training)
+        self._keep_logged()
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
             save_after_end(trainer, self)
         if self.history:
@@ -182,6 +197,11 @@ class RankScheduler(Callback):
         """The run at its present step."""
         assert self._run is not None
         return self._run.now()
+
+    def _keep_logged(self) -> None:
+        if self._run is not None:
+            logged = self._run.logged()
+            self._logged = {name: logged[name] for name in self.driver.observes if name in logged}
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""

@@ -17,6 +17,7 @@ from small_trainer import (
     SIZE,
     STEPS,
     Hearing,
+    base,
     data,
     own,
     trainer,
@@ -29,8 +30,8 @@ from transformers import TrainerCallback
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, auto
-from dynrank.targets import Rank
+from dynrank.schedules import How, Stage, auto, early_budget
+from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Gap, Plateau
 
 
@@ -205,12 +206,16 @@ def test_changes_and_the_rate_of_the_steps_are_told_printed_and_stored(tmp_path,
     (file,) = (tmp_path / "board").rglob("*tfevents*")
     board = EventAccumulator(str(file)).Reload()
     stored = wandb_run[1]()
-    expected = {"rank/mean": [2, 1], "rank/max": [2, 1], "rank/parameters": [2 * parameters, parameters]}
+    expected = dict.fromkeys(["rank/mean", "rank/max"], [4, 2, 1])
+    expected |= {"rank/parameters": [4 * parameters, 2 * parameters, parameters]}
     for name, values in expected.items():
         points = board.Scalars(f"train/{name}")
-        assert [point.step for point in points] == [4, STEPS]
-        assert [point.value for point in points] == values
-        assert [row[f"train/{name}"] for row in stored if f"train/{name}" in row] == values
+        # Once at the start, with each log, at each change, and with the results at the end.
+        steps = [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, STEPS, STEPS, STEPS]
+        assert [point.step for point in points] == steps
+        start, middle, end = values
+        assert [point.value for point in points] == [start] * 5 + [middle] * 8 + [end]
+        assert [row[f"train/{name}"] for row in stored if f"train/{name}" in row] == [point.value for point in points]
 
     logged = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     assert taken == pytest.approx([1e-2 * (1 - step / STEPS) * (2 if step >= 4 else 1) for step in range(STEPS)])
@@ -235,7 +240,7 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
         made.add_callback(hearing)
         made.train()
         assert hearing.evaluated == [4, 8, STEPS]
-        rows = [sorted(row) for row in made.state.log_history if "rank/mean" not in row]
+        rows = [sorted(row) for row in made.state.log_history]
         return rows, model.state_dict(), [event.undone for event in schedule.history]
 
     how = How(**TOO_COSTLY | {"max_regression": 0.0})
@@ -244,6 +249,23 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
     assert plain[0] == checked[0]
     for name, value in plain[1].items():
         assert torch.equal(checked[1][name], value), name
+
+
+def test_what_is_printed_has_the_trainer_s_names_and_begins_with_the_slot(tmp_path, capsys):
+    worse = itertools.count(10)
+    model = get_peft_model(base(), LoraConfig(r=16, target_modules="all-linear"))
+    costly = Stage(Plateau(min_delta=0.9, patience=1), Budget(final_rank=2), how=How(max_regression=0.0))
+    evaluate = {"evaluate": lambda: {"eval_loss": float(next(worse))}}
+    schedule = RankTrainerCallback([*early_budget(4, at=0.2), costly], measure=True, **evaluate)
+    trainer(tmp_path, model, schedule, **EVALUATING).train()
+    cut, undone = schedule.history
+    assert (cut.measured.metric, undone.measured.metric, undone.undone) == ("eval_loss", "eval_loss", True)
+    assert undone.reason == f"undone: {undone.measured} (plateau of eval_loss)"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("a server reserves the highest rank in every layer, up to 16; highest=8 limits it")
+    assert printed.count("a server reserves") == 1
+    assert "val/loss" not in printed
+    assert f"adapter's rate × {cut.lr_factor:.3g} from here" in printed
 
 
 @pytest.mark.parametrize(
@@ -351,10 +373,11 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(ass
     assert len(rates[-2]) > len(adapters)
     for parameter, rate in rates[-2].items():
         assert rate == pytest.approx(2e-3 * (factor if parameter in adapters else 1.0)), parameter in adapters
-    logged = [row["lr/adapter"] for row in made.state.log_history if "lr/adapter" in row]
-    shown = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
-    assert logged == pytest.approx([factor * rate for rate in shown[-len(logged) :]])
-    assert 0 < len(logged) < len(shown) == STEPS
+    shown = [row for row in made.state.log_history if "learning_rate" in row]
+    raised = [row for row in shown if "lr/adapter" in row]
+    assert 0 < len(raised) < len(shown) == STEPS
+    # In one record both rates are of one step.
+    assert [row["lr/adapter"] for row in raised] == pytest.approx([factor * row["learning_rate"] for row in raised])
     again, *_ = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_same(again, model)
 
@@ -382,7 +405,7 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
     assert asked == asked[:1] * 2
     assert 0 < sum(asked[0].values()) <= 4 + several < 16
     measured = schedule.history[0].measured
-    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("val/loss", *losses, False)
+    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("eval_loss", *losses, False)
     assert losses[0] != losses[1]
 
 
@@ -442,3 +465,58 @@ def test_rate_that_a_callback_sets_is_raised(tmp_path):
     made.add_callback(Watching())
     made.train()
     assert used == pytest.approx({step: 1e-2 * 0.9**step * (2 if step >= 4 else 1) for step in range(STEPS)})
+
+
+# Single layers
+
+
+def llama_of_peft():
+    """As :func:`wrapped`, of rank 12 and with a rank_pattern of its own."""
+    options = {"r": 12, "lora_alpha": 12, "target_modules": "all-linear", "rank_pattern": {"up_proj": 10}}
+    return get_peft_model(base(), LoraConfig(**options))
+
+
+STEERED = {"o_proj": {"pinned": True}, "mlp": {"highest": 8}, "attention": {"lowest": 3}}
+
+
+def steered(folder, rank_map=STEERED, **options):
+    """(the ranks at the end by the last part of the name, the callback)"""
+    stages = early_budget(7, at=0.3) + early_budget(5, at=0.7)
+    callback = RankTrainerCallback(stages, rank_map=rank_map)
+    model = llama_of_peft()
+    trainer(folder, model, callback, save_strategy="steps", save_steps=5).train(**options)
+    return {name.rpartition(".")[2]: layer.rank for name, layer in dynrank.lora_layers(model)}, callback
+
+
+def test_single_layers_of_a_peft_model_are_steered_and_a_resume_goes_on(tmp_path):
+    ends, callback = steered(tmp_path)
+    assert ends["o_proj"] == 12
+    assert max(ends[name] for name in ("gate_proj", "up_proj", "down_proj")) <= 8
+    assert min(ends[name] for name in ("q_proj", "k_proj", "v_proj")) >= 3
+    first, second = callback.history
+    assert not any("o_proj" in report.layer for event in (first, second) for report in event.layers)
+    # The first cut has left no layer of the MLP above 8.
+    assert max(report.rank_after for report in first.layers if ".mlp." in report.layer) <= 8
+    again, resumed = steered(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again == ends
+    assert resumed.history == callback.history
+    with pytest.raises(
+        ConfigurationError, match=r"under another rank_map: .*'mlp': RankBounds\(highest=8\).*here .*none"
+    ):
+        steered(tmp_path, None, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize(
+    ("rank_map", "message"),
+    [
+        ({"o_prj": {"pinned": True}}, r"'o_prj' matches no LoRA layer; nearest: \['o_proj'"),
+        ({".*proj": {"highest": 8}, "o_proj": {"pinned": True}}, r"'o_proj' is hidden by '\.\*proj'"),
+        ({"up_proj": {"lowest": 11}}, "up_proj': lowest=11 is above its rank 10, and no stage raises it"),
+    ],
+)
+def test_a_rank_map_that_does_not_fit_ends_the_training_before_its_first_step(rank_map, message, tmp_path):
+    model = llama_of_peft()
+    run = trainer(tmp_path, model, RankTrainerCallback(4, rank_map=rank_map))
+    with pytest.raises(ConfigurationError, match=message):
+        run.train()
+    assert run.state.global_step == 0
