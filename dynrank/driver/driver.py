@@ -477,9 +477,9 @@ class RankDriver:
             self.lr_factor *= event.lr_factor
             for rates in self._rates:
                 rates.multiply(event.lr_factor)
-            if event.lowers:
-                # A trainer's schedulers are not in this list: its callback decides by ``keep_best_before``.
-                forget_plateau(training.schedulers or [])
+            # A trainer's schedulers are not in this list: its callback decides by ``keep_best_before``.
+            if event.lowers and training.schedulers:
+                forget_plateau(training.schedulers)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
