@@ -158,6 +158,8 @@ def test_kept_adapters_are_rounded_and_tested_without_training(study, scripts, t
         assert errors[0] == 0 < errors[1] < 0.004 < errors[2] < 0.06 < errors[3] < errors[4] < 0.4
         assert errors[3] / 2 < float(nf4["error"]) < errors[4]
         assert float(three["test_loss"]) == pytest.approx(float(whole["test_loss"]), rel=0.05)
+        # What is tested is what was rounded.
+        assert len({part["test_loss"] for part in (whole, eight, four, three)}) == 4
     printed = capsys.readouterr().out
     assert "| rank 16, rate × 2 | 0.001 | normal4 | 1 |" in printed
     scripts.bits.main(options)
