@@ -58,7 +58,7 @@ def encode(values_NW: Tensor, levels_K: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (N, W) uint8, scales (N, G) float16) of rows of numbers; a group never spans two rows."""
     width = values_NW.shape[1]
     groups = ceil(width / GROUP)
-    values = F.pad(values_NW.float(), (0, groups * GROUP - width)).reshape(-1, GROUP)
+    values = F.pad(values_NW.float(), (0, groups * GROUP - width)).reshape(-1, GROUP).contiguous()
     # Numbers beyond the end of a row have no code; not every codebook has a level for zero.
     real = torch.arange(groups * GROUP).view(groups, GROUP).lt(width).repeat(len(values_NW), 1)
     edges = (levels_K[1:] + levels_K[:-1]) / 2

@@ -2,8 +2,9 @@
 
 An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts from rank 16, of every layer alike or as
 one budget by weight or by importance, early or late, with and without a higher rate of the adapter
-afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by a run or by the first
-gradients (GoRA); AdaLoRA; some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling.
+afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by a run, by the first
+gradients (GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms of a seed have the same batches,
+dropout, head and scaling.
 Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
 trained at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at
 the rate with the best validation loss over these two (a table without these: over all), or at --rates as long as there
@@ -11,7 +12,7 @@ is none.
 
 The program adds a row to study.csv as soon as a run ends, draws study_TASK.png (into results/VERSION/), and prints the
 table. It may be interrupted: it makes no run again that the file holds. Several programs at once, for other seeds,
-tasks or arms, may write to one file.
+tasks or arms, may write to one file. study_bits.py rounds the adapters that --keep saves.
 Run: .venv/bin/python scripts/study/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M]
 """
 
@@ -32,6 +33,7 @@ from statistics import mean, stdev
 
 import torch
 from adalora import adalora, allocation_of, kept_parameters, kept_ranks
+from eva import eva, eva_ranks, peft_parameters
 from matplotlib.figure import Figure
 from study_arms import ADALORA, ARMS, EARLY, GRADUAL, HIGH, Arm
 from study_bench import (
@@ -46,10 +48,12 @@ from study_bench import (
     budget_ranks,
     follow,
     gora_ranks,
+    kept_adapter,
     values,
+    with_error,
 )
 
-from dynrank import lora_layers, resize
+from dynrank import lora_layers, resize, save_adapter
 from dynrank.app.tasks.classification import Classification
 from dynrank.driver.importance import Importance, LayerImportance
 from dynrank.driver.learning_rates import LearningRates
@@ -72,6 +76,8 @@ class Unit:
     steps: int
     arms: tuple[Arm, ...]
     overrides: tuple[str, ...]
+    # Folder of finished adapters.
+    keep: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="PATTERN", help="arms whose names hold this regular expression")
     parser.add_argument("--minutes", type=float, default=inf, help="begin no run after these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the adapters that are not PEFT's")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration: task.model=FOLDER")
     options = parser.parse_args(arguments)
     work = TASKS[options.task]
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def run(seeds: Iterable[int], arms_and_rates: Sequence[tuple[Arm, float]]) -> None:
         missing = [
-            Unit(task, seed, lr, options.steps or work.steps, (arm,), overrides)
+            Unit(task, seed, lr, options.steps or work.steps, (arm,), overrides, options.keep)
             for seed in seeds
             for arm, lr in arms_and_rates
             if table.lacks(task, seed, str(arm), lr)
@@ -203,6 +210,8 @@ def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
+    elif arm.by == "EVA":
+        trainee = eva(setting, arm.rank, lr)
     elif arm.by == "GoRA":
         trainee = with_ranks(setting, gora_ranks(setting, arm.rank), lr)
     else:
@@ -227,8 +236,18 @@ def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
     row: Row = {"task": unit.task, "seed": unit.seed, "arm": str(arm), "lr": unit.lr, "steps": unit.steps, "rise": rise}
     if trainee is None:
         return row | {"parameters": "", "ranks": "", "val_loss": inf, "test_loss": inf, "test_accuracy": 0.0}
-    count = kept_parameters(trainee.model) if arm.by == "AdaLoRA" else adapter_parameters(trainee.model)
-    ranks = kept_ranks(trainee.model) if arm.by == "AdaLoRA" else {n: la.rank for n, la in lora_layers(trainee.model)}
+    model = trainee.model
+    if arm.by == "AdaLoRA":
+        count = kept_parameters(model)
+        ranks = kept_ranks(model)
+    elif arm.by == "EVA":
+        count = peft_parameters(model)
+        ranks = eva_ranks(model, trainee.setting)
+    else:
+        count = adapter_parameters(model)
+        ranks = {name: layer.rank for name, layer in lora_layers(model)}
+        if unit.keep is not None:
+            save_adapter(model, kept_adapter(unit.keep, row))
     row |= {"parameters": count, "ranks": " ".join(map(str, ranks.values()))}
     val_loss, _ = trainee.evaluate(trainee.setting.val)
     test_loss, accuracy = trainee.evaluate(trainee.setting.test)
@@ -267,7 +286,18 @@ def at_an_edge(table: Table, task: str, arms: Sequence[Arm]) -> list[tuple[Arm, 
 
 def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
     """Print a row for each arm at its best rate: means over seeds, and its distance to rank 16 within seeds."""
-    print("| arm | seeds | bytes | rate | at the cut | test loss (sd) | minus rank 16 | accuracy |\n|" + "---|" * 8)
+    names = (
+        "arm",
+        "seeds",
+        "bytes",
+        "highest rank",
+        "rate",
+        "at the cut",
+        "test loss (sd)",
+        "minus rank 16",
+        "accuracy",
+    )
+    print(f"| {' | '.join(names)} |\n|" + "---|" * len(names))
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
         loss = values(mine, "test_loss")
@@ -275,23 +305,20 @@ def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
         rises = [float(row["rise"]) for row in mine if row["rise"]]
         sizes = [float(row["parameters"]) for row in mine if row["parameters"]]
         whole = values(rows, "parameters", arm=Arm(HIGH))
+        # What a server's slot must hold.
+        highest = sorted({max(map(int, row["ranks"].split())) for row in mine if row["ranks"]})
         cells = [
             str(arm),
             str(len(mine)),
             f"{mean(sizes) / whole[0]:.3f}" if sizes and whole else "",
+            "-".join(map(str, highest[:1] + highest[1:][-1:])),
             f"{lr:.3g}",
             f"{mean(rises):+.1%}" if rises else "",
             f"{mean(loss):.3f}" + (f" ({stdev(loss):.3f})" if len(loss) > 1 and all(map(isfinite, loss)) else ""),
-            "" if arm == Arm(HIGH) or not less else _with_error(less),
+            "" if arm == Arm(HIGH) or not less else with_error(less),
             f"{mean(values(mine, 'test_accuracy')):.1%}",
         ]
         print("| " + " | ".join(cells) + " |")
-
-
-def _with_error(numbers: Sequence[float]) -> str:
-    """Mean and standard error."""
-    error = f" ± {stdev(numbers) / len(numbers) ** 0.5:.3f}" if len(numbers) > 1 and all(map(isfinite, numbers)) else ""
-    return f"{mean(numbers):+.3f}{error}".replace("-", "−")
 
 
 def beside_whole(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], arm: Arm) -> list[float]:
@@ -311,7 +338,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "brought": "^g", "found": "Xk"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "AdaLoRA's bytes": "vg"}
-    styles |= {"anneal": "Pb", "auto": "*y"}
+    styles |= {"anneal": "Pb", "auto": "*y", "EVA": "dm"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.
     drawn: Counter[float] = Counter()

@@ -17,10 +17,10 @@ class Arm:
     Attributes:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "brought" share its bytes
-            out; "found" starts with what "brought" shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
-            PEFT's, "AdaLoRA's ranks" is a cut to the ranks that it ends with, and "AdaLoRA's bytes" one by "brought"
-            to as many bytes; "anneal" is cut by "brought" step by step; "auto" is cut from the rank to what validation
-            then allows.
+            out; "found" starts with what "brought" shared out, "GoRA" with what the first gradients did; "AdaLoRA" and
+            "EVA" are PEFT's, "AdaLoRA's ranks" is a cut to the ranks that it ends with, and "AdaLoRA's bytes" one by
+            "brought" to as many bytes; "anneal" is cut by "brought" step by step; "auto" is cut from the rank to what
+            validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.
@@ -41,6 +41,8 @@ class Arm:
     def __str__(self) -> str:
         if self.by == "AdaLoRA":
             return f"AdaLoRA {HIGH} → {self.rank}"
+        if self.by == "EVA":
+            return f"EVA of rank {self.rank}"
         if self.by == "auto":
             return f"auto from {self.rank}"
         if self.by == "anneal":
@@ -97,8 +99,13 @@ ARMS = {
         *(Arm(4, by, rate=2.0) for by in ("AdaLoRA's ranks", "AdaLoRA's bytes")),
         *(Arm(2, by, rate=ROOT) for by in ("AdaLoRA's ranks", "AdaLoRA's bytes")),
         *(Arm(8, by, rate=2**0.5) for by in ("uniform", "brought")),
+        # A server's slot has the highest rank of all layers.
+        *(
+            Arm(low, "brought", rate=rate, highest=slot)
+            for low, rate, slot in ((4, 2.0, 8), (2, ROOT, 8), (2, ROOT, 4))
+        ),
         Arm(HIGH, "uniform"),
-        *(Arm(low, "GoRA") for low in (4, 2)),
+        *(Arm(low, by) for by in ("GoRA", "EVA") for low in (4, 2)),
         *_MUON,
         Arm(HIGH, "auto"),
     ],
@@ -124,10 +131,12 @@ ARMS = {
         *(Arm(4, by, rate=2**0.5) for by in ("uniform", "AdaLoRA's ranks", "AdaLoRA's bytes")),
         *(Arm(2, by, rate=8**0.25) for by in ("uniform", "brought", "AdaLoRA's ranks", "AdaLoRA's bytes")),
         *(Arm(8, by, rate=2**0.25) for by in ("uniform", "brought")),
+        Arm(8),
+        *(Arm(low, "brought", rate=rate, highest=2 * low) for low, rate in ((2, 8**0.25), (4, 2**0.5))),
         # Every layer is balanced, and nothing is cut.
         Arm(HIGH, "uniform"),
         Arm(HIGH, "auto"),
-        *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
+        *(Arm(low, by) for by in ("AdaLoRA", "anneal", "EVA") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),
         *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "brought")),
         *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "brought")),

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from math import isfinite
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -261,6 +263,11 @@ def gora_ranks(setting: Setting, rank: int, batches: int = 8, highest: int = 16)
     return ranks
 
 
+def kept_adapter(folder: Path, row: Mapping[str, object]) -> Path:
+    """Where the finished adapter of a row is kept."""
+    return folder / " ".join(_text(row[name]) for name in ("task", "seed", "arm", "lr"))
+
+
 class Table:
     """Rows of a study in a CSV file that grows as the study runs; what it holds already is not run again.
 
@@ -304,6 +311,12 @@ class Table:
 def values(rows: Iterable[Mapping[str, str]], column: str, **where: object) -> list[float]:
     """The numbers of ``column`` in the rows that hold ``where``, in their order."""
     return [float(row[column]) for row in rows if all(row[name] == str(value) for name, value in where.items())]
+
+
+def with_error(numbers: Sequence[float]) -> str:
+    """Mean and standard error."""
+    error = f" ± {stdev(numbers) / len(numbers) ** 0.5:.3f}" if len(numbers) > 1 and all(map(isfinite, numbers)) else ""
+    return f"{mean(numbers):+.3f}{error}".replace("-", "−")
 
 
 def _text(value: object) -> str:

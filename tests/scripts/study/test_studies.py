@@ -12,7 +12,8 @@ WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
 
 @pytest.fixture(scope="module")
 def scripts(script):
-    return SimpleNamespace(bench=script("study_bench"), adalora=script("adalora"), study=script("study"))
+    names = ("study_bench", "study_bits", "adalora", "study")
+    return SimpleNamespace(**{name.removeprefix("study_"): script(name) for name in names})
 
 
 @pytest.fixture
@@ -56,6 +57,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, "weight", highest=3, but="pooler"),
         study.Arm(4, "AdaLoRA's ranks", rate=2.0),
         study.Arm(4, "AdaLoRA's bytes", rate=2.0),
+        study.Arm(2, "EVA"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=48", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
@@ -74,7 +76,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     row_of = {row["arm"]: row for row in written}
     assert row_of.keys() == {*arms}
     size = {arm: int(row_of[arm]["parameters"]) for arm in arms}
-    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal = arms
+    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal, eva = arms
     assert size[fixed] == 2 * WIDTHS
     assert size[auto] < size[doubled] == 16 * WIDTHS
     assert size[found] == size[brought] <= 2 * WIDTHS
@@ -85,7 +87,12 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
     assert [arm for arm in arms if row_of[arm]["rise"]] == [brought, auto, but, guided, equal]
     assert 0 < size[equal] <= size[guided] < 16 * WIDTHS
-    assert sum(map(int, row_of[fixed]["ranks"].split())) == 2 * len(row_of[theirs]["ranks"].split())
+    ranks = {arm: [*map(int, row_of[arm]["ranks"].split())] for arm in arms}
+    assert sum(ranks[fixed]) == 2 * len(ranks[theirs])
+    # EVA moves whole ranks, at most to twice as many.
+    assert sum(ranks[eva]) == sum(ranks[fixed])
+    assert len(ranks[eva]) == len(ranks[fixed])
+    assert 0 <= min(ranks[eva]) < max(ranks[eva]) <= 4
 
     # One of these two shares its start with other arms.
     more = study("--seeds", "0", "2", "--rates", "1e-3", "1e30", "--only", "brought at|^AdaLoRA")
@@ -93,7 +100,11 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     added = [(row["seed"], row["arm"], row["lr"], row["test_loss"] == "inf") for row in more[len(written) :]]
     high = [("0", arm, "1e+30", True) for arm in (brought, theirs)]
     assert added == [*high, *(("2", arm, "0.001", False) for arm in (brought, theirs))]
-    assert f"| {brought} | 2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| {brought} | 2 |" in printed
+    slots = sorted({max(map(int, row["ranks"].split())) for row in more if row["arm"] == brought and row["ranks"]})
+    line = [line for line in printed.splitlines() if line.startswith(f"| {brought} |")][-1]
+    assert line.split(" | ")[3] == "-".join(map(str, slots))
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
 
@@ -122,3 +133,34 @@ def test_headers_fall_into_splits_by_file(script):
     assert texts[0] != texts[1]
     assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
     assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
+
+
+def test_kept_adapters_are_rounded_and_tested_without_training(study, scripts, tiny_bert, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    trained = study("--seeds", "3", "--rates", "1e-3", "--only", "^rank 16|brought at", "--keep", str(kept))
+    options = ["--seeds", "3", "--keep", str(kept), "--out", str(tmp_path)]
+    options += ["--set", "task.limit=48", f"task.model={tiny_bert}"]
+    scripts.bits.main(options)
+    written = rows(tmp_path / "bits.csv")
+    assert [row["format"] for row in written] == [*scripts.bits.FORMATS] * 2
+    for start, row in zip((0, len(written) // 2), trained, strict=True):
+        whole, half, eight, four, three, nf4 = written[start : start + 6]
+        # What was kept is what was trained, head included.
+        assert whole["arm"] == row["arm"]
+        assert float(half["test_loss"]) == pytest.approx(float(row["test_loss"]), rel=1e-3)
+        numbers = int(row["parameters"])
+        assert [int(part["bytes"]) for part in (whole, half, eight)] == [4 * numbers, 2 * numbers, numbers]
+        # All layers of this model are 32 or 64 wide, so each direction has a float16 scale on either side.
+        scales = 2 * 2 * sum(map(int, row["ranks"].split()))
+        assert int(four["bytes"]) == int(nf4["bytes"]) == numbers // 2 + scales
+        assert int(three["bytes"]) == numbers * 3 // 8 + scales
+        errors = [float(part["error"]) for part in (whole, half, eight, four, three)]
+        assert errors[0] == 0 < errors[1] < 0.004 < errors[2] < 0.06 < errors[3] < errors[4] < 0.4
+        assert errors[3] / 2 < float(nf4["error"]) < errors[4]
+        assert float(three["test_loss"]) == pytest.approx(float(whole["test_loss"]), rel=0.05)
+        # What is tested is what was rounded.
+        assert len({part["test_loss"] for part in (whole, eight, four, three)}) == 4
+    printed = capsys.readouterr().out
+    assert "| rank 16, rate × 2 | 0.001 | normal4 | 1 |" in printed
+    scripts.bits.main(options)
+    assert rows(tmp_path / "bits.csv") == written
