@@ -27,6 +27,15 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     return raw
 
 
+def stepping_optimizer(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, inside of all wrappers, also of DeepSpeed's, and of what stands for it."""
+    while True:
+        inside = getattr(optimizer, "optimizer", None) or getattr(optimizer, "stepping", None)
+        if inside is None:
+            return optimizer
+        optimizer = inside
+
+
 def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
     """The DDP modules in ``model``, which is wrapped as the training loop calls it."""
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.distributed.wrappers import stepping_optimizer
 from dynrank.private import schedulers_in
 
 # The rates in a param group by which torch's schedulers compute the present one.
@@ -45,7 +45,7 @@ def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | Non
     waiting = [*map(_inner, schedulers)]
     while waiting:
         scheduler = waiting.pop()
-        if unwrapped_optimizer(scheduler.optimizer) is optimizer:
+        if stepping_optimizer(scheduler.optimizer) is stepping_optimizer(optimizer):
             found.append(scheduler)
             waiting += schedulers_in(scheduler)
     # torch's schedulers leave this key in the groups, also those that a module keeps to itself.

@@ -26,6 +26,11 @@ class RankedLayer(Protocol):
     pinned: bool
 
     @property
+    def bound(self) -> str:
+        """What ``max_rank`` is, in words."""
+        ...
+
+    @property
     def lora_A(self) -> nn.Parameter: ...
 
     @property

@@ -99,7 +99,8 @@ class PeftLayer(OfFactors):
 
     def record_alpha(self) -> None:
         """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
-        self.module.lora_alpha[self.adapter] = self.scaling * self.rank
+        # The recorded rank: factors that keep their shapes have more rows.
+        self.module.lora_alpha[self.adapter] = self.scaling * self.module.r[self.adapter]
         self.module.use_rslora[self.adapter] = False
 
 
