@@ -130,6 +130,12 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "optimizers",
         )
     if optimizer_state == "reset":
+        if stepping_optimizer(optimizer) is not optimizer:
+            raise ConfigurationError(
+                "DeepSpeed counts steps for many parameters together, so the moments of a few cannot start again; set "
+                'optimizer_state="transport"',
+                "optimizer_state",
+            )
         if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
             # With v = 0 and the bias correction over, the first step would be 1 / sqrt(1 - beta2) = 31 times too long.
             raise ConfigurationError(

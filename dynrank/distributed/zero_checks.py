@@ -36,8 +36,9 @@ def check_version() -> None:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a switch, or a section with ``enabled``, is on; "auto" is what the arguments say."""
-    return bool(value.get("enabled", True)) if isinstance(value, Mapping) else bool(value) and value != "auto"
+    """Whether a switch, or a section with ``enabled``, is on; "auto" is replaced before training starts."""
+    switch = value.get("enabled", True) if isinstance(value, Mapping) else value
+    return bool(switch) and switch != "auto"
 
 
 def _above(least: float) -> Callable[[Any], bool]:
@@ -50,7 +51,6 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("amp", _is_on, "set bf16, or neither"),
     ("torch_autocast", _is_on, "set bf16, or neither"),
     ("bf16.bf16_master_weights_and_grads", _is_on, "keep master weights in float32"),
-    ("bf16.immediate_grad_update", lambda value: value is False, "leave it out"),
     ("data_types.grad_accum_dtype", lambda value: value not in (None, "fp32"), "leave it out"),
     ("zero_optimization.offload_optimizer.device", lambda value: value == "nvme", "set cpu or none"),
     ("zero_optimization.offload_param.device", lambda value: value == "nvme", "set cpu or none"),

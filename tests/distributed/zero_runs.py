@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers as hf
 from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
 from ends import keep
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, distributed
@@ -324,6 +325,214 @@ def resumed(run: Run, stages: Sequence[int], base: Path, folder: Path) -> dict[i
     return found
 
 
+def best(stages: Sequence[int], rising: int, base: Path, folder: Path) -> dict[int, Any]:
+    """{stage: (step of the best model, whether what is saved at the end is it to the bit)}; scores rise or fall."""
+    found = {}
+    scored = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+    often = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    for stage in stages:
+        scores = itertools.count(0, rising)
+        place = folder / f"zero{stage}"
+        trainer, schedule = trainer_of(Run(), stage, base, place, **scored, **often)
+        schedule.keep_best_before = True
+        trainer.compute_metrics = partial(lambda scores, _: {"score": float(next(scores))}, scores)
+        trainer.train()
+        end = outcome(trainer, schedule, place / "end")
+        step = trainer.state.best_global_step
+        saved = stored(place / f"checkpoint-{step}")
+        alike = all(torch.equal(end["updates"][name], value) for name, value in saved["updates"].items())
+        found[stage] = step, alike and end["ranks"] == saved["ranks"], sorted({*end["ranks"].values()})
+    return found
+
+
+def read_by_peft(make: Callable[[Any], Any], stages: Sequence[int], base: Path, folder: Path) -> dict[int, Any]:
+    """{stage: (largest difference of a logit between the trained model and what PEFT reads, ranks that it reads)}."""
+    found = {}
+    inputs = torch.tensor([row["input_ids"] for row in data()[:4]])
+    for stage in stages:
+        trainer, schedule = trainer_of(Run(make, replace(HALF, how=How())), stage, base, folder / f"zero{stage}")
+        trainer.train()
+        trainer.model_wrapped.eval()
+        with torch.no_grad():
+            logits = trainer.model_wrapped(input_ids=inputs).logits
+        place = folder / f"zero{stage}" / "end"
+        outcome(trainer, schedule, place)
+        forget_state()
+        read = PeftModel.from_pretrained(hf.LlamaForCausalLM.from_pretrained(base), place).eval()
+        with torch.no_grad():
+            difference = float((read(input_ids=inputs).logits - logits).abs().max())
+        found[stage] = difference, {name: layer.rank for name, layer in dynrank.lora_layers(read)}
+    return found
+
+
+def by_trl(stages: Sequence[int], base: Path, folder: Path) -> dict[int, Any]:
+    """SFTTrainer with an int as the schedule, beside the same under DDP."""
+    from trl import SFTConfig, SFTTrainer
+
+    ends = {}
+    for stage in (0, *stages):
+        forget_state()
+        arguments = SFTConfig(
+            str(folder / f"zero{stage}"), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2,
+            logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", ddp_backend="gloo",
+            bf16=False, gradient_checkpointing=True, deepspeed=settings(stage, Run()) if stage else None,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        schedule = RankTrainerCallback(4)
+        trainer = SFTTrainer(
+            hf.LlamaForCausalLM.from_pretrained(base),
+            arguments,
+            train_dataset=Dataset.from_list(data()),
+            peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS),
+            processing_class=Unread(),
+            callbacks=[schedule],
+        )
+        trainer.train()
+        ends[stage] = {**outcome(trainer, schedule, folder / f"zero{stage}" / "end"), "dead": 0.0}
+    return {stage: compared(ends[stage], ends[0]) for stage in stages}
+
+
+class Unread:
+    """A tokenizer for rows that are numbers already."""
+
+    pad_token = eos_token = "0"
+    pad_token_id = eos_token_id = 0
+    bos_token_id = None
+    chat_template = None
+    padding_side = "right"
+    model_input_names = ("input_ids",)
+    init_kwargs: dict[str, Any] = {}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return int(token)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Leave nothing."""
+
+
+class Rates(TrainerCallback):  # type: ignore[misc]
+    """The rate of each step as the optimizer takes it."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        if not state.global_step:
+            inner = optimizer.optimizer.optimizer
+            inner.register_step_pre_hook(lambda inner, *_: self.seen.append(float(inner.param_groups[0]["lr"])))
+
+
+def rates_that_step(zero: dict[str, Any], stage: int, base: Path, folder: Path) -> dict[int, Any]:
+    """{step: the rate that was used, as a multiple of that without a factor}, for a factor of 2 after the change."""
+    seen = []
+    for factor in (1.0, 2.0):
+        run = Run(stages=replace(CUT, how=How(lr_factor=factor)), zero=zero)
+        trainer, _ = trainer_of(run, stage, base, folder / f"{factor}")
+        rates = Rates()
+        trainer.add_callback(rates)
+        trainer.train()
+        seen.append(rates.seen)
+    return {step: b / a if a else None for step, (a, b) in enumerate(zip(*seen, strict=True))}
+
+
+def padded_beside_real(stages: Sequence[int], base: Path, folder: Path) -> dict[int, Any]:
+    """{stage: largest difference of a loss} in bfloat16: rank 3 beside rank 7 whose other directions are zero.
+
+    Both have float32 masters of the same values, which bfloat16 holds exactly; no schedule runs.
+    """
+
+    def made(rank: int, model: Any) -> Any:
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for _, layer in dynrank.lora_layers(adapted):
+                for factor in (layer.lora_A, layer.lora_B):
+                    factor.zero_()
+                layer.lora_A[:3] = torch.randn(3, layer.d_in, generator=generator).bfloat16() / 4
+                layer.lora_B[:, :3] = torch.randn(layer.d_out, 3, generator=generator).bfloat16() / 4
+        return adapted
+
+    found = {}
+    for stage in stages:
+        losses = []
+        for rank in (3, RANK):
+            forget_state()
+            run = Run(partial(made, rank), [Stage(At(step=STEPS), Rank(rank))], trainer={"bf16": True})
+            trainer, _ = trainer_of(run, stage, base, folder / f"zero{stage}, {rank}")
+            trainer.callback_handler.callbacks = [
+                c for c in trainer.callback_handler.callbacks if not isinstance(c, RankTrainerCallback)
+            ]
+            trainer.train()
+            losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        found[stage] = largest_difference(*losses)
+    return found
+
+
+def refused(make: Callable[[], Any]) -> dict[str, str]:
+    try:
+        make()
+    except ConfigurationError as error:
+        return {"": str(error)}
+    return {"": "not refused"}
+
+
+def train(run: Run, stage: int, base: Path, folder: Path, **options: Any) -> None:
+    trainer_of(run, stage, base, folder, **options)[0].train()
+
+
+def in_plain_loop(base: Path) -> None:
+    """``dynrank.resize`` of what DeepSpeed trains, without the Trainer."""
+    import deepspeed
+
+    model = peft(hf.LlamaForCausalLM.from_pretrained(base))
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+    deepspeed.initialize(model=model, optimizer=optimizer, config={**config, "zero_allow_untested_optimizer": True})
+    dynrank.resize(model, 3, optimizers=[optimizer])
+
+
+class Lion(Optimizer):
+    """Moves every number by the rate, also where the gradient is zero."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        raise AssertionError("no step should be made")
+
+
+# {name: (run, stage of ZeRO, words of the message)}
+REFUSED: dict[str, tuple[Run, int, str]] = {
+    "a head, and a raised rate": (Run(with_head), 2, "def create_optimizer"),
+    "growth above the first rank": (Run(stages=[Stage(At(step=2), GrowTo(8))]), 2, "above the first rank"),
+    "reset": (Run(stages=replace(CUT, how=How(optimizer_state="reset"))), 2, 'optimizer_state="transport"'),
+    "Lion": (Run(optimizer=(Lion, {"lr": 0.1})), 2, "got zero_runs.Lion"),
+    "Adafactor": (Run(optimizer=(Adafactor, {"lr": 0.1})), 3, "got torch.Adafactor"),
+    "Muon": (Run(optimizer=(torch.optim.Muon, {"lr": 0.1})), 3, "got torch.Muon"),
+    "stage 0": (Run(zero={"zero_optimization": {"stage": 0}}), 1, "set 1, 2 or 3"),
+    "nothing is gathered": (
+        Run(zero={"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}}), 3, "set true",
+    ),
+    "fp16": (Run(zero={"fp16": {"enabled": True}, "bf16": {"enabled": False}}), 2, "set bf16"),
+    "NVMe": (Run(zero={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}), 3, "set cpu or none"),
+    "ZeRO++": (Run(zero={"zero_optimization": {"zero_hpz_partition_size": 2}}), 3, "ZeRO++"),
+    "ZeRO++, weights": (Run(zero={"zero_optimization": {"zero_quantized_weights": True}}), 3, "ZeRO++"),
+    "MiCS": (Run(zero={"zero_optimization": {"mics_shard_size": 2}}), 3, "MiCS"),
+    "tensor parallel": (Run(zero={"tensor_parallel": {"autotp_size": 2}}), 2, "tensor parallelism"),
+    "ZenFlow": (Run(zero={"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}), 2, "zenflow"),
+}  # fmt: skip
+BY_DEEPSPEED = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"
+        },
+    },
+}  # fmt: skip
+
+
 def begin_without_cuda() -> None:
     """Let DeepSpeed use CPUs by torch alone: it would compile an extension for messages within a machine."""
     import deepspeed.comm.torch
@@ -338,7 +547,19 @@ def checks_of(names: Sequence[str], folder: Path) -> dict[str, Callable[[], Any]
         checks[name] = partial(against_ddp, run, stages, base, folder / name)
     for name, (run, stages) in RESUMED.items():
         checks[f"resumed, {name}"] = partial(resumed, run, stages, base, folder / f"resumed, {name}")
-    return {name: checks[name] for name in names or checks}
+    checks["best, before the cut"] = partial(best, (2, 3), -1, base, folder / "best, before")
+    checks["best, after the cut"] = partial(best, (2, 3), 1, base, folder / "best, after")
+    for name, make in {"PEFT's": peft, "PEFT's, a head": with_head, "add_lora's": own}.items():
+        checks[f"read by PEFT, {name}"] = partial(read_by_peft, make, (1, 2, 3), base, folder / f"read, {name}")
+    checks["TRL"] = partial(by_trl, (1, 2, 3), base, folder / "TRL")
+    for name, zero in {"ds.json": BY_DEEPSPEED, "ds.json, optimizer": {"optimizer": BY_DEEPSPEED["optimizer"]}}.items():
+        for stage in (2, 3):
+            checks[f"rates by {name}, {stage}"] = partial(rates_that_step, zero, stage, base, folder / name)
+    checks["bfloat16, padded beside real"] = partial(padded_beside_real, (1, 2, 3), base, folder / "padded")
+    for name, (run, stage, _) in REFUSED.items():
+        checks[f"refused, {name}"] = partial(refused, partial(train, run, stage, base, folder / "refused"))
+    checks["refused, plain loop"] = partial(refused, partial(in_plain_loop, base))
+    return {name: check for name, check in checks.items() if not names or name in names}
 
 
 def main(place: str, *names: str) -> None:
@@ -353,4 +574,3 @@ def main(place: str, *names: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-_ = (AdamW, Adafactor, ConfigurationError, PeftModel, itertools)
