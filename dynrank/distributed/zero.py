@@ -58,10 +58,10 @@ class ZeroTensors:
 
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter]) -> None:
         self._engine = engine
-        self._parameters = list(parameters)
-        self._shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in self._parameters]
+        self._whole = list(parameters)
+        self._shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in self._whole]
         self.optimizer: Optimizer = engine.optimizer.optimizer
-        self.shards = [self._shard(parameter) for parameter in self._parameters]
+        self.shards = [self._shard(parameter) for parameter in self._whole]
 
     def _shard(self, parameter: Any) -> Shard | None:
         zero = self._engine.optimizer
@@ -117,9 +117,9 @@ class ZeroTensors:
         for value, shard in zip(values, self.shards, strict=True):
             if shard is not None:
                 shard.of(shard.flat).copy_(shard.of_whole(value))
-        partitioned = [parameter for parameter in self._parameters if hasattr(parameter, "ds_id")]
+        partitioned = [parameter for parameter in self._whole if hasattr(parameter, "ds_id")]
         with GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
-            for parameter, value in zip(self._parameters, values, strict=True):
+            for parameter, value in zip(self._whole, values, strict=True):
                 parameter.data.copy_(value)
 
     def groups(self) -> list[list[nn.Parameter]]:
@@ -170,10 +170,10 @@ class _Group(MutableMapping[str, Any]):
 
     def __init__(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         self._group = group
-        self._parameters = parameters
+        self._members = parameters
 
     def __getitem__(self, key: str) -> Any:
-        return self._parameters if key == "params" else self._group[key]
+        return self._members if key == "params" else self._group[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         # DeepSpeed's own stay in its group.

@@ -176,6 +176,16 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
     return changes
 
 
+def record_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Let PEFT's modules and configs in ``model`` have these ranks, by layer, while the factors keep their shapes."""
+    layers = peft_layers(model)
+    for name, layer in layers.items():
+        layer.module.r[layer.adapter] = ranks[name]
+    by_module = {(layer.module, layer.adapter): ranks[name] for name, layer in layers.items()}
+    for change in config_changes(model, by_module) if layers else ():
+        change()
+
+
 def follow_checkpoint_ranks(model: nn.Module) -> None:
     """Let ``model.load_state_dict`` give PEFT's LoRA layers, and their configs, the ranks of the state dict.
 

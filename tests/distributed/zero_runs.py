@@ -192,6 +192,11 @@ class Dead(TrainerCallback):  # type: ignore[misc]
                     self.largest = max(self.largest, float(dead.abs().max()) if dead.numel() else 0.0)
 
 
+class SaveAt(TrainerCallback):  # type: ignore[misc]
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = state.global_step in SAVED
+
+
 def forget_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -224,9 +229,11 @@ def trainer_of(
 
 
 def trained(
-    run: Run, stage: int, base: Path, folder: Path, resume: Path | None = None, **options: Any
+    run: Run, stage: int, base: Path, folder: Path, resume: Path | None = None, *, saves: bool = False
 ) -> dict[str, Any]:
-    trainer, schedule = trainer_of(run, stage, base, folder, **options)
+    trainer, schedule = trainer_of(run, stage, base, folder)
+    if saves:
+        trainer.add_callback(SaveAt())
     dead = Dead(schedule)
     if stage and run.optimizer is None:
         trainer.add_callback(dead)
@@ -316,7 +323,7 @@ def resumed(run: Run, stages: Sequence[int], base: Path, folder: Path) -> dict[i
     found: dict[int, Any] = {}
     for stage in stages:
         place = folder / f"zero{stage}"
-        whole = trained(run, stage, base, place, save_strategy="steps", save_steps=1)
+        whole = trained(run, stage, base, place, saves=True)
         found[stage] = {}
         for step in SAVED:
             saved = place / f"checkpoint-{step}"

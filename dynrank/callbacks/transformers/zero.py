@@ -27,7 +27,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.padded import LiveLayer, live_copy, live_state_dict
-from dynrank.layers.peft_layers import PeftLayer, config_changes
+from dynrank.layers.peft_layers import record_ranks
 
 
 class ZeroTraining(TrainerTraining):
@@ -64,7 +64,7 @@ class ZeroTraining(TrainerTraining):
     def find_ranks(self) -> None:
         """Take the ranks of the present weights; a collective call."""
         with self.gathered():
-            self._follow_ranks()
+            self._record_ranks()
 
     def best_is_loaded(self) -> None:
         super().best_is_loaded()
@@ -109,17 +109,11 @@ class ZeroTraining(TrainerTraining):
         for key in known:
             values = [layer.padded(self._optimizer.state[factor][key], dim) for layer, dim, factor in places]
             self._tensors.write_state(key, values)
-        self._follow_ranks()
+        self._record_ranks()
 
-    def _follow_ranks(self) -> None:
+    def _record_ranks(self) -> None:
         """Let PEFT's config have the present ranks, as after a change of shapes."""
-        ranks = {}
-        for name, layer in lora_layers(self._trained):
-            if isinstance(layer, PeftLayer):
-                rank = self._layers[name].rank
-                ranks[layer.module, layer.adapter] = layer.module.r[layer.adapter] = rank
-        for change in config_changes(self._trained, ranks) if ranks else ():
-            change()
+        record_ranks(self._trained, {name: layer.rank for name, layer in self._layers.items()})
 
     def importance_of(self, layers: Mapping[str, RankedLayer]) -> ImportanceSums:
         return ZeroImportance(layers, self._tensors, self._device)
