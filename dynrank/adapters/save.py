@@ -23,6 +23,7 @@ from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.foreign import stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
+from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.output.whole_file import os_errors, whole_file
@@ -56,6 +57,11 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     {'0': 4}
     """
     model = uncompiled(model)
+    with live_values(model):
+        _save(model, path)
+
+
+def _save(model: nn.Module, path: str | Path) -> None:
     if peft_layers(model):
         _save_wrapped(model, Path(path))
         return
@@ -158,7 +164,7 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
             f"PEFT 0.21 cannot load this adapter: it takes {alike[0]!r}, which has LoRA, for one of modules_to_save, "
             f"{heads}, because the names end alike. dynrank loads and merges it; to train one for PEFT, put "
             f"{alike[0]!r} into modules_to_save, too",
-            stacklevel=3,
+            stacklevel=4,
         )
     names = _TAKEN_FOR_EXPERTS.get(stacked_as(model), ())
     misread = [name for name in modules if name.rpartition(".")[2] in names]
@@ -167,7 +173,7 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
             f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {misread[0]!r} and "
             f"{len(misread) - 1} other layers for experts. dynrank loads and merges it; to train one for PEFT, leave "
             f"{', '.join(names)} out of target_modules",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

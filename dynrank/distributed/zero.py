@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynrank.distributed.processes import process_count
+from dynrank.layers.base import whole_shape
 
 # The one entry of the optimizer's state that is dynrank's.
 OWN_STATE = "dynrank_last_update"
@@ -59,7 +60,7 @@ class ZeroTensors:
     def __init__(self, engine: Any, parameters: Sequence[nn.Parameter]) -> None:
         self._engine = engine
         self._whole = list(parameters)
-        self._shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in self._whole]
+        self._shapes = [*map(whole_shape, self._whole)]
         self.optimizer: Optimizer = engine.optimizer.optimizer
         self.shards = [self._shard(parameter) for parameter in self._whole]
 

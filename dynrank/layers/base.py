@@ -121,6 +121,11 @@ class OfFactors(OfShape):
         return products(self.lora_B, self.lora_A, self.num_products)
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of ``parameter``, also if DeepSpeed's ZeRO-3 has partitioned it and left an empty tensor."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """Scaling at the start: alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
     return alpha / (rank**0.5 if rslora else rank)
@@ -186,7 +191,7 @@ class LoRALayer(nn.Module, OfFactors):
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         """(d_out, d_in) of the update of ``base``: by default the shape of its weight."""
-        d_out, d_in = base.get_parameter("weight").shape
+        d_out, d_in = whole_shape(base.get_parameter("weight"))
         return d_out, d_in
 
     @classmethod

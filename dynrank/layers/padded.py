@@ -8,6 +8,7 @@ were alone. The directions before these zeros are *live*.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, RankedLayer
+from dynrank.layers.base import LoRALayer, RankedLayer, whole_shape
 from dynrank.layers.finding import lora_layers
+from dynrank.layers.foreign import store_on, stored_on
 from dynrank.linalg import joined, split
 
 
@@ -59,8 +61,7 @@ class LiveLayer(LoRALayer):
     def __init__(self, layer: RankedLayer, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.trained = (layer.lora_A, layer.lora_B)
-        # DeepSpeed's ZeRO-3 leaves an empty tensor in a parameter.
-        self.shapes: tuple[torch.Size, ...] = tuple(getattr(p, "ds_shape", p.shape) for p in self.trained)
+        self.shapes = tuple(map(whole_shape, self.trained))
         self.num_products = layer.num_products
         self.room = self.shapes[0][0] // layer.num_products
         self.scaling = layer.scaling
@@ -132,3 +133,33 @@ def live_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str
         cut[keys[0]] = live(lora_A, rank, layer.num_products, 0).reshape(rows, *lora_A.shape[1:])
         cut[keys[1]] = live(lora_B, rank, layer.num_products, 1).reshape(len(lora_B), rows, *lora_B.shape[2:])
     return cut
+
+
+def keep_shapes(model: nn.Module) -> None:
+    """Record that the factors of ``model`` keep their shapes from now on."""
+    store_on(model, "keeps_shapes", True)
+
+
+@contextmanager
+def live_values(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any] | None]:
+    """A block in which the trained parameters of ``model`` are those of ``state_dict``, with live directions alone.
+
+    It gives that state dict, or ``state_dict`` itself for a model whose factors do not keep their shapes.
+
+    Args:
+        model: a model with LoRA layers.
+        state_dict: what was put together of the parts that processes hold; None: the model's own.
+    """
+    if not stored_on(model, "keeps_shapes"):
+        yield None if state_dict is None else dict(state_dict)
+        return
+    state = live_state_dict(model, state_dict or model.state_dict())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name in state}
+    before = {name: parameter.data for name, parameter in trained.items()}
+    try:
+        for name, parameter in trained.items():
+            parameter.data = state[name].to(parameter.dtype)
+        yield state
+    finally:
+        for name, parameter in trained.items():
+            parameter.data = before[name]

@@ -26,7 +26,7 @@ from dynrank.driver.zero_importance import ZeroImportance
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.padded import LiveLayer, live_copy, live_state_dict
+from dynrank.layers.padded import LiveLayer, keep_shapes, live_copy, live_values
 from dynrank.layers.peft_layers import record_ranks
 
 
@@ -141,27 +141,12 @@ def _check_layers(model: nn.Module) -> None:
 
 def save_live(model: nn.Module) -> None:
     """Let ``model`` save its adapter without the zeros that stand for what cuts have removed."""
-    if "save_pretrained" not in vars(model) or getattr(model.save_pretrained, "func", None) is not _save_live:
-        saves = getattr(model, "save_pretrained", None)
-        if saves is not None:
-            model.save_pretrained = partial(_save_live, model, saves)  # type: ignore[assignment]
+    keep_shapes(model)
+    saves = getattr(model, "save_pretrained", None)
+    if saves is not None and getattr(saves, "func", None) is not _save_live:
+        model.save_pretrained = partial(_save_live, model, saves)  # type: ignore[assignment]
 
 
 def _save_live(model: nn.Module, saves: Callable[..., None], folder: str | Path, **options: Any) -> None:
-    state = live_state_dict(model, options.get("state_dict") or model.state_dict())
-    with _holding(model, state):
+    with live_values(model, options.get("state_dict")) as state:
         saves(folder, **options | {"state_dict": state})
-
-
-@contextmanager
-def _holding(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the trained parameters of ``model`` hold the values of ``state_dict``, until the block ends."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name in state_dict}
-    before = {name: parameter.data for name, parameter in trained.items()}
-    try:
-        for name, parameter in trained.items():
-            parameter.data = state_dict[name].to(parameter.dtype)
-        yield
-    finally:
-        for name, parameter in trained.items():
-            parameter.data = before[name]
