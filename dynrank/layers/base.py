@@ -307,5 +307,8 @@ def take_rank(
 
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if hasattr(layer.lora_A, "ds_id"):
+        # DeepSpeed's ZeRO-3 loads its partitions by itself, and their sizes stay.
+        return
     factors = (state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B"))
     take_rank(layer, prefix.removesuffix("."), *factors, most=layer.max_rank)
