@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At
 
+# Before DeepSpeed is imported, which would look for a GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 STEPS = 12
 CHANGE = 5
 # Checkpoints before the change, at it, and after it.
@@ -49,9 +53,9 @@ def save_base(folder: Path) -> None:
     hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, initializer_range=0.3)).save_pretrained(folder)
 
 
-def peft(base: Any, layers: Sequence[str] = LAYERS, **options: Any) -> Any:
+def peft(base: Any, layers: Sequence[str] = LAYERS, r: int = RANK, **options: Any) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[*layers], **options))
+    return get_peft_model(base, LoraConfig(r=r, lora_alpha=r, target_modules=[*layers], **options))
 
 
 def with_head(base: Any) -> Any:
@@ -532,9 +536,8 @@ BY_DEEPSPEED = {
 
 def begin_without_cuda() -> None:
     """Let DeepSpeed use CPUs by torch alone: it would compile an extension for messages within a machine."""
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # As an attribute of its package, `torch` is torch itself.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def checks_of(names: Sequence[str], folder: Path) -> dict[str, Callable[[], Any]]:

@@ -1,0 +1,172 @@
+"""Does training under DeepSpeed's ZeRO 1, 2 and 3 end where a real cut under DDP ends? Two processes on the CPU.
+
+::
+
+    pip install -e '.[deepspeed]'    # beside the test extra
+    python scripts/bench/deepspeed.py --out scripts/bench/results/deepspeed.csv    # half an hour on two cores
+    python scripts/bench/deepspeed.py "a cut" "resumed, by importance"
+    python scripts/bench/deepspeed.py --memory    # of one of the two processes
+
+The runs are those of tests/distributed/zero_runs.py, of which the suite makes a few if DeepSpeed is installed. A row is
+one of them under one stage of ZeRO. "loss" is the largest difference of a step's loss from the same run under DDP;
+"update" of B A and heads at the end, as they are saved, relative to their norm; "importance" relative to the largest;
+"dead" is the largest number in masters and moments behind the live directions, after every step. Other checks have
+their own column. Memory is counted in float32 copies of the factors at the first rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from measuring import peak_bytes
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from dynrank.schedules import Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "tests" / "distributed"
+sys.path.insert(0, str(RUNS))
+
+import zero_runs  # noqa: E402
+from ends import keep  # noqa: E402
+
+COLUMNS = ("run", "zero", "ranks", "loss", "update", "importance", "rate", "dead", "other")
+
+
+def of_two_processes(folder: Path, program: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What both processes of a program have found, which they keep in ``folder``."""
+    zero_runs.save_base(folder / "base")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join(map(str, (ROOT, RUNS, os.environ.get("PYTHONPATH", ""))))
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    processes = []
+    for number in ("0", "1"):
+        environment = os.environ | group | settings | {"RANK": number, "LOCAL_RANK": number}
+        command = [sys.executable, "-W", "ignore", str(program), str(folder), *arguments]
+        with (folder / f"{number}.txt").open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit((folder / "0.txt").read_text()[-3000:])
+    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+
+
+def held() -> int:
+    """Bytes of all tensors of this process."""
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Held(TrainerCallback):  # type: ignore[misc]
+    """Bytes of this process after each step."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, int] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        gc.collect()
+        self.after[state.global_step] = held()
+
+
+def memory(base: Path, folder: Path) -> dict[int, Any]:
+    """{stage: what a schedule adds to a step before and after its last change, and the peak of the change}."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, **shape)).save_pretrained(base)
+    numbers = 2 * 64 * ((256 + 256) + 2 * (256 + 512))
+    found = {}
+    for stage in (0, 1, 2, 3):
+        counts = []
+        peak = 0
+        for stages in ([Stage(At(step=zero_runs.STEPS), Rank(63))], zero_runs.HALF):
+            run = zero_runs.Run(partial(zero_runs.peft, r=64), stages)
+            trainer, schedule = zero_runs.trainer_of(run, stage, base, folder)
+            counter = Held()
+            trainer.add_callback(counter)
+            advance = schedule.driver.advance
+
+            def measured(training: Any, advance: Any = advance) -> None:
+                nonlocal peak
+                if training.step == zero_runs.CHANGE:
+                    peak = peak_bytes(lambda: advance(training))
+                else:
+                    advance(training)
+
+            schedule.driver.advance = measured
+            trainer.train()
+            counts.append(counter.after)
+        without, with_schedule = counts
+        before = with_schedule[4] - without[4]
+        after = with_schedule[8] - without[8]
+        copies = {"measuring": before, "after the last change": after, "peak of the change": peak}
+        found[stage] = {name: f"{value / 4 / numbers:.2f}" for name, value in copies.items()}
+    return found
+
+
+def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the table; a check that has failed in a process has a row of its last line."""
+    rows = []
+    for name, found in results[0].items():
+        failures = [each[name] for each in results if isinstance(each[name], str)]
+        if failures:
+            rows.append({"run": name, "other": "FAILED: " + failures[0].strip().splitlines()[-1]})
+            continue
+        for stage, result in found.items():
+            if isinstance(result, dict) and "loss" in result:
+                numbers = {key: f"{v:.1e}" if isinstance(v, float) else v for key, v in result.items()}
+                rows.append({"run": name, "zero": stage, **numbers})
+            else:
+                rows.append({"run": name, "zero": stage, "other": str(result)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="runs; all if there are none")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--out", type=Path, help="a CSV file for the rows")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        if arguments.memory:
+            results = of_two_processes(Path(place), Path(__file__))
+        else:
+            results = of_two_processes(Path(place), RUNS / "zero_runs.py", *arguments.names)
+    rows = rows_of(results)
+    for row in rows:
+        print(*(f"{key}={value}" for key, value in row.items() if value != ""), sep="  ")
+    if arguments.out:
+        with arguments.out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def measure_memory(folder: Path) -> None:
+    """What one of the two processes does."""
+    zero_runs.begin_without_cuda()
+    keep({"memory": partial(memory, folder / "base", folder / "out")}, folder / f"{os.environ['RANK']}.pt", {})
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        measure_memory(Path(sys.argv[1]))
+    else:
+        main()
