@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.distributed.wrappers import stepping_optimizer
+from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.linalg import RankChange, joined, split
@@ -130,7 +130,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "optimizers",
         )
     if optimizer_state == "reset":
-        if stepping_optimizer(optimizer) is not optimizer:
+        if isinstance(optimizer, ZeroOptimizer):
             raise ConfigurationError(
                 "DeepSpeed counts steps for many parameters together, so the moments of a few cannot start again; set "
                 'optimizer_state="transport"',
@@ -179,7 +179,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 
 def rule_name(optimizer: Optimizer) -> str:
     """The key in RULES: package, class, and the options that change the state; of the one that makes the steps."""
-    optimizer = stepping_optimizer(optimizer)
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer = optimizer.stepping
     cls = type(optimizer)
     # bitsandbytes can put its state into paged memory.
     options = {"is_paged": getattr(optimizer, "is_paged", False)}

@@ -64,18 +64,21 @@ def check_arguments(args: TrainingArguments) -> None:
     if plugin is not None and args.load_best_model_at_end and "SHARDED" in str(plugin.state_dict_type):
         # transformers looks for the folder of the best checkpoint before it is there in all processes.
         ways.append("load_best_model_at_end with SHARDED_STATE_DICT (set state_dict_type to FULL_STATE_DICT)")
-    if plugin is not None and getattr(args, "use_vllm", False):
+    state = AcceleratorState()
+    is_zero = state.distributed_type.value == "DEEPSPEED"
+    if getattr(args, "use_vllm", False) and (plugin is not None or is_zero):
         # TRL merges adapters before each generation, and PEFT cannot add a whole matrix to a shard.
-        ways.append("use_vllm with FSDP2 (set use_vllm=False)")
+        ways.append(f"use_vllm with {'DeepSpeed' if is_zero else 'FSDP2'} (set use_vllm=False)")
+    if is_zero and getattr(args, "torch_compile", False):
+        ways.append("torch_compile with DeepSpeed (set torch_compile=False)")
     if ways:
         raise ConfigurationError(
             f"RankTrainerCallback changes ranks on one device, under DDP, FSDP2 or DeepSpeed; this Trainer was set to "
             f"{ways[0]}: change that in its arguments, accelerate's configuration and the environment "
             "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (conf/README.md)"
         )
-    state = AcceleratorState()
     check_accelerate(state, may_be=("DEEPSPEED",))
-    if state.distributed_type.value == "DEEPSPEED":
+    if is_zero:
         check_config(state.deepspeed_plugin.deepspeed_config)
 
 

@@ -29,11 +29,8 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 def stepping_optimizer(optimizer: Any) -> Any:
     """The optimizer that makes the steps, inside of all wrappers, also of DeepSpeed's, and of what stands for it."""
-    while True:
-        inside = getattr(optimizer, "optimizer", None) or getattr(optimizer, "stepping", None)
-        if inside is None:
-            return optimizer
-        optimizer = inside
+    inside = getattr(optimizer, "optimizer", getattr(optimizer, "stepping", None))
+    return optimizer if inside is None else stepping_optimizer(inside)
 
 
 def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:

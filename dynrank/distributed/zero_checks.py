@@ -45,12 +45,19 @@ def _above(least: float) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int | float) and value > least
 
 
+# The names of one setting.
+_GATHERING = (
+    "stage3_gather_16bit_weights_on_model_save",
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)
 # (the key of ds.json, whether its value is refused, what to do)
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("fp16", _is_on, "set bf16, or neither"),
     ("amp", _is_on, "set bf16, or neither"),
     ("torch_autocast", _is_on, "set bf16, or neither"),
     ("bf16.bf16_master_weights_and_grads", _is_on, "keep master weights in float32"),
+    ("bf16.bf16_optimizer_states", _is_on, "keep moments in float32"),
     ("data_types.grad_accum_dtype", lambda value: value not in (None, "fp32"), "leave it out"),
     ("zero_optimization.offload_optimizer.device", lambda value: value == "nvme", "set cpu or none"),
     ("zero_optimization.offload_param.device", lambda value: value == "nvme", "set cpu or none"),
@@ -86,10 +93,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     faults = []
     if stage not in (1, 2, 3):
         faults.append(f"zero_optimization.stage={stage!r}: set 1, 2 or 3 (without ZeRO, DDP trains the same)")
-    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    if stage == 3 and not _value(config, key):
-        # Otherwise no checkpoint has the adapter.
-        faults.append(f"{key}={_value(config, key)!r}: set true, so that checkpoints have the adapter")
+    if stage == 3 and not any(_value(config, f"zero_optimization.{key}") for key in _GATHERING):
+        faults.append(
+            f"zero_optimization without {_GATHERING[0]}: set it to true, so that checkpoints have the adapter"
+        )
     for key, is_refused, cure in _REFUSED:
         value = _value(config, key)
         if value is not None and is_refused(value):

@@ -103,6 +103,18 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 BOTH_OFFLOADED = {**OFFLOADED, "offload_param": {"device": "cpu"}}
 # accelerate takes DeepSpeed's own Adam instead of torch's only if that is not forbidden.
 BY_TORCH = {"zero_force_ds_cpu_optimizer": False}
+# As LLaMA-Factory and axolotl set them in their examples.
+BUCKETS = {"contiguous_gradients": True, "reduce_bucket_size": "auto", "overlap_comm": True}
+ROUND_ROBIN = {**BUCKETS, "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8, "round_robin_gradients": True}
+THIRD = {
+    **BUCKETS,
+    "sub_group_size": 1e9,
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_max_live_parameters": 1e9,
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_max_reuse_distance": 1e9,
+}
+ITS_ADAM = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
 # {name: (run, stages of ZeRO)}
 RUNS: dict[str, tuple[Run, Sequence[int]]] = {
     "a cut": (Run(), (1, 2, 3)),
@@ -119,6 +131,10 @@ RUNS: dict[str, tuple[Run, Sequence[int]]] = {
     "sub-groups": (Run(zero={"zero_optimization": {"sub_group_size": 300}}, stages=HALF), (3,)),
     "optimizer on the CPU, torch's": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED, **BY_TORCH}), (2, 3)),
     "optimizer and base on the CPU": (Run(stages=HALF, zero={"zero_optimization": BOTH_OFFLOADED, **BY_TORCH}), (3,)),
+    "buckets in turn": (Run(stages=HALF, zero={"zero_optimization": ROUND_ROBIN}), (2,)),
+    "buckets, automatic": (Run(stages=HALF, zero={"zero_optimization": THIRD}), (3,)),
+    "FusedAdam of ds.json": (Run(stages=HALF, zero={"optimizer": ITS_ADAM}), (1, 2, 3)),
+    "DeepSpeedCPUAdam": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED}), (2, 3)),
     "a head": (Run(with_head, PLAIN_CUT), (1, 2, 3)),
     "an embedding": (Run(with_embedding), (2, 3)),
     "add_lora": (Run(own, HALF), (1, 2, 3)),
@@ -136,6 +152,8 @@ RESUMED: dict[str, tuple[Run, Sequence[int]]] = {
     "by importance": (Run(stages=[HALF, Stage(At(step=7), GrowTo(6))]), (1, 2, 3)),
     "accumulated": (Run(stages=HALF, trainer=ACCUMULATED), (2, 3)),
     "optimizer on the CPU, torch's": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED, **BY_TORCH}), (2, 3)),
+    "DeepSpeedCPUAdam": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED}), (2, 3)),
+    "FusedAdam of ds.json": (Run(stages=HALF, zero={"optimizer": ITS_ADAM}), (2, 3)),
     "in bfloat16": (Run(stages=HALF, trainer={"bf16": True}), (1, 2, 3)),
     "add_lora": (Run(own, HALF), (1, 2, 3)),
     "a head": (Run(with_head, replace(HALF, how=How())), (2, 3)),
@@ -272,7 +290,8 @@ def stored(folder: Path) -> dict[str, Any]:
     return {
         "ranks": {name: len(lora_A) for name, (_, lora_A) in factors.items()},
         "updates": {name: adapter.layers[name].scaling * (b @ a) for name, (b, a) in factors.items()},
-        "others": {name: adapter.tensor(key) for name, key in adapter.others.items()},
+        # An embedding below an adapter is frozen, and not in every file.
+        "others": {name: adapter.tensor(key) for name, key in adapter.others.items() if "base_layer" not in name},
     }
 
 
@@ -513,7 +532,7 @@ REFUSED: dict[str, tuple[Run, int, str]] = {
     "Muon": (Run(optimizer=(torch.optim.Muon, {"lr": 0.1})), 3, "got torch.Muon"),
     "stage 0": (Run(zero={"zero_optimization": {"stage": 0}}), 1, "set 1, 2 or 3"),
     "nothing is gathered": (
-        Run(zero={"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}}), 3, "set true",
+        Run(zero={"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}}), 3, "set it to true",
     ),
     "fp16": (Run(zero={"fp16": {"enabled": True}, "bf16": {"enabled": False}}), 2, "set bf16"),
     "NVMe": (Run(zero={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}), 3, "set cpu or none"),

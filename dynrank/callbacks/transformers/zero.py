@@ -46,7 +46,7 @@ class ZeroTraining(TrainerTraining):
         super().__init__(trainer, event, evaluate, metrics)
         engine: Any = trainer.model_wrapped
         check_config(engine.config)
-        check_optimizer(engine, rule_name(engine.optimizer))
+        check_optimizer(engine, rule_name(engine.optimizer.optimizer))
         self._device = torch.device(engine.device)
         self._trained: nn.Module = self.model
         _check_layers(self._trained)
