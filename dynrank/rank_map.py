@@ -1,4 +1,4 @@
-"""The rank map: ``rank_pattern`` rules that override rank, alpha and final rank of single LoRA layers."""
+"""The rank map: rules by pattern that set rank and alpha of single LoRA layers, and what their rank may become."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,35 +22,90 @@ T = TypeVar("T")
 EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
 # In the name of a module around a layer.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# What sets a value of single layers in PEFT's LoraConfig.
+_OF_PEFT = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 # The number of a block, a whole part of a layer's name.
 _IN_BLOCK = re.compile(r"(^|[._])\d+[._]")
 # The largest number of faults in one error: the search for the nearest names takes time.
 _LISTED = 20
 
 
-@checked
-class RankRule:
-    """The values of the layers that a key matches; None leaves the run's own value.
+# A rank map as users write it: the path of its file, or {pattern or word: rule}.
+RankMap: TypeAlias = str | Path | Mapping[str, Any]
+
+
+@checked(kw_only=True)
+class RankBounds:
+    """What the rank of a layer may become by a schedule; None leaves it to the schedule.
+
+    Attributes:
+        pinned: whether schedules leave the layer's rank unchanged.
+        highest: the highest rank that a change may leave the layer. A budget may have a ``highest`` of its own; the
+            lower one holds.
+        lowest: the lowest rank that a change may give the layer. A budget may have a ``lowest`` of its own; the higher
+            one holds.
+        final_rank: the layer's rank after the last stage; until then no stage shrinks it below that.
+
+    Raises:
+        ConfigurationError: if values contradict each other.
+
+    >>> print(RankBounds(lowest=4, highest=16), RankBounds(highest=8), RankBounds(pinned=True), sep=", ")
+    4 to 16, at most 8, pinned
+    """
+
+    pinned: bool = False
+    highest: Count | None = None
+    lowest: Count | None = None
+    final_rank: Count | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("highest", "lowest", "final_rank")}
+        others = [name for name, value in given.items() if value is not None]
+        if self.pinned and others:
+            raise ConfigurationError(
+                f"a pinned layer keeps its rank and has no {' and no '.join(others)}; remove pinned, or {others[0]}",
+                *("pinned", *others),
+            )
+        for low, high in (("lowest", "highest"), ("lowest", "final_rank"), ("final_rank", "highest")):
+            least = given[low]
+            most = given[high]
+            if least is not None and most is not None and least > most:
+                raise ConfigurationError(f"{low} must be at most {high} = {most}, got {least}", low, high)
+
+    def __str__(self) -> str:
+        """A few words for tables; empty if the schedule alone decides."""
+        if self.pinned:
+            return "pinned"
+        if self.highest is None:
+            return "" if self.lowest is None else f"at least {self.lowest}"
+        return f"at most {self.highest}" if self.lowest is None else f"{self.lowest} to {self.highest}"
+
+
+# The names of the bounds, in the order in which pages and errors have them.
+BOUNDS = tuple(part.name for part in fields(RankBounds))
+# Of a layer that the schedule alone decides about.
+FREE = RankBounds()
+
+
+@checked(kw_only=True)
+class RankRule(RankBounds):
+    """The values of the layers that a key of add_lora's rank map matches; None leaves the run's own value.
 
     Attributes:
         rank: starting rank.
-        final_rank: the layer's rank at the end of a schedule.
         alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
-        highest: the highest rank that a budget may give the layer, instead of the schedule's ``highest``.
-        pinned: whether schedules leave the layer's rank unchanged.
     """
 
     rank: Count | None = None
-    final_rank: Count | None = None
     alpha: Positive | None = None
-    highest: Count | None = None
-    pinned: bool = False
 
-    def __post_init__(self) -> None:
-        if self.pinned and (self.final_rank or self.highest):
-            raise ConfigurationError(
-                "a pinned layer has no final_rank and no highest; remove pinned, or both of these", "pinned"
-            )
+    @property
+    def bounds(self) -> RankBounds:
+        """What the rule says about changes of the rank."""
+        return RankBounds(**{name: getattr(self, name) for name in BOUNDS})
+
+
+R = TypeVar("R", bound=RankBounds)
 
 
 def whole_parts(key: str) -> re.Pattern[str]:
@@ -122,9 +177,7 @@ class LayerValues:
 
     rank: int
     alpha: float
-    final_rank: int | None
-    highest: int | None
-    pinned: bool
+    bounds: RankBounds
     rule: str | None
 
 
@@ -156,8 +209,22 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def load_rank_map(path: str | Path) -> dict[str, RankRule]:
-    """The rules of an override file (YAML with the one top-level key ``rank_pattern``)."""
+def read_rank_map(rank_map: RankMap | None, kind: type[R]) -> dict[str, R]:
+    """The checked rules of a rank map as users write it, each of class ``kind``; None: no rules.
+
+    A rule of add_lora is a :class:`RankRule`, one of a schedule is :class:`RankBounds`.
+    """
+    if isinstance(rank_map, str | Path):
+        return load_rank_map(rank_map, kind)
+    if rank_map is not None and not isinstance(rank_map, Mapping):
+        raise ConfigurationError(
+            f"rank_map must be the path of a file or a mapping {{pattern: rule}}, got {shown(rank_map)}", "rank_map"
+        )
+    return parse_rank_map(rank_map or {}, "rank_map", kind)
+
+
+def load_rank_map(path: str | Path, kind: type[R] = RankRule) -> dict[str, R]:  # type: ignore[assignment]
+    """The rules of an override file (YAML with the one top-level key ``rank_pattern``), each of class ``kind``."""
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     # A ValueError means that the file is not text.
@@ -171,19 +238,24 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
             f"fix {str(path)!r}",
             "path",
         )
-    return parse_rank_map(data["rank_pattern"], source=str(path))
+    return parse_rank_map(data["rank_pattern"], str(path), kind)
 
 
-def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, RankRule]:
-    """Checked rules from plain data: each value is an int (the rank), a mapping of :class:`RankRule` fields, or a rule.
+def parse_rank_map(
+    rank_pattern: Mapping[Any, Any],
+    source: str,
+    kind: type[R] = RankRule,  # type: ignore[assignment]
+) -> dict[str, R]:
+    """Checked rules from plain data: each value is a mapping of the fields of ``kind``, or a rule of this class.
 
-    An error names ``source``, the file or key.
+    In add_lora's rank map (:class:`RankRule`) it may also be an int, the rank. An error names ``source``, the file or
+    argument.
     """
     rules = {}
     faults = []
     for key, value in rank_pattern.items():
         try:
-            rules[key] = _rule(key, value)
+            rules[key] = _rule(key, value, kind)
         except ConfigurationError as error:
             faults.append(f"{shown(key)}: {error}")
     if faults:
@@ -204,18 +276,33 @@ def _key_fault(key: Any) -> str | None:
     return None
 
 
-def _rule(key: Any, value: Any) -> RankRule:
+def _rule(key: Any, value: Any, kind: type[R]) -> R:
     fault = _key_fault(key)
     if fault is not None:
         raise ConfigurationError(fault)
-    if isinstance(value, RankRule):
-        return value
+    if isinstance(value, RankBounds):
+        value = {part.name: entry for part in fields(value) if (entry := getattr(value, part.name)) is not None}
+    # A rule of a schedule has no starting rank.
+    has_start = issubclass(kind, RankRule)
     if isinstance(value, int) and not isinstance(value, bool):
-        return RankRule(rank=value)
+        if not has_start:
+            raise ConfigurationError(
+                f"an int is the starting rank in a rank map of add_lora, and here ranks change: write "
+                f"{{final_rank: {value}}}, the rank after the last stage, or {{highest: {value}}}"
+            )
+        value = {"rank": value}
     if not isinstance(value, Mapping) or not value:
-        names = ", ".join(field.name for field in fields(RankRule))
-        raise ConfigurationError(f"must be an int (the rank) or a mapping of {names}, got {shown(value)}")
-    return RankRule(**{str(name): entry for name, entry in value.items()})
+        names = ", ".join(part.name for part in fields(kind))
+        what = "an int (the rank) or a mapping" if has_start else "a mapping"
+        raise ConfigurationError(f"must be {what} of {names}, got {shown(value)}")
+    given = [name for name in _OF_PEFT if name in value]
+    if given and not has_start:
+        raise ConfigurationError(
+            f"{' and '.join(given)} of a layer {'are' if len(given) > 1 else 'is'} set where LoRA is added: by "
+            f"{' and '.join(_OF_PEFT[name] for name in given)} of PEFT's LoraConfig, or by rank_map of add_lora; a "
+            f"rule here has {', '.join(BOUNDS)}"
+        )
+    return kind(**{str(name): entry for name, entry in value.items()})
 
 
 def resolve_rank_map(
@@ -234,32 +321,31 @@ def resolve_rank_map(
     Raises:
         ConfigurationError: if a rule matches no layer or only layers of earlier rules, or a rank does not fit a layer.
     """
-    winners = first_matches({key: key for key in rules}, shapes, kinds=True)
-    unused = (key for key in rules if key not in winners.values())
-    faults = [_unused(key, shapes, winners) for key in islice(unused, _LISTED)]
+    winners, faults = rule_of_each(rules, shapes)
     layers = {}
     for name, (d_out, d_in) in shapes.items():
         key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if capped else rank
-        layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
-        faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
-        layers[name] = layer
+        layers[name] = layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.bounds, key)
+        most = min(d_out, d_in)
+        if layer.rank > most:
+            said = f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {layer.rank}"
+            lower = "lower rank, or set the rank of this layer in rank_map"
+            faults.append(f"{said}; {lower if rule.rank is None else f'fix the rule {key!r} of rank_map'}")
     if faults:
         raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]), "rank_map", "rank")
     return layers
 
 
-def _layer_faults(layer: LayerValues, rule: RankRule, d_out: int, d_in: int) -> list[str]:
-    fix = f"fix the rule {layer.rule!r} of rank_map"
-    lower = "lower rank, or set the rank of this layer in rank_map"
-    faults = []
-    if layer.rank > min(d_out, d_in):
-        said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
-        faults.append(f"{said}; {lower if rule.rank is None else fix}")
-    if layer.final_rank is not None and layer.final_rank > layer.rank:
-        faults.append(f"final_rank must be at most rank = {layer.rank}, got {layer.final_rank}; {fix}")
-    return faults
+def rule_of_each(rules: Iterable[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """({layer: the key of the first rule that matches it}, a fault for each key that no layer takes its values from).
+
+    Of many faults only the first are returned.
+    """
+    winners = first_matches({key: key for key in rules}, names, kinds=True)
+    unused = (key for key in rules if key not in winners.values())
+    return winners, [_unused(key, names, winners) for key in islice(unused, _LISTED)]
 
 
 def _unused(key: str, names: Collection[str], winners: Mapping[str, str]) -> str:

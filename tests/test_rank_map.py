@@ -15,10 +15,12 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.rank_map import (
     LayerValues,
+    RankBounds,
     RankRule,
     by_layer,
     load_rank_map,
     parse_rank_map,
+    read_rank_map,
     resolve_rank_map,
 )
 
@@ -66,11 +68,11 @@ def test_a_layers_own_name_means_it_alone_and_before_all_patterns(keys, names):
 def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
     rules = {"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5, "highest": 5}, "1.v_proj": 3, "mlp": {"pinned": True}}
     values = {
-        "model.layers.0.q_proj": (6, 1.5, 3, 5, False, "q_proj"),
-        "model.layers.0.v_proj": (2, 4, None, None, True, "mlp"),
-        "model.layers.1.q_proj": (6, 1.5, 3, 5, False, "q_proj"),
-        "model.layers.1.v_proj": (3, 4, None, None, False, "1.v_proj"),
-        "lm_head": (2, 4, None, None, False, None),
+        "model.layers.0.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
+        "model.layers.0.v_proj": (2, 4, RankBounds(pinned=True), "mlp"),
+        "model.layers.1.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
+        "model.layers.1.v_proj": (3, 4, RankBounds(), "1.v_proj"),
+        "lm_head": (2, 4, RankBounds(), None),
     }
     assert resolve(rules) == {name: LayerValues(*expected) for name, expected in values.items()}
 
@@ -103,18 +105,10 @@ def test_resolve_key_that_matches_nothing_names_the_nearest(key, near):
         resolve({key: 2})
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ({"v_proj": 5}, r"v_proj': rank must be between 1 and min\(d_in, d_out\) = 4, got 5"),
-        ({"q_proj": {"rank": 4, "final_rank": 5}}, "final_rank must be at most rank = 4, got 5"),
-        # The rule gives no rank, so the default rank of 2 is the limit.
-        ({"q_proj": {"final_rank": 3}}, "final_rank must be at most rank = 2, got 3"),
-    ],
-)
-def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
+def test_resolve_refuses_ranks_that_do_not_fit():
+    message = r"v_proj': rank must be between 1 and min\(d_in, d_out\) = 4, got 5; fix the rule 'v_proj'"
     with pytest.raises(ConfigurationError, match=message):
-        resolve(rule)
+        resolve({"v_proj": 5})
     with pytest.raises(ConfigurationError, match=r"v_proj': rank must be .* got 6; lower rank, or set"):
         resolve({}, rank=6)
 
@@ -124,13 +118,57 @@ def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
     [
         ("8", "got '8'"),
         ({"rnak": 8}, "rnak is unknown; nearest: rank"),
-        ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
-        ({"pinned": True, "highest": 2}, "pinned layer has .* no highest"),
+        ({"pinned": True, "final_rank": 2}, "a pinned layer keeps its rank and has no final_rank; remove pinned, or f"),
+        ({"pinned": True, "highest": 2, "lowest": 1}, "pinned layer .* no highest and no lowest; remove pinned, or h"),
+        ({"lowest": 5, "highest": 4}, "lowest must be at most highest = 4, got 5"),
+        ({"lowest": 5, "final_rank": 4}, "lowest must be at most final_rank = 4, got 5"),
+        ({"final_rank": 5, "highest": 4}, "final_rank must be at most highest = 4, got 5"),
     ],
 )
 def test_parse_rank_map_refuses_a_faulty_rule(value, message):
     with pytest.raises(ConfigurationError, match=rf"'q_proj': .*{message}"):
         parse_rank_map({"q_proj": value}, "test")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            4,
+            r"an int is the starting rank .* write \{final_rank: 4\}, the rank after the last stage, or \{highest: 4\}",
+        ),
+        (
+            {"rank": 4},
+            r"rank of a layer is set where LoRA is added: by rank_pattern of PEFT's LoraConfig, or by rank_map",
+        ),
+        ({"alpha": 4, "pinned": True}, "alpha of a layer is set .* by alpha_pattern of PEFT's LoraConfig"),
+        (RankRule(rank=4, alpha=2), "rank and alpha of a layer are set .* by rank_pattern and alpha_pattern of PEFT's"),
+        ({}, "must be a mapping of pinned, highest, lowest, final_rank, got {}"),
+        (True, "must be a mapping of pinned, highest, lowest, final_rank, got True"),
+        ({"higest": 4}, "higest is unknown; nearest: highest"),
+        ({"target_r": 4}, "target_r is final_rank here"),
+        ({"pinned": 1}, "pinned must be a valid boolean, got 1"),
+        ({"highest": 0}, "highest must be greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_schedules_map_refuses_what_add_lora_sets_and_what_is_no_bound(value, message):
+    with pytest.raises(ConfigurationError, match=f"'q_proj': {message}"):
+        read_rank_map({"q_proj": value}, RankBounds)
+
+
+def test_a_schedules_map_is_a_file_a_mapping_or_absent(tmp_path):
+    bounds = {"attention": RankBounds(lowest=4, highest=8), "mlp": RankBounds(pinned=True)}
+    file = written(tmp_path, "rank_pattern:\n  attention: {lowest: 4, highest: 8}\n  mlp: {pinned: true}\n")
+    assert read_rank_map(file, RankBounds) == read_rank_map(str(file), RankBounds) == bounds
+    assert read_rank_map(bounds, RankBounds) == bounds
+    assert read_rank_map(None, RankBounds) == {}
+    # A rule of add_lora without a start is one of a schedule, and the other way round.
+    assert read_rank_map({"mlp": RankRule(pinned=True)}, RankBounds) == {"mlp": RankBounds(pinned=True)}
+    assert read_rank_map(bounds, RankRule)["mlp"] == RankRule(pinned=True)
+    with pytest.raises(ConfigurationError, match=r"'mlp': rank of a layer"):
+        read_rank_map(written(tmp_path, "rank_pattern: {mlp: {rank: 4}}"), RankBounds)
+    with pytest.raises(ConfigurationError, match=r"rank_map must be the path of a file or a mapping .*, got \['mlp'\]"):
+        read_rank_map(["mlp"], RankBounds)
 
 
 # global flags are an error anywhere but at the start, where PEFT's matching has its own text
@@ -177,8 +215,8 @@ def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(tmp_path):
     }
     assert parse_rank_map(load_rank_map(str(file)), "rules themselves") == load_rank_map(file)
     file = written(tmp_path, "rank_pattern: {q: &q {rank: 8, alpha: 4}, k: *q, v: {<<: *q, rank: 2}}")
-    rule = RankRule(8, alpha=4.0)
-    assert load_rank_map(file) == {"q": rule, "k": rule, "v": RankRule(2, alpha=4.0)}
+    rule = RankRule(rank=8, alpha=4.0)
+    assert load_rank_map(file) == {"q": rule, "k": rule, "v": RankRule(rank=2, alpha=4.0)}
 
 
 @pytest.mark.parametrize(

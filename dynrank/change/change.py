@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -64,17 +64,18 @@ class Change:
         optimizer_state: Literal["transport", "reset"],
         generator: torch.Generator | None,
         *,
-        balance: bool,
+        balanced: Collection[str],
         in_first: bool = False,
     ) -> Change:
         """Check and compute the change to the ranks that ``plan`` returns; nothing changes yet.
 
-        The other arguments are those of :func:`dynrank.resize`. With ``in_first``, process 0 plans and computes, and
-        all processes get its numbers; this is a collective call.
+        ``balanced`` are the layers that get balanced factors although they keep their rank, unless a layer grows. The
+        other arguments are those of :func:`dynrank.resize`. With ``in_first``, process 0 plans and computes, and all
+        processes get its numbers; this is a collective call.
         """
 
         def parts() -> tuple[Factors, States, list[LayerReport]]:
-            return _computed(adapters, plan(), directions, optimizer_state, generator, balance=balance)
+            return _computed(adapters, plan(), directions, optimizer_state, generator, balanced=balanced)
 
         # DDP keeps a whole model on one device.
         device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
@@ -111,10 +112,10 @@ def _computed(
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
     *,
-    balance: bool,
+    balanced: Collection[str],
 ) -> tuple[Factors, States, list[LayerReport]]:
     """The parts of a :class:`Change`."""
-    ranks = _checked_ranks(adapters.layers, target, balance)
+    ranks = _checked_ranks(adapters.layers, target, balanced)
     check_trained({name: adapters.layers[name] for name in ranks}, adapters.optimizers)
     for optimizer in adapters.optimizers:
         parameters = [p for name in ranks for p in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
@@ -133,8 +134,8 @@ def _computed(
     return factors, states, reports
 
 
-def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bool) -> dict[str, int]:
-    """{name: new rank} for the layers that get new factors, in model order; ``balance`` as in ``dynrank.resize``."""
+def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balanced: Collection[str]) -> dict[str, int]:
+    """{name: new rank} for the layers that get new factors, in model order; ``balanced`` as for :class:`Change`."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first", "model")
     targets = target if isinstance(target, Mapping) else dict.fromkeys(layers, target)
@@ -152,11 +153,11 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
         raise ConfigurationError("ranks cannot be changed:\n  " + "\n  ".join(faults), "target", "final_rank")
-    balance = balance and not any(rank > layers[name].rank for name, rank in targets.items())
+    grows = any(rank > layers[name].rank for name, rank in targets.items())
     return {
         name: targets[name]
         for name, layer in layers.items()
-        if name in targets and (targets[name] != layer.rank or (balance and not layer.pinned))
+        if name in targets and (targets[name] != layer.rank or (name in balanced and not grows))
     }
 
 

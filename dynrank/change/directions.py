@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class LayerDirections:
     def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
         self._layers = dict(layers)
         self._known: dict[str, list[Directions]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The layers whose directions can be asked for."""
+        return self._layers.keys()
 
     @torch.no_grad()
     def of(self, name: str) -> list[Directions]:

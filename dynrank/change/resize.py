@@ -70,7 +70,9 @@ def resize(
     adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)
     ranks = by_layer(target, adapters.layers) if isinstance(target, Mapping) and adapters.layers else target
-    change = Change.compute(adapters, lambda: ranks, directions, optimizer_state, generator, balance=balance)
+    free = [name for name, layer in adapters.layers.items() if not layer.bounds.pinned]
+    balanced = free if balance else ()
+    change = Change.compute(adapters, lambda: ranks, directions, optimizer_state, generator, balanced=balanced)
     if not dry_run:
         with uninterrupted():
             change.apply()

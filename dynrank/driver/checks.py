@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,12 +12,14 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
+from dynrank.driver.bounds import bounds_of, check_bounds
 from dynrank.driver.due import expected_states, keeps_rank, ranks_of_target
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
 from dynrank.targets import Budget, Unchanged
@@ -24,24 +27,37 @@ from dynrank.targets.base import UNBOUNDED
 from dynrank.triggers import Run, Trigger
 
 CHECK_MONITOR = "check_monitor of How"
+# Of a schedule without a rank map.
+NO_RULES: Mapping[str, RankBounds] = MappingProxyType({})
 
 
 # Where a schedule leads
 
 
-def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
-    """{layer: its rank after the last stage}; only expected if the schedule :func:`depends_on_data`."""
+def final_ranks(
+    model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
+) -> dict[str, int]:
+    """{layer: its rank after the last stage}; only expected if the schedule :func:`depends_on_data`.
+
+    ``rules`` are those of the schedule's rank map.
+    """
     layers = dict(lora_layers(model))
+    bounds = bounds_of(layers, rules)
     ranks = {name: layer.rank for name, layer in layers.items()}
     for number, stage in enumerate(schedule, 1):
-        ranks = _expected_ranks(stage, layers, ranks, last=number == len(schedule))
+        ranks = _expected_ranks(stage, layers, bounds, ranks, last=number == len(schedule))
     return ranks
 
 
 def _expected_ranks(
-    stage: Stage, layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
+    stage: Stage,
+    layers: Mapping[str, RankedLayer],
+    bounds: Mapping[str, RankBounds],
+    ranks: Mapping[str, int],
+    *,
+    last: bool,
 ) -> dict[str, int]:
-    return ranks_of_target(stage, layers, expected_states(layers, ranks, last=last))
+    return ranks_of_target(stage, bounds, expected_states(layers, bounds, ranks, last=last))
 
 
 def depends_on_data(schedule: Sequence[Stage]) -> bool:
@@ -52,17 +68,17 @@ def depends_on_data(schedule: Sequence[Stage]) -> bool:
 # What is refused
 
 
-def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
-    """Refuse a model that the schedule does not fit; the values of the weights do not matter."""
+def check_model(
+    model: nn.Module, schedule: Sequence[Stage], run: Run, rules: Mapping[str, RankBounds] = NO_RULES
+) -> None:
+    """Refuse a model that the schedule, or its rank map of ``rules``, does not fit; weights' values do not matter."""
     check_schedule(schedule, run)
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError(
             "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it", "target_modules"
         )
-    free = [name for name, layer in layers.items() if not keeps_rank(layer) and layer.final_rank is None]
-    if not free:
-        return
+    bounds = bounds_of(layers, rules)
     ranks = {name: layer.rank for name, layer in layers.items()}
     faults = []
     arguments: list[str] = []
@@ -70,41 +86,49 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
         last = index == len(schedule) - 1
         # After such a stage ranks are only expected, so nothing that follows from them is refused.
         is_known = not depends_on_data(schedule[:index])
-        found = _faults(stage, layers, ranks, free, last=last, is_known=is_known)
+        found = _faults(stage, layers, bounds, ranks, last=last, is_known=is_known)
         faults += [f"stage {index + 1}: {fault}" for fault in found]
         arguments += stage.arguments if found else ()
         if not found:
-            ranks = _expected_ranks(stage, layers, ranks, last=last)
+            ranks = _expected_ranks(stage, layers, bounds, ranks, last=last)
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
+    if schedule:
+        check_bounds(schedule, layers, bounds, ranks)
 
 
 def _faults(
     stage: Stage,
     layers: Mapping[str, RankedLayer],
+    bounds: Mapping[str, RankBounds],
     ranks: Mapping[str, int],
-    free: Sequence[str],
     *,
     last: bool,
     is_known: bool,
 ) -> list[str]:
-    """Why ``stage`` does not fit layers of these ranks; ``free`` are the layers without a rank of their own."""
-    states = expected_states(layers, ranks, last=last)
+    """Why ``stage`` does not fit layers of these ranks and bounds."""
+    # The layers without a rank of their own.
+    free = [n for n, layer in layers.items() if not keeps_rank(layer, bounds[n]) and bounds[n].final_rank is None]
+    if not free:
+        return []
+    states = expected_states(layers, bounds, ranks, last=last)
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
         given = stage.to.pool(states)
         least = stage.to.floor_parameters(states)
         if given < least:
+            steered = ["rank_map"] if any(own != FREE for own in bounds.values()) else []
             return [
                 f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
-                f"ranks, got {given:,} ({stage.to.size}, lowest)"
+                f"ranks, got {given:,} ({', '.join([stage.to.size, 'lowest', *steered])})"
             ]
         # Less than the present parameters is a change, though perhaps only of layers with a final rank of their own.
         if stage.to.share is not None and stage.to.share < 1:
             return []
     # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
-    most = {name: max(states[name].highest, ranks[name]) for name in free}
+    most = {name: max(layers[name].max_rank, ranks[name]) for name in free}
     if not stage.to.needs:
-        wanted = stage.to.ranks(states | {name: replace(states[name], highest=UNBOUNDED) for name in free})
+        unbounded = {name: replace(states[name], highest=bounds[name].highest or UNBOUNDED) for name in free}
+        wanted = stage.to.ranks(states | unbounded)
         above = [name for name in free if wanted[name] > most[name]]
         if above:
             return [f"rank {wanted[name]} is above {layers[name].bound} = {most[name]} of {name!r}" for name in above]
@@ -113,7 +137,7 @@ def _faults(
     # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
-        after = _expected_ranks(stage, layers, shifted, last=last)
+        after = _expected_ranks(stage, layers, bounds, shifted, last=last)
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]

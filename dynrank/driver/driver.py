@@ -28,7 +28,7 @@ What happens at a change:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
+from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
@@ -48,8 +49,9 @@ from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import MeasuredSteps, Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, described, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.rank_map import RankBounds, RankMap, read_rank_map
 from dynrank.schedules import Schedule, Stage
 from dynrank.schedules.presets import stages_of
 from dynrank.schedules.stage import as_texts
@@ -65,10 +67,11 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    ``schedule``, ``measure`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
+    ``schedule``, ``measure``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: the stages of the schedule.
+        rules: the rules of the rank map.
         progress: which stages are over, and what is pending.
         lr_factor: factor of the adapters' learning rates, the product of those of all changes.
 
@@ -91,11 +94,14 @@ class RankDriver:
     rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
     """
 
-    def __init__(self, schedule: Schedule, *, measure: bool = False) -> None:
+    def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
         self.stages = stages_of(schedule)
+        self.rules = read_rank_map(rank_map, RankBounds)
         self.measure = measure
         self.progress = Progress()
         self._run = Run(None)
+        # What the rank of each layer may become, from start() on.
+        self._bounds: Mapping[str, RankBounds] = {}
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
         # None before start(), and when no remaining stage asks for it.
@@ -109,8 +115,8 @@ class RankDriver:
         self._ended_step = 0
         # The importance in a checkpoint, kept until start() brings the layers.
         self._loaded: Mapping[str, Any] | None = None
-        # Whether the checkpoint was made under another schedule.
-        self._schedule_differs = False
+        # What the checkpoint has otherwise: "schedule" or "rank_map"; None: nothing.
+        self._differs: str | None = None
 
     @property
     def history(self) -> list[RankEvent]:
@@ -145,7 +151,7 @@ class RankDriver:
 
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
-        check_model(model, self.stages, run)
+        check_model(model, self.stages, run, self.rules)
 
     def start(self, training: Training, run: Run) -> None:
         """Begin a run of length ``run``, or continue it if a state has been loaded."""
@@ -158,13 +164,15 @@ class RankDriver:
         self._run = run
         self._ended_step = training.step
         self._planned = [stage.planned_step(run) for stage in self.stages]
+        layers = dict(lora_layers(training.model))
+        self._bounds = bounds_of(layers, self.rules)
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
         check_training(training, self.stages, measure=self.measure)
         check_processes(training.model, training.optimizers, "at the start of training")
-        if self._schedule_differs:
-            training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
+        if self._differs is not None:
+            training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
         self._remove_hooks()
         adapters = adapter_parameters(training.model)
@@ -173,7 +181,6 @@ class RankDriver:
         self._rates = [
             LearningRates(optimizer, adapters, self.lr_factor, training) for optimizer in training.optimizers
         ]
-        layers = dict(lora_layers(training.model))
         if not self._needs_importance:
             self._importance = None
         elif self._importance is None or not self._importance.is_of(layers):
@@ -243,6 +250,7 @@ class RankDriver:
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
+            "rank_map": self._rules_as_texts,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "importance": importance,
             "lr_factor": self.lr_factor,
@@ -251,7 +259,8 @@ class RankDriver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; call it before :meth:`start`.
 
-        Stages that are not over may differ from the checkpoint's; those of this schedule apply.
+        Stages that are not over may differ from the checkpoint's; those of this schedule apply. So does the rank map,
+        as long as no stage is over.
         """
         absent = sorted({*self.state_dict()} - state.keys())
         if absent:
@@ -262,7 +271,9 @@ class RankDriver:
             )
         mine = as_texts(self.stages)
         theirs = [tuple(stage) for stage in state["stages"]]
-        self._schedule_differs = theirs != mine
+        my_rules = self._rules_as_texts
+        their_rules = [tuple(rule) for rule in state["rank_map"]]
+        self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
@@ -271,6 +282,12 @@ class RankDriver:
                 f"they go to {', '.join(wanted) or 'nothing'}; give the schedule as it was, of which only later stages "
                 "may differ",
                 "schedule",
+            )
+        if done and their_rules != my_rules:
+            raise ConfigurationError(
+                f"the checkpoint was made under another rank_map: its first stages went by {_in_words(their_rules)}, "
+                f"here they go by {_in_words(my_rules)}; give the rank_map as it was",
+                "rank_map",
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
@@ -286,6 +303,11 @@ class RankDriver:
         self._importance = None
         self._loaded = state["importance"]
         self._ended_step = 0
+
+    @property
+    def _rules_as_texts(self) -> list[tuple[str, str]]:
+        """(pattern, what it says) of each rule of the rank map, in its order, for a checkpoint."""
+        return [(key, described(rule)) for key, rule in self.rules.items()]
 
     # Deciding
 
@@ -328,12 +350,13 @@ class RankDriver:
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
-        directions = LayerDirections({name: layer for name, layer in layers.items() if not layer.pinned})
+        directions = LayerDirections({name: layer for name, layer in layers.items() if not self._bounds[name].pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
-        due = DueStage(stage, index == len(self.stages) - 1, decided.reason, layers, directions, importance)
+        last = index == len(self.stages) - 1
+        due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None
         try:
             if stage.how.max_regression is None:
@@ -440,3 +463,7 @@ class RankDriver:
         if self._steps is not None:
             self._steps.remove()
         self._steps = None
+
+
+def _in_words(rules: Sequence[tuple[str, ...]]) -> str:
+    return ", ".join(f"{key!r}: {rule}" for key, rule in rules) or "none"

@@ -15,6 +15,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import LayerImportance
 from dynrank.errors import ConfigurationError, shown
 from dynrank.layers.base import RankedLayer
+from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
 
@@ -28,6 +29,7 @@ class DueStage:
         last: whether it is the last one of the schedule.
         reason: why it is due.
         layers: {name: layer} of the model.
+        bounds: what the rank of each layer may become.
         directions: the directions of the layers that are not pinned.
         importance: the importance of each layer; empty if unknown.
     """
@@ -36,6 +38,7 @@ class DueStage:
     last: bool
     reason: str
     layers: Mapping[str, RankedLayer]
+    bounds: Mapping[str, RankBounds]
     directions: LayerDirections
     importance: Mapping[str, LayerImportance]
 
@@ -48,12 +51,14 @@ class DueStage:
         for name, layer in self.layers.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in needs else None
-            states[name] = _state(layer, layer.rank, self.last, values.get(name, nothing), scores.get(name))
+            states[name] = _state(
+                layer, self.bounds[name], layer.rank, self.last, values.get(name, nothing), scores.get(name)
+            )
         return states
 
     def ranks(self) -> dict[str, int]:
         """The ranks that the stage's target gives for the present state of the layers."""
-        return ranks_of_target(self.stage, self.layers, self.states())
+        return ranks_of_target(self.stage, self.bounds, self.states())
 
     def event(self, step: int, reports: Sequence[LayerReport], reason: str, *, undone: bool = False) -> RankEvent:
         """The event of a change, with the importance of each of its layers, where that is known."""
@@ -66,49 +71,69 @@ class DueStage:
         return RankEvent(step, reason, tuple(layers), undone)
 
 
-def ranks_of_target(
-    stage: Stage, layers: Mapping[str, RankedLayer], states: Mapping[str, LayerState]
-) -> dict[str, int]:
-    """The ranks that the target of ``stage`` gives; one of a user's that changes a pinned layer is refused."""
+def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapping[str, LayerState]) -> dict[str, int]:
+    """The ranks that the target of ``stage`` gives; one of a user's that breaks the bounds of a layer is refused."""
     ranks = stage.to.ranks(states)
-    for name, layer in layers.items():
-        if layer.pinned and ranks[name] != states[name].rank:
-            raise ConfigurationError(
-                f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is pinned at rank "
-                f"{states[name].rank}; let its ranks() return layer.shrunk(rank) or layer.grown(rank), which keep it",
-                *stage.arguments,
-            )
+    for name, own in bounds.items():
+        state = states[name]
+        # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
+        if own == FREE or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
+            continue
+        said = f"pinned at rank {state.rank}" if own.pinned else f"bound by rank_map to {_span(state)}"
+        raise ConfigurationError(
+            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {said}; let its ranks() "
+            "return layer.shrunk(rank) or layer.grown(rank), which keep that",
+            *stage.arguments,
+        )
     return ranks
 
 
+def _span(state: LayerState) -> str:
+    low = state.lowest
+    return f"rank {low}" if low == state.highest else f"ranks {low} to {state.highest}"
+
+
 def expected_states(
-    layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
+    layers: Mapping[str, RankedLayer],
+    bounds: Mapping[str, RankBounds],
+    ranks: Mapping[str, int],
+    *,
+    last: bool,
 ) -> dict[str, LayerState]:
     """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
     falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
-    return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
+    return {name: _state(layer, bounds[name], ranks[name], last, falling[name]) for name, layer in layers.items()}
 
 
-def keeps_rank(layer: RankedLayer) -> bool:
+def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
     """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
 
     A frozen layer has no importance, and a pool would cut off what it learned earlier.
     """
-    return layer.pinned or not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
+    return bounds.pinned or is_frozen(layer)
+
+
+def is_frozen(layer: RankedLayer) -> bool:
+    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
 
 
 def _state(
-    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, importance: float | None = None
+    layer: RankedLayer,
+    bounds: RankBounds,
+    rank: int,
+    last: bool,
+    values: Tensor | None,
+    importance: float | None = None,
 ) -> LayerState:
     """A layer that keeps its rank has it as both bounds.
 
     No stage shrinks another one below its own final rank, and the ``last`` stage brings it to that rank.
     """
-    lowest = layer.final_rank or 1
-    highest = layer.max_rank
-    if keeps_rank(layer):
+    lowest = bounds.final_rank or bounds.lowest or 1
+    highest = min(layer.max_rank, bounds.highest or layer.max_rank)
+    if keeps_rank(layer, bounds):
         lowest = highest = rank
-    elif layer.final_rank is not None and last:
-        highest = layer.final_rank
-    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "num_products": layer.num_products}
+    elif bounds.final_rank is not None and last:
+        highest = bounds.final_rank
+    own: dict[str, Any] = {"final_rank": bounds.final_rank, "num_products": layer.num_products}
     return LayerState(rank, layer.d_out, layer.d_in, lowest, highest, values=values, importance=importance, **own)

@@ -18,14 +18,16 @@ def compute_change(
 ) -> Change:
     """The change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
 
-    Unless a layer grows, unpinned layers that keep their rank are balanced, too: steps then have the same size in all
-    layers.
+    Unless a layer grows, layers of ``directions`` that keep their rank are balanced, too: steps then have the same size
+    in all layers.
     """
     adapters = Adapters(training.model, training.optimizers)
     # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The global
     # generator stays as it is: data and dropout go on as without the growth, and a resumed run draws the same rows.
     generator = torch.Generator().manual_seed(training.step)
-    return Change.compute(adapters, plan, directions, how.optimizer_state, generator, balance=True, in_first=True)
+    return Change.compute(
+        adapters, plan, directions, how.optimizer_state, generator, balanced=directions.names, in_first=True
+    )
 
 
 def apply_change(training: Training, change: Change) -> None:

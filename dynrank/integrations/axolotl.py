@@ -14,7 +14,7 @@ from dynrank.integrations import callback_of
 
 
 class RankArgs(BaseModel):
-    """The key that the plugin adds to axolotl's YAML: the name of a schedule and its arguments."""
+    """The key that the plugin adds to axolotl's YAML: the name of a schedule, its arguments, and a ``rank_map``."""
 
     dynrank: dict[str, Any] | None = None
 
@@ -27,7 +27,7 @@ class RankPlugin(BasePlugin):  # type: ignore[misc]
     Example::
 
         plugins: [dynrank.integrations.axolotl.RankPlugin]
-        dynrank: {schedule: early_budget, final_rank: 8}
+        dynrank: {schedule: early_budget, final_rank: 8, rank_map: {o_proj: {pinned: true}}}
         adapter: lora
         lora_r: 32
     """

@@ -21,9 +21,9 @@ def train(args: Mapping[str, Any] | None = None) -> None:
     """Train as ``run_exp`` does.
 
     Args:
-        args: the contents of LLaMA-Factory's YAML, with the key ``dynrank``: the name of a ``schedule`` and its
-            arguments. None: those of the file that the command line names. Without ``dynrank`` all layers get one
-            budget of half the rank at a third of the run.
+        args: the contents of LLaMA-Factory's YAML, with the key ``dynrank``: the name of a ``schedule``, its arguments,
+            and a ``rank_map``. None: those of the file that the command line names. Without ``dynrank`` all layers get
+            one budget of half the rank at a third of the run.
 
     Raises:
         ConfigurationError: if the run trains no LoRA, or the key ``dynrank`` cannot be used.

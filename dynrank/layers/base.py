@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import Backend
 from dynrank.linalg import OfShape, products
+from dynrank.rank_map import FREE, RankBounds
 
 
 class RankedLayer(Protocol):
@@ -18,12 +19,8 @@ class RankedLayer(Protocol):
     one product per expert, all of the same rank, and its factors stack them (:func:`dynrank.linalg.split`).
     """
 
-    # Its rank at the end of a schedule; None for the schedule's own target.
-    final_rank: int | None
-    # The highest rank that a budget may give it; None for the budget's own bound.
-    highest: int | None
-    # Whether schedules leave its rank unchanged.
-    pinned: bool
+    # What its rank may become by the rank map of add_lora; the rank map of a schedule goes before it.
+    bounds: RankBounds
 
     @property
     def bound(self) -> str:
@@ -144,9 +141,7 @@ class LoRALayer(nn.Module, OfFactors):
     Attributes:
         lora_A: (rank, d_in), at first Kaiming-uniform.
         lora_B: (d_out, rank), at first zero, so that the update starts at zero.
-        final_rank: rank of this layer at the end of a schedule; None for the schedule's own target.
-        highest: highest rank that a budget may give this layer; None for the budget's own ``highest``.
-        pinned: whether schedules leave this layer's rank unchanged.
+        bounds: what the rank may become, by the rule of the rank map; a rank map of the schedule goes before it.
         rule: the key of the rank map that set its rank; None if no key did.
     """
 
@@ -173,9 +168,7 @@ class LoRALayer(nn.Module, OfFactors):
         self.base = base
         self.scaling = float(scaling)
         self.dropout = nn.Dropout(dropout)
-        self.final_rank: int | None = None
-        self.highest: int | None = None
-        self.pinned = False
+        self.bounds = FREE
         self.rule: str | None = None
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:

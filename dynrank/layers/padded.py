@@ -65,9 +65,7 @@ class LiveLayer(LoRALayer):
         self.num_products = layer.num_products
         self.room = self.shapes[0][0] // layer.num_products
         self.scaling = layer.scaling
-        self.final_rank = layer.final_rank
-        self.highest = layer.highest
-        self.pinned = layer.pinned
+        self.bounds = layer.bounds
         self.lora_A, self.lora_B = (
             nn.Parameter(torch.empty(0, device=device), requires_grad=trained.requires_grad) for trained in self.trained
         )

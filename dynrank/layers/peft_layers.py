@@ -15,7 +15,7 @@ from dynrank.layers.base import OfFactors, put_factors, take_rank
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
-from dynrank.rank_map import first_matches, peft_ranks
+from dynrank.rank_map import FREE, first_matches, peft_ranks
 
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 # Initialisations that do not change the base weight. The others subtract a part from it that depends on the rank, and
@@ -33,10 +33,8 @@ class PeftLayer(OfFactors):
     # So that nobody sets an attribute on a view, which is made anew each time.
     __slots__ = ("adapter", "module")
 
-    # A rank map, which gives single layers bounds of their own, belongs to add_lora.
-    final_rank: int | None = None
-    highest: int | None = None
-    pinned = False
+    # PEFT has no rank map with bounds; that of a schedule has them for its layers.
+    bounds = FREE
 
     def __init__(self, module: Any, adapter: str) -> None:
         self.module = module

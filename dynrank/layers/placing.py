@@ -20,7 +20,7 @@ from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.quantized import is_quantized
-from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
+from dynrank.rank_map import RankRule, read_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +48,8 @@ def add_lora(
         alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None: twice the rank.
         target_modules: "all-linear" (all but the output head), "attention", a list of names or their last parts as in
             PEFT, or a regular expression for whole names.
-        rank_map: an override file, or its ``rank_pattern`` mapping.
+        rank_map: an override file, or its ``rank_pattern`` mapping: {pattern, "attention" or "mlp": an int, the rank,
+            or a mapping of the fields of :class:`dynrank.rank_map.RankRule`}; the first that matches a layer decides.
         dropout: probability of dropout on the input of the update while training.
         rslora: whether scaling starts at alpha / sqrt(rank).
         modules_to_save: names of modules that are trained without LoRA and saved with the adapter (a new head).
@@ -77,10 +78,7 @@ def add_lora(
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)
     shapes = {name: _class_for(modules[name]).shape_of(modules[name]) for name in chosen}
-    if isinstance(rank_map, str | Path):
-        rules = load_rank_map(rank_map)
-    else:
-        rules = parse_rank_map(rank_map or {}, source="rank_map")
+    rules = read_rank_map(rank_map, RankRule)
     alpha = alpha if alpha is not None else 2 * rank
     # A preset takes layers of all shapes, so one rank need not fit them all.
     targets = {target_modules} if isinstance(target_modules, str) else {*target_modules}
@@ -91,9 +89,7 @@ def add_lora(
         # A layer that is narrower than lora.rank gets the scaling of the other layers.
         scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
-        layers[name].final_rank = at.final_rank
-        layers[name].highest = at.highest
-        layers[name].pinned = at.pinned
+        layers[name].bounds = at.bounds
         layers[name].rule = at.rule
     place_layers(model, layers, modules_to_save)
     return model

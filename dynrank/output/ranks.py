@@ -15,6 +15,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import empty_table, span, table_console
 from dynrank.output.slots import slot_line
+from dynrank.rank_map import BOUNDS
 
 if TYPE_CHECKING:
     from dynrank.change.reports import LayerReport
@@ -104,8 +105,9 @@ class LayerRank:
         alpha: alpha = scaling * rank.
         scaling: the factor of lora_B @ lora_A in the update.
         parameters: numbers in its factors.
-        final_rank: its rank at the end of a schedule by the rank map; None if that has none.
-        pinned: whether schedules leave its rank unchanged.
+        final_rank: its rank at the end of a schedule by the rank map of add_lora; None if that has none.
+        pinned: whether that map lets schedules leave its rank unchanged.
+        lowest, highest: its bounds by that map; None if it has none.
     """
 
     layer: str
@@ -119,6 +121,8 @@ class LayerRank:
     parameters: int
     final_rank: int | None
     pinned: bool
+    lowest: int | None
+    highest: int | None
 
 
 class RankTable(tuple[LayerRank, ...]):
@@ -196,8 +200,7 @@ def ranks(model: nn.Module) -> RankTable:
             alpha=layer.scaling * layer.rank,
             scaling=layer.scaling,
             parameters=layer.rank * layer.params_per_rank,
-            final_rank=layer.final_rank,
-            pinned=layer.pinned,
+            **{name: getattr(layer.bounds, name) for name in BOUNDS},
         )
         for name, layer in layers.items()
     )

@@ -21,14 +21,13 @@ class LayerState(OfShape):
     Attributes:
         rank: its rank now.
         d_out, d_in: its shape.
-        lowest, highest: bounds of its next rank. In a pinned layer both are the rank itself; in the last stage both are
-            the layer's own final rank, if it has one.
+        lowest, highest: bounds of its next rank, those of the rank map included. In a pinned layer both are the rank
+            itself; in the last stage both are the layer's own final rank, if it has one.
         final_rank: the final rank in the rank map; None if it has none.
         values: (rank,) descending, the singular values of the update (scaling included); None unless the target
             ``needs`` them.
         importance: the score by which a pool is shared: the decrease of the loss by the layer's updates, at least 0,
             plus its standard error; None if unknown, or unless the target ``needs`` it.
-        cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
         num_products: how many products of this shape and rank the layer stacks; 1 in a plain layer.
 
     >>> layer = LayerState(16, d_out=64, d_in=32, lowest=4)
@@ -43,7 +42,6 @@ class LayerState(OfShape):
     highest: int = UNBOUNDED
     final_rank: int | None = None
     values: Tensor | None = None
-    cap: int | None = None
     num_products: int = 1
     importance: float | None = None
 
@@ -52,8 +50,17 @@ class LayerState(OfShape):
         return min(self.rank, max(self.lowest, min(self.highest, rank)))
 
     def grown(self, rank: int) -> int:
-        """``rank`` clipped to ``highest``, and never below the rank now."""
-        return max(self.rank, min(self.highest, rank))
+        """``rank`` clipped to the bounds, and never below the rank now."""
+        return max(self.rank, min(self.highest, max(self.lowest, rank)))
+
+    def uniform(self, rank: int) -> int:
+        """The rank by which the layer counts in the pool of ``rank``: its own where it has one, pinned or final.
+
+        Bounds of the rank map do not count: they move parameters between layers, and the pool stays.
+        """
+        if self.lowest == self.highest:
+            return self.lowest
+        return min(self.max_rank, max(self.final_rank or 1, rank))
 
 
 class Target(ABC):

@@ -32,12 +32,13 @@ class Budget(Target):
         parameters: parameters of all layers together after the change, pinned layers included.
         share: the size as a share of the present parameters, in (0, 1]. A schedule's first stage needs a share that
             suffices for the lowest ranks; later, and in :meth:`ranks`, every layer keeps its lowest rank in any case.
-        final_rank: the number of parameters that all layers have at this rank, or at the nearest one in their bounds.
+        final_rank: the number of parameters that all layers have at this rank, or at the nearest one that their shapes
+            allow; pinned layers and those with a final rank count by their own.
         left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
-        highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
-            No layer grows.
+        highest: highest rank of every layer; None: its rank now. No layer grows. A layer with bounds of its own in the
+            rank map keeps both: the higher ``lowest`` and the lower ``highest`` hold.
         by: what ranks follow: the "importance" of layers, or "weight", the singular values of their updates.
 
     Raises:
@@ -101,8 +102,11 @@ class Budget(Target):
 
     @property
     def is_relative(self) -> bool:
-        """Whether the pool depends on the ranks before the change."""
-        return self.share is not None or self.final_rank is not None or self.left > 0
+        """Whether the ranks before the change decide if the pool suffices for the lowest ranks.
+
+        Not so for ``final_rank``, whose pool is at most the present parameters: these suffice.
+        """
+        return self.share is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """How many parameters ``layers`` may have together after the change."""
@@ -112,8 +116,8 @@ class Budget(Target):
         elif self.bytes is not None:
             end = self.bytes // 4
         elif self.final_rank is not None:
-            ends = {name: max(layer.lowest, min(layer.highest, self.final_rank)) for name, layer in layers.items()}
-            end = min(now, sum(rank * layers[name].params_per_rank for name, rank in ends.items()))
+            uniform = sum(layer.uniform(self.final_rank) * layer.params_per_rank for layer in layers.values())
+            end = min(now, uniform)
         else:
             # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
             end = floor((self.share or 0.0) * now + 1e-9)
@@ -142,15 +146,12 @@ class Budget(Target):
     def _choices(self, layer: LayerState) -> list[int]:
         """The ranks that a layer may get, ascending."""
         low = max(self.lowest, layer.lowest)
-        top = min(layer.highest, self._cap(layer))
+        top = min(layer.highest, self.highest or layer.rank)
         # A layer at or below the lowest rank keeps its rank.
         if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
         # No choice is left where the bounds of layer and budget do not meet.
         return [*range(low, min(top, layer.rank) + 1)] or [layer.shrunk(max(low, top))]
-
-    def _cap(self, layer: LayerState) -> int:
-        return layer.cap or self.highest or layer.rank
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
         """(minus its quotient, next rank, name) of each step up; the step that comes first sorts first."""

@@ -3,7 +3,8 @@
 Every round runs all of them once, in a random order. GPU time is that of a CUDA graph, between two events, so it
 includes nothing of the host. What cannot be captured in a graph is timed as it is launched, and marked "eager". Host
 time is that of one CPU thread. The gradients come from torch.autograd.grad, which adds nothing to x.grad.
-The program prints a markdown table and appends its rows to kernels/measured.csv, by which lora.backend=auto decides.
+The program prints a markdown table. It appends each row, as soon as it is measured, to kernels/measured.csv, by which
+lora.backend=auto decides; a size that the file has for this card is not measured again.
 The targets are for an H100, 8192 tokens, d = 4096 (roofline arithmetic in bfloat16).
 Without a GPU, --device cpu runs the same code on small sizes. Its times mean nothing, and it keeps no row.
 Run: .venv/bin/python scripts/bench/gpu.py [--ranks 8 16 64] [--tokens M…] [--shapes D_INxD_OUT…] [--rounds N]
@@ -70,11 +71,17 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU; run it where one is, or set --device cpu for small sizes")
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (small sizes)"
     rows = []
+    known = measured_sizes(MEASURED, card)
     for (d_in, d_out), tokens, rank, p in itertools.product(shapes, options.tokens, options.ranks, (0.0, 0.1)):
+        if tuple(map(str, (d_in, d_out, tokens, rank, p))) in known:
+            continue
         layers = one_layer(d_in, d_out, rank, p, options.device)
         rows.append(_row("one layer", layers, d_in, d_out, tokens, rank, p, options))
         print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        if options.device == "cuda":
+            append(rows[-1:], card, MEASURED)
     d_in, d_out = shapes[0]
     tokens = max(options.tokens)
     rank = options.ranks[0]
@@ -82,10 +89,8 @@ def main() -> None:
         for p in (0.0, 0.1):
             compiled = {name: torch.compile(f) for name, f in one_layer(d_in, d_out, rank, p, "cuda").items()}
             rows.append(_row("one layer, compiled", compiled, d_in, d_out, tokens, rank, p, options))
-    card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (small sizes)"
     print(f"{card}, torch {torch.__version__}: bfloat16, forward + backward\n\n{markdown(rows)}")
     if options.device == "cuda":
-        append(rows, card, MEASURED)
         print(f"\n{bandwidths(d_in, tokens, rank)}")
 
 
@@ -125,6 +130,12 @@ def append(rows: Sequence[Row], card: str, measured: Path) -> None:
             if row.what == "one layer" and {*OURS} <= {*row.times}:
                 gpu = [f"{row.times[name].gpu:.1f}" for name in ("frozen", "PEFT", "ATen", "Triton")]
                 csv.writer(file, lineterminator="\n").writerow([card, *row[1:6], *gpu])
+
+
+def measured_sizes(measured: Path, card: str) -> set[tuple[str, ...]]:
+    """(d_in, d_out, tokens, rank, p) as text, of the rows of this card."""
+    with measured.open(encoding="utf-8", newline="") as file:
+        return {tuple(row[1:6]) for row in csv.reader(file) if row[0] == card}
 
 
 def one_layer(d_in: int, d_out: int, rank: int, p: float, device: str) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -2,13 +2,16 @@
 
 All models of a comparison live in one process. A round makes one step of each in a random order, and the table has
 medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
-memory is what a step allocates at one time beyond weights, adapters and optimizer state. SmolLM2 has its architecture
-and random weights, because the time of a step does not depend on their values.
+memory is what a step allocates at one time beyond weights, adapters and optimizer state. "State" is adapters, their
+gradients and their moments, in MB; beside it its mean over a run that is cut after a third of its steps. SmolLM2 has
+its architecture and random weights, because the time of a step does not depend on their values. On a GPU the frozen
+model is in bfloat16.
 
 The last table has the host time of a step, in CPU seconds of the process, with a callback whose stage is not due yet,
 divided by the time without it. The model has --blocks blocks of width 64, PEFT's adapters on all linear layers and two
 batches in a step; --blocks 0 leaves it out.
-Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2] [--dropouts 0 0.1] [--blocks 24] [--rounds N]
+Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2] [--ranks 32 16] [--dropouts 0 0.1] [--blocks 24]
+     [--rounds N] [--device cuda]
 """
 
 from __future__ import annotations
@@ -46,19 +49,21 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--ranks", nargs=2, type=int, default=[32, 16], metavar=("HIGH", "LOW"))
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     for name in options.models:
         rows, length = BATCHES[name]
         tokens = rows * length
-        threads = torch.get_num_threads()
-        table = Table(title=f"{name}: steps of {rows} x {length} tokens, float32, {threads} threads")
-        for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's"):
+        where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+        table = Table(title=f"{name}: steps of {rows} x {length} tokens, {where}")
+        for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's", "state", "mean"):
             table.add_column(heading, justify="left" if heading == "step" else "right")
         for dropout in options.dropouts:
-            for row in _compare(name, dropout, tokens, options.rounds):
+            for row in _compare(name, dropout, tokens, options):
                 table.add_row(str(dropout), *row)
         table_console().print(table)
     if options.blocks:
@@ -70,22 +75,32 @@ def main() -> None:
         table_console().print(table)
 
 
-def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tuple[str, ...]]:
-    peft, high, dropped, low = (_Training(name, dropout, rank) for rank in (-32, 32, 32, 16))
-    dropped.step()
-    dropped.drop(16)
-    steps = {"PEFT": peft.step, "32": high.step, "32 to 16": dropped.step, "16": low.step}
-    seconds = rounds(steps, count)
+def _compare(name: str, dropout: float, tokens: int, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    high, low = options.ranks
+    peft = _Training(name, dropout, -high, options.device)
+    uncut = _Training(name, dropout, high, options.device)
+    cut = _Training(name, dropout, high, options.device)
+    from_the_start = _Training(name, dropout, low, options.device)
+    cut.step()
+    before = cut.state_bytes()
+    cut.drop(low)
+    trainings = {"PEFT": peft, "high": uncut, "cut": cut, "low": from_the_start}
+    steps = {key: training.step for key, training in trainings.items()}
+    seconds = rounds(steps, options.rounds)
     peak = {key: peak_bytes(step) for key, step in steps.items()}
-    yield "PEFT, r = 32", "1", "", f"{tokens / statistics.median(seconds['PEFT']):.0f}", "1"
+    state = {key: f"{training.state_bytes() / 1e6:.2f}" for key, training in trainings.items()}
+    mean = state | {"cut": f"{(before / 3 + 2 / 3 * cut.state_bytes()) / 1e6:.2f}"}
+    rate = tokens / statistics.median(seconds["PEFT"])
+    yield f"PEFT, r = {high}", "1", "", f"{rate:.0f}", "1", state["PEFT"], mean["PEFT"]
     for label, above, below in (
-        ("dynrank, r = 32 / PEFT, r = 32", "32", "PEFT"),
-        ("dynrank, 32 dropped to 16 / r = 16 from the start", "32 to 16", "16"),
-        ("dynrank, 32 dropped to 16 / r = 32", "32 to 16", "32"),
+        (f"dynrank, r = {high} / PEFT, r = {high}", "high", "PEFT"),
+        (f"dynrank, {high} cut to {low} / r = {low} from the start", "cut", "low"),
+        (f"dynrank, {high} cut to {low} / r = {high}", "cut", "high"),
     ):
         median, quartiles = ratio(seconds[above], seconds[below])
         rate = tokens / statistics.median(seconds[above])
-        yield label, f"{median:.3f}", quartiles, f"{rate:.0f}", f"{peak[above] / peak['PEFT']:.2f}"
+        beside_peft = f"{peak[above] / peak['PEFT']:.2f}"
+        yield label, f"{median:.3f}", quartiles, f"{rate:.0f}", beside_peft, state[above], mean[above]
 
 
 def _wait(blocks: int, count: int) -> Iterator[tuple[str, ...]]:
@@ -118,12 +133,15 @@ def _small(blocks: int) -> nn.Module:
 class _Training:
     """A model with its optimizer and one batch; a negative rank is PEFT's."""
 
-    def __init__(self, name: str, dropout: float, rank: int) -> None:
+    def __init__(self, name: str, dropout: float, rank: int, device: str) -> None:
         torch.manual_seed(0)
         model, labels = MODELS[name]()
+        if device == "cuda":
+            model = model.to(device, torch.bfloat16)
         rows, length = BATCHES[name]
-        ids = torch.randint(1000, 20000, (rows, length))
-        self.batch = {"input_ids": ids, "labels": ids if labels is None else torch.randint(0, labels, (rows,))}
+        ids = torch.randint(1000, 20000, (rows, length), device=device)
+        classes = None if labels is None else torch.randint(0, labels, (rows,), device=device)
+        self.batch = {"input_ids": ids, "labels": ids if classes is None else classes}
         heads = [] if labels is None else ["classifier"]
         size = {"target_modules": "all-linear", "modules_to_save": heads}
         if rank < 0:
@@ -142,6 +160,12 @@ class _Training:
         self.optimizer.zero_grad()
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
+
+    def state_bytes(self) -> int:
+        """Bytes of the adapters' factors, their gradients and what the optimizer holds of them."""
+        factors = [parameter for name, parameter in self.model.named_parameters() if "lora_" in name]
+        held = [value for factor in factors for value in self.optimizer.state[factor].values()]
+        return sum(tensor.nbytes for tensor in held) + 2 * sum(factor.nbytes for factor in factors)
 
     def drop(self, rank: int) -> None:
         resize(self.model, rank, optimizers=[self.optimizer])

@@ -14,6 +14,7 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
+from dynrank.rank_map import RankBounds
 from dynrank.triggers import Run
 
 SHAPES = {"0": (12, 10), "2": (12, 12), "4": (8, 12)}
@@ -205,7 +206,7 @@ def test_optimizers_have_no_default_and_none_is_an_empty_list(trained):
 def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
     net, optimizer = trained
     layers = dict(dynrank.lora_layers(net))
-    layers["0"].pinned = True
+    layers["0"].bounds = RankBounds(pinned=True)
     update = layers["2"].delta_weight().detach().clone()
     pair = [(p, optimizer.state[p]["exp_avg"]) for p in (layers["2"].lora_A, layers["2"].lora_B)]
     old = [(parameter * moment).sum().item() for parameter, moment in pair]

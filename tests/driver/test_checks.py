@@ -8,7 +8,8 @@ from trained import updated
 
 import dynrank
 from dynrank.change.directions import LayerDirections
-from dynrank.driver.checks import check_model, check_training, depends_on_data, final_ranks
+from dynrank.driver.bounds import bounds_of
+from dynrank.driver.checks import NO_RULES, check_model, check_training, depends_on_data, final_ranks
 from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -32,7 +33,12 @@ def layers_of(net):
 
 
 def states_of(net, target, *, last):
-    return DueStage(Stage(NOW, target), last, "", layers_of(net), LayerDirections(layers_of(net)), {}).states()
+    return due(net, target, last=last).states()
+
+
+def due(net, target, *, last=True, rules=NO_RULES):
+    layers = layers_of(net)
+    return DueStage(Stage(NOW, target), last, "", layers, bounds_of(layers, rules), LayerDirections(layers), {})
 
 
 class Double(Target):
@@ -80,7 +86,7 @@ def test_a_target_that_changes_a_pinned_layer_is_refused_by_name():
     with pytest.raises(ConfigurationError, match=r"gives rank 4 to the layer '1', which is pinned at rank 8"):
         check_model(net, [Stage(NOW, Half())], RUN)
     with pytest.raises(ConfigurationError, match="'1', which is pinned"):
-        DueStage(Stage(NOW, Half()), True, "", layers_of(net), LayerDirections(layers_of(net)), {}).ranks()
+        due(net, Half()).ranks()
 
 
 def test_states_hold_the_singular_values_of_each_update():
@@ -171,7 +177,7 @@ def test_stage_that_cannot_act_is_refused_with_layers_and_argument(schedule, sai
     ("rules", "schedule"),
     [
         # Growth of a pinned layer is nobody's concern.
-        ({"layer_1": {"rank": 5, "pinned": True}, "layer_2": {"rank": 6, "final_rank": 3}}, grow(16)),
+        ({"layer_1": {"rank": 5, "pinned": True}, "layer_2": {"rank": 6, "final_rank": 6}}, grow(16)),
         # What only the data will tell is.
         ({}, [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))]),
         ({}, [Stage(NOW, Budget(share=0.5)), Stage(NOW, Budget(share=0.1, lowest=3))]),

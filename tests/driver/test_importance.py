@@ -445,7 +445,7 @@ def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
     layers = {
         "pinned": state(99.0, lowest=8, highest=8),
         "own": state(0.1, lowest=5, highest=5),
-        "capped": state(9.0, cap=3),
+        "capped": state(9.0, highest=3),
         "free": state(9.0),
     }
     ranks = Budget(parameters=20 * 24).ranks(layers)

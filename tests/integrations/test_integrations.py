@@ -11,7 +11,10 @@ import pytest
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
 from dynrank.integrations import callback_of
+from dynrank.rank_map import RankBounds, read_rank_map
 from dynrank.schedules import anneal, early_budget
+
+PINNED = {"o_proj": {"pinned": True}}
 
 
 def fake(monkeypatch, name, **names):
@@ -56,6 +59,14 @@ def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
     assert callback_of(settings, 16).driver.stages == stages
 
 
+def test_the_key_takes_a_rank_map_beside_the_schedule():
+    rank_map = {"o_proj": {"pinned": True}, "mlp": {"highest": 8}}
+    for settings in ({"rank_map": rank_map}, {"schedule": "anneal", "final_rank": 2, "rank_map": rank_map}):
+        assert callback_of(settings, 16).driver.rules == read_rank_map(rank_map, RankBounds)
+    assert callback_of({"rank_map": rank_map}, 16).driver.stages == early_budget(8)
+    assert callback_of({}, 16).driver.rules == {}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -63,6 +74,7 @@ def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
         ({"schedule": "shrink"}, "one of early_budget, .*, got 'shrink'"),
         ({"final_rnk": 3}, "final_rnk is unknown; nearest: final_rank"),
         ({"schedule": "anneal", "final_rank": 0}, "final_rank must be .* got 0"),
+        ({"rank_map": {"o_proj": 4}}, "'o_proj': an int is the starting rank"),
     ],
 )
 def test_what_is_no_schedule_is_refused_by_value(settings, message):
@@ -73,22 +85,26 @@ def test_what_is_no_schedule_is_refused_by_value(settings, message):
 def test_axolotls_plugin_gives_the_callback_and_names_its_key(axolotl):
     plugin = axolotl.RankPlugin()
     module, _, name = plugin.get_input_args().rpartition(".")
-    assert getattr(sys.modules[module], name)(dynrank={"final_rank": 3}).dynrank == {"final_rank": 3}
+    assert getattr(sys.modules[module], name)(dynrank={"rank_map": PINNED}).dynrank == {"rank_map": PINNED}
     (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter="qlora", lora_r=32, dynrank=None), None)
     assert isinstance(callback, RankTrainerCallback)
     assert callback.driver.stages == early_budget(16)
+    settings = {"final_rank": 4, "rank_map": PINNED}
+    (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter="lora", lora_r=8, dynrank=settings), None)
+    assert callback.driver.rules == {"o_proj": RankBounds(pinned=True)}
     with pytest.raises(ConfigurationError, match="got adapter: None"):
         plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter=None, lora_r=32, dynrank=None), None)
 
 
 def test_llama_factory_gets_its_own_keys_and_the_callback(llama_factory):
     module, calls = llama_factory
-    given = {"lora_rank": 32, "model_name_or_path": "tiny", "dynrank": {"share": 0.5}}
+    given = {"lora_rank": 32, "model_name_or_path": "tiny", "dynrank": {"share": 0.5, "rank_map": PINNED}}
     module.train(given)
     module.train({"finetuning_type": "lora"})
     (args, (callback,)), (others, (default,)) = calls
     assert (args, others) == ({"lora_rank": 32, "model_name_or_path": "tiny"}, {"finetuning_type": "lora"})
     assert callback.driver.stages == early_budget(share=0.5)
+    assert callback.driver.rules == {"o_proj": RankBounds(pinned=True)}
     assert default.driver.stages == early_budget(4)
     assert "dynrank" in given
     for args, message in (

@@ -85,7 +85,7 @@ def test_all_linear_takes_experts_and_rank_maps_name_them(tiny_moe):
     assert ranks == {
         start.format(i, n): r for i, n, r in [(0, "gate_up", 4), (0, "down", 2), (1, "gate_up", 5), (1, "down", 2)]
     }
-    assert dict(dynrank.lora_layers(model))[start.format(1, "gate_up")].final_rank == 1
+    assert dict(dynrank.lora_layers(model))[start.format(1, "gate_up")].bounds.final_rank == 1
 
 
 def test_unregistered_experts_are_named_and_the_other_layers_train(tiny_moe):

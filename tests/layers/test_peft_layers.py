@@ -15,6 +15,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import MARK, without_base
 from dynrank.layers.peft_layers import config_changes, follow_checkpoint_ranks
+from dynrank.rank_map import RankBounds
 
 pytestmark = [
     # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
@@ -323,6 +324,6 @@ def test_state_dict_that_does_not_fit_names_the_layer():
 
 def test_view_that_is_made_anew_each_time_takes_no_settings():
     layer = next(iter(layers_of(wrapped()).values()))
-    assert (layer.pinned, layer.final_rank) == (False, None)
-    with pytest.raises(AttributeError, match="pinned"):
-        layer.pinned = True
+    assert layer.bounds == RankBounds()
+    with pytest.raises(AttributeError, match="bounds"):
+        layer.bounds = RankBounds(pinned=True)

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LoRALinear
+from dynrank.rank_map import RankBounds
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
@@ -72,8 +73,8 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         "body.1": (2, 2.0),
         "head": (4, 0.5),
     }
-    assert (layers["head"].pinned, layers["head"].rule) == (True, "head")
-    assert (layers["body.0"].final_rank, layers["body.1"].rule) == (1, None)
+    assert (layers["head"].bounds, layers["head"].rule) == (RankBounds(pinned=True), "head")
+    assert (layers["body.0"].bounds, layers["body.1"].rule) == (RankBounds(final_rank=1), None)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ class Case:
     alpha: float = 4.0
     rslora: bool = False
     rules: dict = field(default_factory=dict)
+    # Whether the schedule has the rules, as it must for PEFT's layers, and not add_lora.
+    steered: bool = False
     head: bool = False
     one_group: bool = True
     started: bool = True
@@ -110,6 +112,13 @@ class Case:
 
     def ranks(self):
         return {name: self.rules.get(name, {}).get("rank", self.rank) for name in self.linears() if name != "head"}
+
+    def bounds(self):
+        """The rules without starting ranks, for the schedule's rank map."""
+        if not self.steered:
+            return {}
+        bounds = {name: {key: rule[key] for key in rule if key != "rank"} for name, rule in self.rules.items()}
+        return {name: rule for name, rule in bounds.items() if rule}
 
     def scaling(self, name):
         rank = self.ranks()[name]
@@ -181,10 +190,13 @@ def make_case(seed):
     names = [name for name in case.linears() if name != "head"]
     if draw.random() < 0.5:
         case.rules[draw.choice(names)] = {"rank": case.rank + draw.randint(-1, 1)}
-    if not case.peft and draw.random() < 0.4:
+    if draw.random() < 0.4:
         name = draw.choice(names)
-        rule = draw.choice([{"pinned": True}, {"final_rank": 2}, {"highest": 3}])
-        case.rules[name] = case.rules.get(name, {"rank": case.rank}) | rule
+        rules = [{"pinned": True}, {"final_rank": 2}, {"highest": 3}]
+        # A pool of rank 1 does not suffice for more.
+        rules += [{"lowest": 2}, {"lowest": 2, "highest": 3}] if all(stage.to != 1 for stage in case.stages) else []
+        case.rules[name] = case.rules.get(name, {"rank": case.rank}) | draw.choice(rules)
+    case.steered = case.peft or draw.random() < 0.5
     return case
 
 

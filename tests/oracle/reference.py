@@ -26,6 +26,7 @@ class Layer:
     pinned: bool = False
     final_rank: int | None = None
     highest: int | None = None
+    lowest: int | None = None
     # The factors before the last update, and by how much each update has lowered the loss.
     past: list = field(default_factory=list)
     falls: list = field(default_factory=list)
@@ -51,8 +52,16 @@ class Layer:
 
     def bounds(self, last):
         """(lowest, highest) rank after a stage."""
+        if self.pinned:
+            return self.rank, self.rank
         most = min(self.base.weight.shape)
-        return (self.rank, self.rank) if self.pinned else (self.final_rank or 1, last and self.final_rank or most)
+        return self.final_rank or self.lowest or 1, last and self.final_rank or min(most, self.highest or most)
+
+    def uniform(self, rank, last):
+        """The rank that counts in a pool of ``rank``."""
+        if self.pinned:
+            return self.rank
+        return last and self.final_rank or min(max(rank, self.final_rank or 1), *self.base.weight.shape)
 
     def maps_to(self, rank):
         """The matrices that turn the factors into balanced ones of the largest directions, or add rows of zeros."""
@@ -138,11 +147,11 @@ class Run:
         """Ranks in proportion to ``score``: the next one up is where a factor of all layers reaches the half first."""
         width = {name: sum(layer.base.weight.shape) for name, layer in self.layers.items()}
         size = sum(layer.rank * width[name] for name, layer in self.layers.items())
-        alike = sum(max(low, min(high, stage.to)) * width[name] for name, (low, high) in bounds.items())
+        alike = sum(layer.uniform(stage.to, not self.stages) * width[name] for name, layer in self.layers.items())
         end = math.floor(stage.to * size + 1e-9) if stage.size == "share" else min(size, alike)
         end = math.floor(size * (end / size) ** (1 / stage.changes_left) + 1e-6)
         ranks = {n: min(max(stage.lowest, low), high, self.layers[n].rank) for n, (low, high) in bounds.items()}
-        cap = {n: min(bounds[n][1], la.rank, la.highest or stage.highest or la.rank) for n, la in self.layers.items()}
+        cap = {n: min(bounds[n][1], la.rank, stage.highest or la.rank) for n, la in self.layers.items()}
         score = {name: layer.score for name, layer in self.layers.items()}
         score = score if any(score.values()) else dict.fromkeys(score, 1.0)
         rising = {*score}

@@ -48,7 +48,8 @@ def adapted(case):
         options = {"target_modules": names, "modules_to_save": saved or None, "rank_pattern": case.ranks()}
         net = get_peft_model(net, LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.rslora, **options))
     else:
-        options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": torch.float64}
+        rules = case.ranks() if case.steered else case.rules
+        options = {"target_modules": names, "modules_to_save": saved, "rank_map": rules, "dtype": torch.float64}
         net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, **options)
     net.to(torch.float64)
     start = case.modules()
@@ -136,7 +137,7 @@ def plain(case, trace, folder):
     def go(saved=None):
         net = adapted(case)
         optimizer, decay = optimizer_of(case, net)
-        driver = dynrank.RankDriver(schedule_of(case))
+        driver = dynrank.RankDriver(schedule_of(case), rank_map=case.bounds())
         loop = Loop(net, [optimizer])
         parts = {"net": net, "optimizer": optimizer, "decay": decay, "driver": driver}
         if saved is not None:
@@ -219,7 +220,8 @@ def in_lightning(case, trace, folder):
         module = Module(case, trace)
         settings = {"max_steps": case.total, "val_check_interval": case.every * case.accumulate}
         settings |= {"accumulate_grad_batches": case.accumulate, "gradient_clip_val": case.clip or None}
-        trainer = lightning.Trainer(callbacks=[RankScheduler(schedule_of(case)), *callbacks], **QUIET, **settings)
+        ranks = RankScheduler(schedule_of(case), rank_map=case.bounds())
+        trainer = lightning.Trainer(callbacks=[ranks, *callbacks], **QUIET, **settings)
         trainer.fit(module, **options)
         trace.see(case.total, module.net)
 
@@ -266,7 +268,7 @@ def in_trainer(case, trace, folder):
         settings |= {"max_grad_norm": case.clip, "logging_strategy": "no", "report_to": [], "disable_tqdm": True}
         settings |= {"save_strategy": "steps" if callbacks else "no", "save_steps": case.resume or 1}
         settings |= {"remove_unused_columns": False, "label_names": ["labels"]}
-        ranks = RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate())
+        ranks = RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate(), rank_map=case.bounds())
         trainer = HFTrainer(
             net,
             transformers.TrainingArguments(folder, **settings),

@@ -1,6 +1,11 @@
 """The benchmarks in miniature: that they run, and what they say of bytes; times of such sizes mean nothing."""
 
+import argparse
+import csv
 import re
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynrank.kernels.backends import MEASURED, paying_size
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Parameters of one rank of SIZE: d_in + d_out for q, k, v, o and the three layers of the MLP.
+ADDED_BY_A_RANK = 4 * (32 + 32) + 3 * (32 + 48)
 
 
 @pytest.fixture
@@ -70,9 +77,14 @@ def test_bench_host(bench):
     assert all(float(value) > 0 for row in rows for value in row[2:])
 
 
-def test_bench_gpu_on_a_cpu(bench):
-    sizes = ("--shapes", "64x96", "--tokens", "32", "--ranks", "8", "--rounds", "2")
-    rows = [row for row in bench("gpu", "--device", "cpu", *sizes) if "→" in row[1]]
+@pytest.fixture
+def miniature(script):
+    """The arguments of a phase of gpu_day.py on a machine without a GPU."""
+    return lambda phase: shlex.split(script("gpu_day").PHASES[phase].miniature)
+
+
+def test_bench_gpu_on_a_cpu(bench, miniature):
+    rows = [row for row in bench("gpu", *miniature("backend")) if "→" in row[1]]
     assert [row[:5] for row in rows] == [["one layer", "64 → 96", "32", "8", p] for p in ("0.0", "0.1")]
     assert all(float(row[-1]) > 0 for row in rows)
 
@@ -105,16 +117,19 @@ def test_bench_swap(main, tiny_bert):
     assert before == after
 
 
-def test_bench_step(bench):
-    model = {"smollm2": lambda: (llama(vocab_size=20001, use_cache=False), None)}
-    sizes = ("--models", "smollm2", "--blocks", "1", "--rounds", "2")
-    rows = bench("step", *sizes, MODELS=model, BATCHES={"smollm2": (2, 8)})
+def test_bench_step(bench, miniature):
+    model = {"minilm": lambda: (llama(vocab_size=20001, use_cache=False), None)}
+    rows = bench("step", *miniature("step"), MODELS=model, BATCHES={"minilm": (2, 8)})
     assert all(float(row[2]) > 0 for row in rows)
-    steps = [row for row in rows if row[0] in ("0.0", "0.1")]
-    assert [row[1] for row in steps[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
-    assert len(steps) == 8
+    steps = [row for row in rows if row[0] == "0.1"]
+    assert [row[1] for row in steps[:2]] == ["PEFT, r = 8", "dynrank, r = 8 / PEFT, r = 8"]
+    # Factors, gradients, two moments and AdamW's counters, in MB; a cut to half after a third of a run.
+    peft, uncut, cut, _ = ([float(cell) for cell in row[6:8]] for row in steps)
+    assert peft == uncut
+    assert peft[0] == pytest.approx(16 * 8 * ADDED_BY_A_RANK / 1e6, abs=0.006)
+    assert cut == pytest.approx([peft[0] / 2, peft[0] * 2 / 3], abs=0.006)
     waiting = ["none", "by weight", "default schedule"]
-    assert [row[:2] for row in rows[8:]] == [
+    assert [row[:2] for row in rows[4:]] == [
         *(["Lightning", name] for name in [*waiting, "by weight, and RankMonitor"]),
         *(["transformers", name] for name in waiting),
     ]
@@ -126,7 +141,66 @@ def test_bench_generation(bench):
     assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4", "PEFT, r = 8"]
     assert all(float(row[1]) > 0 for row in rows)
     assert (rows[0][2], rows[2][4]) == ("1.000", "1.000")
-    # One rank adds d_in + d_out for q, k, v, o and the three layers of the MLP.
-    added = 4 * (32 + 32) + 3 * (32 + 48)
     own = 4 * 32 * 32 + 3 * 32 * 48 + 64 * 32
-    assert [row[6] for row in rows] == [f"+{100 * rank * added / own:.1f}%" for rank in (0, 0, 8, 4, 8)]
+    assert [row[6] for row in rows] == [f"+{100 * rank * ADDED_BY_A_RANK / own:.1f}%" for rank in (0, 0, 8, 4, 8)]
+
+
+def test_cut_and_whole_in_miniature(main, miniature):
+    printed = main("truncate", *miniature("cut"))
+    assert "14 of 32 x 32, 8 -> 4" in printed
+    assert float(re.search(r"agree to +(\S+)", printed)[1]) < 1e-5
+    printed = main("whole", *miniature("whole"))
+    assert "before the cut: " in printed
+    assert "ranks 1 to " in printed
+    assert float(re.search(r"within (\S+)", printed)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("phase", ["tests", "backend", "step", "cut", "whole"])
+def test_what_a_gpu_day_runs_exists_and_takes_its_arguments(script, monkeypatch, phase):
+    """The programs end as soon as they have read their arguments."""
+    gpu_day = script("gpu_day")
+    assert [*gpu_day.PHASES] == ["tests", "backend", "step", "cut", "whole"]
+    assert sum(each.minutes for each in gpu_day.PHASES.values()) <= 45
+    program = gpu_day.PHASES[phase].program
+    words = gpu_day.PHASES[phase].command("cuda")
+    if program == "pytest":
+        for word in words + gpu_day.PHASES[phase].command("cpu"):
+            assert not word.startswith("tests/") or (gpu_day.ROOT / word).is_file()
+        return
+
+    class ReadError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(parser, *given):
+        raise ReadError(parse(parser, *given).device)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(ReadError, match="cuda"):
+        script(Path(program).stem).main()
+
+
+def test_a_phase_that_fails_or_takes_too_long_leaves_the_others_alone(script, monkeypatch, tmp_path):
+    gpu_day = script("gpu_day")
+    monkeypatch.setattr(gpu_day, "HERE", tmp_path)
+    programs = {
+        "good": "print('a row')",
+        "bad": "print('half a row'); raise SystemExit(3)",
+        "long": "import time; time.sleep(60)",
+    }
+    for name, text in programs.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    phases = {name: gpu_day.Phase(0.02 if name == "long" else 1, f"{name}.py", "", "") for name in programs}
+    monkeypatch.setattr(gpu_day, "PHASES", {name: phases[name] for name in ("bad", "long", "good")})
+    arguments = ["gpu_day", "--device", "cpu", "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit, match="failed: bad long"):
+            gpu_day.main()
+    with (tmp_path / "out/phases.csv").open() as file:
+        rows = [(row["phase"], row["exit"]) for row in csv.DictReader(file)]
+    # What has passed is not run again.
+    assert rows == [("bad", "3"), ("long", "124"), ("good", "0"), ("bad", "3"), ("long", "124")]
+    assert [(tmp_path / "out" / f"{name}.txt").read_text() for name in ("good", "bad")] == ["a row\n", "half a row\n"]

@@ -18,14 +18,14 @@ def layer(values, d_out=100, d_in=100, **options):
 
 def allowed(target, state):
     """The ranks that a budget may give a layer, straight from its description."""
-    top = min(state.rank, state.cap or target.highest or state.rank)
+    top = min(state.rank, target.highest or state.rank, state.highest)
     least = max(target.lowest, state.lowest)
     if state.lowest == state.highest:
         return [min(state.rank, state.lowest)]
     if state.rank <= least:
-        return [state.rank]
-    top = max(least, min(top, state.highest))
-    return [*range(least, top + 1)] or [top]
+        return [min(state.rank, state.highest)]
+    # Where the two do not meet, the layer's own go before those of the budget.
+    return [*range(least, top + 1)] or [min(least, state.highest)]
 
 
 def cost(model, ranks):
@@ -48,13 +48,12 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6))):
     for name in draw(st.permutations("abcd"))[: draw(st.integers(1, 4))]:
         rank = draw(st.integers(1, 5))
         numbers = [float(draw(st.integers(0, 6))) for _ in range(rank)]
-        bounds = draw(st.sampled_from([(1, 5), (4, 5), (rank, rank), (1, 1)]))
+        bounds = draw(st.sampled_from([(1, 5), (1, 5), (4, 5), (1, 2), (1, 4), (2, 3), (rank, rank), (1, 1)]))
         model[name] = LayerState(
             rank,
             *draw(st.sampled_from(sizes)),
             *bounds,
             values=torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64),
-            cap=draw(st.sampled_from([None, None, None, 2, 4])),
         )
     lowest = draw(st.integers(1, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: lowest + more)))

@@ -23,8 +23,7 @@ def states(draw):
     lowest, highest = {"pinned": (rank, rank), "own, last": (final_rank, final_rank)}.get(kind, (final_rank or 1, most))
     numbers = st.lists(st.floats(0, 100), min_size=rank, max_size=rank)
     values = torch.tensor(sorted(draw(numbers), reverse=True), dtype=torch.float64)
-    cap = draw(st.one_of(st.none(), COUNTS))
-    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values, cap=cap)
+    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values)
 
 
 SHRINKING = st.one_of(

@@ -118,7 +118,7 @@ def print_ranks(config: DictConfig) -> None:
     job = build(config, on_meta=True)
     model: Any = job.module.model
     stages = job.scheduler.driver.stages
-    rules = {name: layer.rule for name, layer in own_layers(model).items()}
+    own = own_layers(model)
     final = final_ranks(model, stages)
     about = "about " if depends_on_data(stages) else ""
     headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
@@ -127,18 +127,19 @@ def print_ranks(config: DictConfig) -> None:
     end = 0
     for layer in layers:
         rank = final[layer.layer]
+        bounds = own[layer.layer].bounds
         parameters = layer.parameters // layer.rank * rank
         end += parameters
         table.add_row(
             layer.layer,
             shape_of_update(layer.experts, layer.d_out, layer.d_in),
             str(layer.rank),
-            f"{rank} (pinned)" if layer.pinned else f"{about}{rank}",
+            f"{rank} (pinned)" if bounds.pinned else f"{about}{rank}{f' ({bounds})' if str(bounds) else ''}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{layer.parameters:,}",
             f"{parameters:,}",
-            rules[layer.layer] or "lora.rank",
+            own[layer.layer].rule or "lora.rank",
         )
     table.add_section()
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", f"{end:,}", "")

@@ -19,7 +19,7 @@ from dynrank.app.keys import below, keys_of, named, names_keys
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.runs.overrides import check_keys, overrides_explained
 from dynrank.errors import ConfigurationError, Count, Name, checked
-from dynrank.rank_map import load_rank_map, parse_rank_map
+from dynrank.rank_map import RankRule, load_rank_map, parse_rank_map
 
 CONFIG_MODULE = "dynrank.conf"
 CONFIG_NAME = "train"
@@ -279,8 +279,8 @@ def rank_pattern(config: DictConfig) -> dict[str, Any]:
     with named(below("rank_map")):
         keys = RankMapKeys(**plain(config))
     with named({"path": "rank_map.file", "rank_map": "rank_map.file"}.get):
-        in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
-    here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
+        in_file = load_rank_map(Path(keys.file), RankRule) if keys.file is not None else {}
+    here = parse_rank_map(keys.rank_pattern, "rank_map.rank_pattern", RankRule)
     both = sorted(in_file.keys() & here.keys())
     if both:
         raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")

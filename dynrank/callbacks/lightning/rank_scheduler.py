@@ -17,6 +17,7 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.rank_map import RankMap
 from dynrank.schedules import Schedule
 
 
@@ -30,9 +31,8 @@ class RankScheduler(Callback):
     When a stage is due, earlier stages that have not acted are skipped. A checkpoint contains everything that a resumed
     run needs, before, during and after a change.
 
-    A layer with its own final rank (rank map) is never shrunk below it by dynrank's targets, and a cut in the last
-    stage brings it there; a pinned layer never changes, and a frozen one keeps its rank. One scheduler drives one run:
-    a trainer takes one scheduler (lists of stages can be added), and the next run takes a new one.
+    One scheduler drives one run: a trainer takes one scheduler (lists of stages can be added), and the next run takes a
+    new one. A frozen layer keeps its rank.
 
     If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.
@@ -54,15 +54,23 @@ class RankScheduler(Callback):
         measure: validate directly before and after a change, on a share of the data that costs about 2% of the run at
             most, and put the ``check_monitor`` of the stage's How into the event. Of many changes in a short run none
             is measured; where the length of the run or of the data is unknown, all data are validated.
+        rank_map: what the rank of single layers may become, in a model of PEFT as in one of ``add_lora``: {pattern or
+            word: a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}
+            (:class:`dynrank.rank_map.RankBounds`), or the path of a YAML file with this mapping below ``rank_pattern``.
+            Patterns match as those of PEFT's ``rank_pattern``, the words "attention" and "mlp" mean kinds of layers,
+            and the first that matches a layer decides. Where none does, the layer's rule in the rank map of
+            ``add_lora`` does, if it has one. Starting ranks and alphas are set where LoRA is added.
 
     Attributes:
         driver: carries out the schedule in the run.
 
     Raises:
-        ConfigurationError: if a value cannot be used.
+        ConfigurationError: if a value cannot be used; when training starts, if a pattern matches no layer or only
+            layers of others, or bounds contradict the schedule.
 
     >>> from lightning import Trainer
-    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[RankScheduler(4)])
+    >>> scheduler = RankScheduler(4, rank_map={"o_proj": {"pinned": True}, "mlp": {"highest": 8}})
+    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[scheduler])
     >>> trainer.callbacks[0].history
     []
     """
@@ -73,8 +81,9 @@ class RankScheduler(Callback):
         *,
         keep_best_before: bool = False,
         measure: bool = False,
+        rank_map: RankMap | None = None,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure)
+        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
         self.keep_best_before = keep_best_before
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False

@@ -30,6 +30,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.output.console import print_table
+from dynrank.rank_map import RankMap
 from dynrank.schedules import Schedule
 
 
@@ -70,12 +71,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
             stage's How) into the event. Of a long ``trainer.eval_dataset`` every n-th row is taken, so that this costs
             under 2% of the run.
+        rank_map: what the rank of single layers may become, as in :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         driver: carries out the schedule in the run.
 
     Raises:
-        ConfigurationError: if a value cannot be used.
+        ConfigurationError: if a value cannot be used; when training starts, if ``rank_map`` does not fit.
 
     >>> from dynrank.schedules import auto
     >>> RankTrainerCallback(auto()).driver.monitors
@@ -84,6 +86,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Example::
 
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RankTrainerCallback(4)])
+
+    A cut that leaves ``o_proj`` out, and no rank above 8 in the MLP::
+
+        RankTrainerCallback(4, rank_map={"o_proj": {"pinned": True}, "mlp": {"highest": 8}})
     """
 
     def __init__(
@@ -93,8 +99,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
         measure: bool = False,
+        rank_map: RankMap | None = None,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure)
+        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         # Known from attach() on, or while it trains.

@@ -46,15 +46,17 @@ def test_ranks_lists_every_layer_with_its_totals(table):
 
 def test_ranks_shows_rules_pins_and_scaling(table, tmp_path):
     file = tmp_path / "ranks.yaml"
-    file.write_text("rank_pattern:\n  query: {rank: 8, alpha: 32, pinned: true}\n  value: {rank: 64, final_rank: 4}\n")
+    rules = "  query: {rank: 8, alpha: 32, pinned: true}\n  value: {rank: 64, final_rank: 4}\n  key: {lowest: 20}\n"
+    file.write_text(f"rank_pattern:\n{rules}  attention: {{lowest: 4, highest: 12}}\n")
     *layers, _ = table(
         f"rank_map.file={file}", "lora.target_modules=attention", "schedule=after_convergence", "schedule.shared=false"
     )
     by_kind = {row[0].rpartition(".")[2]: row for row in layers}
     assert by_kind["query"][2:6] == ["8", "8 (pinned)", "32", "4"]
     assert by_kind["value"][2:6] == ["64", "4", "64", "1"]
-    assert by_kind["key"][2:6] == ["32", "16", "64", "2"]
-    assert [by_kind[kind][8] for kind in ("query", "value", "key")] == ["query", "value", "lora.rank"]
+    assert by_kind["key"][2:6] == ["32", "20 (at least 20)", "64", "2"]
+    assert by_kind["dense"][2:6] == ["32", "12 (4 to 12)", "64", "2"]
+    assert [by_kind[kind][8] for kind in ("query", "value", "key", "dense")] == ["query", "value", "key", "attention"]
 
 
 def test_ranks_shows_what_to_expect_where_the_data_decide(table):

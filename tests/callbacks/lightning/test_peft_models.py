@@ -9,8 +9,9 @@ from trained import drive, ranks
 
 import dynrank
 from dynrank.callbacks import RankScheduler
+from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, Stage, after_convergence
+from dynrank.schedules import How, Stage, after_convergence, early_budget
 from dynrank.targets import Budget
 from dynrank.triggers import At, Plateau
 
@@ -61,6 +62,21 @@ def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_c
         assert again.state_dict() == scheduler.state_dict(), step
         assert vars(module.net.peft_config["default"]) == vars(reference.net.peft_config["default"]), step
         assert_same(module, reference, step)
+
+
+def test_a_rank_map_steers_single_layers_and_is_kept_in_checkpoints(module_class, fit, assert_same, tmp_path):
+    rank_map = {"0": {"pinned": True}, "2": {"highest": 2}}
+    scheduler = RankScheduler(early_budget(4, at=0.25) + early_budget(2, at=0.75), rank_map=rank_map)
+    reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
+    assert [layer.rank for _, layer in dynrank.lora_layers(reference)] == [6, 2]
+    assert [report.layer[-1] for event in scheduler.history for report in event.layers] == ["2", "2"]
+    again = RankScheduler(scheduler.driver.stages, rank_map=rank_map)
+    module, _ = fit(again, module=module_class(), ckpt_path=tmp_path / "step=5.ckpt", max_steps=12)
+    assert again.history == scheduler.history
+    assert_same(module, reference, 5)
+    other = RankScheduler(scheduler.driver.stages)
+    with pytest.raises(ConfigurationError, match="the checkpoint was made under another rank_map"):
+        fit(other, module=module_class(), ckpt_path=tmp_path / "step=5.ckpt", max_steps=12)
 
 
 def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, fit, module_class, tmp_path):

@@ -17,6 +17,7 @@ from small_trainer import (
     SIZE,
     STEPS,
     Hearing,
+    base,
     data,
     own,
     trainer,
@@ -29,7 +30,7 @@ from transformers import TrainerCallback
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, auto
+from dynrank.schedules import How, Stage, auto, early_budget
 from dynrank.targets import Rank
 from dynrank.triggers import At, Gap, Plateau
 
@@ -440,3 +441,58 @@ def test_rate_that_a_callback_sets_is_raised(tmp_path):
     made.add_callback(Watching())
     made.train()
     assert used == pytest.approx({step: 1e-2 * 0.9**step * (2 if step >= 4 else 1) for step in range(STEPS)})
+
+
+# Single layers
+
+
+def llama_of_peft():
+    """As :func:`wrapped`, of rank 12 and with a rank_pattern of its own."""
+    options = {"r": 12, "lora_alpha": 12, "target_modules": "all-linear", "rank_pattern": {"up_proj": 10}}
+    return get_peft_model(base(), LoraConfig(**options))
+
+
+STEERED = {"o_proj": {"pinned": True}, "mlp": {"highest": 8}, "attention": {"lowest": 3}}
+
+
+def steered(folder, rank_map=STEERED, **options):
+    """(the ranks at the end by the last part of the name, the callback)"""
+    stages = early_budget(7, at=0.3) + early_budget(5, at=0.7)
+    callback = RankTrainerCallback(stages, rank_map=rank_map)
+    model = llama_of_peft()
+    trainer(folder, model, callback, save_strategy="steps", save_steps=5).train(**options)
+    return {name.rpartition(".")[2]: layer.rank for name, layer in dynrank.lora_layers(model)}, callback
+
+
+def test_single_layers_of_a_peft_model_are_steered_and_a_resume_goes_on(tmp_path):
+    ends, callback = steered(tmp_path)
+    assert ends["o_proj"] == 12
+    assert max(ends[name] for name in ("gate_proj", "up_proj", "down_proj")) <= 8
+    assert min(ends[name] for name in ("q_proj", "k_proj", "v_proj")) >= 3
+    first, second = callback.history
+    assert not any("o_proj" in report.layer for event in (first, second) for report in event.layers)
+    # The first cut has left no layer of the MLP above 8.
+    assert max(report.rank_after for report in first.layers if ".mlp." in report.layer) <= 8
+    again, resumed = steered(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again == ends
+    assert resumed.history == callback.history
+    with pytest.raises(
+        ConfigurationError, match=r"under another rank_map: .*'mlp': RankBounds\(highest=8\).*here .*none"
+    ):
+        steered(tmp_path, None, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize(
+    ("rank_map", "message"),
+    [
+        ({"o_prj": {"pinned": True}}, r"'o_prj' matches no LoRA layer; nearest: \['o_proj'"),
+        ({".*proj": {"highest": 8}, "o_proj": {"pinned": True}}, r"'o_proj' is hidden by '\.\*proj'"),
+        ({"up_proj": {"lowest": 11}}, "up_proj': lowest=11 is above its rank 10, and no stage raises it"),
+    ],
+)
+def test_a_rank_map_that_does_not_fit_ends_the_training_before_its_first_step(rank_map, message, tmp_path):
+    model = llama_of_peft()
+    run = trainer(tmp_path, model, RankTrainerCallback(4, rank_map=rank_map))
+    with pytest.raises(ConfigurationError, match=message):
+        run.train()
+    assert run.state.global_step == 0

@@ -1,0 +1,80 @@
+"""What the rank of each layer of a run may become: by the rank map of the schedule, or by the layer's own rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import eq, ge, le
+
+from dynrank.driver.due import is_frozen
+from dynrank.errors import ConfigurationError
+from dynrank.layers.base import RankedLayer
+from dynrank.rank_map import RankBounds, rule_of_each
+from dynrank.schedules import Stage
+from dynrank.targets import Budget
+
+# The largest number of faults in one error.
+_LISTED = 20
+
+
+def bounds_of(layers: Mapping[str, RankedLayer], rules: Mapping[str, RankBounds]) -> dict[str, RankBounds]:
+    """{layer: what its rank may become}.
+
+    The first of ``rules`` that matches a layer decides; for a layer that none matches, its own rule, which
+    :func:`dynrank.add_lora` gave it.
+
+    Raises:
+        ConfigurationError: if a rule matches no layer, or only layers of earlier rules.
+    """
+    keys, faults = rule_of_each(rules, layers)
+    if faults:
+        raise ConfigurationError("rank_map does not fit the model:\n  " + "\n  ".join(faults), "rank_map")
+    return {name: rules[keys[name]] if name in keys else layer.bounds for name, layer in layers.items()}
+
+
+def check_bounds(
+    schedule: Sequence[Stage],
+    layers: Mapping[str, RankedLayer],
+    bounds: Mapping[str, RankBounds],
+    ends: Mapping[str, int],
+) -> None:
+    """Refuse bounds of layers that no rank fulfils together with a budget's, or that the schedule does not reach.
+
+    ``ends`` are the ranks that the schedule leads to. They are within the bounds whatever the data, unless a layer is
+    frozen, or no stage lowers or raises its rank.
+    """
+    faults: dict[str, list[str]] = {}
+    arguments = {"rank_map": None}
+    for name, own in bounds.items():
+        why = "it is frozen" if is_frozen(layers[name]) else None
+        against = {} if why or own.final_rank is not None else _against_budgets(schedule, own)
+        arguments |= dict.fromkeys(against.values())
+        for fault in against or _unreached(own, ends[name], why):
+            faults.setdefault(fault, []).append(name)
+    lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
+    if lines:
+        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), *arguments)
+
+
+def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, str]:
+    """{which bound of a budget leaves no rank to a layer with these bounds: its name}."""
+    faults = {}
+    for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
+        if own.highest is not None and own.highest < budget.lowest:
+            said = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
+            faults[said] = "lowest"
+        if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
+            said = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
+            faults[said] = "highest"
+    return faults
+
+
+def _unreached(own: RankBounds, end: int, why: str | None) -> list[str]:
+    """Which of these bounds a layer that ends at rank ``end`` does not keep; ``why``, if it is not the schedule."""
+    faults = []
+    for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
+        value = getattr(own, bound)
+        if value is not None and not allows(value, end):
+            side, verb, side_of_end = ("above", "raises", "most") if value > end else ("below", "lowers", "least")
+            reason = why or f"no stage {verb} it there"
+            faults.append(f"{bound}={value} is {side} its rank {end}, and {reason}; set it to at {side_of_end} {end}")
+    return faults
