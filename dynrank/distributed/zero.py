@@ -82,7 +82,8 @@ class ZeroTensors:
 
     def state(self) -> dict[str, Any]:
         """The optimizer's state of any parameter; empty before its first step."""
-        return next((self.optimizer.state[s.flat] for s in self.shards if s and self.optimizer.state.get(s.flat)), {})
+        # Also where other processes have all of these parameters: all have to ask for the same moments.
+        return next((state for state in self.optimizer.state.values() if state), {})
 
     @torch.no_grad()
     def whole(self, key: str | None = None) -> list[Tensor]:

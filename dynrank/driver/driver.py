@@ -346,6 +346,7 @@ class RankDriver:
             return self._change_gathered(training, decided)
 
     def _change_gathered(self, training: Training, decided: Decision) -> RankEvent | None:
+        """As :meth:`_change`, where the factors have their values."""
         index = decided.stage
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))

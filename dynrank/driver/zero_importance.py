@@ -37,8 +37,8 @@ class ZeroImportance(ImportanceSums):
         self._partitions = _partitions(tensors)
         # The products of each layer in the step just made; None: there was none.
         self._products: Tensor | None = None
-        # Whether any partition had an update before that step; the same in all processes.
-        self._had_update = False
+        # Whether there is an update of the step before, perhaps in other processes alone.
+        self._has_update = False
         before = self._optimizer.register_step_pre_hook(self._measure)
         self._handles = [before, self._optimizer.register_step_post_hook(self._take_update)]
 
@@ -47,6 +47,7 @@ class ZeroImportance(ImportanceSums):
         return False
 
     def forget_last_update(self) -> None:
+        self._has_update = False
         for state in self._optimizer.state.values():
             state.pop(OWN_STATE, None)
 
@@ -61,11 +62,9 @@ class ZeroImportance(ImportanceSums):
         """Multiply the update before a step by its gradient, and keep the values from before the step."""
         if self._products is None:
             self._products = self._zeros(len(self._names))
-            self._had_update = False
         for partition in self._stepped(optimizer):
             update = optimizer.state[partition.flat].get(OWN_STATE)
             if update is not None:
-                self._had_update = True
                 self._products += partition.products(update, len(self._names)).to(self._device)
             partition.before = partition.flat.detach().clone() if update is None else update.copy_(partition.flat)
 
@@ -89,11 +88,21 @@ class ZeroImportance(ImportanceSums):
         """Add up the step just made; a collective call."""
         products = self._products
         self._products = None
-        if products is None or not self._had_update:
+        # DeepSpeed leaves out a step in all processes or in none.
+        if products is None:
             return
-        if process_count() > 1:
-            distributed.all_reduce(products)
-        self.add(-products, torch.ones_like(products))
+        if self._has_update:
+            if process_count() > 1:
+                distributed.all_reduce(products)
+            self.add(-products, torch.ones_like(products))
+        self._has_update = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "has_update": self._has_update}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._has_update = state["has_update"]
 
 
 class _Partition:

@@ -62,6 +62,11 @@ def with_head(base: Any) -> Any:
     return peft(base, modules_to_save=["lm_head"])
 
 
+def in_one_process(base: Any) -> Any:
+    """Adapters that are less than half of what is trained, and come first: ZeRO-1 and 2 have them in one process."""
+    return peft(base, ["q_proj"], modules_to_save=["lm_head"])
+
+
 def with_embedding(base: Any) -> Any:
     return peft(base, [*LAYERS, "embed_tokens"])
 
@@ -136,6 +141,7 @@ RUNS: dict[str, tuple[Run, Sequence[int]]] = {
     "FusedAdam of ds.json": (Run(stages=HALF, zero={"optimizer": ITS_ADAM}), (1, 2, 3)),
     "DeepSpeedCPUAdam": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED}), (2, 3)),
     "a head": (Run(with_head, PLAIN_CUT), (1, 2, 3)),
+    "adapters of one process": (Run(in_one_process, replace(HALF, how=How())), (1, 2, 3)),
     "an embedding": (Run(with_embedding), (2, 3)),
     "add_lora": (Run(own, HALF), (1, 2, 3)),
     "add_lora, zero.Init": (Run(own, HALF, partitioned=True), (3,)),
@@ -157,6 +163,7 @@ RESUMED: dict[str, tuple[Run, Sequence[int]]] = {
     "in bfloat16": (Run(stages=HALF, trainer={"bf16": True}), (1, 2, 3)),
     "add_lora": (Run(own, HALF), (1, 2, 3)),
     "a head": (Run(with_head, replace(HALF, how=How())), (2, 3)),
+    "adapters of one process": (Run(in_one_process, replace(HALF, how=How())), (2,)),
     "SGD": (Run(stages=HALF, optimizer=(SGD, {"lr": 1.0})), (2, 3)),
 }
 

@@ -208,7 +208,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if process_count() > 1 and not (training.ddp or is_zero or is_sharded(model)):
             raise ConfigurationError(
                 "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and "
-                "neither of the others shards it"
+                "none of the others shards it"
             )
         if state.global_step:
             self._load(state)
@@ -266,7 +266,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         training = self._training(kwargs)
         self._show_evaluated(training)
         if args.load_best_model_at_end:
-            # The loaded weights may be others, of other ranks, and so do metrics belong to the last ones.
+            # The loaded weights may be others, of other ranks; the metrics belong to the last ones.
             training.best_is_loaded()
             self.driver.progress.metrics = {}
         self.driver.finish(training)

@@ -26,7 +26,7 @@ from dynrank.driver.zero_importance import ZeroImportance
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.padded import LiveLayer, keep_shapes, live_copy, live_values
+from dynrank.layers.padded import LiveLayer, keep_shapes, live_copy, live_rank, live_values
 from dynrank.layers.peft_layers import record_ranks
 
 
@@ -63,8 +63,10 @@ class ZeroTraining(TrainerTraining):
 
     def find_ranks(self) -> None:
         """Take the ranks of the present weights; a collective call."""
-        with self.gathered():
-            self._record_ranks()
+        factors = self._tensors.whole()
+        for layer, lora_A, lora_B in zip(self._layers.values(), factors[::2], factors[1::2], strict=True):
+            layer.empty(live_rank(lora_A, lora_B, layer.num_products))
+        self._record_ranks()
 
     def best_is_loaded(self) -> None:
         super().best_is_loaded()
