@@ -125,7 +125,7 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the table; a check that has failed in a process has a row of its last line."""
     rows = []
     for name, found in results[0].items():
-        failures = [each[name] for each in results if isinstance(each[name], str)]
+        failures = [each[name] for each in results if isinstance(each.get(name), str)]
         if failures:
             rows.append({"run": name, "other": "FAILED: " + failures[0].strip().splitlines()[-1]})
             continue
