@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dynrank.distributed.processes import process_count
+from dynrank.distributed.processes import process_count, process_index
 from dynrank.layers.base import whole_shape
 
 # The one entry of the optimizer's state that is dynrank's.
@@ -61,24 +61,14 @@ class ZeroTensors:
         self._engine = engine
         self._whole = list(parameters)
         self._shapes = [*map(whole_shape, self._whole)]
-        self.optimizer: Optimizer = engine.optimizer.optimizer
-        self.shards = [self._shard(parameter) for parameter in self._whole]
-
-    def _shard(self, parameter: Any) -> Shard | None:
-        zero = self._engine.optimizer
-        if hasattr(parameter, "ds_id"):
-            number, start, count = zero.grad_position[zero.get_param_id(parameter)]
-            place = distributed.get_rank(parameter.ds_process_group) * count
-            # The last of the equal parts may end with padding.
-            count = min(count, max(0, parameter.ds_numel - place))
-            return Shard(zero.fp32_partitioned_groups_flat[number], start, place, count)
-        part = parameter._hp_mapping
-        if part is None:
-            return None
-        (flat,) = self.optimizer.param_groups[part.param_group_index]["params"]
-        return Shard(
-            flat, part.hp_fragment_address.start, part.lp_fragment_address.start, part.hp_fragment_address.numel
-        )
+        zero = engine.optimizer
+        self.optimizer: Optimizer = zero.optimizer
+        self.shards: list[Shard | None]
+        if hasattr(zero, "sub_group_to_group_id"):
+            self.shards = [_shard_of_sub_group(zero, parameter) for parameter in self._whole]
+        else:
+            places = _places(zero)
+            self.shards = [_shard_of_group(zero, *places[id(parameter)], parameter) for parameter in self._whole]
 
     def state(self) -> dict[str, Any]:
         """The optimizer's state of any parameter; empty before its first step."""
@@ -133,6 +123,32 @@ class ZeroTensors:
         for number, group in enumerate(zero.fp16_groups):
             groups[zero.sub_group_to_group_id[number]] += group
         return groups
+
+
+def _shard_of_sub_group(zero: Any, parameter: Any) -> Shard:
+    """ZeRO-3: each process has a part of the same size of each parameter, of which the last may end with padding."""
+    number, start, size = zero.grad_position[zero.get_param_id(parameter)]
+    place = process_index() * size
+    return Shard(zero.fp32_partitioned_groups_flat[number], start, place, min(size, max(0, parameter.ds_numel - place)))
+
+
+def _places(zero: Any) -> dict[int, tuple[int, int]]:
+    """ZeRO-1 and 2: {id of a parameter: (number of its param group, where it begins in the flattened group)}.
+
+    Not by DeepSpeed's functions for single parameters (safe_get_full_fp32_param): in 0.19.8 they read others if
+    ``round_robin_gradients`` has changed the order.
+    """
+    groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+    return {id(p): (number, place) for number, pair in enumerate(groups) for p, place in zip(*pair, strict=True)}
+
+
+def _shard_of_group(zero: Any, number: int, begin: int, parameter: nn.Parameter) -> Shard | None:
+    """ZeRO-1 and 2: the flattened group is cut into parts of the same size, wherever parameters begin and end."""
+    flat = zero.single_partition_of_fp32_groups[number]
+    first = process_index() * flat.numel()
+    start = max(begin, first)
+    size = min(begin + parameter.numel(), first + flat.numel()) - start
+    return Shard(flat, start - first, start - begin, size) if size > 0 else None
 
 
 class ZeroOptimizer(Optimizer):

@@ -42,16 +42,16 @@ class Engine:
         self.places = places
         self.flat = torch.nn.Parameter(torch.randn(end))
         inner = torch.optim.AdamW([self.flat], lr=1e-2)
-        self.optimizer = SimpleNamespace(optimizer=inner, bit16_groups=[self.factors])
+        self.optimizer = SimpleNamespace(
+            optimizer=inner,
+            bit16_groups=[self.factors],
+            round_robin_bit16_groups=[self.factors],
+            round_robin_bit16_offsets=[[place.start for place in places]],
+            single_partition_of_fp32_groups=[self.flat],
+        )
         with torch.no_grad():
             for factor, place in zip(self.factors, places, strict=True):
                 self.flat[place] = factor.flatten()
-                size = factor.numel()
-                factor._hp_mapping = SimpleNamespace(
-                    param_group_index=0,
-                    lp_fragment_address=SimpleNamespace(start=0, numel=size),
-                    hp_fragment_address=SimpleNamespace(start=place.start, numel=size),
-                )
 
     def step(self):
         self.flat.grad = torch.ones_like(self.flat)
