@@ -80,6 +80,12 @@ def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
     return _padded(torch.linalg.svdvals(r_b @ r_a.mT), lora_A.shape[0])
 
 
+def product_norm(lora_B: Tensor, lora_A: Tensor) -> float:
+    """The Frobenius norm of ``lora_B @ lora_A``, (O, R) and (R, I), computed in float64 without forming the product."""
+    r_b, r_a = _triangles(lora_B.double(), lora_A.double())
+    return float((r_b @ r_a.mT).norm())
+
+
 def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(torch.float64).eps) -> int:
     """How many singular values exceed the rounding error: ``sigma_i > largest_dim * eps * sigma_1``.
 

@@ -4,20 +4,24 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
+from dynrank.adapters.load import misfit
+from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
-from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
+from dynrank.adapters.write import rewrite_adapter
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
+from dynrank.layers.finding import modules_by_name
 from dynrank.linalg import finite
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
@@ -42,18 +46,26 @@ class Exported:
         rank: rank that the server reserves for every layer; None if each layer has its own.
         bytes: size of the written files.
         line: shell command that serves the adapter.
+        rounding: what was lost to the dtype that was asked for; None if none was.
     """
 
     out: Path
-    layers: dict[str, StoredLayer]
+    layers: dict[str, StoredLayer] = field(repr=False)
     rank: int | None
     bytes: int
     line: str
+    rounding: Rounding | None
 
 
 @checked_call
 def export_adapter(
-    source: str | Path, out: str | Path, *, to: Server, model: str | None = None, multiple: Count = 1
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Server,
+    model: str | None = None,
+    multiple: Count = 1,
+    dtype: torch.dtype | None = None,
 ) -> Exported:
     """Write the adapter in ``source`` to ``out`` so that a server computes the same function as PEFT.
 
@@ -68,6 +80,8 @@ def export_adapter(
             SGLang, TGI and LoRAX.
         model: folder, GGUF file or hub name of the base; None: as the adapter names it.
         multiple: the rank of "padded" is rounded up to a multiple of it.
+        dtype: dtype of the factors and heads: torch.float32, torch.bfloat16 or, only for "vllm", torch.float8_e4m3fn;
+            None: as stored, but float8 becomes bfloat16, which every server reads; a GGUF file is in float32.
 
     Returns:
         What was written, and how it is served.
@@ -90,6 +104,12 @@ def export_adapter(
         raise ConfigurationError(
             f'multiple goes with to="padded", got multiple={multiple} and to={to!r}', "multiple", "to"
         )
+    check_file_dtype(dtype)
+    if dtype == FLOAT8 and to != "vllm":
+        raise ConfigurationError(
+            f"dtype must be torch.float32 or torch.bfloat16 with to={to!r}, got {dtype}: only vLLM and PEFT read it",
+            "dtype",
+        )
     with open_adapter(source) as adapter:
         # PEFT also stores the unchanged base weight of an embedding that has LoRA; a server has it already.
         others = {
@@ -99,7 +119,9 @@ def export_adapter(
         }
         _refuse_misread(to, adapter, others)
         if to in ("gguf", "ollama"):
-            return _to_llama_cpp(adapter, out, base_name(adapter, model), ollama=to == "ollama")
+            return _to_llama_cpp(adapter, out, base_name(adapter, model), dtype, ollama=to == "ollama")
+        if dtype is None and adapter.float8:
+            dtype = torch.bfloat16
         rank = max(layer.rank for layer in adapter.layers.values())
         factors = _one_scaling(adapter)
         base = model or str(adapter.config.base_model_name_or_path or "BASE")
@@ -119,9 +141,10 @@ def export_adapter(
         targets = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
         listed = adapter.config.model_copy(update={"target_modules": targets})
         with new_adapter_folder(out, source) as folder:
-            rewrite_adapter(folder, replace(adapter, config=listed, others=others), factors)
+            power = _power(factors, adapter) if dtype == FLOAT8 else None
+            lost = rewrite_adapter(folder, replace(adapter, config=listed, others=others), factors, dtype, power)
         size = sum(file.stat().st_size for file in out.iterdir())
-        return Exported(out, dict(adapter.layers), rank, size, line)
+        return Exported(out, dict(adapter.layers), rank, size, line, lost)
 
 
 def base_name(adapter: Adapter, given: str | None) -> str:
@@ -145,6 +168,18 @@ def _config_of(base: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"transformers cannot read the config of {base!r}: {' '.join(str(error).split()):.500}"
         raise ConfigurationError(f"{what}; give another model", "model") from error
+
+
+def _misfits(config: Any, adapter: Adapter) -> list[str]:
+    """What does not fit between the layers of ``adapter`` and those of a model with ``config``."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    modules = modules_by_name(model)
+    # A model of another class, such as a classifier, may have other names.
+    found = (misfit(name, modules[name], layer) for name, layer in adapter.layers.items() if name in modules)
+    return [fault for fault in found if fault is not None]
 
 
 def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None:
@@ -180,13 +215,23 @@ def _one_scaling(adapter: Adapter) -> dict[str, Factors]:
     return found
 
 
+def _power(factors: Mapping[str, Factors], adapter: Adapter) -> int:
+    """The exponent for all layers, which keep one scaling, with which their factors fit float8."""
+    powers = (
+        power_of(*balanced(lora_B, lora_A, adapter.layers[name].experts))
+        for name, (lora_A, lora_B, _) in factors.items()
+    )
+    # The largest number of all is put 8 times higher than that of a layer with its own exponent, but below 448.
+    return min(min(powers) + 3, MOST_POWER)
+
+
 def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factors:
     """The same update at ``rank``: a program that divides alpha by the rows of each tensor needs one rank for all."""
     missing = rank - len(lora_A)
     return F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing)), scaling
 
 
-def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> Exported:
+def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, dtype: torch.dtype | None, *, ollama: bool) -> Exported:
     """A GGUF file for the base at ``origin``; or a folder with it and a Modelfile, for ``ollama create``."""
     # Names are of Ollama's own registry, not of the hub.
     if ollama and (not Path(origin).exists() or origin.endswith(".json")):
@@ -196,19 +241,21 @@ def _to_llama_cpp(adapter: Adapter, out: Path, origin: str, *, ollama: bool) -> 
         )
     config = _config_of(origin)
     names = gguf_names(config, adapter.layers)
+    faults = _misfits(config, adapter)
+    refuse_faults(f"the adapter {adapter.source!r} was not trained on {origin!r}", faults, "model")
     if not ollama:
         with new_file(out) as part:
-            write_gguf(part, adapter, config, names)
+            lost = write_gguf(part, adapter, config, names, dtype)
         base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
         line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
-        return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
+        return Exported(out, dict(adapter.layers), None, out.stat().st_size, line, lost)
     source = Path(adapter.source)
     text = modelfile(origin, read_inputs(source))
     check_free(out, source)
     with whole_or_nothing(out) as folder:
-        write_gguf(folder / "adapter.gguf", adapter, config, names)
+        lost = write_gguf(folder / "adapter.gguf", adapter, config, names, dtype)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     name = shlex.quote(out.absolute().name)
     size = sum(file.stat().st_size for file in out.iterdir())
     line = f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))} && ollama run {name}"
-    return Exported(out, dict(adapter.layers), None, size, line)
+    return Exported(out, dict(adapter.layers), None, size, line, lost)

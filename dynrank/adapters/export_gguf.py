@@ -10,11 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dynrank.adapters.precision import Rounded, Rounding, in_dtype, rounding
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.stored import refuse_faults
 from dynrank.errors import ConfigurationError
@@ -82,29 +81,40 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     return {layer: str(name) for layer, name in found.items()}
 
 
-def write_gguf(file: Path, adapter: Adapter, config: Any, names: Mapping[str, str]) -> None:
-    """Write ``adapter``, trained on a model with ``config``, to ``file`` in float32, with :func:`gguf_names`."""
-    from gguf import GGUFType, GGUFWriter, Keys
+def write_gguf(
+    file: Path, adapter: Adapter, config: Any, names: Mapping[str, str], dtype: torch.dtype | None = None
+) -> Rounding | None:
+    """Write ``adapter``, trained on a model with ``config``, to ``file``, with :func:`gguf_names`.
+
+    It is in float32, or in bfloat16 if that is the ``dtype``; returns what was lost to a ``dtype`` that is not None.
+    """
+    from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, Keys
 
     kind, moves = ARCHITECTURES[config.model_type]
     writer = GGUFWriter(file, kind)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
+    stored = dict[str, tuple[Rounded, float]]()
     for layer, name in names.items():
         lora_B, lora_A = adapter.factors(layer)
         lora_B = lora_B.double() * adapter.layers[layer].scaling
         order, heads = _MOVED.get(layer.rpartition(".")[2], (None, ""))
         if moves and order is not None:
             lora_B = lora_B[order(len(lora_B), getattr(config, heads))]
+        new = in_dtype(lora_B, lora_A, dtype or torch.float32)
+        stored[layer] = new, 1.0
         # llama.cpp looks up rows of an embedding, so it stores this factor transposed.
-        writer.add_tensor(f"{name}.weight.lora_a", _array(lora_A.T if name == "token_embd" else lora_A))
-        writer.add_tensor(f"{name}.weight.lora_b", _array(lora_B))
+        for part, factor in (("a", new.lora_A.T if name == "token_embd" else new.lora_A), ("b", new.lora_B)):
+            values = factor.contiguous()
+            # NumPy has no bfloat16, so its bytes are given.
+            narrow = dtype == torch.bfloat16
+            array = (values.view(torch.uint8) if narrow else values).numpy()
+            writer.add_tensor(
+                f"{name}.weight.lora_{part}", array, raw_dtype=GGMLQuantizationType.BF16 if narrow else None
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _array(factor: Tensor) -> NDArray[np.float32]:
-    return factor.float().contiguous().numpy()
+    return rounding(stored) if dtype is not None else None

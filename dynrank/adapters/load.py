@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dynrank.adapters.base import other_weights
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
-from dynrank.adapters.stored import FLOATS, refuse_faults
+from dynrank.adapters.stored import FLOATS, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
@@ -176,19 +176,26 @@ def _fitting_bases(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Mod
     faults = []
     for name, stored in adapter.layers.items():
         base = modules.get(name)
-        kind = layer_class(base) if base is not None else None
-        if base is None:
-            faults.append(f"the model has no module {name!r}")
-        elif kind is None:
-            faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
-        elif (ours := (kind.num_products_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
-            theirs = shape_of_update(stored.experts, *stored.shape)
-            faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
-        else:
+        fault = f"the model has no module {name!r}" if base is None else misfit(name, base, stored)
+        if fault is not None:
+            faults.append(fault)
+        elif base is not None:
             # This raises if factors are not finite, before a layer that is made freezes its base.
             adapter.factors(name)
             bases[name] = base
     return bases, faults
+
+
+def misfit(name: str, base: nn.Module, stored: StoredLayer) -> str | None:
+    """Why a stored layer cannot be on the module of its name; None: it can."""
+    kind = layer_class(base)
+    if kind is None:
+        return f"{name!r} is a {type(base).__name__}, which cannot have LoRA"
+    ours = (kind.num_products_of(base), *kind.shape_of(base))
+    if ours == (stored.experts, *stored.shape):
+        return None
+    theirs = shape_of_update(stored.experts, *stored.shape)
+    return f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter"
 
 
 def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[dict[str, Tensor], list[str]]:

@@ -4,17 +4,27 @@ PEFT stores the factors of stacked parameters (``target_parameters``) under nest
 first parameter is innermost: ``experts.base_layer.lora_A`` belongs to ``experts.gate_up_proj`` and ``experts.lora_A``
 to ``experts.down_proj``. The files do not name the parameters. In all classes of transformers the down projection
 comes last.
+
+Factors in float8 were multiplied by a power of two, which the alpha of their layer undoes (:mod:`.precision`). The
+metadata names these powers, so that here both are as they were before, and training goes on with steps of the same
+size. Without the metadata, the update is the same.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.packed import PACKED_FILE, PackedFile
+from dynrank.adapters.precision import MOST_POWER
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
     StoredAdapter,
@@ -23,13 +33,17 @@ from dynrank.adapters.stored import (
     numbers_as_such,
     opened,
     read_json,
+    readable,
     refuse_faults,
     stored_tensor,
 )
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, read_as
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# In the metadata of the file: {layer: exponent of the power of two by which its factors were multiplied}, as JSON.
+POWERS = "dynrank.powers"
+_Power = Annotated[int, Field(strict=True, ge=-MOST_POWER, le=MOST_POWER)]
 _INSIDE = ".base_layer"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
@@ -66,16 +80,28 @@ def read_adapter(path: str | Path) -> Adapter:
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
     """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
     folder = Path(path)
-    weights = folder / WEIGHTS_FILE
+    weights = weights_file(folder)
     config = read_json(AdapterConfig, folder / CONFIG_FILE)
     if not weights.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
         )
-    with opened(weights) as file:
+    with opened(weights) as raw:
+        file = PackedFile(raw, weights) if weights.name == PACKED_FILE else raw
         factors, others = _sorted_keys(file.keys(), config, folder)
         layers = _checked_layers(file, factors, others, config, folder)
-        yield Adapter(str(folder), layers, others, partial(stored_tensor, file, path=weights), config)
+        powers = _powers(file.metadata() or {}, layers, weights)
+        tensor = partial(stored_tensor, file, path=weights)
+        if powers:
+            tensor = partial(_divided, tensor, {key: powers[name] for name in powers for key in layers[name].keys})
+            layers |= {name: _multiplied(layers[name], 4.0**power) for name, power in powers.items()}
+        yield Adapter(str(folder), layers, others, tensor, config)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with an adapter's tensors: PEFT's, or if there is none, a packed one if there is one."""
+    packed = folder / PACKED_FILE
+    return packed if packed.is_file() and not (folder / WEIGHTS_FILE).exists() else folder / WEIGHTS_FILE
 
 
 def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:
@@ -131,6 +157,26 @@ def _checked_layers(
             faults.append(f"{name!r} {fault}")
     refuse_faults(f"the adapter {str(folder)!r} cannot be used", faults)
     return layers
+
+
+def _powers(metadata: Mapping[str, str], layers: Iterable[str], weights: Path) -> dict[str, int]:
+    """{layer: exponent of the power of two in its factors}, for the layers that have one."""
+    if POWERS not in metadata:
+        return {}
+    where = f"{POWERS} in the metadata of {str(weights)!r}"
+    with readable(where):
+        content = json.loads(metadata[POWERS])
+    powers = read_as(dict[str, _Power], content, where)
+    refuse_faults(f"{where} must be of the file's layers", [f"got {name!r}" for name in powers if name not in layers])
+    return powers
+
+
+def _divided(tensor: Callable[[str], Tensor], powers: Mapping[str, int], key: str) -> Tensor:
+    return tensor(key) * 2.0 ** -powers[key] if key in powers else tensor(key)
+
+
+def _multiplied(layer: StoredLayer, factor: float) -> StoredLayer:
+    return replace(layer, alpha=layer.alpha * factor, scaling=layer.scaling * factor)
 
 
 def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:

@@ -1,20 +1,19 @@
 """Saving adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
-import json
 import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
-from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter, wrapper_names
-from dynrank.adapters.stored import Factors
+from dynrank.adapters.precision import Rounded, Rounding, check_file_dtype, head_in, in_dtype, rounding
+from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, open_adapter, wrapper_names
+from dynrank.adapters.write import rewrite_adapter, write_adapter
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
@@ -26,7 +25,6 @@ from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
-from dynrank.output.whole_file import os_errors, whole_file
 from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import peft_ranks
 
@@ -34,7 +32,7 @@ from dynrank.rank_map import peft_ranks
 _TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
+def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> Rounding | None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
     Each layer keeps its own rank. For a server that reads only one rank for all, see :func:`dynrank.export_adapter`.
@@ -45,6 +43,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             are saved whole (PEFT's ``modules_to_save``). If get_peft_model has returned the model, its active adapter
             is saved as save_pretrained would.
         path: folder to write to; made if missing.
+        dtype: torch.float32, torch.bfloat16 or torch.float8_e4m3fn; None: as in the model. PEFT loads all three. In
+            float8 the factors of a layer are balanced and multiplied by a power of two, which its alpha undoes, and
+            heads are in bfloat16. dynrank undoes both when it reads; PEFT trains on with smaller steps of the update.
+
+    Returns:
+        How far the stored updates are from the model's; None without a ``dtype``.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, or a value is not finite in float32.
@@ -56,25 +60,23 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     >>> {name: layer.rank for name, layer in dynrank.read_adapter(folder).layers.items()}
     {'0': 4}
     """
+    check_file_dtype(dtype)
     model = uncompiled(model)
     with live_values(model):
-        _save(model, path)
+        if peft_layers(model):
+            return _save_wrapped(model, Path(path), dtype)
+        return _save_own(model, Path(path), dtype)
 
 
-def _save(model: nn.Module, path: str | Path) -> None:
-    if peft_layers(model):
-        _save_wrapped(model, Path(path))
-        return
+def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
+    """Write dynrank's layers and the heads of ``model``."""
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
     of_parameters = [name for name, layer in layers.items() if isinstance(layer, LoRAParameter)]
     places = wrapper_names(of_parameters)
-    tensors = dict[str, Tensor]()
-    for name, layer in layers.items():
-        place = places.get(name, name)
-        tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer).items()}
     heads = trained_heads(model, layers)
+    whole = dict[str, Tensor]()
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
             raise ConfigurationError(
@@ -82,8 +84,17 @@ def _save(model: nn.Module, path: str | Path) -> None:
                 "cannot store; freeze the parameter before save_adapter, or save it yourself"
             )
         values = model.get_submodule(head).state_dict()
-        tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
-    _check_finite(tensors)
+        whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
+    factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
+    _check_finite(factors | whole)
+    stored = {} if dtype is None else _stored(layers, dtype)
+    tensors = {
+        f"{places.get(name, name)}.{key}": value
+        for name, layer in layers.items()
+        for key, value in _to_peft(layer, stored.get(name, layer)).items()
+    }
+    tensors |= {name: value if dtype is None else head_in(value, dtype) for name, value in whole.items()}
+    powers = {name: new.power for name, new in stored.items() if new.power}
     cls = plain_class(model)
     base_class = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     config = {
@@ -94,7 +105,7 @@ def _save(model: nn.Module, path: str | Path) -> None:
         # PEFT's AutoPeftModel and ``dynrank merge`` read the class.
         "auto_mapping": base_class if hasattr(model, "config") else None,
         "inference_mode": True,
-        **peft_ranks({name: (layer.rank, layer.alpha) for name, layer in layers.items()}),
+        **peft_ranks({name: (of.rank, of.alpha * 4.0 ** -powers.get(name, 0)) for name, of in layers.items()}),
         # Beside target_parameters PEFT refuses any other dropout.
         "lora_dropout": 0.0 if of_parameters else max(layer.dropout.p for layer in layers.values()),
         "target_modules": target_modules(model, [name for name in layers if name not in places]),
@@ -104,39 +115,11 @@ def _save(model: nn.Module, path: str | Path) -> None:
     }
     _warn_of_misread(model, [name for name in layers if name not in places], heads)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    write_adapter(Path(path), own, config)
+    write_adapter(folder, own, config, powers)
+    return rounding({name: (new, layers[name].scaling) for name, new in stored.items()}) if stored else None
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = whole_file(folder / WEIGHTS_FILE)
-    settings_file = whole_file(folder / CONFIG_FILE)
-    with weights as weights_part, settings_file as config_part, os_errors(folder):
-        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), weights_part, metadata={"format": "pt"})
-        # By default only the owner can read a file of safetensors.
-        weights_part.chmod(config_part.stat().st_mode)
-
-
-def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept."""
-    tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
-    settings = {}
-    for name, (lora_A, lora_B, scaling) in factors.items():
-        layer = adapter.layers[name]
-        rows = len(lora_A)
-        tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
-        tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
-        settings[name] = rows // layer.experts, scaling * (rows // layer.experts)
-    config = adapter.config.model_dump(exclude_unset=True) | peft_ranks(settings)
-    # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
-    if config.get("init_lora_weights") == "orthogonal":
-        config["init_lora_weights"] = True
-    write_adapter(folder, tensors, config)
-
-
-def _save_wrapped(model: nn.Module, folder: Path) -> None:
+def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
     """Write the active adapter of PEFT's ``model``."""
     # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
     from peft import PeftModel
@@ -150,11 +133,21 @@ def _save_wrapped(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
+        if dtype is not None:
+            return _written_again(next(Path(place).rglob(CONFIG_FILE)).parent, folder, dtype)
         # PEFT writes an adapter that is not named "default" to a folder of its name.
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (written,) = Path(place).rglob(name)
             written.chmod(folder.stat().st_mode & 0o666)
             os.replace(written, folder / name)
+    return None
+
+
+def _written_again(source: Path, folder: Path, dtype: torch.dtype) -> Rounding | None:
+    """Write the adapter in ``source`` to ``folder`` in ``dtype``."""
+    with open_adapter(source) as adapter:
+        factors = {name: (*adapter.factors(name)[::-1], layer.scaling) for name, layer in adapter.layers.items()}
+        return rewrite_adapter(folder, adapter, factors, dtype)
 
 
 def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collection[str]) -> None:
@@ -196,9 +189,18 @@ def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str
     return list(layers)
 
 
-def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
-    lora_A = layer.lora_A
-    lora_B = layer.lora_B
+def _stored(layers: Mapping[str, LoRALayer], dtype: torch.dtype) -> dict[str, Rounded]:
+    """{layer: its factors in ``dtype``}."""
+    return {
+        name: in_dtype(layer.lora_B.detach().cpu(), layer.lora_A.detach().cpu(), dtype, layer.num_products)
+        for name, layer in layers.items()
+    }
+
+
+def _to_peft(layer: LoRALayer, factors: LoRALayer | Rounded) -> dict[str, Tensor]:
+    """{last part of a key: one of the factors, as PEFT has it for such a layer}."""
+    lora_A = factors.lora_A
+    lora_B = factors.lora_B
     if isinstance(layer, LoRAEmbedding):
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
     if isinstance(layer, LoRAConv2d):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, LayerSettings
+from dynrank.adapters.precision import Rounded, Rounding, in_dtype, rounding
 from dynrank.adapters.stored import (
     Factors,
     StoredAdapter,
@@ -105,9 +106,13 @@ def open_file(path: Path) -> Iterator[SingleFile]:
         yield SingleFile(str(path), layers, others, tensor, alphas, configs, metadata)
 
 
-def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -> None:
-    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept.
+def rewrite_file(
+    path: Path, file: SingleFile, factors: Mapping[str, Factors], dtype: torch.dtype | None = None
+) -> Rounding | None:
+    """Write ``file`` with other factors; keys, other tensors and metadata are kept.
 
+    The factors are written in ``dtype``, and what is lost to it is returned; None: each in its own dtype, or in
+    bfloat16 if that has 8 bits, since the one alpha of all layers cannot undo a power of two for each.
     Ranks and hashes that kohya's tools have written into the metadata are left out.
     All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
     it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
@@ -126,19 +131,28 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
             alpha = _alpha(value)
         except ValueError as fault:
             raise ConfigurationError(f"the one alpha of all layers of {file.source!r} {fault}") from None
+    stored = dict[str, tuple[Rounded, float]]()
     for name, (lora_A, lora_B, scaling) in factors.items():
-        fold = scaling / (alpha / ranks[name] if file.alphas else 1.0)
-        for key, factor in zip(file.layers[name].keys, (lora_A, lora_B * fold), strict=True):
+        layer = file.layers[name]
+        of_file = alpha / ranks[name] if file.alphas else 1.0
+        pair = {"A": lora_A, "B": lora_B * (scaling / of_file)}
+        if dtype is not None:
+            new = in_dtype(pair["B"], pair["A"], dtype)
+            stored[name] = new, of_file
+            pair = {"A": new.lora_A, "B": new.lora_B}
+        for key, (factor, values) in zip(layer.keys, pair.items(), strict=True):
             old = file.tensor(key)
-            sizes = (ranks[name], *old.shape[1:]) if factor is lora_A else (len(old), ranks[name], *old.shape[2:])
-            tensors[key] = factor.to(old.dtype).reshape(sizes).contiguous()
+            sizes = (ranks[name], *old.shape[1:]) if factor == "A" else (len(old), ranks[name], *old.shape[2:])
+            kind = dtype or (torch.bfloat16 if layer.float8 else old.dtype)
+            tensors[key] = values.to(kind).reshape(sizes).contiguous()
             if not finite(tensors[key]):
-                raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
+                raise ConfigurationError(f"{name!r} is too large for {kind} with its scaling in {key!r}")
     metadata = {key: text for key, text in file.metadata.items() if key not in _STALE}
     if file.configs:
         metadata[DIFFUSERS] = _diffusers_metadata(file, ranks)
     with os_errors(path):
         save_file(tensors, path, metadata=metadata or None)
+    return rounding(stored) if stored else None
 
 
 def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

@@ -1,24 +1,29 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import floor
 from pathlib import Path
+from statistics import mean
 
 import torch
+from rich.table import Table
 
 from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.precision import FLOAT8, FileDtype, Rounding, check_file_dtype
 from dynrank.adapters.read import Adapter, open_stored
-from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer
+from dynrank.adapters.write import rewrite_adapter
 from dynrank.change.reports import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, products, stacked, truncate_product
+from dynrank.output.console import empty_table, span, table_text
 from dynrank.output.output_folder import new_file
+from dynrank.output.ranks import change_table, layer_kinds
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 
@@ -44,8 +49,58 @@ class LayerSpectrum(StoredLayer):
         return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
 
 
-def inspect(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a stored LoRA, ordered by name, with the singular values of their updates.
+class Spectra(list[LayerSpectrum]):
+    """The layers of a stored adapter; shown in an interactive session, they are a table with a line for each kind."""
+
+    def table(self) -> Table:
+        """A table of rich; for ``rich.print``."""
+        headings = ("count", "rank", "alpha", "sigma max", "90% energy (mean)", "effective rank (mean)", "parameters")
+        table = empty_table("LoRA layers of the adapter", "layers", *headings)
+        kinds = layer_kinds(layer.layer for layer in self)
+        for kind in dict.fromkeys(kinds.values()):
+            table.add_row(kind, *_cells([layer for layer in self if kinds[layer.layer] == kind]))
+        table.add_section()
+        table.add_row("all", *_cells(self))
+        return table
+
+    def __repr__(self) -> str:
+        return table_text(self.table()) if self else "[]"
+
+
+def _cells(layers: Sequence[LayerSpectrum]) -> tuple[str, ...]:
+    alphas = sorted({layer.alpha for layer in layers})
+    return (
+        str(len(layers)),
+        span([layer.rank for layer in layers]),
+        "-".join(f"{alpha:g}" for alpha in dict.fromkeys((alphas[0], alphas[-1]))),
+        f"{max(layer.singular_values[0] for layer in layers):.3g}",
+        f"{mean(layer.energy_rank(0.9) for layer in layers):.1f}",
+        f"{mean(layer.effective_rank for layer in layers):.1f}",
+        f"{sum(layer.parameters for layer in layers):,}",
+    )
+
+
+class Squeezed(list[LayerReport]):
+    """What was squeezed in each layer; shown in an interactive session, it is a table with a line for each kind.
+
+    Attributes:
+        rounding: what was lost to the dtype of the new files; None if they have the dtypes of the old ones.
+    """
+
+    def __init__(self, reports: Iterable[LayerReport], rounding: Rounding | None) -> None:
+        super().__init__(reports)
+        self.rounding = rounding
+
+    def table(self) -> Table:
+        """A table of rich; for ``rich.print``."""
+        return change_table("squeezed adapter", self, {layer.layer: layer.rank_after for layer in self})
+
+    def __repr__(self) -> str:
+        return table_text(self.table()) if self else "[]"
+
+
+def inspect(path: str | Path) -> Spectra:
+    """The layers of a stored LoRA, ordered by name, with the singular values of their updates, as a list.
 
     Neither a model nor PEFT is needed, and one layer is in memory at a time.
 
@@ -71,7 +126,7 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
         for name, stored in adapter.layers.items():
             values = tuple(adapter.singular_values(name).tolist())
             spectra.append(LayerSpectrum(**vars(stored), layer=name, singular_values=values))
-        return spectra
+        return Spectra(spectra)
 
 
 def squeeze(
@@ -81,18 +136,21 @@ def squeeze(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
-) -> list[LayerReport]:
-    """Write the adapter in ``source`` to ``out`` with lower ranks.
+    dtype: FileDtype | None = None,
+) -> Squeezed:
+    """Write the adapter in ``source`` to ``out`` with lower ranks, or with fewer bits.
 
     Each layer gets its best approximation in the Frobenius norm. Scaling is kept, so alpha changes with the rank, and
-    rsLoRA becomes plain LoRA with the same scaling. Layers whose rank does not change keep their factors bit for bit,
-    and so do all other tensors (modules_to_save). Dtypes and all other settings are kept; tokenizer files and label
-    names are copied. Memory use is the new adapter and one pair of old factors. ``out`` is written whole or not at all.
+    rsLoRA becomes plain LoRA with the same scaling. Without a ``dtype``, layers whose rank does not change keep their
+    factors bit for bit, and so do all other tensors (modules_to_save). All other settings are kept; tokenizer files and
+    label names are copied. Memory use is the new adapter and one pair of old factors. ``out`` is written whole or not
+    at all.
 
-    A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes. Its other layers (LoHa,
+    A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes (float8 becomes bfloat16),
+    or in ``dtype``, which may not be float8, since such a file has one alpha for all layers. Its other layers (LoHa,
     LoKr, DoRA) are copied. All layers get the same alpha.
 
-    Give exactly one of ``rank``, ``energy`` and ``budget``.
+    Give one of ``rank``, ``energy`` and ``budget``; or a ``dtype`` alone, to keep the ranks.
 
     Args:
         source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or of the run that made
@@ -102,9 +160,13 @@ def squeeze(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
+        dtype: dtype of the new files, see :func:`dynrank.save_adapter`; "nf4": codes of 4 bits (arXiv:2305.14314) with
+            a least-squares scale for each 64, about a seventh of float32, which change the update by about 12%. All of
+            dynrank reads them as they lie; others read them after a squeeze to torch.float32. None: as stored.
 
     Returns:
-        A report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``, ``energy_kept``, …
+        A list with a report for each layer, unchanged ones included: ``layer``, ``rank_before``, ``rank_after``,
+        ``energy_kept``, …; and ``rounding``, what was lost to ``dtype``.
 
     Raises:
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
@@ -116,9 +178,13 @@ def squeeze(
     >>> [(layer.rank_before, layer.rank_after) for layer in squeeze(f"{folder}/adapter", f"{folder}/small", rank=2)]
     [(4, 2)]
     """
+    check_file_dtype(dtype, packed=True)
     with open_stored(adapter_folder(Path(source))) as adapter:
-        ranks = _ranks(adapter, _target(adapter, rank, energy, budget))
-        return _write(adapter, ranks, Path(out))
+        if dtype is not None and rank is None and energy is None and budget is None:
+            ranks = {name: layer.rank for name, layer in adapter.layers.items()}
+        else:
+            ranks = _ranks(adapter, _target(adapter, rank, energy, budget))
+        return _write(adapter, ranks, Path(out), dtype)
 
 
 def _target(adapter: StoredAdapter, rank: int | None, energy: float | None, budget: int | float | str | None) -> Target:
@@ -126,7 +192,10 @@ def _target(adapter: StoredAdapter, rank: int | None, energy: float | None, budg
     options = {"rank": rank, "energy": energy, "budget": budget}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     if len(given) != 1:
-        raise ConfigurationError(f"give one of rank, energy and budget, got {', '.join(given) or 'none'}", *options)
+        got = ", ".join(given) or "none"
+        raise ConfigurationError(
+            f"give one of rank, energy and budget, got {got}; a dtype alone keeps the ranks", *options
+        )
     if energy is not None and not 0 < energy <= 1:
         raise ConfigurationError(f"energy must be a share in (0, 1], got {energy}", "energy")
     if rank is not None:
@@ -167,28 +236,42 @@ def _ranks(adapter: StoredAdapter, target: Target) -> dict[str, int]:
     return dict(target.ranks(states))
 
 
-def _write(adapter: Adapter | SingleFile, ranks: Mapping[str, int], out: Path) -> list[LayerReport]:
+def _write(adapter: Adapter | SingleFile, ranks: Mapping[str, int], out: Path, dtype: FileDtype | None) -> Squeezed:
     """Write ``adapter`` to ``out`` with ``ranks``; returns a report for each layer."""
     if not isinstance(adapter, SingleFile):
         with new_adapter_folder(out, Path(adapter.source)) as folder:
-            factors, reports = _squeezed(adapter, ranks)
-            rewrite_adapter(folder, adapter, factors)
-        return reports
+            factors, reports = _squeezed(adapter, ranks, dtype)
+            lost = rewrite_adapter(folder, adapter, factors, dtype)
+        return Squeezed(reports, lost)
+    if isinstance(dtype, str) or dtype == FLOAT8:
+        raise ConfigurationError(
+            f"dtype must be torch.float32 or torch.bfloat16 for a file of diffusers, kohya or ComfyUI, got {dtype}",
+            "dtype",
+        )
     if out.suffix != SUFFIX:
         raise ConfigurationError(f"out must be a new file, NAME{SUFFIX}, got {str(out)!r}", "out")
     with new_file(out) as file:
-        factors, reports = _squeezed(adapter, ranks)
-        rewrite_file(file, adapter, factors)
-    return reports
+        factors, reports = _squeezed(adapter, ranks, dtype)
+        lost = rewrite_file(file, adapter, factors, dtype)
+    return Squeezed(reports, lost)
 
 
-def _squeezed(adapter: StoredAdapter, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], list[LayerReport]]:
-    """({layer: new factors}, a report for each layer); one pair of old factors is in memory at a time."""
+def _squeezed(
+    adapter: StoredAdapter, ranks: Mapping[str, int], dtype: FileDtype | None
+) -> tuple[dict[str, Factors], list[LayerReport]]:
+    """({layer: new factors}, a report for each layer); one pair of old factors is in memory at a time.
+
+    For a new ``dtype`` the factors are at least float32, so that they are rounded only once.
+    """
     factors = {}
     reports = []
     for name, rank in ranks.items():
         layer = adapter.layers[name]
         lora_B, lora_A = adapter.factors(name)
+        if dtype is not None:
+            wide = torch.promote_types(lora_A.dtype, torch.float32)
+            lora_B = lora_B.to(wide)
+            lora_A = lora_A.to(wide)
         if rank < layer.rank:
             pairs = products(lora_B, lora_A, layer.experts)
             change = stacked([truncate_product(b, a, rank) for b, a in pairs])

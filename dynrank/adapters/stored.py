@@ -17,6 +17,8 @@ from dynrank.linalg import finite, pooled, products, singular_values, stacked, t
 
 T = TypeVar("T")
 
+# Torch computes little with numbers of 8 bits, so these are read as float32.
+FLOAT8S = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
 Factors = tuple[Tensor, Tensor, float]
@@ -37,6 +39,7 @@ class StoredLayer:
         scaling: factor of ``lora_B @ lora_A`` in the update.
         experts: how many products of this rank and shape the factors stack, see :func:`dynrank.linalg.split`.
         stored_rank: rank of the stored factors, which may be above ``rank``.
+        float8: whether a factor is stored in a dtype of 8 bits.
     """
 
     keys: tuple[str, str]
@@ -47,6 +50,7 @@ class StoredLayer:
     scaling: float
     experts: int = field(default=1, kw_only=True)
     stored_rank: int = field(kw_only=True)
+    float8: bool = field(default=False, kw_only=True)
 
     @property
     def params_per_rank(self) -> int:
@@ -74,6 +78,11 @@ class StoredAdapter:
     layers: Mapping[str, StoredLayer]
     others: Mapping[str, str]
     tensor: Callable[[str], Tensor]
+
+    @property
+    def float8(self) -> bool:
+        """Whether factors are stored in a dtype of 8 bits."""
+        return any(layer.float8 for layer in self.layers.values())
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer; the products of experts are stacked."""
@@ -132,9 +141,10 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
+    """The tensor of a key in a file from :func:`opened`; one of 8 bits as float32."""
     with readable(f"{key!r} in {str(path)!r}"):
         tensor: Tensor = file.get_tensor(key)
-    return tensor
+    return tensor.float() if tensor.dtype in FLOAT8S.values() else tensor
 
 
 def refuse_faults(what: str, faults: Sequence[str], *arguments: str, advice: str = "") -> None:
@@ -165,9 +175,9 @@ def checked_layer(
     of_B = file.get_slice(pair["B"])
     shape_A = of_A.get_shape()
     shape_B = of_B.get_shape()
-    for dtype in (of_A.get_dtype(), of_B.get_dtype()):
-        if dtype not in FLOATS:
-            raise ValueError(f"must have factors of {[*FLOATS]}, got {dtype}")
+    dtypes = {of_A.get_dtype(), of_B.get_dtype()}
+    for dtype in dtypes - {*FLOATS, *FLOAT8S}:
+        raise ValueError(f"must have factors of {[*FLOATS, *FLOAT8S]}, got {dtype}")
     if len(shape_A) < 2 or len(shape_B) < 2 or torch.Size(shape_B[1:]).numel() != shape_A[0] or 0 in shape_A + shape_B:
         raise ValueError(f"must have factors (rank, d_in) and (d_out, rank), got {shape_A} and {shape_B}")
     rank, alpha, scaling = settings or (shape_A[0], float(shape_A[0]), 1.0)
@@ -176,7 +186,9 @@ def checked_layer(
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
     d_out = shape_B[0]
     d_in = torch.Size(shape_A[1:]).numel()
-    sizes = {"experts": experts, "stored_rank": rank}
     return StoredLayer(
-        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, **sizes
+        *((pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling),
+        experts=experts,
+        stored_rank=rank,
+        float8=not dtypes.isdisjoint(FLOAT8S),
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dynrank.change.directions import LayerDirections
@@ -66,12 +67,13 @@ class Change:
         *,
         balanced: Collection[str],
         in_first: bool = False,
+        group: ProcessGroup | None = None,
     ) -> Change:
         """Check and compute the change to the ranks that ``plan`` returns; nothing changes yet.
 
         ``balanced`` are the layers that get balanced factors although they keep their rank, unless a layer grows. The
-        other arguments are those of :func:`dynrank.resize`. With ``in_first``, process 0 plans and computes, and all
-        processes get its numbers; this is a collective call.
+        other arguments are those of :func:`dynrank.resize`. With ``in_first``, process 0 of ``group`` plans and
+        computes, and all its processes get its numbers; this is a collective call.
         """
 
         def parts() -> tuple[Factors, States, list[LayerReport]]:
@@ -79,7 +81,7 @@ class Change:
 
         # DDP keeps a whole model on one device.
         device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
-        return cls(adapters, *(from_first(parts, device=device) if in_first else parts()))
+        return cls(adapters, *(from_first(parts, group, device=device) if in_first else parts()))
 
     def apply(self) -> None:
         """Make the change by assignments; call it within :func:`dynrank.change.interrupts.uninterrupted`."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dynrank.errors import described
 from dynrank.linalg import energy_kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerReport:
     """The effect of a change of rank on one layer.
 
@@ -32,15 +33,33 @@ class LayerReport:
     rank_after: int
     energy_kept: float
     predicted_error: float
-    singular_values: tuple[float, ...]
+    singular_values: tuple[float, ...] = field(repr=False)
     params_per_rank: int
     importance: float | None = None
     importance_error: float | None = None
+
+    __repr__ = described
 
     @property
     def parameters_saved(self) -> int:
         """How many trainable parameters the change removes (negative for growth)."""
         return (self.rank_before - self.rank_after) * self.params_per_rank
+
+    @property
+    def score(self) -> float | None:
+        """What the rank of the layer in a pool is in proportion to: its importance, at least 0, plus the error."""
+        if self.importance is None or self.importance_error is None:
+            return None
+        return score(self.importance, self.importance_error)
+
+
+def score(importance: float, error: float) -> float:
+    """What the ranks of a pool are in proportion to; the error leaves a chance to a layer that noise may have hidden.
+
+    >>> score(0.5, 0.25), score(-0.5, 0.25)
+    (0.75, 0.25)
+    """
+    return max(importance, 0.0) + error
 
 
 def report_of(name: str, rank: int, values: Tensor, params_per_rank: int) -> LayerReport:

@@ -1,6 +1,7 @@
-"""Exchange of values and tensors between the processes of a training run (torch's default group), and their comparison.
+"""Exchange of values and tensors between the processes of a training run, and their comparison.
 
-Every function is collective: all processes must call it, in the same order. In a single process nothing is sent.
+Every function is collective: all processes of ``group`` must call it, in the same order. In a single process nothing is
+sent. ``group`` None is torch's default group, all processes. Numbers of processes are those within the group.
 """
 
 import io
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -20,17 +22,22 @@ from dynrank.layers.finding import lora_layers
 T = TypeVar("T")
 
 
-def process_count() -> int:
+def process_count(group: ProcessGroup | None = None) -> int:
     """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def process_index() -> int:
+def process_index(group: ProcessGroup | None = None) -> int:
     """The number of this process, from 0."""
-    return distributed.get_rank() if process_count() > 1 else 0
+    return distributed.get_rank(group) if process_count(group) > 1 else 0
 
 
-def from_first(make: Callable[[], T], *, device: torch.device | None = None) -> T:
+def _first(group: ProcessGroup | None) -> int:
+    """The number among all processes of the first of ``group``."""
+    return 0 if group is None else distributed.get_global_rank(group, 0)
+
+
+def from_first(make: Callable[[], T], group: ProcessGroup | None = None, *, device: torch.device | None = None) -> T:
     """The result of ``make``, which runs only in process 0; an error there is raised in all processes.
 
     The result is pickled, but its tensors on ``device`` (this process's own) are sent as they are, so that no second
@@ -38,24 +45,24 @@ def from_first(make: Callable[[], T], *, device: torch.device | None = None) -> 
     the other processes, so that none of them waits forever. Instead of an error that cannot be pickled, they raise a
     RuntimeError with its text.
     """
-    if process_count() == 1:
+    if process_count(group) == 1:
         return make()
     result = failure = None
     outcome = [b""]
     tensors: list[Tensor] = []
-    if process_index() == 0:
+    if process_index(group) == 0:
         try:
             result = make()
             outcome = [_pickled(result, device, tensors)]
         except BaseException as error:
             failure = error
             outcome = [_pickled_error(error)]
-    distributed.broadcast_object_list(outcome, src=0)
-    if process_index() > 0:
+    distributed.broadcast_object_list(outcome, src=_first(group), group=group)
+    if process_index(group) > 0:
         result, failure = _Unpickler(outcome[0], device, tensors).load()
     if failure is not None:
         raise failure
-    copy_from_first(tensors)
+    copy_from_first(tensors, group)
     return result  # type: ignore[return-value]
 
 
@@ -103,58 +110,60 @@ def _pickled_error(error: BaseException) -> bytes:
     return outcome
 
 
-def from_all(value: T) -> list[T]:
+def from_all(value: T, group: ProcessGroup | None = None) -> list[T]:
     """``value`` of every process, in the order of their numbers; values are pickled as in :func:`from_first`."""
-    if process_count() == 1:
+    if process_count(group) == 1:
         return [value]
-    values: list[Any] = [None] * process_count()
-    distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * process_count(group)
+    distributed.all_gather_object(values, value, group=group)
     return values
 
 
-def mean_over_processes(value: float) -> float:
+def mean_over_processes(value: float, group: ProcessGroup | None = None) -> float:
     """The mean of every process's ``value``, exactly equal in all processes."""
-    values = from_all(value)
+    values = from_all(value, group)
     return sum(values) / len(values)
 
 
 @torch.no_grad()
-def copy_from_first(tensors: Iterable[Tensor]) -> None:
+def copy_from_first(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
     """Copy the values of ``tensors`` in process 0 to all processes; shapes must be equal."""
-    if process_count() > 1:
+    if process_count(group) > 1:
         for tensor in tensors:
-            distributed.broadcast(tensor, src=0)
+            distributed.broadcast(tensor, src=_first(group), group=group)
 
 
 @torch.no_grad()
-def average_over_processes(tensors: Iterable[Tensor]) -> None:
+def average_over_processes(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
     """Replace each of ``tensors`` by its mean over all processes, in one message for each device and dtype."""
-    if process_count() == 1:
+    if process_count(group) == 1:
         return
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for alike in kinds.values():
         message = torch.cat([tensor.flatten() for tensor in alike])
-        distributed.all_reduce(message)
-        means = torch.split(message.div_(process_count()), [tensor.numel() for tensor in alike])
+        distributed.all_reduce(message, group=group)
+        means = torch.split(message.div_(process_count(group)), [tensor.numel() for tensor in alike])
         for tensor, mean in zip(alike, means, strict=True):
             tensor.copy_(mean.view_as(tensor))
 
 
-def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str) -> None:
+def check_processes(
+    model: nn.Module, optimizers: Iterable[Optimizer], when: str, group: ProcessGroup | None = None
+) -> None:
     """Compare the digest of every adapter, and of its optimizer state, in all processes; a collective call.
 
     Other trained parameters that are whole in every process (a head) are compared, too; shards are not.
     """
-    if process_count() == 1:
+    if process_count(group) == 1:
         return
     optimizers = list(optimizers)
     mine = {
         name: (digest(parameters), digest([sorted(o.state.get(p, {}).items()) for o in optimizers for p in parameters]))
         for name, parameters in _trained(model).items()
     }
-    everywhere = from_all(mine)
+    everywhere = from_all(mine, group)
     faults = []
     for name in dict.fromkeys(name for digests in everywhere for name in digests):
         weights, states = zip(*(digests.get(name, ("", "")) for digests in everywhere), strict=True)

@@ -4,12 +4,15 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dynrank.distributed.accelerated import fsdp_settings
@@ -22,6 +25,10 @@ from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
 from dynrank.private import at_end_of_backward, backward_number
 
 M = TypeVar("M", bound=nn.Module)
+
+# The group of each model that shard_frozen has sharded; after a validation its parameters may be whole for a while, and
+# do not tell it.
+_GROUPS: WeakKeyDictionary[nn.Module, ProcessGroup | None] = WeakKeyDictionary()
 
 
 def shard_frozen(
@@ -55,8 +62,9 @@ def shard_frozen(
 
     Args:
         model: a model with LoRA layers.
-        mesh: mesh over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy. None: all processes;
-            if accelerate is set to FSDP2, its mesh and all of its settings but the state dicts and wrapping by size.
+        mesh: mesh over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy. One of fewer than all
+            processes has one dimension; other processes may train another model meanwhile. None: all processes; if
+            accelerate is set to FSDP2, its mesh and all of its settings but the state dicts and wrapping by size.
         blocks: modules of ``model`` that are gathered one at a time; none may be a part of a LoRA layer. None: the
             transformer blocks, which are the members of every outermost ModuleList.
         **options: options of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy,
@@ -66,13 +74,14 @@ def shard_frozen(
         ``model`` itself.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers or nothing frozen, or accelerate is set to something that
-            shards adapters.
+        ConfigurationError: if the model has no LoRA layers or nothing frozen, the mesh has several dimensions and not
+            all processes, or accelerate is set to something that shards adapters.
     """
     if isinstance(model, FSDPModule):
         return model
     settings = fsdp_settings(model) if mesh is None else {}
     mesh = mesh or settings.pop("mesh", None) or _all_processes()
+    group = _group_of_mesh(mesh)
     blocks = blocks if blocks is not None else settings.pop("blocks", None)
     options = settings | options
     layers = dict(lora_layers(model))
@@ -81,26 +90,27 @@ def shard_frozen(
     if not layers or all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
     # Whether process 0, which is asked first, lacks an adapter, and which processes lack a part of the base.
-    lacks_adapter, *_ = from_all(any(parameter.is_meta for parameter in trained))
-    first_lacks, *others_lack = from_all(any(parameter.is_meta for parameter in model.parameters()))
+    lacks_adapter, *_ = from_all(any(parameter.is_meta for parameter in trained), group)
+    first_lacks, *others_lack = from_all(any(parameter.is_meta for parameter in model.parameters()), group)
     if lacks_adapter:
         raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
     blocks = list(blocks if blocks is not None else _transformer_blocks(model))
     device = torch.device(mesh.device_type)
     whole = {*trained, *options.pop("ignored_params", ())}
     whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
-    filled = _fill_from_first(trained, device)
+    filled = _fill_from_first(trained, device, group)
     parts: list[nn.Module] = [*blocks, model]
     for module in parts:
         if any(others_lack) and not first_lacks:
             tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, DTensor)]
-            filled |= _fill_from_first((tensor for tensor in tensors if id(tensor) not in filled), device)
+            filled |= _fill_from_first((tensor for tensor in tensors if id(tensor) not in filled), device, group)
         fully_shard(module, mesh=mesh, ignored_params=whole, **options)
     dtype = getattr(options.get("mp_policy"), "param_dtype", None)
     if dtype in (torch.bfloat16, torch.float16):
         # FSDP2 casts its shards alone to this dtype, and a head that is whole has to meet it, too.
         model.forward = torch.autocast(device.type, dtype)(model.forward)
-    _average_in_backward(trained)
+    _average_in_backward(trained, group)
+    _GROUPS[model] = group
     return model
 
 
@@ -109,13 +119,26 @@ def _all_processes() -> DeviceMesh:
     return init_device_mesh("cpu" if accelerator is None else accelerator.type, (process_count(),))
 
 
+def _group_of_mesh(mesh: DeviceMesh) -> ProcessGroup | None:
+    """The processes of ``mesh``; None: all."""
+    if mesh.size() == process_count():
+        return None
+    if mesh.ndim > 1:
+        raise ConfigurationError(
+            f"a mesh of {mesh.size()} of {process_count()} processes must have one dimension, got {mesh}; shard over "
+            "one, or over all processes",
+            "mesh",
+        )
+    return mesh.get_group()
+
+
 @torch.no_grad()
-def _fill_from_first(tensors: Iterable[Tensor], device: torch.device) -> set[int]:
+def _fill_from_first(tensors: Iterable[Tensor], device: torch.device, group: ProcessGroup | None) -> set[int]:
     """Move ``tensors`` to ``device``, with the values of process 0, as the same objects; their ids."""
     filled = set()
     for tensor in tensors:
         value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
-        copy_from_first([value])
+        copy_from_first([value], group)
         if tensor.is_meta:
             is_parameter = isinstance(tensor, nn.Parameter)
             # The exchange may still hold the value itself, which then could not be swapped.
@@ -132,7 +155,7 @@ def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else _transformer_blocks(child)
 
 
-def _average_in_backward(parameters: Collection[nn.Parameter]) -> None:
+def _average_in_backward(parameters: Collection[nn.Parameter], group: ProcessGroup | None) -> None:
     """Average the gradients of ``parameters`` over all processes, in one message at the end of each backward pass.
 
     So clipping, loss scalers and optimizers see them averaged. Under accumulation each pass averages what has been
@@ -144,25 +167,38 @@ def _average_in_backward(parameters: Collection[nn.Parameter]) -> None:
     def ask(_: Tensor) -> None:
         if waiting[0] != backward_number():
             waiting[0] = backward_number()
-            at_end_of_backward(lambda: _average_gradients(parameters))
+            at_end_of_backward(lambda: _average_gradients(parameters, group))
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(ask)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def _average_gradients(parameters: Collection[nn.Parameter]) -> None:
+def _average_gradients(parameters: Collection[nn.Parameter], group: ProcessGroup | None) -> None:
     """Replace the gradients of ``parameters`` by their means over all processes; collective.
 
     A parameter without a gradient in any process keeps none; a gradient that only some processes lack counts as zero.
     """
     used = torch.tensor([float(p.grad is not None) for p in parameters], device=next(iter(parameters)).device)
     means = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    average_over_processes([used, *means])
+    average_over_processes([used, *means], group)
     if any(parameter.grad is None for parameter in parameters):
         for parameter, mean, is_used in zip(parameters, means, used.tolist(), strict=True):
             if is_used:
                 parameter.grad = mean
+
+
+def process_group(model: nn.Module, ddp: Iterable[DistributedDataParallel]) -> ProcessGroup | None:
+    """The processes that train ``model``, by its DDP modules or the mesh of :func:`shard_frozen`; None: all."""
+    groups: list[ProcessGroup | None] = [module.process_group for module in ddp]
+    groups += [_GROUPS[module] for module in model.modules() if module in _GROUPS]
+    by_members = {tuple(distributed.get_process_group_ranks(group)): group for group in groups}
+    if len(by_members) > 1:
+        raise ConfigurationError(
+            "all layers of a model change ranks together, and here different processes train its parts: "
+            f"{[*by_members]}; give all of its DDP modules one process_group"
+        )
+    return next(iter(by_members.values()), None)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -220,7 +256,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state
     load the layers' scalings either, so this function loads them. ``path`` is such a file, or a folder of shards
     (``save_distributed_checkpoint=True``), where ``prefix`` stands before the names of parameters.
     """
-    shapes, scalings = from_first(lambda: _saved_shapes(Path(path), prefix))
+    shapes, scalings = from_first(lambda: _saved_shapes(Path(path), prefix), process_group(model, ()))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for adapter in {layer.adapter for layer in peft_layers(model).values()}:
         # PEFT leaves the adapter's name out of what accelerate saves.

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.processes import mean_over_processes
@@ -199,11 +200,13 @@ def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[s
     return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
 
 
-def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
-    """The metric, as the mean over all processes."""
+def metric_value(
+    metrics: Mapping[str, float], name: str, arguments: Mapping[str, str], group: ProcessGroup | None
+) -> float:
+    """The metric, as the mean over all processes of ``group``."""
     if name not in metrics:
         raise _not_logged(name, arguments, metrics)
-    return mean_over_processes(float(metrics[name]))
+    return mean_over_processes(float(metrics[name]), group)
 
 
 def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measure: bool = False) -> None:

@@ -41,10 +41,10 @@ from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
-from dynrank.driver.learning_rates import LearningRates, begin_anew, factor_of_change, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import MeasuredSteps, Training
@@ -91,7 +91,7 @@ class RankDriver:
     ...     optimizer.zero_grad()
     >>> driver.finish(loop)
     >>> print(*driver.history)
-    rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
+    rank change at step 2: fraction 0.3333; adapter's rate × 1.41 from here (rank 4 → rank 2 in 1 layers)
     """
 
     def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
@@ -119,9 +119,9 @@ class RankDriver:
         self._differs: str | None = None
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
-        return self.progress.history
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
+        return History(self.progress.history)
 
     @property
     def finished(self) -> bool:
@@ -170,7 +170,7 @@ class RankDriver:
         if not self.history:
             self.check_model(training.model, run)
         check_training(training, self.stages, measure=self.measure)
-        check_processes(training.model, training.optimizers, "at the start of training")
+        check_processes(training.model, training.optimizers, "at the start of training", training.group)
         if self._differs is not None:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
@@ -223,9 +223,14 @@ class RankDriver:
             logged = {**training.logged(), **self.progress.metrics}
             waiting = {name for name in trigger.monitors if name not in logged and training.logs_later(name)}
             observed = observed_metrics(self.stages)
-            values = [metric_value(logged, name, observed) for name in trigger.monitors if name not in waiting]
+            group = training.group
+            values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
             if not waiting:
-                self._decide(trigger.observe(training.step, *values))
+                fires = trigger.observe(training.step, *values)
+                reason = trigger.reason
+                for name in trigger.monitors:
+                    reason = reason.replace(name, training.own_name(name, logged))
+                self._decide(training, fires, reason)
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -317,11 +322,10 @@ class RankDriver:
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
-    def _decide(self, fires: bool) -> None:
-        """Decide the change of the next stage, if its trigger fires in process 0."""
-        if from_first(lambda: fires):
-            stage = self.progress.stage
-            self.progress.pending = Decision(stage, self.stages[stage].when.reason)
+    def _decide(self, training: Training, fires: bool, reason: str) -> None:
+        """Decide the change of the next stage, if its trigger fires in process 0, for this ``reason``."""
+        if from_first(lambda: fires, training.group):
+            self.progress.pending = Decision(self.progress.stage, reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
         """Decide the last stage that is due by time, which replaces those before it.
@@ -353,12 +357,14 @@ class RankDriver:
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
         directions = LayerDirections({name: layer for name, layer in layers.items() if not self._bounds[name].pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
-        check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
+        when = f"before the change of rank at step {training.step}"
+        check_processes(training.model, training.optimizers, when, training.group)
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
         last = index == len(self.stages) - 1
         due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None
+        history = self.progress.history
         try:
             if stage.how.max_regression is None:
                 change = self._compute(training, due)
@@ -370,7 +376,7 @@ class RankDriver:
                         apply_change(training, change)
                     self._end_stage(training, index, event)
                 if event is not None and measurement is not None:
-                    self.history[-1] = event = replace(event, measured=measurement.measure())
+                    history[-1] = event = replace(event, measured=measurement.measure())
                     measurement.record()
             else:
                 undo = Undo(training)
@@ -385,7 +391,7 @@ class RankDriver:
                         self._end_stage(training, index, event)
         finally:
             # Also if Ctrl-C was pressed during the change, or its measurement has failed.
-            if event is not None and self.history and self.history[-1] is event:
+            if event is not None and history and history[-1] is event:
                 training.tell(event)
         return event
 
@@ -404,9 +410,10 @@ class RankDriver:
         measured = test.measure()
         if not test.allows(measured.after):
             undo.restore()
-            return due.event(training.step, change.reports, f"undone: {measured} ({due.reason})", undone=True)
+            reason = f"{UNDONE}{measured} ({due.reason})"
+            return due.event(training.step, change.reports, reason, measured, undone=True)
         test.record()
-        return replace(due.event(training.step, change.reports, due.reason), measured=measured)
+        return due.event(training.step, change.reports, due.reason, measured)
 
     def _validate_before(self, training: Training, stage: Stage) -> RegressionTest:
         """The test of a change that is about to be made; the run may have validated these weights already."""
@@ -432,7 +439,7 @@ class RankDriver:
             if isinstance(later.when, Trigger):
                 later.when.reset()
         if event is not None:
-            self.history.append(event)
+            self.progress.history.append(event)
         if not self._needs_importance:
             self._importance = None
             self._stop_watching()
@@ -441,12 +448,9 @@ class RankDriver:
                 self._importance.forget_last_update()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
-            after = {name: layer.rank for name, layer in lora_layers(training.model)}
-            before = after | {report.layer: report.rank_before for report in event.layers}
-            factor = factor_of_change(self.stages[index].how, before, after)
-            self.lr_factor *= factor
+            self.lr_factor *= event.lr_factor
             for rates in self._rates:
-                rates.multiply(factor)
+                rates.multiply(event.lr_factor)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""

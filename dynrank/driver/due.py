@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import Measured, RankEvent
 from dynrank.driver.importance import LayerImportance
+from dynrank.driver.learning_rates import factor_of_change
 from dynrank.errors import ConfigurationError, shown
 from dynrank.layers.base import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
@@ -60,7 +61,15 @@ class DueStage:
         """The ranks that the stage's target gives for the present state of the layers."""
         return ranks_of_target(self.stage, self.bounds, self.states())
 
-    def event(self, step: int, reports: Sequence[LayerReport], reason: str, *, undone: bool = False) -> RankEvent:
+    def event(
+        self,
+        step: int,
+        reports: Sequence[LayerReport],
+        reason: str,
+        measured: Measured | None = None,
+        *,
+        undone: bool = False,
+    ) -> RankEvent:
         """The event of a change, with the importance of each of its layers, where that is known."""
         layers = []
         for report in reports:
@@ -68,7 +77,11 @@ class DueStage:
             if known is not None:
                 report = replace(report, importance=known.value, importance_error=known.error)
             layers.append(report)
-        return RankEvent(step, reason, tuple(layers), undone)
+        others = {name: layer.rank for name, layer in self.layers.items()}
+        before = others | {report.layer: report.rank_before for report in reports}
+        after = others | {report.layer: report.rank_after for report in reports}
+        factor = 1.0 if undone else factor_of_change(self.stage.how, before, after)
+        return RankEvent(step, reason, tuple(layers), undone, measured, factor)
 
 
 def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapping[str, LayerState]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynrank.change.reports import score
 from dynrank.layers.base import RankedLayer
 from dynrank.private import foreach_copy_, foreach_mul_, foreach_sub_
 from dynrank.schedules import Stage
@@ -39,8 +40,8 @@ class LayerImportance(NamedTuple):
 
     @property
     def score(self) -> float:
-        """What ranks are in proportion to; the error leaves a chance to a layer that the noise may have hidden."""
-        return max(self.value, 0.0) + self.error
+        """What ranks are in proportion to."""
+        return score(self.value, self.error)
 
 
 class ImportanceSums:

@@ -26,7 +26,14 @@ def compute_change(
     # generator stays as it is: data and dropout go on as without the growth, and a resumed run draws the same rows.
     generator = torch.Generator().manual_seed(training.step)
     return Change.compute(
-        adapters, plan, directions, how.optimizer_state, generator, balanced=directions.names, in_first=True
+        adapters,
+        plan,
+        directions,
+        how.optimizer_state,
+        generator,
+        balanced=directions.names,
+        in_first=True,
+        group=training.group,
     )
 
 

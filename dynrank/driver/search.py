@@ -10,7 +10,7 @@ from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import UNDONE, Measured, RankEvent
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
@@ -34,13 +34,15 @@ def cut_to_smallest(training: Training, undo: Undo, due: DueStage, parameters_be
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
+    measured = search.measured(steps)
     found = search.result(steps, parameters_before)
     if search.passes(steps):
         change = search.compute(steps)
         with uninterrupted():
             apply_change(training, change)
-        return due.event(training.step, change.reports, f"{due.reason}: {found}")
-    return due.event(training.step, search.trials[steps].reports, f"undone: {found} ({due.reason})", undone=True)
+        return due.event(training.step, change.reports, f"{due.reason}: {found}", measured)
+    reason = f"{UNDONE}{found} ({due.reason})"
+    return due.event(training.step, search.trials[steps].reports, reason, measured, undone=True)
 
 
 class Trial(NamedTuple):
@@ -66,7 +68,7 @@ class Search:
         self.now = {name: layer.rank for name, layer in due.layers.items()}
         self.trials: dict[int, Trial] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(self._plan)
+        self._lowest, self._order = from_first(self._plan, training.group)
 
     def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
         target = self._due.stage.to
@@ -106,16 +108,21 @@ class Search:
             self.trials[steps] = Trial(self._test.value(metrics), change.reports)
         return self.trials[steps]
 
+    def measured(self, steps: int) -> Measured:
+        """What a cut to so many steps costs; it has been tried."""
+        return self._test.measured(self.trials[steps].value)
+
     def result(self, steps: int, parameters_before: int) -> str:
         """The text about a cut to so many steps for a run's history."""
         ranks = self.ranks(steps)
-        value = self.trials[steps].value
-        before = self._test.before
+        measured = self.measured(steps)
+        value = measured.after
+        before = measured.before
         # A share of nothing cannot be said.
         worse = f"{(value - before) / abs(before):+.2%}" if before else f"{value - before:+.4g}"
         left = sum(ranks[name] * layer.params_per_rank for name, layer in self._due.layers.items())
         return (
             f"{sum(ranks.values()):,} of {sum(self.now.values()):,} directions, {left / parameters_before:.3f} of the "
-            f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "
+            f"bytes at the start, {measured} "
             f"({worse}, {self._how.max_regression:.2%} allowed), measured against this run before this cut"
         )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from dynrank.distributed.sharding import process_group
 from dynrank.distributed.wrappers import ddp_modules, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.driver.importance import Importance, ImportanceSums
@@ -32,7 +34,8 @@ class Training:
     """A training run. A plain loop can use this class; override a method that the schedule or a trainer needs.
 
     Models and optimizers are passed as DDP, Lightning Fabric or accelerate has wrapped them. DDP modules follow every
-    change.
+    change. The processes of DDP's ``process_group``, or of FSDP2's mesh, change ranks together; others may train
+    another model.
 
     Args:
         model: contains the LoRA layers; their names are relative to it, without wrappers. A model that DDP has wrapped
@@ -72,6 +75,11 @@ class Training:
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
 
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that train the model and change its ranks together; None: all."""
+        return process_group(self.model, self.ddp)
+
     def present_schedulers(self) -> Sequence[Any] | None:
         """The schedulers of the next step; a trainer's may be replaced during the run."""
         return self.schedulers
@@ -101,6 +109,10 @@ class Training:
     def validate_share(self, most: int) -> Mapping[str, float]:
         """As :meth:`validate`, with about ``most`` batches at equal distances."""
         raise NotImplementedError
+
+    def own_name(self, name: str, metrics: Collection[str]) -> str:
+        """What the user calls the metric ``name`` of a validation with these ``metrics``."""
+        return name
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a validation that was made for a change, if the change was kept."""

@@ -75,13 +75,18 @@ class RegressionTest:
         self._how = how
         self._batches = batches
         self.observed: list[Mapping[str, float]] = []
-        self.before = self.value(self._validate() if validated is None else validated)
+        metrics = self._validate() if validated is None else validated
+        self._name = training.own_name(how.check_monitor, metrics)
+        self.before = self.value(metrics)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
     def measure(self) -> Measured:
         """Validate the changed weights."""
-        after = self.value(self._validate())
-        return Measured(self._how.check_monitor, self.before, after, all_data=self._batches is None)
+        return self.measured(self.value(self._validate()))
+
+    def measured(self, after: float) -> Measured:
+        """What a change costs after which the metric is ``after``."""
+        return Measured(self._name, self.before, after, all_data=self._batches is None)
 
     def record(self) -> None:
         """Log the validations of a change that was kept."""
@@ -101,7 +106,8 @@ class RegressionTest:
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
-        return metric_value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
+        arguments = {self._how.check_monitor: CHECK_MONITOR}
+        return metric_value(metrics, self._how.check_monitor, arguments, self._training.group)
 
 
 def batches_to_measure(training: Training, changes: int, run: Run) -> int | None:

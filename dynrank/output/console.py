@@ -14,12 +14,20 @@ def table_console() -> Console:
 
 def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Table:
     """A table without rows; its first column and the columns ``texts`` are aligned left, all others right."""
-    table = Table(title=title)
+    table = Table(title=title, caption_justify="left")
     for index, heading in enumerate(headings):
         text = index == 0 or heading in texts
         width = 20 if heading == "layer" else None
         table.add_column(heading, justify="left" if text else "right", overflow="fold", min_width=width)
     return table
+
+
+def table_text(table: Table) -> str:
+    """``table`` as a text, as an interactive session shows it."""
+    console = table_console()
+    with console.capture() as printed:
+        console.print(table)
+    return printed.get().rstrip()
 
 
 def print_table(table: Table) -> None:

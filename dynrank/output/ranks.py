@@ -13,7 +13,7 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
-from dynrank.output.console import empty_table, span, table_console
+from dynrank.output.console import empty_table, span, table_text
 from dynrank.output.slots import slot_line
 from dynrank.rank_map import BOUNDS
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _NUMBER = r"(?<=[._])\d+(?=[._])"
 # The most characters of a kind's name that stay in one line of a table.
 _ONE_LINE = 40
+_IMPORTANCE = (
+    "importance: the layer's share in lowering the loss so far (with its standard error); a pool's ranks are in "
+    "proportion to it"
+)
 
 
 def layer_kinds(names: Iterable[str]) -> dict[str, str]:
@@ -63,33 +67,57 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
-def change_table(title: str, changed: Sequence[LayerReport], ranks: Mapping[str, int]) -> Table:
-    """A line for each kind of layer that changed, and for all: count, ranks, energy kept, parameters saved.
+def change_table(
+    title: str, changed: Sequence[LayerReport], ranks: Mapping[str, int], *, undone: bool = False
+) -> Table:
+    """A line for each kind of layer that changed, and for all: count, ranks, importance, energy kept, parameters saved.
 
-    ``ranks`` are those of all layers as they are now, also of the unchanged ones. If they differ, the caption names
-    the highest and its layers.
+    Importance has a column if it is known, as each layer's share of the sum of all, and a line below the table. If the
+    ranks differ, another line says what a server's slot has.
+
+    Args:
+        title: the heading.
+        changed: what changed in each layer.
+        ranks: those of all layers as they are now, also of the unchanged ones.
+        undone: whether the change was undone, and so has saved nothing.
     """
-    table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
     kinds = layer_kinds(ranks)
     total = Counter(kinds.values())
-    for kind in dict.fromkeys(kinds[layer.layer] for layer in changed):
-        table.add_row(kind, *_summary([layer for layer in changed if kinds[layer.layer] == kind], total[kind]))
+    of_kinds = {
+        kind: [layer for layer in changed if kinds[layer.layer] == kind]
+        for kind in dict.fromkeys(kinds[layer.layer] for layer in changed)
+    }
+    columns = ["count", "rank tried" if undone else "rank", "importance", "energy kept (min)", "params saved"]
+    known = sum(layer.score for layer in changed if layer.score is not None)
+    shown = [name for name in columns if (name != "importance" or known) and not (undone and name == "params saved")]
+    table = empty_table(title, "layers", *shown)
+    for kind, layers in of_kinds.items():
+        table.add_row(kind, *_summary(layers, total[kind], known, shown))
     table.add_section()
-    table.add_row("all", *_summary(changed, len(ranks)))
+    table.add_row("all", *_summary(changed, len(ranks), known, shown))
     table.columns[0].min_width = min(_ONE_LINE, max(map(len, kinds.values())))
-    table.caption = slot_line(ranks) if len({*ranks.values()}) > 1 else None
+    lines = [_IMPORTANCE] if known else []
+    lines += [slot_line(ranks)] if len({*ranks.values()}) > 1 and not undone else []
+    table.caption = "\n".join(lines) or None
     return table
 
 
-def _summary(changed: Sequence[LayerReport], total: int) -> tuple[str, str, str, str]:
+def _summary(changed: Sequence[LayerReport], total: int, importance: float, columns: Sequence[str]) -> list[str]:
+    """The cells of ``columns`` in a line about ``changed`` of ``total`` layers; ``importance`` is the sum of all."""
     before, after = ({getattr(layer, name) for layer in changed} for name in ("rank_before", "rank_after"))
     energy = [layer.energy_kept for layer in changed]
-    return (
-        f"{total}" if len(changed) == total else f"{len(changed)} of {total}",
-        f"{span(before)} → {span(after)}",
-        f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})",
-        f"{sum(layer.parameters_saved for layer in changed):,}",
-    )
+    shares = sorted(100 * layer.score / importance for layer in changed if layer.score is not None and importance)
+    ranks = f"{span(before)} → {span(after)}"
+    cells = {
+        "count": f"{total}" if len(changed) == total else f"{len(changed)} of {total}",
+        "rank": ranks,
+        "rank tried": ranks,
+        "importance": "-".join(dict.fromkeys(f"{share:.1f}" for share in shares[:1] + shares[-1:]))
+        + "%" * bool(shares),
+        "energy kept (min)": f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})",
+        "params saved": f"{sum(layer.parameters_saved for layer in changed):,}",
+    }
+    return [cells[name] for name in columns]
 
 
 @dataclass(frozen=True)
@@ -145,10 +173,7 @@ class RankTable(tuple[LayerRank, ...]):
         return table
 
     def __repr__(self) -> str:
-        console = table_console()
-        with console.capture() as printed:
-            console.print(self.table())
-        return printed.get().rstrip()
+        return table_text(self.table())
 
     __str__ = __repr__
 
@@ -163,6 +188,18 @@ def _cells(layers: RankTable | list[LayerRank]) -> tuple[str, ...]:
         "-".join(f"{alpha:g}" for alpha in dict.fromkeys((alphas[0], alphas[-1]))),
         f"{sum(layer.parameters for layer in layers):,}",
     )
+
+
+def rank_totals(model: nn.Module) -> dict[str, float]:
+    """``rank/mean``, ``rank/max`` and ``rank/parameters`` of the LoRA layers, for loggers; empty if there are none."""
+    layers = [layer for _, layer in lora_layers(model)]
+    if not layers:
+        return {}
+    return {
+        "rank/mean": sum(layer.rank for layer in layers) / len(layers),
+        "rank/max": float(max(layer.rank for layer in layers)),
+        "rank/parameters": float(sum(layer.rank * layer.params_per_rank for layer in layers)),
+    }
 
 
 def ranks(model: nn.Module) -> RankTable:

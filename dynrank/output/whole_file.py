@@ -11,6 +11,8 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 PART = ".part"
+# The numbers of the errors of a disk that is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

@@ -5,16 +5,17 @@ A shrinking target never raises a rank and a growing one never lowers a rank; bo
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dynrank.errors import described
 from dynrank.linalg import OfShape
 
 UNBOUNDED = 2**31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerState(OfShape):
     """The state of one layer.
 
@@ -41,9 +42,11 @@ class LayerState(OfShape):
     lowest: int = 1
     highest: int = UNBOUNDED
     final_rank: int | None = None
-    values: Tensor | None = None
+    values: Tensor | None = field(default=None, repr=False)
     num_products: int = 1
     importance: float | None = None
+
+    __repr__ = described
 
     def shrunk(self, rank: int) -> int:
         """``rank`` clipped to the bounds, and never above the rank now."""
@@ -75,6 +78,10 @@ class Target(ABC):
     >>> Half().ranks({"q_proj": LayerState(rank=16)})
     {'q_proj': 8}
     """
+
+    def __repr__(self) -> str:
+        """A call with the attributes, as checkpoints compare it; without an address, which differs in each process."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -131,6 +131,10 @@ class Budget(Target):
         """The lowest rank that each layer may get."""
         return {name: self._choices(layer)[0] for name, layer in layers.items()}
 
+    def highest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        """The highest rank that each layer may get, if the pool has enough for it."""
+        return {name: self._choices(layer)[-1] for name, layer in layers.items()}
+
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
         """(layer, its next rank) of every step up from the lowest ranks, the first one first.
 

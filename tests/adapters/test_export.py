@@ -128,6 +128,15 @@ def test_what_a_server_would_drop_or_misread_is_refused_and_nothing_written(case
     assert {file.name for file in tmp_path.iterdir()} == {"adapter", "base"}
 
 
+@pytest.mark.parametrize("size", [{"num_attention_heads": 8}, {"hidden_size": 16}])
+def test_a_base_of_other_shapes_is_refused_before_a_file_is_written(size, tmp_path):
+    save_llama(tmp_path, targets=["q_proj", "down_proj"], hidden_size=12, head_dim=4)
+    hf.LlamaConfig(**SIZES | {"head_dim": 4} | size).save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match=r"was not trained on '.*other':\s+'model\.layers\.0\..* in the model"):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "a.gguf", to="gguf", model=str(tmp_path / "other"))
+    assert not (tmp_path / "a.gguf").exists()
+
+
 def test_vllm_takes_the_head_of_a_classifier(tmp_path):
     save_llama(tmp_path, **CLASSIFIER, heads=["score"])
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
@@ -240,7 +249,7 @@ def test_what_ollama_would_misread_is_refused_and_nothing_written(chat, launch, 
 @pytest.mark.parametrize("to", ["gguf", "vllm"])
 def test_command_knows_a_base_by_its_short_name(to, launch, tmp_path):
     """A config that comes with dynrank stands for a model that a package or the hub has."""
-    save_llama(tmp_path, targets=["down_proj"])
-    code, printed, said = launch("export", tmp_path / "adapter", "--to", to, "--out", "out", "--model", "llama-2-7b")
+    save_llama(tmp_path, targets=["down_proj"], hidden_size=576, intermediate_size=1536, num_attention_heads=9)
+    code, printed, said = launch("export", tmp_path / "adapter", "--to", to, "--out", "out", "--model", "smollm2-135m")
     assert code == 0, said
-    assert "llama-2-7b" in printed
+    assert "smollm2-135m" in printed

@@ -8,6 +8,7 @@ from gguf_files import write_gguf
 from peft import PeftModel
 
 import dynrank
+from dynrank.adapters.squeeze import squeeze
 
 IDS = [[3, 17, 20, 41, 9], [5, 1, 33, 7, 30, 2]]
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
@@ -73,3 +74,15 @@ def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(kind, zoo, t
     assert (by_torch(model) - expected).abs().max() > 1
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "ours.gguf", to="gguf", model=str(tmp_path / "base"))
     assert (answers(base, tmp_path / "ours.gguf") - expected).abs().max() < 1e-4
+    # In bfloat16 llama.cpp also rounds the inputs of such a tensor.
+    narrow = {"to": "gguf", "model": str(tmp_path / "base"), "dtype": torch.bfloat16}
+    rounding = dynrank.export_adapter(tmp_path / "adapter", tmp_path / "half.gguf", **narrow).rounding
+    assert 0.001 < rounding.whole < 0.004
+    near = (answers(base, tmp_path / "half.gguf") - expected).abs().max()
+    assert near < 0.03 * (by_torch(model) - expected).abs().max()
+    assert (tmp_path / "half.gguf").stat().st_size < 0.6 * (tmp_path / "ours.gguf").stat().st_size
+    # llama.cpp has no float8, so such an adapter becomes float32.
+    squeeze(tmp_path / "adapter", tmp_path / "eighth", dtype=torch.float8_e4m3fn)
+    rounded = by_torch(PeftModel.from_pretrained(plain(kind), tmp_path / "eighth").eval())
+    dynrank.export_adapter(tmp_path / "eighth", tmp_path / "eighth.gguf", to="gguf", model=str(tmp_path / "base"))
+    assert (answers(base, tmp_path / "eighth.gguf") - rounded).abs().max() < 1e-4

@@ -55,8 +55,9 @@ def test_save_refuses_numbers_that_are_not_finite(place, zoo, tmp_path):
         layer.lora_B.data = layer.lora_B.data.double().fill_(1e300)
     else:
         model.classifier.bias.data[0] = float("inf")
-    with pytest.raises(ConfigurationError, match=r"(layer\.1.*query|classifier).*lr"):
-        dynrank.save_adapter(model, tmp_path / "adapter")
+    for dtype in (None, torch.float8_e4m3fn):
+        with pytest.raises(ConfigurationError, match=r"(layer\.1.*query|classifier).*lr"):
+            dynrank.save_adapter(model, tmp_path / "adapter", dtype=dtype)
     assert not (tmp_path / "adapter").exists()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dynrank.adapters.squeeze import inspect, squeeze
+from dynrank.errors import ConfigurationError
 
 
 def unet():
@@ -250,3 +251,32 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
         assert (code, message.count("\n"), said in message) == (2, 1, True), message
     assert (tmp_path / "there.safetensors").read_text() == "mine"
     assert len([*tmp_path.iterdir()]) == 6
+
+
+def test_a_file_in_fewer_bits_is_the_same_to_every_tool_and_float8_is_read(tmp_path):
+    before = kohya(tmp_path / "a.safetensors")
+    done = squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype=torch.bfloat16)
+    sizes = [sum(value.nbytes for value in load_file(tmp_path / f"{name}.safetensors").values()) for name in "ab"]
+    assert sizes[1] < 0.51 * sizes[0]
+    assert 0.001 < done.rounding.whole < 0.005
+    modules = {f"lora_unet_{name.replace('.', '_')}": module for name, module in unet().named_modules()}
+    read = by_diffusers(tmp_path / "b.safetensors")
+    for name, found in read.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        expected = update(before, key, modules[key].weight.shape)
+        error = float((found.detach() - expected).norm() / expected.norm())
+        assert error < 0.006
+        # A convolution's filters count as a matrix, so the norms agree.
+        assert done.rounding.layers[key] == pytest.approx(error, rel=0.05)
+    with pytest.raises(ConfigurationError, match=r"float32 or torch\.bfloat16 for a file of diffusers"):
+        squeeze(tmp_path / "a.safetensors", tmp_path / "c.safetensors", dtype=torch.float8_e4m3fn)
+    small = {key: value if "alpha" in key else value.to(torch.float8_e5m2) for key, value in before.items()}
+    save_file(small, tmp_path / "d.safetensors")
+    assert {layer.layer for layer in inspect(tmp_path / "d.safetensors")} == {report.layer for report in done}
+    squeeze(tmp_path / "d.safetensors", tmp_path / "e.safetensors", rank=16)
+    after = load_file(tmp_path / "e.safetensors")
+    assert {value.dtype for key, value in after.items() if "alpha" not in key} == {torch.bfloat16}
+    for key in (key for key in modules if f"{key}.alpha" in small):
+        shape = modules[key].weight.shape
+        expected = update({name: value.double() for name, value in small.items()}, key, shape)
+        assert (update(after, key, shape) - expected).norm() <= 0.006 * expected.norm()

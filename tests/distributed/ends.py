@@ -27,10 +27,11 @@ def keep(checks: Mapping[str, Callable[[], Any]], file: Path, results: dict[str,
         torch.save(results, file)
 
 
-def of_pair(program: str, folder: Path) -> list[dict[str, Any]]:
-    """[what process 0 has found, what process 1 has found] by a program that keeps it in ``folder``."""
-    assert forked.end(forked.pair(program, folder, cwd=folder)) == [0, 0], forked.printed(folder)[-5000:]
-    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+def of_pair(program: str, folder: Path, count: int = 2) -> list[dict[str, Any]]:
+    """[what process 0 has found, what process 1 has found, …] by a program that keeps it in ``folder``."""
+    codes = forked.end(forked.pair(program, folder, cwd=folder, count=count))
+    assert codes == [0] * count, forked.printed(folder)[-5000:]
+    return [torch.load(folder / f"{process}.pt") for process in range(count)]
 
 
 def found(results: list[dict[str, Any]], name: str) -> Any:

@@ -42,11 +42,12 @@ def run(program: str, *arguments: Any, cwd: Path, **environment: str) -> tuple[i
     return end([start(program, *arguments, cwd=cwd, **environment)])[0], printed(cwd)
 
 
-def pair(program: str, *arguments: Any, cwd: Path) -> list[Any]:
-    """Both processes of a program, with the variables that torchrun gives them."""
+def pair(program: str, *arguments: Any, cwd: Path, count: int = 2) -> list[Any]:
+    """Both processes of a program, or ``count``, with the variables that torchrun gives them."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "tests"}
-    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    return [start(program, *arguments, cwd=cwd, **group, RANK=number, LOCAL_RANK=number) for number in ("0", "1")]
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    numbers = map(str, range(count))
+    return [start(program, *arguments, cwd=cwd, **group, RANK=number, LOCAL_RANK=number) for number in numbers]
 
 
 def end(processes: list[Any]) -> list[int]:

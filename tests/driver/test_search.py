@@ -162,3 +162,17 @@ def test_interrupted_search_leaves_the_uncut_model_and_starts_again():
         searched(smallest(0.005), training)
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("tolerance", "undone"), [(0.5, False), (0.0, True)])
+def test_what_the_search_measured_is_in_its_event_and_said_once(tolerance, undone):
+    before = Planted().validate()["val/loss"]
+    # Each validation after the first is worse, whatever was cut.
+    worse = Planted(metric=lambda validations, loss: loss * validations)
+    training, (event,) = searched(smallest(tolerance), worse if undone else None)
+    measured = event.measured
+    assert (event.undone, measured.metric, measured.before) == (undone, "val/loss", pytest.approx(before))
+    if not undone:
+        assert measured.after == pytest.approx(training.validate()["val/loss"])
+    assert (measured.after > before * (1 + tolerance)) == undone
+    assert str(event).count(str(measured)) == 1

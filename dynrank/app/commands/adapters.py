@@ -4,12 +4,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import open_stored
+from dynrank.adapters.read import open_stored, weights_file
 from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_table, shape_of_update
-from dynrank.output.ranks import change_table
 
 # Shares of the energy for which the table shows how many directions have them.
 SHARES = (0.9, 0.99)
@@ -62,19 +61,28 @@ def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
 def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze``, and print the result."""
     layers = squeeze(source, out, **options)
-    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
+    print_table(layers.table())
     with open_stored(source) as adapter:
         before = sum(layer.parameters for layer in adapter.layers.values())
         others = adapter.others
     after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})"}
-    print_facts(facts | (_of_file(source, out, others) if source.is_file() else {"files": out}))
+    if layers.rounding is not None:
+        facts["rounding"] = str(layers.rounding)
+    if source.is_file():
+        print_facts(facts | _of_file(source, out, others))
+    else:
+        print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
 
 
 def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:
-    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
+    sizes = _sizes(source, out)
     if not others:
         return {"file": f"{out}, {sizes}"}
     kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
     copied = f"{len(others)} tensors of layers that are not plain LoRA: {', '.join(kinds)}"
     return {"copied": copied, "file": f"{out}, {sizes}"}
+
+
+def _sizes(source: Path, out: Path) -> str:
+    return " → ".join(f"{file.stat().st_size / 1e6:.2f} MB" for file in (source, out))

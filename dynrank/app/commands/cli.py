@@ -54,6 +54,14 @@ Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
 ]
+FileDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D",
+        help="float32, bfloat16 or float8_e4m3fn (half and a quarter of float32's bytes), which PEFT loads; with "
+        "squeeze also nf4 (a seventh), see dynrank pack; by default as stored",
+    ),
+]
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
@@ -185,11 +193,35 @@ def squeeze(
         str | None,
         typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
     ] = None,
+    dtype: FileDtype = None,
 ) -> None:
-    """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
+    """Compress an adapter to lower ranks or fewer bits; give one of --rank, --energy and --budget, or --dtype, or both.
+
+    It prints by how much the update changes.
+    """
+    from dynrank.adapters.precision import named_dtype
     from dynrank.app.commands.adapters import print_squeeze
 
-    print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget)
+    kind = None if dtype is None else named_dtype(dtype, packed=True)
+    print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
+
+
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to")]
+
+
+@app.command()
+def pack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a PEFT adapter in 4 bits: the same as dynrank squeeze --dtype nf4.
+
+    All commands here read it as it lies, PEFT after dynrank unpack. It prints by how much the update changes.
+    """
+    squeeze(adapter, out, dtype="nf4")
+
+
+@app.command()
+def unpack(adapter: Adapter, out: NewFolder) -> None:
+    """Write a packed adapter as PEFT's files in float32: the same as dynrank squeeze --dtype float32."""
+    squeeze(adapter, out, dtype="float32")
 
 
 @app.command()
@@ -204,6 +236,7 @@ def export(
     multiple: Annotated[
         int, typer.Option(parser=_count, metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
     ] = 1,
+    dtype: FileDtype = None,
 ) -> None:
     """Write a PEFT adapter in a form for a server, and print the command that serves it.
 
@@ -211,21 +244,25 @@ def export(
     part or wrongly is refused.
     """
     from dynrank.adapters.export import export_adapter
+    from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
     from dynrank.app.models.base_model import base_for_server
-    from dynrank.output.slots import slot_line
+    from dynrank.output.slots import slot_line, slot_rank
 
     # export_adapter checks that it knows the server.
     server: Any = to
-    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), multiple=multiple)
+    options: Any = {"multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
+    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), **options)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:
         # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
         slot = 2 * done.rank * sum(layer.params_per_rank for layer in done.layers.values()) / 2**20
         own = 2 * sum(layer.rank * layer.params_per_rank for layer in done.layers.values()) / 2**20
-        facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
+        facts["ranks"] = slot_line(ranks, slot_rank if to == "vllm" else lambda rank: rank + -rank % multiple)
         facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
+    if done.rounding is not None:
+        facts["rounding"] = done.rounding
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})
 
 
@@ -279,6 +316,14 @@ def predict(
             "text=Subject,Body",
         ),
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="A column of FILE that comes along into the written file, such as ticket_id; may be given several "
+            "times; NAME=COLUMN gives it another name",
+        ),
+    ] = None,
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
@@ -302,7 +347,7 @@ def predict(
     from dynrank.app.console import quiet_loading
 
     quiet_loading()
-    options: Any = {"model": model, "columns": _pairs(columns), "system": system, "chat": chat}
+    options: Any = {"model": model, "columns": _pairs(columns), "keep": keep or (), "system": system, "chat": chat}
     options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     predict(adapter, texts, out, **options)
 

@@ -13,8 +13,9 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
+from dynrank.adapters.read import read_adapter, weights_file
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
+from dynrank.app.commands.keep import kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer
 from dynrank.app.tasks.data.columns import (
@@ -40,6 +41,9 @@ from dynrank.output.output_folder import new_file
 
 # The forms of questions to a model that generates text; the first one whose columns the file has is used.
 _WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
+# PEFT's names of tasks.
+_CLASSIFYING = "SEQ_CLS"
+_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # How many labels are printed for each text.
 _SHOWN = 3
 # Batches that are sorted by length, and kept if the command is interrupted, together.
@@ -54,6 +58,7 @@ def predict(
     *,
     model: str | None,
     columns: Mapping[str, Theirs],
+    keep: Sequence[str],
     system: str | None,
     chat: bool,
     skip_unusable: bool,
@@ -65,18 +70,27 @@ def predict(
         raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
+    if keep and out is None:
+        raise ConfigurationError(f"--keep must go with --out, which gets the columns, got {' '.join(keep)}")
     refuse_unknown(columns, "FILE")
     learned = read_inputs(source)
     known = "chat" if chat or system is not None else learned.form
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
     system = learned.system if system is None else system
-    ask = partial(_questions, texts, learned=replace(learned, system=system), columns=columns, skip=skip_unusable)
+    inputs = replace(learned, system=system)
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
+        asking = _asking(texts, columns)
+        table = asking if isinstance(asking, Source) else None
+        kept = kept_columns(keep, table)
+        ask = partial(_questions, asking, learned=inputs, columns=columns, skip=skip_unusable)
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
         asked = ask(forms[0]) if forms else None
-        answerer = Answerer(read_adapter(source), model, system=system, **options)
+        adapter = read_adapter(source)
+        if not forms and table is not None:
+            _refuse_in_every_form(table, adapter.config.task_type, inputs, columns)
+        answerer = Answerer(adapter, model, system=system, **options)
         rows, form, where = asked or ask(None if answerer.writes else "classification")
     if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
         raise ConfigurationError(
@@ -95,51 +109,82 @@ def predict(
         return
     if out.suffix == ".csv" and answerer.several:
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
-    weights = (source / WEIGHTS_FILE).stat()
+    beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
+    weights = weights_file(source).stat()
     how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
     key = digest((*how, asdict(learned), rows._fingerprint))
-    _write(rows, out, key, answerer, batch_size)
+    _write(rows, out, key, answerer, batch_size, beside)
 
 
-def _questions(
-    texts: Sequence[str], form: Form | None, *, learned: Inputs, columns: Mapping[str, Theirs], skip: bool
-) -> tuple[datasets.Dataset, str, str]:
-    """The rows to answer, their form, and their name in errors: of texts, of a text file's lines, or of a table.
+def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Sequence[str] | Path:
+    """What asks: a table, texts, or a text file whose lines are texts.
 
     Args:
         texts: texts, or the name of one file.
-        form: form of the rows; None: by the columns of the file.
-        learned: how training made its inputs; the file must have the columns that it used. ``system`` is that of chats
-            without one.
-        columns: the user's names of columns.
-        skip: leave out rows that cannot be used; otherwise one error lists them.
+        columns: the user's names of columns, which only a table has.
     """
     files = [text for text in texts if _is_file(text)]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
     file = Path(files[0]) if files else None
     if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
-        table = Source(str(file), "FILE", "test")
-        form = form or form_of(table.sample, _WRITTEN, columns, table.where)
-        used = _columns(table, form, learned, columns)
+        return Source(str(file), "FILE", "test")
+    if columns:
+        raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
+    return texts if file is None else file
+
+
+def _questions(
+    asking: Source | Sequence[str] | Path,
+    form: Form | None,
+    *,
+    learned: Inputs,
+    columns: Mapping[str, Theirs],
+    skip: bool,
+) -> tuple[datasets.Dataset, str, str]:
+    """The rows to answer, their form, and their name in errors.
+
+    Args:
+        asking: what asks.
+        form: form of the rows; None: by the columns of the table.
+        learned: how training made its inputs; the table must have the columns that it used. ``system`` is that of chats
+            without one.
+        columns: the user's names of columns.
+        skip: leave out rows that cannot be used; otherwise one error lists them.
+    """
+    if isinstance(asking, Source):
+        form = form or form_of(asking.sample, _WRITTEN, columns, asking.where)
+        used = _columns(asking, form, learned, columns)
         print_facts({"columns": used})
-        where = table.where
-        rows, unusable = table.read(used, skip=skip)
+        where = asking.where
+        rows, unusable = asking.read(used, skip=skip)
     else:
         form = form or "completion"
         name = "prompt" if form == "chat" else COLUMNS[form][0]
-        if columns:
-            raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
         used = Columns(form, {name: name}, asked=True)
-        where = "TEXT" if file is None else f"FILE={file}"
-        read = partial(_named, name, texts if file is None else file)
-        stamp = "" if file is None or not file.exists() else str(file.stat().st_mtime_ns)
-        rows, unusable = usable_rows(RawRows(where, str((*texts, stamp)), read), used, skip=skip)
+        where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
+        key = f"{asking} {asking.stat().st_mtime_ns}" if isinstance(asking, Path) and asking.exists() else str(asking)
+        rows, unusable = usable_rows(RawRows(where, key, partial(_named, name, asking)), used, skip=skip)
         if not len(rows):
             raise ConfigurationError(f"{where} has no rows")
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows, used.form, where
+
+
+def _refuse_in_every_form(table: Source, task_type: str | None, learned: Inputs, columns: Mapping[str, Theirs]) -> None:
+    """Refuse a table, or names of its columns, that fit no form; which one it is, only the model will tell for sure.
+
+    ``task_type`` is PEFT's name of the adapter's task, if it has one.
+    """
+    if task_type not in _WRITING:
+        try:
+            _columns(table, "classification", learned, columns)
+            return
+        except ConfigurationError:
+            if task_type == _CLASSIFYING:
+                raise
+    _columns(table, form_of(table.sample, _WRITTEN, columns, table.where), learned, columns)
 
 
 def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
@@ -232,10 +277,13 @@ def _ranked(labels: list[tuple[str, float]]) -> str:
     return "\t".join(f"{one_line(name)} {value:.4f}" for name, value in labels[:_SHOWN])
 
 
-def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int) -> None:
+def _write(
+    rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int, beside: datasets.Dataset | None
+) -> None:
     """Write the answers to ``out``; an interrupted command goes on with the parts that the cache of ``datasets`` has.
 
-    ``key`` is in their fingerprints, and changes with everything on which the answers depend.
+    ``key`` is in their fingerprints, and changes with everything on which the answers depend. ``beside`` has columns of
+    the same rows, which come before the answers.
     """
     print_facts({"writing": f"{out}, {len(rows):,} rows; if it is interrupted, the same command goes on"})
     # One bar shows all parts.
@@ -258,6 +306,11 @@ def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batc
             )
             bar.update(len(part))
     answers = datasets.concatenate_datasets(parts)
+    stored = answers.cache_files
+    if beside is not None:
+        place, *own = answers.column_names
+        answers = datasets.concatenate_datasets([answers, beside], axis=1)
+        answers = answers.select_columns([place, *beside.column_names, *own])
     with new_file(out) as file:
         if out.suffix == ".csv":
             answers.to_csv(file)
@@ -266,8 +319,8 @@ def _write(rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batc
         else:
             answers.to_parquet(file)
     # Another command answers anew, because the base model may be another by then.
-    for stored in answers.cache_files:
-        Path(stored["filename"]).unlink(missing_ok=True)
+    for part in stored:
+        Path(part["filename"]).unlink(missing_ok=True)
 
 
 def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:

@@ -1,7 +1,8 @@
 """Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,16 +25,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dynrank.app.hub import hub_answers
 from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
-from dynrank.layers.foreign import store_on
+from dynrank.layers.foreign import store_on, stored_on
 from dynrank.layers.quantized import is_quantized
 
 # The errors of transformers and the libraries below it for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
-# The names that transformers gives the head of a sequence classifier.
-_HEADS = ("classifier", "pre_classifier", "score")
 # The names that transformers gives tables with a vector for each position.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 _PLAIN = ModelSettings()
@@ -53,6 +53,8 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
+    if not Path(source).exists() and not constants.HF_HUB_OFFLINE and not hub_answers(source, settings.revision):
+        options["local_files_only"] = True
     try:
         return loader(source, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
@@ -62,10 +64,13 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
         if isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise ConfigurationError(
-                f"{key}={name} is not in the cache, and {ENDPOINT} cannot be reached; set {key} to a folder, or "
-                "connect (with HF_HUB_OFFLINE=1 the hub is not tried, which takes half a minute without a network)"
-            ) from error
+            reason = (
+                f"{constants.ENDPOINT} cannot be reached; set {key} to a folder, or connect (with HF_HUB_OFFLINE=1 the "
+                "hub is not tried)"
+            )
+            if constants.HF_HUB_OFFLINE:
+                reason = f"HF_HUB_OFFLINE=1 keeps it from being loaded; set {key} to a folder, or unset HF_HUB_OFFLINE"
+            raise ConfigurationError(f"{key}={name} is not in the cache, and {reason}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
@@ -92,19 +97,25 @@ def load_classifier(
 ) -> nn.Module:
     """A pre-trained sequence classifier with a new head, in float32, for ``num_labels`` classes.
 
-    ``on_meta`` builds it from its config only, without memory for weights.
+    ``on_meta`` builds it from its config only, without memory for weights; what its files lack is then unknown.
     """
     config = read_config(name, key, settings, num_labels=num_labels)
     cls = AutoModelForSequenceClassification
+    empty = _on_meta(cls, config, key, replace(settings, quantization="none"))
+    heads = _heads_of(empty, f"{key}={name!r}")
     if on_meta:
-        model = _on_meta(cls, config, key, settings, kept=_HEADS)
+        model = empty if settings.quantization == "none" else _on_meta(cls, config, key, settings, kept=heads)
     else:
         # A new head replaces one that was trained for other classes.
         options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-        model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
-        misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(_HEADS)]
+        model, info = _load(cls, config, name, key, settings, kept=heads, **options)
+        inside = tuple(f"{head}." for head in heads)
+        misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(inside)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
+        missing = [parameter for parameter in info["missing_keys"] if not parameter.startswith(inside)]
+        heads += _new_modules(model, missing, f"{key}={name!r}")
+    store_on(model, "heads", heads)
     # Decoders classify by the last token before the padding. Without weights any token serves, and no file is needed.
     model.config.pad_token_id = 0 if on_meta else load_tokenizer(name, key, settings).pad_token_id
     # The head is trained, so it needs float32 even if the frozen base has fewer bits.
@@ -114,8 +125,44 @@ def load_classifier(
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of the new classification layers of a model from :func:`load_classifier`."""
-    return [name for name, _ in model.named_children() if name in _HEADS]
+    """Names of the modules of a model from :func:`load_classifier` that are new, or made for classes; else none."""
+    heads: list[str] = stored_on(model, "heads") or []
+    return heads
+
+
+def _heads_of(model: Any, where: str) -> list[str]:
+    """The children of a sequence classifier that are not its body, as transformers tells it."""
+    if model.base_model is model:
+        raise ConfigurationError(f"{where} is a {type(model).__name__}, which does not tell its body from its head")
+    heads = [(name, child) for name, child in model.named_children() if child is not model.base_model]
+    return [name for name, child in heads if next(child.parameters(), None) is not None]
+
+
+def _new_modules(model: nn.Module, missing: Collection[str], where: str) -> list[str]:
+    """The modules that have only ``missing`` parameters, without those inside of another.
+
+    Such a module (a pooler of BERT, if the base was stored without it) is new, so an adapter has to hold it.
+    """
+    if not missing:
+        return []
+    new: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        if own and own <= {*missing} and not f"{name}.".startswith(tuple(f"{outer}." for outer in new)):
+            new.append(name)
+    inside = tuple(f"{name}." for name in new)
+    lost = sorted(parameter for parameter in missing if not parameter.startswith(inside))
+    packed = [name for name in new if any(map(is_quantized, model.get_submodule(name).modules()))]
+    if lost:
+        raise ConfigurationError(
+            f"{where} lacks the weights {lost[:3]}, which an adapter cannot hold, as the rest of their modules is there"
+        )
+    if packed:
+        raise ConfigurationError(
+            f"{where} lacks the weights of {packed}, so they are new and have to be trained, and packed weights cannot "
+            "be; set model.quantization=none"
+        )
+    return new
 
 
 def positions(model: nn.Module) -> float:
@@ -224,9 +271,9 @@ def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any
     return {"dtype": dtype, **attention}
 
 
-def _in_dtype_of_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _in_dtype_of_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters()).dtype
-    return tuple(value.to(dtype) for value in args)
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in args)
 
 
 def _packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.adapters.base import Base
+from dynrank.adapters.precision import DTYPES
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
+from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
 from dynrank.app.runs.metrics import drop_repeated_rows
@@ -44,7 +46,15 @@ def summarise(
         final=final,
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
-        changes=[{"step": event.step, "reason": event.reason_and_cost, "undone": event.undone} for event in history],
+        changes=[
+            {
+                "step": event.step,
+                "reason": event.reason_and_cost,
+                "undone": event.undone,
+                "lr_factor": event.lr_factor,
+            }
+            for event in history
+        ],
         parameters={
             "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -66,7 +76,7 @@ def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
     """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
     for event in reversed([event for event in history if not event.undone]):
         if event.measured is not None:
-            now = f", {final[event.measured.metric]:.4g} now" if event.measured.metric in final else ""
+            now = f", {final[event.measured.metric]:.4g} at the end" if event.measured.metric in final else ""
             return f"{event.cost} at step {event.step:,}{now}"
     return ""
 
@@ -90,7 +100,9 @@ def export(
     inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
-    save_adapter(model, adapter)
+    lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
+    if config.export_dtype != "float32":
+        print_facts({"adapter's file": f"{config.export_dtype}, rounding changed {lost}"})
     write_sidecar_files(adapter, model, tokenizer, inputs, base)
     write_card(adapter, model, summary, steps, command(folder))
     write_summary(summary, folder)

@@ -210,8 +210,7 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
     if choice == "last":
         return f"of the last step, {last_step:,} (export_weights=last)"
     if best.step is None:
-        unknown = f"no validation after the last change of ranks logged {best.monitor}, or all were NaN"
-        return f"of the last step, {last_step:,}: {unknown}"
+        return f"of the last step, {last_step:,}: {best.why_none}"
     best.restore(module)
     return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
 

@@ -1,6 +1,5 @@
 """Errors of a command, in one message with an exit code: ours, Hydra's own, and keys that nothing reads."""
 
-import errno
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.app.keys import children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
+from dynrank.output.whole_file import DISK_FULL
 
-# The numbers of the errors of a disk that is full.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
@@ -50,6 +48,12 @@ def usage_errors() -> Iterator[None]:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         is_full = getattr(error.__cause__, "errno", None) in DISK_FULL
         sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: a file cannot be written: {error.strerror}{where}; free space", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ class ProgressLines(Callback):
 
     Args:
         follow: also print a line after each validation, and at least one a minute (if batches take longer, one after
-            each): step, losses, and the time left. Output that goes to a file shows no progress bar.
+            each): step, loss in training and the time left; after a validation its loss, too. Output that goes to a
+            file shows no progress bar.
     """
 
     def __init__(self, *, follow: bool) -> None:
@@ -49,7 +50,7 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.follow and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._follow(trainer)
+            self._follow(trainer, "train/loss", "val/loss")
 
     def _follow_in_time(self, trainer: Trainer) -> None:
         """Print a line if more than a minute without one would have passed at the end of a batch like the last one."""
@@ -57,13 +58,16 @@ class ProgressLines(Callback):
         took = now - self._batch_ended
         self._batch_ended = now
         if self.follow and now - self._last + took > _PAUSE:
-            self._follow(trainer)
+            # The last loss of a validation is one of an earlier step.
+            self._follow(trainer, "train/loss")
 
-    def _follow(self, trainer: Trainer) -> None:
+    def _follow(self, trainer: Trainer, *metrics: str) -> None:
+        """Print a line with the ``metrics`` that have been logged."""
         self._last = time.monotonic()
-        names = [name for name in ("train/loss", "val/loss") if name in trainer.callback_metrics]
-        losses = ", ".join(f"{name} {float(trainer.callback_metrics[name]):.4g}" for name in names)
-        _say(trainer, f"step {trainer.global_step:,}", f"{losses}; {self._left(trainer)} left")
+        values = trainer.callback_metrics
+        facts = [f"{name} {float(values[name]):.4g}" for name in metrics if name in values]
+        said = "; ".join(filter(None, (", ".join(facts), f"{self._left(trainer)} left")))
+        _say(trainer, f"step {trainer.global_step:,}", said)
 
     def _left(self, trainer: Trainer) -> str:
         made = trainer.global_step - self._first_step

@@ -30,7 +30,8 @@ class Summary:
         seconds: of the whole run.
         tokens_per_second: in training batches.
         peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
-        changes: step and reason of each change, and whether it was undone.
+        changes: step and reason of each change, whether it was undone, and the factor of the adapters' rate from there
+            on.
         final: metric -> value on training and validation data, at the final weights.
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
@@ -47,7 +48,7 @@ class Summary:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-    changes: list[dict[str, int | str | bool]] = field(default_factory=list)
+    changes: list[dict[str, int | float | str | bool]] = field(default_factory=list)
     final: dict[str, float] = field(default_factory=dict)
     gap: float | None = None
     bytes: dict[str, int] = field(default_factory=dict)

@@ -20,17 +20,19 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from dynrank.app.console import quiet_loading
+from dynrank.app.keys import keys_of
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
-from dynrank.app.runs.overrides import DISK_FULL
 from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
+from dynrank.callbacks.lightning.private import save_now
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import table_console
+from dynrank.output.whole_file import DISK_FULL
 
 # AdapterCheckpoint saves after the step in which one of them comes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,16 +42,9 @@ def make_trainer(
     config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, best: BestWeights, *, sweep: bool
 ) -> Trainer:
     """The trainer of the run that ``config`` describes, which writes into ``folder``."""
-    checkpoint = AdapterCheckpoint(
-        last_checkpoint(folder).parent,
-        filename=last_checkpoint(folder).stem,
-        every_n_train_steps=config.checkpoint_every,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    checkpoint.stop_signals = STOP_SIGNALS
+    checkpoint = _RunCheckpoint(last_checkpoint(folder), config.checkpoint_every)
     callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
-    callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model", names=keys_of(config.schedule, "schedule"))]
     callbacks += [_Bar()] if config.trainer.enable_progress_bar else []
     callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
@@ -75,6 +70,35 @@ def make_trainer(
     # The scheduler checks this, too, but only when the other processes have been started.
     check_strategy(trainer)
     return trainer
+
+
+class _RunCheckpoint(AdapterCheckpoint):
+    """Saves into one file after every ``every`` steps, and after the last step.
+
+    So a run that is killed in its last validation, in its test or in its export trains no step again.
+    """
+
+    stop_signals = STOP_SIGNALS
+
+    def __init__(self, file: Path, every: int) -> None:
+        super().__init__(
+            file.parent, filename=file.stem, every_n_train_steps=every, save_top_k=1, enable_version_counter=False
+        )
+        self._every = every
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        # At the end of training, Lightning's loops count an epoch as whole that max_steps has cut short, and a run that
+        # is to train on would skip the rest of it.
+        if _is_last_step(trainer) and trainer.global_step % self._every:
+            save_now(self, trainer)
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether no batch follows the one that ends now."""
+    if trainer.global_step == trainer.max_steps or trainer.should_stop:
+        return True
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 class _Bar(RichProgressBar):
@@ -160,7 +184,8 @@ def quiet_training() -> None:
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
     # A resumed run goes on in a folder of its own.
     warnings.filterwarnings("ignore", "The dirpath has changed")
-    # A run exports its model, and its checkpoint is only there to resume from.
+    # A run exports its model. Its checkpoint is only there to resume from, and a change after the last step is made
+    # after it.
     warnings.filterwarnings("ignore", "the last checkpoint, ")
     # Lightning 2.6 itself uses what torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)

@@ -55,6 +55,15 @@ class BestWeights(Checkpoint):
         # Those that are being validated.
         self._validated: dict[str, Tensor] = {}
         self._last_validated = 0
+        # Whether there was a validation since the last change.
+        self._was_validated = False
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no best validation, if ``step`` is None."""
+        if self._was_validated:
+            return f"every validation after the last change of ranks had NaN or nothing as {self.monitor!r}"
+        return "training was not validated after the last change of ranks"
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = {name: weight.detach().cpu().clone() for name, weight in _trained(pl_module).items()}
@@ -73,6 +82,7 @@ class BestWeights(Checkpoint):
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""
         self._last_validated = trainer.global_step
+        self._was_validated = True
         # A metric that a module logs without sync_dist differs between processes, which have to keep the same weights.
         value = mean_over_processes(float(metrics.get(self.monitor, nan)))
         gain = self.value - value if self.mode == "min" else value - self.value
@@ -85,14 +95,12 @@ class BestWeights(Checkpoint):
         if not event.undone:
             self.step = None
             self._weights = {}
+            self._was_validated = False
 
     def restore(self, module: nn.Module) -> None:
         """Put the best weights into ``module``; warns if there are none."""
         if self.step is None:
-            rank_zero_warn(
-                f"no validation after the last change of ranks logged {self.monitor!r}, or all were NaN, so no weights "
-                "are restored (BestWeights)"
-            )
+            rank_zero_warn(f"{self.why_none}, so no weights are restored (BestWeights)")
         trained = _trained(module)
         with torch.no_grad():
             for name, weight in self._weights.items():
@@ -100,7 +108,7 @@ class BestWeights(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         best = {"monitor": self.monitor, "step": self.step, "value": self.value, "weights": self._weights}
-        return {**best, "last_validated": self._last_validated}
+        return {**best, "last_validated": self._last_validated, "was_validated": self._was_validated}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         # Values of another metric, by which a resumed run may judge, cannot be compared.
@@ -110,6 +118,7 @@ class BestWeights(Checkpoint):
         self.value = state_dict["value"]
         self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
+        self._was_validated = state_dict.get("was_validated", False)
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

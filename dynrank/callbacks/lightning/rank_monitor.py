@@ -1,10 +1,9 @@
 """Changes of rank: a table, rank_history.csv, numbers for the loggers and the progress bar."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,35 +12,48 @@ from lightning.pytorch.loggers import CSVLogger
 from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
+from dynrank.driver.reserved import slot_notice
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
+from dynrank.output.ranks import rank_totals
 from dynrank.output.whole_file import whole_file
 
 
 class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
-    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. All loggers except the
-    CSVLogger, where each name would be a column, get ``rank/layer/NAME``. Each step logs its learning rates as
-    ``lr/NAME``; NAME is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs.)
-    A progress bar shows ``rank/mean`` in every step.
+    Each change is printed as a table; before training a line says what a server will reserve.
+    Every logger gets ``rank/mean``, ``rank/max`` and ``rank/parameters`` at the start, with every step that is logged,
+    with every validation, and after each change. All loggers except the CSVLogger, where each name would be a column,
+    get ``rank/layer/NAME`` at the start and after each change. Each step logs its learning rates as ``lr/NAME``; NAME
+    is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs.) A progress bar
+    shows ``rank/mean`` in every step.
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with the importance of each layer
             before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
+        names: what the user calls an argument of the schedule, or None if it cannot be set, for a program with other
+            names; None: its name in Python.
 
     Example::
 
         Trainer(callbacks=[RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]).fit(module)
     """
 
-    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
+    def __init__(
+        self,
+        history_file: str | Path | None = None,
+        model_name: str = "",
+        *,
+        names: Callable[[str], str | None] | None = None,
+    ) -> None:
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
-        # The mean rank of the layers at present; None if there are none.
-        self._mean: float | None = None
+        self.names = names
+        # What is logged of the present ranks; empty if there are no layers.
+        self._ranks: dict[str, float] = {}
         # What was logged last in this epoch. The trainer keeps it until the epoch ends, and logging costs time.
         self._logged: dict[str, float] = {}
 
@@ -54,6 +66,8 @@ class RankMonitor(Callback):
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
         self._logged = {}
+        if trainer.is_global_zero:
+            self._print_notice(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged = {}
@@ -63,32 +77,44 @@ class RankMonitor(Callback):
         # An optimizer that computes its own rate may have None.
         rates = {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
         values = {name: float(rate) for name, rate in rates.items() if rate is not None}
-        changed = {name: rate for name, rate in values.items() if self._logged.get(name) != rate}
+        values |= self._ranks
+        changed = {name: value for name, value in values.items() if self._logged.get(name) != value}
+        mean = changed.pop("rank/mean", None)
         if changed:
             pl_module.log_dict(changed)
-        if self._mean is not None and self._logged.get("rank/mean") != self._mean:
-            values["rank/mean"] = self._mean
-            pl_module.log("rank/mean", self._mean, prog_bar=True, logger=False)
+        if mean is not None:
+            pl_module.log("rank/mean", mean, prog_bar=True)
         self._logged |= values
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._ranks:
+            for logger in trainer.loggers:
+                # Lightning, too, logs a validation with the number of the step before it.
+                logger.log_metrics(self._ranks, step=max(0, trainer.global_step - 1))
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._named(event)
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
-            print_table(event.table(self._ranks(pl_module)))
+            print_table(event.table(self._by_layer(pl_module)))
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = self._ranks(pl_module)
-        if ranks:
-            self._mean = float(mean(ranks.values()))
-            totals = {"rank/mean": self._mean, "rank/max": float(max(ranks.values()))}
-            by_layer = {f"rank/layer/{name}": float(rank) for name, rank in ranks.items()}
-            for logger in trainer.loggers:
-                shown = totals if isinstance(logger, CSVLogger) else totals | by_layer
-                logger.log_metrics(shown, step=trainer.global_step)
+        self._ranks = rank_totals(pl_module)
+        by_layer = {f"rank/layer/{name}": float(rank) for name, rank in self._by_layer(pl_module).items()}
+        for logger in trainer.loggers if by_layer else ():
+            shown = self._ranks if isinstance(logger, CSVLogger) else self._ranks | by_layer
+            logger.log_metrics(shown, step=trainer.global_step)
 
-    def _ranks(self, pl_module: LightningModule) -> dict[str, int]:
+    def _print_notice(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what a server will reserve for the adapter, if a schedule can leave it more than the mean."""
+        name = "highest" if self.names is None else self.names("highest")
+        for driver in (c.driver for c in trainer.callbacks if isinstance(c, RankScheduler)):  # type: ignore[attr-defined]
+            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules, name)
+            if notice is not None:
+                print(notice, flush=True)
+
+    def _by_layer(self, pl_module: LightningModule) -> dict[str, int]:
         return {name.removeprefix(self.prefix): layer.rank for name, layer in lora_layers(pl_module)}
 
     def _write_history(self, trainer: Trainer) -> None:

@@ -14,7 +14,7 @@ from dynrank.callbacks.lightning.training import LightningTraining, run_length
 from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.driver.checks import check_validation
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import History, RankEvent
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.rank_map import RankMap
@@ -93,8 +93,8 @@ class RankScheduler(Callback):
         self._run: LightningTraining | None = None
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
     def step(self, pl_module: LightningModule) -> None:

@@ -23,13 +23,15 @@ from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
 from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import History, RankEvent
+from dynrank.driver.reserved import slot_notice
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.output.console import print_table
+from dynrank.output.ranks import rank_totals
 from dynrank.rank_map import RankMap
 from dynrank.schedules import Schedule
 
@@ -57,11 +59,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     ``reduce_lr_on_plateau`` start anew. A change behind the last step is made in the model that the Trainer has loaded,
     so ``trainer.save_model()`` saves the changed one; a warning names the checkpoints on disk that have other ranks.
 
-    Each change is printed as a table. ``rank/mean``, ``rank/max`` and ``rank/parameters`` go to everything that gets
-    the Trainer's log (TensorBoard, W&B, the progress bar, ``state.log_history``). So does ``lr/adapter``, if an adapter
-    shares its param group with other parameters and a change has raised its rate; elsewhere the group and its scheduler
-    have the rate that is used. If another callback defines ``on_rank_change(args, state, control, event, **kwargs)``,
-    it is called after each change was made or undone.
+    Each change is printed as a table; before training a line says what a server will reserve. ``rank/mean``,
+    ``rank/max`` and ``rank/parameters`` are in every record of the Trainer's log (TensorBoard, W&B, the progress bar,
+    ``state.log_history``), and in one of their own when training starts and at each change. So is ``lr/adapter``, of
+    the same step as ``learning_rate``, if an adapter shares its param group with other parameters and a change has
+    raised its rate; elsewhere the group and its scheduler have the rate that is used. If another callback defines
+    ``on_rank_change(args, state, control, event, **kwargs)``, it is called after each change was made or undone.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
@@ -120,10 +123,14 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._checked = False
         # {step of a checkpoint: its ranks}
         self._saved: dict[int, list[int]] = {}
+        # What every record of the log says of the present ranks; empty before the first step.
+        self._ranks: dict[str, float] = {}
+        # The rate of the first param group in the last step, and that of adapters that differs.
+        self._rates: tuple[float, dict[str, float]] = (0.0, {})
 
     @property
-    def history(self) -> list[RankEvent]:
-        """Every change of the run, and every attempt that was undone, also those before a resume."""
+    def history(self) -> History:
+        """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
     def attach(self, trainer: Trainer) -> RankTrainerCallback:
@@ -213,6 +220,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if state.global_step:
             self._load(state)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
+        self._ranks = {}
+        notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)
+        if notice is not None and state.is_world_process_zero:
+            print(notice)
         if state.global_step:
             self._saved[state.global_step] = ranks_of(training.model)
         self.listening = True
@@ -221,8 +232,20 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         training = self._training(kwargs)
+        # Not earlier, because the callbacks that write logs begin after this one.
+        if not self._ranks:
+            self._log_ranks(training)
         self._show_evaluated(training)
         self.driver.advance(training)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Without a factor, every rate is the one in its group.
+        if self.driver.lr_factor != 1.0:
+            training = self._training(kwargs)
+            rate = float(training.optimizers[0].param_groups[0]["lr"])
+            self._rates = rate, self.driver.unlogged_adapter_rates(training)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -238,16 +261,21 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: Mapping[str, Any],
+        logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        if self.listening:
-            self.logged.update(numeric_metrics(logs))
-            if "learning_rate" in logs:
-                training = self._training(kwargs)
-                hidden = self.driver.unlogged_adapter_rates(training)
-                if hidden:
-                    training.log(hidden)
+        if not self.listening:
+            return
+        self.logged.update(numeric_metrics(logs))
+        more = dict(self._ranks)
+        if "learning_rate" in logs and self.driver.lr_factor != 1.0:
+            # The Trainer logs the rate of the step that was made, or of the next one, by version.
+            shown, of_step = self._rates
+            is_made = logs["learning_rate"] == shown
+            more |= of_step if is_made else self.driver.unlogged_adapter_rates(self._training(kwargs))
+        # This callback is the first, so all others find these values, too.
+        logs.update(more)
+        state.log_history[-1].update(more)
 
     def on_evaluate(
         self,
@@ -287,16 +315,19 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """Log the ranks, and print the change."""
         assert self._run is not None
         model = self._run.model
-        ranks = ranks_of(model)
-        parameters = sum(factor.numel() for factor in adapter_parameters(model))
-        means = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks))}
-        self._run.log({**means, "rank/parameters": float(parameters)})
+        if not event.undone:
+            self._log_ranks(self._run)
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
         if event.lowers and not self.keep_best_before:
             forget_plateau(self._run.present_schedulers() or [])
             if state.best_metric is not None:
-                forget_best(args, state, event, ranks, self._saved)
+                forget_best(args, state, event, ranks_of(model), self._saved)
+
+    def _log_ranks(self, training: TrainerTraining) -> None:
+        """Log the present ranks, in a record of their own."""
+        self._ranks = rank_totals(training.model)
+        training.log({})
 
     def _training(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
         """The run at its present step."""
@@ -313,7 +344,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 # The user's function may return more, so only that decides.
                 metrics_of_check = validate(training)
                 for name in checked:
-                    metric_value(metrics_of_check, name, checked)
+                    metric_value(metrics_of_check, name, checked, training.group)
             self._checked = True
             self.driver.validated(training, metrics)
 

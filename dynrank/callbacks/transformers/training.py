@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Subset
@@ -14,6 +14,9 @@ from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
 from dynrank.triggers import Run
+
+# What dynrank's names of metrics begin with, where the Trainer's begin with "eval_".
+_PREFIX = "val/"
 
 
 class TrainerTraining(Training):
@@ -100,6 +103,11 @@ class TrainerTraining(Training):
             handler.callbacks = present
             del history[logged:]
 
+    def own_name(self, name: str, metrics: Collection[str]) -> str:
+        """``eval_loss`` for ``val/loss``, unless the user's own function returns that."""
+        own = f"eval_{name.removeprefix(_PREFIX)}"
+        return own if name.startswith(_PREFIX) and own in metrics else name
+
     @property
     def validation_batches(self) -> int | None:
         """Of all the Trainer's evaluation sets; None if one of them has no length."""
@@ -158,7 +166,7 @@ def _every(rows: Any, apart: int) -> Any:
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``metrics``; eval_loss is val/loss, too."""
     found = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return found | {f"val/{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
+    return found | {f"{_PREFIX}{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
 
 
 def run_length(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:

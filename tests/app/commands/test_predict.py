@@ -120,6 +120,57 @@ def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classi
     assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
 
 
+@pytest.mark.parametrize(("kind", "out"), [("csv", "csv"), ("jsonl", "parquet"), ("parquet", "jsonl")])
+def test_columns_that_are_kept_stand_beside_the_answers_of_their_rows(kind, out, classifier, launch, tmp_path):
+    """With an unusable row in between, zeros in front, numbers as numbers, and what a row lacks."""
+    rows = [{"id": f"00{row['id']}", "queue": i % 3, **row, "note": [None, "x"][i % 2]} for i, row in enumerate(ROWS)]
+    rows = [{**row, "id": f"00{i}"} for i, row in enumerate(rows[:20])]
+    rows[7] |= {"Subject": "", "Body": ""}
+    file = write(tmp_path / f"rows.{kind}", rows)
+    options = ["--skip-unusable", "--keep", "id", "--keep", "truth=queue", "--keep", "note"]
+    code, _, said = launch(cli.main, "predict", classifier, file, "--out", f"out.{out}", *options)
+    assert code == 0, said
+    plain, *_ = launch(cli.main, "predict", classifier, file, "--out", f"plain.{out}", "--skip-unusable")
+    assert plain == 0
+    answers = pd.DataFrame(read(tmp_path / f"out.{out}") if out != "csv" else pd.read_csv("out.csv", dtype=str))
+    assert [*answers] == ["row", "id", "truth", "note", "label", "probability"]
+    assert answers["id"].tolist() == [row["id"] for i, row in enumerate(rows) if i != 7]
+    assert answers["truth"].astype(int).tolist() == [i % 3 for i in range(20) if i != 7]
+    filled = [value if isinstance(value, str) and value else None for value in answers["note"]]
+    assert filled == [row["note"] for i, row in enumerate(rows) if i != 7]
+    without = pd.DataFrame(read(tmp_path / f"plain.{out}"))
+    assert answers["label"].tolist() == without["label"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rows.csv", "--out", "out.csv", "--keep", "ticket"], r"no column 'ticket'; it has \['id', 'Subject', 'Body'"),
+        (["rows.csv", "--out", "out.csv", "--keep", "new=ticket"], "no column 'ticket'"),
+        (["rows.csv", "--keep", "id"], "--keep must go with --out"),
+        (["a text", "--out", "out.csv", "--keep", "id"], "--keep must go with a file of columns"),
+        (["rows.csv", "--out", "out.csv", "--keep", "label"], "have a column 'label' of their own.*--keep NAME=label"),
+        (["rows.jsonl", "--out", "out.csv", "--keep", "id"], "several types in the column 'id'"),
+    ],
+)
+def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
+    arguments, message, classifier, launch, tmp_path, monkeypatch
+):
+    def never(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(Answerer, "labels", never)
+    # A missing column is known before the model is loaded.
+    if "no column" in message:
+        monkeypatch.setattr("dynrank.app.commands.predict.Answerer", never)
+    write(tmp_path / "rows.csv", [{**row, "label": "x"} for row in ROWS[:3]])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**ROWS[0], "id": i}) + "\n" for i in (1, "two")))
+    code, _, said = launch(cli.main, "predict", classifier, *arguments)
+    assert code == 2
+    assert re.search(message, said), said
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.csv", ROWS)
     command = ["predict", classifier, file, "--batch-size", 4, "--out"]
@@ -236,6 +287,32 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
     (tmp_path / "theirs" / "inputs.json").unlink()
     code, _, said = launch(cli.main, "predict", "theirs", file, "--columns", "txt=Body")
     assert (code, "--columns txt=… names no column that is read" in said) == (2, True)
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    for task, column, message in (
+        (None, ["answer=Body"], "--columns must name one of ['text'] for the form text, got ['answer']"),
+        ("SEQ_CLS", ["prompt=Body"], "for the form classification, got ['prompt']"),
+        ("CAUSAL_LM", ["text=Body", "label=Subject"], "for the form text, got ['label']"),
+        ("CAUSAL_LM", ["prompt=Body", "system=Subject"], "for the form completion, got ['system']"),
+    ):
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
+        options = [option for name in column for option in ("--columns", name)]
+        code, _, said = launch(cli.main, "predict", "theirs", "rows.csv", *options)
+        assert (code, message in said) == (2, True), said
+
+
+def test_a_full_disk_is_one_line(classifier, launch, tmp_path, monkeypatch, request):
+    answer = Answerer.labels
+
+    def with_full_disk(self, rows):
+        request.getfixturevalue("full_disk")
+        return answer(self, rows)
+
+    monkeypatch.setattr(Answerer, "labels", with_full_disk)
+    file = write(tmp_path / "rows.csv", ROWS * 5)
+    code, _, said = launch(cli.main, "predict", classifier, file, "--out", "answers.jsonl", "--batch-size", 64)
+    assert code == 1
+    assert re.search("error: a file cannot be written: File too large.*; free space$", said.strip()), said
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from kept import keep_checkpoints
 from safetensors.torch import load_file
 from study_data.stdlib import stdlib_functions
 from torch.testing import assert_close
@@ -48,7 +49,7 @@ def cwd(tmp_path):
 
 @pytest.fixture(scope="module")
 def overrides(tiny_bert):
-    """A run of 16 examples a step over all processes, whose last checkpoint was made before its ranks change."""
+    """A run of 16 examples a step over all processes, which saves before its ranks change, and at its end."""
     return [
         "debug=smoke", "schedule=after_convergence", f"task.model={tiny_bert}",
         "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
@@ -59,9 +60,11 @@ def overrides(tiny_bert):
 
 @pytest.fixture(scope="module")
 def alone(overrides, tmp_path_factory):
-    """The folder of the run as one process makes it."""
+    """The folder of the run as one process makes it; beside it is the checkpoint from before the change."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    job.run(dynrank.compose([*overrides, "task.batch_size=16"]), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        keep_checkpoints(folder.parent, patch.setattr)
+        job.run(dynrank.compose([*overrides, "task.batch_size=16"]), folder)
     return folder
 
 
@@ -125,21 +128,21 @@ LAUNCHED = "import runpy; runpy.run_module('dynrank.train', run_name='__main__',
 def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, cwd, tmp_path):
     """As a user starts it: Lightning starts the second process, in a new interpreter."""
     command = [*overrides, "trainer=ddp", "trainer.devices=2"]
-    code, _ = forked.run(LAUNCHED, *command, cwd=cwd, PYTHONWARNINGS="ignore")
+    keeping = f"import kept; kept.keep_checkpoints({str(tmp_path)!r}); {LAUNCHED}"
+    code, _ = forked.run(keeping, *command, cwd=cwd, PYTHONWARNINGS="ignore")
     folder = one_run(cwd, [code])
     assert_same_run(folder, alone)
+    assert step_of(folder / "checkpoints" / "last.ckpt") == STEPS
 
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    assert step_of(checkpoint) == SAVED
-    job.run(dynrank.compose([*overrides, "task.batch_size=16", f"ckpt_path={checkpoint}"]), tmp_path / "resumed")
+    checkpoint = tmp_path / f"step={SAVED}.ckpt"
+    job.run(dynrank.compose([*overrides, "task.batch_size=16", f"ckpt_path='{checkpoint}'"]), tmp_path / "resumed")
     assert_same_adapter(tmp_path / "resumed", alone)
 
 
 def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, cwd):
-    checkpoint = alone / "checkpoints" / "last.ckpt"
-    assert step_of(checkpoint) == SAVED
+    checkpoint = alone.parent / f"step={SAVED}.ckpt"
     torchrun = ["--nproc-per-node", "2", "--master-port", forked.free_port(), "-m", "dynrank.train"]
-    command = [*overrides, "trainer=fsdp2", f"ckpt_path={checkpoint}", "checkpoint_every=10"]
+    command = [*overrides, "trainer=fsdp2", f"ckpt_path='{checkpoint}'", "checkpoint_every=10"]
     program = "from torch.distributed.run import main; main()"
     code, _ = forked.run(program, *torchrun, *command, cwd=cwd, PYTHONWARNINGS="ignore")
     assert_same_adapter(one_run(cwd, [code]), alone)

@@ -1,13 +1,24 @@
 import json
 import shutil
-import socket
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from trained import updated
 
+import dynrank
+from dynrank.app import hub
 from dynrank.app.models import names, pretrained
+from dynrank.app.models.base_model import on_base
 from dynrank.app.models.names import model_source
-from dynrank.app.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
+from dynrank.app.models.pretrained import head_names, load_causal_lm, load_classifier, load_tokenizer, read_config
 from dynrank.errors import ConfigurationError
 
 
@@ -59,17 +70,38 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_on_the_hub_is_refused_with_advice_where_there_is_no_network(monkeypatch):
-    def nowhere(*_, **__):
-        raise socket.gaierror
+@pytest.mark.parametrize("load", [load_tokenizer, read_config, load_causal_lm])
+def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(no_network, load):
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFFLINE=1"):
+        load("nobody/nothing", "--base")
+    assert len(no_network) < 3
 
-    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    # The hub's library waits before it tries again.
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(
-        ConfigurationError, match="--base=nobody/nothing is not in the cache, and http.*HF_HUB_OFFLINE=1"
-    ):
+
+def test_a_name_in_the_hubs_cache_needs_no_network(no_network, tmp_path):
+    commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 48}))
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    assert read_config("nobody/nothing", cache_dir=tmp_path).hidden_size == 48
+    assert len(no_network) < 3
+
+
+def test_a_name_on_the_hub_is_refused_where_the_user_forbids_to_ask_it(no_network, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and HF_HUB_OFFLINE=1"):
         load_tokenizer("nobody/nothing", "--base")
+    assert not no_network
+
+
+def test_an_answer_of_the_hub_is_one_whatever_it_says(monkeypatch):
+    """A model that is not there, or is another's, has the error of transformers."""
+
+    def absent(*_, **__):
+        raise HfHubHTTPError("404", response=httpx.Response(404, request=httpx.Request("HEAD", "http://hub")))
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", absent)
+    assert hub.hub_answers("nobody/nothing")
 
 
 def test_body_that_does_not_fit_its_config_is_refused(tiny_bert, tmp_path):
@@ -77,6 +109,55 @@ def test_body_that_does_not_fit_its_config_is_refused(tiny_bert, tmp_path):
     config = json.loads((tiny_bert / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(ConfigurationError, match=r"intermediate.*model.*do not fit"):
+        load_classifier(str(tmp_path / "bert"), 3)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+OF_BART = {
+    f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 48))
+}
+OF_BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 32, "eos_token_id": 102}
+# For each kind of a model that is stored as an encoder or for another task: its class and size, and what is new then.
+STORED_WITHOUT = {
+    "DebertaV2Model": (SMALL | {"pooler_hidden_size": 32}, ["pooler", "classifier"]),
+    "BertForMaskedLM": (SMALL, ["classifier", "bert.pooler"]),
+    "AlbertForMaskedLM": (SMALL | {"embedding_size": 16}, ["classifier", "albert.pooler"]),
+    "BartModel": (OF_BART, ["classification_head"]),
+}
+
+
+@pytest.mark.parametrize("kind", STORED_WITHOUT)
+def test_all_that_the_files_of_a_base_lack_is_trained_and_stored_with_the_adapter(kind, tmp_path):
+    """Random values that are stored nowhere would be others in each command."""
+    size, new = STORED_WITHOUT[kind]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    tokenizer = load_tokenizer("minilm")
+    cls(cls.config_class(**size, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = load_classifier(str(tmp_path / "base"), 3)
+    assert head_names(model) == new
+    updated(dynrank.add_lora(model.eval(), rank=2, modules_to_save=head_names(model)))
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    inputs = tokenizer(["a fine film", "no"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(2)
+    for other in (
+        on_base(dynrank.read_adapter(tmp_path / "adapter"), None),
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3),
+    ):
+        with torch.no_grad():
+            assert_close(other.eval()(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_without_a_part_of_a_module_is_refused(tiny_bert, tmp_path):
+    """PEFT's format has only whole modules."""
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    stored = load_file(file)
+    del stored["bert.embeddings.LayerNorm.bias"]
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"lacks the weights \['bert\.embeddings\.LayerNorm\.bias'\]"):
         load_classifier(str(tmp_path / "bert"), 3)
 
 

@@ -1,11 +1,13 @@
 """``lora.from``: a run goes on from an adapter, ours or PEFT's, with its layers, ranks and scalings."""
 
 import json
+import re
 import shutil
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from trained import updated
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -60,6 +62,23 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     name = next(iter(layers))
     before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
     assert 0 < abs(before - after) < 0.5 * before
+
+
+def test_a_run_writes_float8_and_another_goes_on_from_it_with_the_scaling_that_it_was_trained_with(
+    task, theirs, tmp_path, capsys
+):
+    run(dynrank.compose([*task, f"lora.from={theirs}", "export_dtype=float8_e4m3fn"]), tmp_path / "small")
+    said = capsys.readouterr().out
+    assert re.search(r"adapter's file +float8_e4m3fn, rounding changed [345]\.\d\d% of the update", said)
+    weights = load_file(tmp_path / "small" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float8_e4m3fn}
+    model = build(dynrank.compose([*task, f"lora.from={tmp_path / 'small'}"])).module.model
+    before = dynrank.read_adapter(theirs).layers
+    assert {name: layer.scaling for name, layer in dynrank.lora_layers(model)} == pytest.approx(
+        {name: layer.scaling for name, layer in before.items()}
+    )
+    with pytest.raises(ConfigurationError, match="export_dtype must be 'float32', 'bfloat16' or 'float8_e4m3fn'"):
+        build(dynrank.compose([*task, "export_dtype=float16"]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run that is stopped by a signal and resumed ends with exactly the weights of an uninterrupted one."""
 
+import json
 import os
 import re
 import shlex
@@ -92,6 +93,31 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(launch, set
     for metric in ("train/loss", "val/loss"):
         one, two = (rows(folder / "metrics.csv", metric) for folder in (Path("run"), whole))
         assert [(row["step"], row[metric]) for row in one] == [(row["step"], row[metric]) for row in two]
+
+
+# At this place, "module.name" or "module.class.name", a run gets SIGKILL.
+KILLED_AT = "import os, pkgutil; owner, _, name = {place!r}.rpartition('.'); "
+KILLED_AT += "setattr(pkgutil.resolve_name(owner), name, lambda *_, **__: os.kill(os.getpid(), 9)); "
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["dynrank.callbacks.BestWeights.on_train_end", "lightning.Trainer.test", "dynrank.app.runs.job.export"],
+    ids=["end of training", "test", "export"],
+)
+def test_a_run_that_is_killed_after_its_last_step_trains_no_step_again(launch, settings, whole, place):
+    """Also if the last multiple of ``checkpoint_every`` is long ago."""
+    command = [*settings, "checkpoint_every=50", "hydra.run.dir=run"]
+    code, said = forked.run(KILLED_AT.format(place=place) + forked.TRAIN, *command, cwd=Path.cwd())
+    assert code == -signal.SIGKILL, said
+    assert not Path("run/summary.json").exists()
+    code, printed, message = launch(train.main, *command, "ckpt_path=last")
+    assert (code, message) == (0, "")
+    assert f"step {STEPS}, " in printed
+    assert json.loads(Path("run/summary.json").read_text())["step_seconds"] is None
+    assert_same(Path("run"), whole)
+    one, two = (rows(folder / "metrics.csv", "val/loss") for folder in (Path("run"), whole))
+    assert [(row["step"], row["val/loss"]) for row in one] == [(row["step"], row["val/loss"]) for row in two]
 
 
 def test_the_folder_of_a_finished_run_is_taken(launch, settings, whole):

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept import keep_checkpoints
 from safetensors.torch import load_file
 from tables import rows
 
 import dynrank
 from dynrank.app import train
+from dynrank.app.keys import keys_of
 from dynrank.callbacks import BestWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,8 +45,9 @@ def validations(folder):
     return {int(row["step"]) + 1: float(row["val/loss"]) for row in rows(Path(folder, "metrics.csv"), "val/loss")}
 
 
-def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own):
+def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own, tmp_path, monkeypatch):
     settings = [*own, "schedule.final_rank=2", "checkpoint_every=20"]
+    keep_checkpoints(tmp_path, monkeypatch.setattr)
     code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
     assert code == 0, said
     found = summary("whole")
@@ -62,13 +65,12 @@ def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(l
         assert (int(step), found["final"]["val/loss"]) == (best, pytest.approx(values[best]))
     assert found["final"]["val/loss"] <= min(values.values()) + 1e-6
 
-    # The only checkpoint is of step 20.
     adapter = "adapter/adapter_model.safetensors"
-    code, _, said = launch(train.main, *settings, "hydra.run.dir=again", "ckpt_path=whole/checkpoints/last.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=again", f"ckpt_path='{tmp_path / 'step=20.ckpt'}'")
     assert code == 0, said
     assert Path("again", adapter).read_bytes() == Path("whole", adapter).read_bytes()
 
-    code, _, said = launch(train.main, *settings, "hydra.run.dir=last", "export_weights=last", "checkpoint_every=32")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=last", "export_weights=last")
     assert code == 0, said
     assert "(export_weights=last)" in summary("last")["weights"]
     state = torch.load("last/checkpoints/last.ckpt", weights_only=True)["state_dict"]
@@ -79,7 +81,7 @@ def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(l
 
 
 def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
-    late = ["schedule.at=1.0", "schedule.final_rank=2"]
+    late = ["schedule.at=1.0", "schedule.final_rank=2", "lora.rank=16"]
     code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
     assert code == 0, said
     found = summary("run")
@@ -91,7 +93,23 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     exported = load_file("run/adapter/adapter_model.safetensors")
     for name, rank in cut.items():
         assert len(exported[f"base_model.model.{name}.lora_A.weight"]) == rank
-    assert "no validation after the last change" in found["weights"]
+    assert found["weights"].endswith("training was not validated after the last change of ranks")
+    # A server's slot is named before training, in the words of the command line, and the rate's factor at the cut.
+    said = re.sub(r"\s+", " ", printed)
+    notice = "a server reserves the highest rank in every layer, up to 16; schedule.highest=8 limits it"
+    assert said.index(notice) < said.index("length 32 steps")
+    (change,) = found["changes"]
+    assert change["lr_factor"] > 1
+    assert f"adapter's rate × {change['lr_factor']:.3g} from here" in said
+    assert dynrank.read_run("run").history[0].lr_factor == change["lr_factor"]
+
+
+def test_a_schedule_without_a_limit_of_ranks_has_no_key_for_it():
+    """Not even if another group has one of the name."""
+    rules = "rank_map.rank_pattern={a: {highest: 3}}"
+    for name, key in (("early_budget", "schedule.highest"), ("auto", "schedule.highest"), ("after_convergence", None)):
+        config = dynrank.compose([f"schedule={name}", rules])
+        assert keys_of(config.schedule, "schedule")("highest") == key
 
 
 def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():

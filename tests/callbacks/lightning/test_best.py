@@ -163,7 +163,12 @@ def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression)
 def test_best_weights_that_there_cannot_be_are_spoken_of(fit):
     best = BestWeights("val/los")
     module, _ = fit(best)
-    with pytest.warns(UserWarning, match="no validation after the last change of ranks logged 'val/los'"):
+    with pytest.warns(UserWarning, match="every validation after the last change .* NaN or nothing as 'val/los'"):
         best.restore(module)
+    # A validation before the change is none after it.
+    late = BestWeights("val/loss")
+    module, _ = fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), late)
+    with pytest.warns(UserWarning, match="training was not validated after the last change of ranks"):
+        late.restore(module)
     with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):
         BestWeights("score", "MAX")

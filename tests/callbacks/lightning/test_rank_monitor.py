@@ -42,9 +42,22 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert [float(row["predicted_error"]) for row in found] == pytest.approx(errors, rel=1e-4)
     assert "rank change at step 4" in capsys.readouterr().out
     found = rows(tmp_path / "metrics.csv", "rank/mean")
-    assert [(row["step"], float(row["rank/mean"])) for row in found] == [("0", 6.0), ("4", 3.0)]
+    # From the start on, and in the row of every step.
+    shown = {(int(row["step"]), float(row["rank/mean"]), float(row["rank/parameters"])) for row in found}
+    sizes = {rank: rank * sum(layer.params_per_rank for layer in event.layers) for rank in (6, 3)}
+    assert shown == {(step, rank, sizes[rank]) for step in range(8) for rank in [6 if step < 4 else 3]}
+    assert all(row["rank/mean"] == row["rank/max"] for row in found)
     # A table of hundreds of columns helps nobody.
     assert not [name for name in found[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
+
+
+def test_ranks_are_logged_with_every_validation_where_few_steps_are_logged(changed, tmp_path):
+    changed(RankMonitor(), logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=100)
+    validated = [int(row["step"]) for row in rows(tmp_path / "metrics.csv", "val/loss")]
+    assert validated
+    found = [(int(row["step"]), float(row["rank/mean"])) for row in rows(tmp_path / "metrics.csv", "rank/mean")]
+    shown = [(0, 6.0), *((step, 6.0 if step < 4 else 3.0) for step in validated), (4, 3.0)]
+    assert sorted(found) == sorted(shown)
 
 
 def test_history_has_the_importance_of_layers_that_share_a_pool_by_it(changed, tmp_path):
@@ -87,7 +100,8 @@ def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(c
     assert scheduler.driver.lr_factor == 2
     board = EventAccumulator(str(tmp_path)).Reload()
     rows_of_wandb = stored()
-    logged = dict.fromkeys(["rank/mean", "rank/layer/0", "rank/layer/2"], [6, 3])
+    logged = dict.fromkeys(["rank/layer/0", "rank/layer/2"], [6, 3])
+    logged |= dict.fromkeys(["rank/mean", "rank/max"], [3] * 5)
     logged |= dict.fromkeys(["lr-AdamW", "lr/0"], taken.rates[-3:])
     for name, expected in logged.items():
         shown = [point.value for point in board.Scalars(name)]
@@ -112,8 +126,9 @@ def test_what_stays_the_same_is_logged_once_an_epoch_and_stands_in_every_row(fit
     stage = Stage(At(step=7), Rank(3))
     fit(RankScheduler(stage), RankMonitor(), module=Constant(), max_steps=12, accumulate_grad_batches=2, **options)
     # The change of rank comes in the second epoch.
-    once = [(name, epoch) for epoch in range(3) for name in ("lr/0", "rank/mean")]
-    assert logged == [*once[:4], ("rank/mean", 1), *once[4:]]
+    of_ranks = ["rank/max", "rank/parameters", "rank/mean"]
+    once = [[(name, epoch) for name in ("lr/0", *of_ranks)] for epoch in range(3)]
+    assert logged == [*once[0], *once[1], *((name, 1) for name in of_ranks), *once[2]]
     assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv", "lr/0")] == [*range(12)]
 
 
@@ -146,11 +161,14 @@ def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, re
     taken = Taken()
     module = Warming() if own_step else Sharing()
     options = {"logger": CSVLogger(tmp_path, name="", version=""), "log_every_n_steps": 1}
-    fit(RankScheduler(RAISED), RankMonitor(), taken, module=module, **options)
+    fit(RankScheduler(RAISED), RankMonitor(), LearningRateMonitor("step"), taken, module=module, **options)
     logged = {
         name: {int(row["step"]): float(row[name]) for row in rows(tmp_path / "metrics.csv", name)}
-        for name in ("lr/adapter", "lr/0")
+        for name in ("lr/adapter", "lr/0", "lr-AdamW")
     }
+    # Lightning's own monitor has the group's rate of the same steps.
+    shown = {step: 2 * rate for step, rate in logged["lr-AdamW"].items() if step >= 4}
+    assert logged["lr/adapter"] == pytest.approx(shown)
     assert logged["lr/adapter"] == pytest.approx(dict(enumerate(taken.rates[4:], 4)))
     assert [*logged["lr/0"].values()][4:] == pytest.approx([rate / 2 for rate in taken.rates[4:]])
 

@@ -31,7 +31,7 @@ import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto, early_budget
-from dynrank.targets import Rank
+from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Gap, Plateau
 
 
@@ -206,12 +206,16 @@ def test_changes_and_the_rate_of_the_steps_are_told_printed_and_stored(tmp_path,
     (file,) = (tmp_path / "board").rglob("*tfevents*")
     board = EventAccumulator(str(file)).Reload()
     stored = wandb_run[1]()
-    expected = {"rank/mean": [2, 1], "rank/max": [2, 1], "rank/parameters": [2 * parameters, parameters]}
+    expected = dict.fromkeys(["rank/mean", "rank/max"], [4, 2, 1])
+    expected |= {"rank/parameters": [4 * parameters, 2 * parameters, parameters]}
     for name, values in expected.items():
         points = board.Scalars(f"train/{name}")
-        assert [point.step for point in points] == [4, STEPS]
-        assert [point.value for point in points] == values
-        assert [row[f"train/{name}"] for row in stored if f"train/{name}" in row] == values
+        # Once at the start, with each log, at each change, and with the results at the end.
+        steps = [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, STEPS, STEPS, STEPS]
+        assert [point.step for point in points] == steps
+        start, middle, end = values
+        assert [point.value for point in points] == [start] * 5 + [middle] * 8 + [end]
+        assert [row[f"train/{name}"] for row in stored if f"train/{name}" in row] == [point.value for point in points]
 
     logged = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     assert taken == pytest.approx([1e-2 * (1 - step / STEPS) * (2 if step >= 4 else 1) for step in range(STEPS)])
@@ -236,7 +240,7 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
         made.add_callback(hearing)
         made.train()
         assert hearing.evaluated == [4, 8, STEPS]
-        rows = [sorted(row) for row in made.state.log_history if "rank/mean" not in row]
+        rows = [sorted(row) for row in made.state.log_history]
         return rows, model.state_dict(), [event.undone for event in schedule.history]
 
     how = How(**TOO_COSTLY | {"max_regression": 0.0})
@@ -245,6 +249,23 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
     assert plain[0] == checked[0]
     for name, value in plain[1].items():
         assert torch.equal(checked[1][name], value), name
+
+
+def test_what_is_printed_has_the_trainer_s_names_and_begins_with_the_slot(tmp_path, capsys):
+    worse = itertools.count(10)
+    model = get_peft_model(base(), LoraConfig(r=16, target_modules="all-linear"))
+    costly = Stage(Plateau(min_delta=0.9, patience=1), Budget(final_rank=2), how=How(max_regression=0.0))
+    evaluate = {"evaluate": lambda: {"eval_loss": float(next(worse))}}
+    schedule = RankTrainerCallback([*early_budget(4, at=0.2), costly], measure=True, **evaluate)
+    trainer(tmp_path, model, schedule, **EVALUATING).train()
+    cut, undone = schedule.history
+    assert (cut.measured.metric, undone.measured.metric, undone.undone) == ("eval_loss", "eval_loss", True)
+    assert undone.reason == f"undone: {undone.measured} (plateau of eval_loss)"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("a server reserves the highest rank in every layer, up to 16; highest=8 limits it")
+    assert printed.count("a server reserves") == 1
+    assert "val/loss" not in printed
+    assert f"adapter's rate × {cut.lr_factor:.3g} from here" in printed
 
 
 @pytest.mark.parametrize(
@@ -350,10 +371,11 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(ass
     assert len(rates[-2]) > len(adapters)
     for parameter, rate in rates[-2].items():
         assert rate == pytest.approx(2e-3 * (factor if parameter in adapters else 1.0)), parameter in adapters
-    logged = [row["lr/adapter"] for row in made.state.log_history if "lr/adapter" in row]
-    shown = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
-    assert logged == pytest.approx([factor * rate for rate in shown[-len(logged) :]])
-    assert 0 < len(logged) < len(shown) == STEPS
+    shown = [row for row in made.state.log_history if "learning_rate" in row]
+    raised = [row for row in shown if "lr/adapter" in row]
+    assert 0 < len(raised) < len(shown) == STEPS
+    # In one record both rates are of one step.
+    assert [row["lr/adapter"] for row in raised] == pytest.approx([factor * row["learning_rate"] for row in raised])
     again, *_ = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_same(again, model)
 
@@ -381,7 +403,7 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
     assert asked == asked[:1] * 2
     assert 0 < sum(asked[0].values()) <= 4 + several < 16
     measured = schedule.history[0].measured
-    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("val/loss", *losses, False)
+    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("eval_loss", *losses, False)
     assert losses[0] != losses[1]
 
 

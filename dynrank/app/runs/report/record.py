@@ -46,12 +46,14 @@ class RecordedChange:
         reason: why the change was made, or why it was undone.
         undone: whether it was undone, as summary.json says.
         layers: {layer: its row}.
+        lr_factor: factor of the adapters' rate from there on, as summary.json says.
     """
 
     step: int
     reason: str
     undone: bool
     layers: dict[str, LayerChange] = field(default_factory=dict)
+    lr_factor: float = 1.0
 
     @property
     def ranks(self) -> str:
@@ -169,7 +171,7 @@ def read_metrics(file: Path) -> dict[str, Series]:
 
 
 def _changes(file: Path, summary: Summary) -> list[RecordedChange]:
-    undone = {(change["step"], change["reason"]) for change in summary.changes if change["undone"]}
+    known = {(change["step"], change["reason"]): change for change in summary.changes}
     changes: list[RecordedChange] = []
     with file.open(newline="", encoding="utf-8") as opened:
         for row in csv.DictReader(opened):
@@ -177,6 +179,10 @@ def _changes(file: Path, summary: Summary) -> list[RecordedChange]:
             line = LayerChange(**cells)
             last = changes[-1] if changes else None
             if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
-                changes.append(RecordedChange(line.step, line.reason, (line.step, line.reason) in undone))
+                change = known.get((line.step, line.reason), {})
+                undone = bool(change.get("undone", False))
+                # An earlier version did not write the factor.
+                factor = float(change.get("lr_factor", 1.0))
+                changes.append(RecordedChange(line.step, line.reason, undone, lr_factor=factor))
             changes[-1].layers[line.layer] = line
     return changes

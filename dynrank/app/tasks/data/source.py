@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.fingerprint import Hasher
+from huggingface_hub import constants
 from lightning.pytorch.utilities import rank_zero_only
 from pyarrow.csv import ConvertOptions, InvalidRow, ParseOptions, ReadOptions, open_csv
 
 from dynrank.app.console import print_facts
+from dynrank.app.hub import hub_answers
 from dynrank.app.tasks.data.columns import SNIFFED, Columns
 from dynrank.app.tasks.data.rows import Numbered
 from dynrank.app.tasks.data.stored import RawRows, of_dataset, quiet, reading, refuse, usable_rows
@@ -212,5 +214,9 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 
 
 def _from_hub(name: str, split: str) -> datasets.Dataset:
+    if not datasets.config.HF_HUB_OFFLINE and not hub_answers(name, repo_type="dataset"):
+        raise ConnectionError(
+            f"{constants.ENDPOINT} cannot be reached; connect, or with HF_HUB_OFFLINE=1 the cache of datasets is read"
+        )
     with quiet():
         return datasets.load_dataset(name, split=split)

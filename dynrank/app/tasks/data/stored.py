@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from dynrank.app.tasks.data.columns import Columns
 from dynrank.app.tasks.data.rows import Numbered, checked_rows, features_of
 from dynrank.errors import ConfigurationError
+from dynrank.output.whole_file import DISK_FULL
 
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
 READ = 4
@@ -201,7 +202,12 @@ def reading(where: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if getattr(cause, "errno", None) in DISK_FULL:
+            raise ConfigurationError(
+                f"{where} cannot be stored in the cache of datasets, {str(datasets.config.HF_DATASETS_CACHE)!r}: "
+                f"{os.strerror(cause.errno)}; free space, or set HF_HOME to a folder on another disk"
+            ) from cause
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
         # So says pyarrow of a row of csv that is longer than a block.

@@ -7,8 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dynrank.app.tasks.data import source
 from dynrank.app.tasks.data.splits import from_files, rows_by_split
 from dynrank.errors import ConfigurationError
+from dynrank.output.whole_file import DISK_FULL
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
 
@@ -237,7 +239,23 @@ def test_columns_of_types_that_are_not_read_do_no_harm(tmp_path):
 def test_names_on_the_hub_are_passed_on(name, monkeypatch):
     hub = {(name, "train"): datasets.Dataset.from_list(ROWS)}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub[name, split])
+    monkeypatch.setattr(source, "hub_answers", lambda name, repo_type: True)
     assert all_of(read(name)) == pairs(ROWS)
+
+
+def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(no_network):
+    with pytest.raises(ConfigurationError, match=r"data\.train=org/rows cannot be read.*reached.*HF_HUB_OFFLINE=1"):
+        read("org/rows")
+    assert len(no_network) < 3
+
+
+def test_a_full_disk_under_the_cache_is_no_fault_of_the_file(tmp_path, request):
+    write(tmp_path / "a.jsonl", ROWS)
+    request.getfixturevalue("full_disk")
+    with pytest.raises(ConfigurationError, match=r"stored in the cache of datasets.*; free space.*HF_HOME") as caught:
+        read(str(tmp_path / "a.jsonl"))
+    # By this, the command exits with code 1.
+    assert caught.value.__cause__.errno in DISK_FULL
 
 
 def test_a_folder_has_its_own_splits_and_no_script_in_it_is_run(tmp_path):

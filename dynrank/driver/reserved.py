@@ -1,0 +1,83 @@
+"""What a server will reserve for the adapter that a run ends with, as far as that is known before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+
+from torch import nn
+
+from dynrank.driver.bounds import bounds_of
+from dynrank.driver.checks import NO_RULES, depends_on_data, final_ranks
+from dynrank.driver.due import expected_states, ranks_of_target
+from dynrank.layers.finding import lora_layers
+from dynrank.output.slots import SLOTS, average, slot_rank
+from dynrank.rank_map import RankBounds
+from dynrank.schedules import Stage
+from dynrank.targets import Budget
+
+
+def slot_notice(
+    model: nn.Module,
+    schedule: Sequence[Stage],
+    rules: Mapping[str, RankBounds] = NO_RULES,
+    name: str | None = "highest",
+) -> str | None:
+    """A line about a server's slot for the adapter at the end; None: the mean rank needs as large a slot.
+
+    Args:
+        model: the model, before the first stage of ``schedule``.
+        schedule: the stages to come.
+        rules: those of the schedule's rank map.
+        name: what the user calls the argument ``highest`` of a budget; None: the user cannot set it.
+
+    >>> import dynrank
+    >>> from dynrank.schedules import early_budget
+    >>> layers = [nn.Linear(64, 64) for _ in range(4)]
+    >>> slot_notice(dynrank.add_lora(nn.Sequential(*layers), rank=16), early_budget(4))
+    'a server reserves the highest rank in every layer, up to 16; highest=8 limits it'
+    """
+    # Only such stages leave it to the run which layers get more than others.
+    if not depends_on_data(schedule):
+        return None
+    top = max(highest_ranks(model, schedule, rules).values())
+    mean = average(final_ranks(model, schedule, rules))
+    if slot_rank(top) <= slot_rank(ceil(mean)):
+        return None
+    line = f"a server reserves the highest rank in every layer, up to {top}"
+    # A limit at the mean would make all ranks the same.
+    limit = next(slot for slot in (*SLOTS, top) if slot > mean)
+    is_lower = slot_rank(limit) < slot_rank(top)
+    # Pinned layers do not follow it.
+    least = max(highest_ranks(model, _limited(schedule, limit if is_lower else top - 1), rules).values())
+    if name is None or least >= top:
+        return line
+    return f"{line}; {name}{f'={limit}' if is_lower else ''} limits it"
+
+
+def highest_ranks(
+    model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
+) -> dict[str, int]:
+    """{layer: the highest rank that it can have after the last stage}."""
+    layers = dict(lora_layers(model))
+    bounds = bounds_of(layers, rules)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    for number, stage in enumerate(schedule, 1):
+        states = expected_states(layers, bounds, ranks, last=number == len(schedule))
+        if isinstance(stage.to, Budget):
+            ranks = stage.to.highest_ranks(states)
+        elif not stage.to.needs:
+            ranks = ranks_of_target(stage, bounds, states)
+    return ranks
+
+
+def _limited(schedule: Sequence[Stage], highest: int) -> list[Stage]:
+    """The schedule with this limit in its budgets, as far as they allow it."""
+    stages = []
+    for stage in schedule:
+        to = stage.to
+        if isinstance(to, Budget):
+            stage = replace(stage, to=replace(to, highest=max(to.lowest, min(highest, to.highest or highest))))
+        stages.append(stage)
+    return stages
