@@ -63,6 +63,14 @@ def with_head(base: Any) -> Any:
     return peft(base, modules_to_save=["lm_head"])
 
 
+def apart(parameters: list[Any], **options: Any) -> Optimizer:
+    """AdamW with the factors in a group of their own, as the error of a shared group says."""
+    own = [parameter for parameter in parameters if parameter.shape != (SIZE["vocab_size"], SIZE["hidden_size"])]
+    ids = {id(parameter) for parameter in own}
+    rest = [parameter for parameter in parameters if id(parameter) not in ids]
+    return AdamW([{"params": own}, {"params": rest}], **options)
+
+
 def in_one_process(base: Any) -> Any:
     """Adapters that are less than half of what is trained, and come first: ZeRO-1 and 2 have them in one process."""
     return peft(base, ["q_proj"], modules_to_save=["lm_head"])
@@ -98,8 +106,8 @@ class Run:
     stages: Any = CUT
     trainer: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
-    # Class and arguments; None: the Trainer's own AdamW.
-    optimizer: tuple[type[Optimizer], dict[str, Any]] | None = None
+    # What makes it of parameters, and further arguments; None: the Trainer's own AdamW.
+    optimizer: tuple[Callable[..., Optimizer], dict[str, Any]] | None = None
     # Whether DeepSpeed's own functions read the right parameters.
     readable: bool = True
     # ZeRO-3 partitions the base when it is loaded (zero.Init).
@@ -144,6 +152,7 @@ RUNS: dict[str, tuple[Run, Sequence[int]]] = {
     "FusedAdam of ds.json": (Run(stages=HALF, zero={"optimizer": ITS_ADAM}), (1, 2, 3)),
     "DeepSpeedCPUAdam": (Run(stages=HALF, zero={"zero_optimization": OFFLOADED}), (2, 3)),
     "a head": (Run(with_head, PLAIN_CUT), (1, 2, 3)),
+    "a head in a group of its own": (Run(with_head, HALF, optimizer=(apart, {"lr": 1e-2})), (1, 2, 3)),
     "adapters of one process": (Run(in_one_process, replace(HALF, how=How())), (1, 2, 3)),
     "an embedding": (Run(with_embedding), (2, 3)),
     "add_lora": (Run(own, HALF), (1, 2, 3)),
@@ -195,9 +204,9 @@ class OptimizerTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         if self.made is None:
             return super().create_optimizer(model)
-        cls, options = self.made
+        make, options = self.made
         if self.optimizer is None:
-            self.optimizer = cls([p for p in self.model.parameters() if p.requires_grad], **options)
+            self.optimizer = make([p for p in self.model.parameters() if p.requires_grad], **options)
         return self.optimizer
 
 
