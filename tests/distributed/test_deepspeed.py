@@ -1,7 +1,7 @@
 """Ranks that change under DeepSpeed's ZeRO 1, 2 and 3, in two processes, beside DDP, where factors change their shapes.
 
 DeepSpeed is not in the test extra: accelerate imports it wherever it is installed, for every program. Where it is, the
-whole table is made by scripts/bench/deepspeed.py.
+whole table is made by scripts/bench/zero.py.
 """
 
 from importlib.util import find_spec

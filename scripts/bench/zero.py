@@ -3,9 +3,9 @@
 ::
 
     pip install -e '.[deepspeed]'    # beside the test extra
-    python scripts/bench/deepspeed.py --out scripts/bench/results/deepspeed.csv    # half an hour on two cores
-    python scripts/bench/deepspeed.py "a cut" "resumed, by importance"
-    python scripts/bench/deepspeed.py --memory    # of one of the two processes
+    python scripts/bench/zero.py --out scripts/bench/results/zero.csv    # half an hour on two cores
+    python scripts/bench/zero.py "a cut" "resumed, by importance"
+    python scripts/bench/zero.py --memory    # of one of the two processes
 
 The runs are those of tests/distributed/zero_runs.py, of which the suite makes a few if DeepSpeed is installed. A row is
 one of them under one stage of ZeRO. "loss" is the largest difference of a step's loss from the same run under DDP;
