@@ -48,17 +48,17 @@ from ends import keep  # noqa: E402
 COLUMNS = ("run", "zero", "ranks", "loss", "update", "importance", "rate", "dead", "other")
 
 
-def of_two_processes(folder: Path, program: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What both processes of a program have found, which they keep in ``folder``."""
+def of_processes(count: int, folder: Path, program: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What the processes of a program have found, which they keep in ``folder``."""
     zero_runs.save_base(folder / "base")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     path = os.pathsep.join(map(str, (ROOT, RUNS, os.environ.get("PYTHONPATH", ""))))
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     processes = []
-    for number in ("0", "1"):
+    for number in map(str, range(count)):
         environment = os.environ | group | settings | {"RANK": number, "LOCAL_RANK": number}
         command = [sys.executable, "-W", "ignore", str(program), str(folder), *arguments]
         with (folder / f"{number}.txt").open("w") as output:
@@ -66,7 +66,7 @@ def of_two_processes(folder: Path, program: Path, *arguments: str) -> list[dict[
     codes = [process.wait() for process in processes]
     if any(codes):
         sys.exit((folder / "0.txt").read_text()[-3000:])
-    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+    return [torch.load(folder / f"{number}.pt") for number in range(count)]
 
 
 def held() -> int:
@@ -145,11 +145,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a CSV file for the rows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         if arguments.memory:
-            results = of_two_processes(Path(place), Path(__file__))
+            rows = rows_of(of_processes(2, folder, Path(__file__)))
         else:
-            results = of_two_processes(Path(place), RUNS / "zero_runs.py", *arguments.names)
-    rows = rows_of(results)
+            program = RUNS / "zero_runs.py"
+            rows = rows_of(of_processes(2, folder, program, *arguments.names))
+            if not arguments.names or zero_runs.ALONE in arguments.names:
+                rows += rows_of(of_processes(1, folder, program))
     for row in rows:
         print(*(f"{key}={value}" for key, value in row.items() if value != ""), sep="  ")
     if arguments.out:
