@@ -604,7 +604,7 @@ def checks_of(names: Sequence[str], folder: Path) -> dict[str, Callable[[], Any]
 
 
 def main(place: str, *names: str) -> None:
-    """What each process does, started as torchrun does: the checks of these names, or all; ALONE is that of one process."""
+    """What each process does, started as torchrun does: the checks of these names, or all of so many processes."""
     warnings.simplefilter("ignore")
     begin_without_cuda()
     folder = Path(place)
