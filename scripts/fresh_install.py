@@ -1,9 +1,9 @@
-"""Installs an archive of a release into a new environment, and runs there what README shows.
+"""Installs an archive of a release into a new environment, and runs there what README and docs/own_loop.md show.
 
     python scripts/fresh_install.py dist/dynrank-*.whl [--constraint constraints.txt]
 
 First the core alone: the examples in Python that need no more, and a command, which has to say what it needs. Then with
-dynrank[train]: all examples in Python. Arguments after the archive go to pip.
+dynrank[train]: those with Lightning, too. Arguments after the archive go to pip.
 """
 
 import re
@@ -13,16 +13,20 @@ import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/own_loop.md")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 # What an example imports from beyond the core.
-MORE = re.compile(r"^(?:import|from) (?:lightning|dynrank\.callbacks)\b", flags=re.MULTILINE)
+MORE = re.compile(r"^(?:import|from) .*\b(?:lightning|dynrank\.callbacks)\b", flags=re.MULTILINE)
+# And from beyond dynrank[train]; the test suite runs these.
+OTHERS = re.compile(r"^(?:import|from) (?:trl|accelerate)\b", flags=re.MULTILINE)
 
 
 def main() -> None:
     """Install and run; the first failure ends the program."""
     archive, *options = sys.argv[1:]
-    examples = EXAMPLE.findall(README.read_text(encoding="utf-8"))
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    examples = [example for text in texts for example in EXAMPLE.findall(text) if not OTHERS.search(example)]
     of_core = [example for example in examples if not MORE.search(example)]
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -43,9 +47,9 @@ def main() -> None:
 
 def run_examples(python: Path, examples: list[str], folder: Path, installed: str) -> None:
     """Run each example in a process of its own."""
-    print(f"{len(examples)} of README's examples with {installed}", flush=True)
+    print(f"{len(examples)} of the pages' examples with {installed}", flush=True)
     if not examples:
-        sys.exit("README has no such example")
+        sys.exit(f"{PAGES} have no such example")
     for example in examples:
         # -I keeps this repository's own package, and a PYTHONPATH, out of the way.
         subprocess.run([python, "-I", "-W", "ignore", "-c", example], cwd=folder, check=True)

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 import dynrank
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOOP = (ROOT / "docs/own_loop.md").read_text(encoding="utf-8")
 # What a folder or module is about, and needs beyond the core.
 FOREIGN = {
     "callbacks": "lightning|transformers",
@@ -115,8 +115,8 @@ assert [layer.rank for _, layer in dynrank.lora_layers(steered)] == [8]
 """
 
 
-def test_readmes_loop_trains_cuts_saves_loads_squeezes_inspects_merges_and_prints(core, tmp_path):
-    (loop,) = re.findall(r"^```python\n(import torch\nfrom dynrank import RankDriver.*?)^```$", README, re.M | re.S)
+def test_the_plain_loop_trains_cuts_saves_loads_squeezes_inspects_merges_and_prints(core, tmp_path):
+    (loop,) = re.findall(r"^```python\n(import torch\nfrom dynrank import RankDriver.*?)^```$", LOOP, re.M | re.S)
     printed = core(f"{loop}\nimport dynrank\n{REST}", tmp_path)
     assert re.search(r"rank change at step \d+: .*rank 16 → rank 4", printed)
     assert "LoRA layers" in printed

@@ -1,4 +1,7 @@
-"""Every block of the pages that a reader may copy is run as printed, in order, in one empty folder for each page."""
+"""Every block of the pages that a reader may copy is run as printed, in order, in one folder for each page.
+
+The folder is empty but for a small model with the name of one on the hub, which no test can reach.
+"""
 
 import re
 import shlex
@@ -9,7 +12,12 @@ import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("*/README.md")),
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 BLOCK = re.compile(r"^```(sh|python|yaml)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -27,10 +35,14 @@ def run_line(line, folder):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_runs_as_printed(page, tmp_path):
+def test_every_block_runs_as_printed(page, tiny_llama, tmp_path):
+    (tmp_path / "HuggingFaceTB").mkdir()
+    (tmp_path / "HuggingFaceTB/SmolLM2-135M").symlink_to(tiny_llama)
     for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "yaml":
-            (tmp_path / re.match(r"# (\S+)\n", text)[1]).write_text(text)
+            file = tmp_path / re.match(r"# (\S+)\n", text)[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
         elif language == "python":
             code, printed = forked.run(text, cwd=tmp_path)
             assert code == 0, printed
@@ -41,12 +53,12 @@ def test_every_block_runs_as_printed(page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_the_first_page_is_one_page():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
 
 def test_every_folder_explains_itself():

@@ -1,5 +1,6 @@
-"""The site is built of the repository's pages and docstrings, and none of its links leads nowhere."""
+"""The site is built of the pages and docstrings; its links lead somewhere, and its search finds what users look for."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dynrank", "dynrank.schedules", "dynrank.triggers", "dynrank.targets", "dynrank.callbacks")
+
+# What a user types into the search, and the page that answers it.
+ANSWERS = {
+    "max_lora_rank": "serve/",
+    "slot": "serve/",
+    "pinned": "single_layers/",
+    "highest": "single_layers/",
+    "which rank": "schedules/",
+    "cut twice": "schedules/",
+    "rate after a cut": "rates_best_resume/",
+    "best checkpoints": "rates_best_resume/",
+    "resume": "rates_best_resume/",
+    "DeepSpeed": "several_gpus/",
+    "FSDP2": "several_gpus/",
+    "TRL": "peft_trl/",
+    "LightningCLI": "lightning/",
+    "llama.cpp": "serve/",
+    "QLoRA": "peft_trl/",
+    "rare classes": "command_line/",
+}
 
 
 def test_site_has_every_public_name_and_its_links_lead_somewhere(tmp_path):
@@ -24,6 +45,12 @@ def test_site_has_every_public_name_and_its_links_lead_somewhere(tmp_path):
             assert f'id="{package}.{name}"' in page
         assert ":func:" not in page
         assert "Annotated[" not in page
+    # A heading weighs a thousand times as much as a text, so a page that has the words in one is among the first.
+    found = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    for words, answer in ANSWERS.items():
+        whole = re.compile(rf"\b{re.escape(words)}\b", re.IGNORECASE)
+        headed = [doc["location"] for doc in found if whole.search(doc["title"])]
+        assert any(place.startswith(answer) for place in headed), (words, headed)
     pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("index.html")}
     anchors = {page: set(re.findall(r'id="?([^"\s>]+)', text)) for page, text in pages.items()}
     assert len(pages) > 15

@@ -75,7 +75,7 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ConfigurationError(
             f"RankTrainerCallback changes ranks on one device, under DDP, FSDP2 or DeepSpeed; this Trainer was set to "
             f"{ways[0]}: change that in its arguments, accelerate's configuration and the environment "
-            "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (conf/README.md)"
+            "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (docs/several_gpus.md)"
         )
     check_accelerate(state, may_be=("DEEPSPEED",))
     if is_zero:

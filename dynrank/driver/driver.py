@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,7 @@ from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import MeasuredSteps, Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
@@ -136,8 +138,13 @@ class RankDriver:
         """
         shown = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
         used = [rate for rates in self._rates for rate in rates.of_next_step()]
-        hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
-        return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
+        return _named({number: rate for number, rate in enumerate(used) if rate != shown[number]})
+
+    def raised_adapter_rates(self, training: Training) -> dict[str, float]:
+        """The same for the last step, whoever has set the rate of its group."""
+        starts = accumulate((len(optimizer.param_groups) for optimizer in training.optimizers), initial=0)
+        pairs = zip(starts, self._rates, strict=False)
+        return _named({start + number: rate for start, rates in pairs for number, rate in rates.raised.items()})
 
     @property
     def _needs_importance(self) -> bool:
@@ -148,6 +155,11 @@ class RankDriver:
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
+
+    @property
+    def observes(self) -> list[str]:
+        """Names of the metrics that the triggers of the stages to come read."""
+        return sorted(observed_metrics(self.stages[self.progress.stage :]))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
@@ -451,6 +463,9 @@ class RankDriver:
             self.lr_factor *= event.lr_factor
             for rates in self._rates:
                 rates.multiply(event.lr_factor)
+            # A trainer's schedulers are not in this list: its callback decides by ``keep_best_before``.
+            if event.lowers and training.schedulers:
+                forget_plateau(training.schedulers)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
@@ -468,6 +483,11 @@ class RankDriver:
         if self._steps is not None:
             self._steps.remove()
         self._steps = None
+
+
+def _named(hidden: Mapping[int, Any]) -> dict[str, float]:
+    """{the name of a rate that is logged: the rate}, of {number of a param group: the rate of its adapters}."""
+    return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
 
 
 def _in_words(rules: Sequence[tuple[str, ...]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from math import sqrt
 from statistics import mean
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from dynrank.distributed.zero import ZeroOptimizer
-from dynrank.driver.schedulers import keep_limit, limited_function, multiply, multiply_bases, of_torch, shown_rate
+from dynrank.driver.schedulers import has_kept_limit, keep_limit, multiply, multiply_bases, of_torch, shown_rate
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
@@ -29,24 +28,30 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
     return how.lr_factor
 
 
-# The key in a param group of the factor that its rate contains. So a checkpoint stores the factor with that rate.
+# The key in a param group of the factor that its rate contains, so that a checkpoint stores it with that rate. It is
+# negative if no factor goes into this rate any more, because somebody else than known schedulers has set it.
 LR_FACTOR = "dynrank_lr_factor"
-# The factor of a group whose rate the program sets by itself, so that it contains none, and never will.
-_SET_BY_PROGRAM = 0.0
 
 
 class LearningRates:
     """Multiplies the learning rates of adapters by a factor.
 
-    Where a param group has adapters alone and its schedulers are torch's, the factor is multiplied into the group's
-    rate and the schedulers' base rates. So everybody who reads them sees the rate that is used, and schedulers go on
-    as if they had been made with the multiplied rate. (Limits such as ``eta_min`` stay.) A group without a scheduler
-    has its rate multiplied, too.
+    The rule: each step of an adapter has the rate that the program would use without changes of rank, times the factor.
+    The factor is in one of two places, for each param group:
 
-    In other groups rates are changed just before a step of the optimizer and restored just after it: adapters get their
-    own group during the step, and the factor applies to no other parameter. So it is for all groups if the schedulers
-    are unknown: they, or the loop itself, may set absolute rates. And so it is for a group from the first step on whose
-    rate is neither the one that was left in it nor a scheduler's: the program sets it, without the factor.
+    - *In the rate*, where everybody who reads it sees the rate that is used. So it is where a group has adapters alone,
+      and all its schedulers are known classes of torch. The group's rate and the schedulers' base rates are multiplied,
+      so they go on as if they had been made with the multiplied rate; limits that the user has given as rates
+      (``eta_min``) stay.
+    - *In the step*, elsewhere: where other parameters are in the group, where there is no scheduler, or an unknown one.
+      Just before a step of the optimizer adapters get a group of their own, with the multiplied rate, and just after it
+      the group is restored. So whatever the program reads, sets or multiplies is the rate without the factor, and the
+      factor applies to no other parameter.
+
+    A rate beside known schedulers that none of them has set was set by the program. From then on factors of this group
+    are made in the step. What the program has set counts as set without a factor under a trainer. In a plain loop it
+    counts as set with the factors so far, because a scheduler that the loop has not named may have begun at the rate
+    that it found. If the old rate did contain a factor, a warning says so: the program may mean the other.
 
     Args:
         optimizer: the optimizer to hook.
@@ -68,8 +73,8 @@ class LearningRates:
         self._training = training
         # The rate of each group when it was last looked at; None: it cannot be read without waiting for a device.
         self._left: list[float | None] = []
-        # Groups that a scheduler rules that the loop has not named: it goes on from the rate that it found.
-        self._ruled_by_others: set[int] = set()
+        # {number of a group: the adapters' rate in the last step}, where it was not the group's.
+        self.raised: dict[int, Any] = {}
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before = optimizer.register_step_pre_hook
@@ -80,9 +85,9 @@ class LearningRates:
         self._handles = [before(self._begin), after(lambda *_: self.restore()), saved, loaded(lambda _: self._leave())]
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
-            for scheduler in self._with_limit() if self._is_of_adapters(group) else ():
-                if isinstance(limited_function(scheduler, index), partial):
-                    keep_limit(scheduler, index, _contained(group))
+            for scheduler in self._known_schedulers() if self._is_of_adapters(group) else ():
+                if not has_kept_limit(scheduler, index):
+                    keep_limit(scheduler, index, _contained(group), self._limits_are_rates)
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:
@@ -91,10 +96,9 @@ class LearningRates:
         mark(self._optimizer)
         self._notice()
         schedulers = self._known_schedulers()
-        for index, group in enumerate(self._optimizer.param_groups if schedulers is not None else ()):
-            is_set = group[LR_FACTOR] == _SET_BY_PROGRAM or index in self._ruled_by_others
-            if self._is_of_adapters(group) and not is_set:
-                multiply(group, index, self._missing(group), schedulers or [], self._with_limit())
+        for index, group in enumerate(self._optimizer.param_groups if schedulers else ()):
+            if self._is_of_adapters(group) and group[LR_FACTOR] > 0:
+                multiply(group, index, self._missing(group), schedulers, self._limits_are_rates)
                 group[LR_FACTOR] = self.factor
         self._leave()
 
@@ -115,41 +119,51 @@ class LearningRates:
         """The part of the factor that the group's rate does not contain."""
         return self.factor / _contained(group)
 
-    def _known_schedulers(self) -> list[Any] | None:
-        """The optimizer's present schedulers, with those inside them; None: unknown."""
+    def _known_schedulers(self) -> list[Any]:
+        """The optimizer's present schedulers, with those inside them; none if one of them is unknown."""
         given = None if self._training is None else self._training.present_schedulers()
-        return None if given is None else of_torch(given, self._optimizer)
+        return of_torch(given or [], self._optimizer)
 
-    def _with_limit(self) -> list[Any]:
-        """The schedulers that may have a limit as a share of the base rate, which the user has given as a rate."""
-        if self._training is None or not self._training.limits_are_rates:
-            return []
-        return self._known_schedulers() or []
+    @property
+    def _limits_are_rates(self) -> bool:
+        return self._training is not None and self._training.limits_are_rates
 
     def _leave(self) -> None:
         """Remember the rate of each group."""
         self._left = [_number(group["lr"]) for group in self._optimizer.param_groups]
 
     def _notice(self) -> None:
-        """Find the groups whose rate is neither the one that was left in them nor a scheduler's."""
+        """Find the groups whose rate is neither the one that was left in them nor a known scheduler's."""
         # A graph of a compiled step would contain the rates as constants.
         if torch.compiler.is_compiling() or self._groups:
             return
         for index, (group, left) in enumerate(zip(self._optimizer.param_groups, self._left, strict=False)):
             now = _number(group["lr"])
-            if now is None or left is None or now == left:
+            if now is None or left is None or now == left or group.get(LR_FACTOR, 1.0) < 0:
                 continue
             schedulers = self._known_schedulers()
-            if schedulers is None or any(shown_rate(scheduler, index) == now for scheduler in schedulers):
-                continue
-            if not self._is_of_adapters(group):
-                continue
-            if schedulers and not (self._training is not None and self._training.knows_schedulers):
-                self._ruled_by_others.add(index)
-            elif group.get(LR_FACTOR, 1.0) != _SET_BY_PROGRAM:
-                multiply_bases(group, index, 1.0 / _contained(group), schedulers, self._with_limit())
-                group[LR_FACTOR] = _SET_BY_PROGRAM
+            is_shown = any(shown_rate(scheduler, index) == now for scheduler in schedulers)
+            if schedulers and not is_shown and self._is_of_adapters(group):
+                self._take_as_set(group, index, schedulers)
         self._leave()
+
+    def _take_as_set(self, group: dict[str, Any], index: int, schedulers: list[Any]) -> None:
+        """Take the rate of ``group``, number ``index``, as one that the program has set beside known schedulers."""
+        assert self._training is not None
+        contained = _contained(group)
+        group[LR_FACTOR] = -contained
+        if self._training.knows_schedulers:
+            multiply_bases(group, index, 1.0 / contained, schedulers, self._limits_are_rates)
+            group[LR_FACTOR] = -1.0
+        if contained != 1.0:
+            is_without = self._training.knows_schedulers
+            used = float(group["lr"]) * self._missing(group)
+            advice = "set rates without that factor" if is_without else "a loop that sets rates names no schedulers"
+            self._training.warn(
+                f"the program has set the learning rate of param group {index}, which has a scheduler, to "
+                f"{float(group['lr']):.4g}. It counts as set {'without' if is_without else 'with'} the factor "
+                f"{contained:.4g} of the changes of rank, so a step of adapters has {used:.4g}; {advice}"
+            )
 
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Raise the rates of the step that begins; returns its arguments if the closure is among them."""
@@ -177,16 +191,19 @@ class LearningRates:
     def _change(self) -> None:
         """Raise the rates of adapters for a step, each group's others in a group of their own."""
         groups = self._optimizer.param_groups
+        self.raised = {}
         if all(self._missing(group) == 1.0 for group in groups):
             return
         self._groups = [(group["lr"], group["params"]) for group in groups]
-        for group in [*groups]:
+        for number, group in enumerate([*groups]):
             own, others = self._parted(group["params"])
-            if own and others:
-                group["params"] = others
-                groups.append({**group, "params": own, "lr": group["lr"] * self._missing(group)})
-            elif own:
-                group["lr"] = group["lr"] * self._missing(group)
+            if own and self._missing(group) != 1.0:
+                self.raised[number] = group["lr"] * self._missing(group)
+                if others:
+                    group["params"] = others
+                    groups.append({**group, "params": own, "lr": self.raised[number]})
+                else:
+                    group["lr"] = self.raised[number]
 
     def restore(self) -> None:
         """Restore the groups to their state before the present step, if a step is running."""
@@ -218,14 +235,14 @@ def mark(optimizer: Optimizer) -> None:
 def begin_anew(optimizer: Optimizer) -> None:
     """Let the present rates be those of a new schedule, whatever an earlier one has multiplied into them."""
     for group in optimizer.param_groups:
-        if group.get(LR_FACTOR) != _SET_BY_PROGRAM:
-            group.pop(LR_FACTOR, None)
+        if LR_FACTOR in group:
+            group[LR_FACTOR] = 1.0 if group[LR_FACTOR] > 0 else -1.0
 
 
 def _contained(group: Mapping[str, Any]) -> float:
     """The factor that the group's rate contains."""
     # A group that was added after the start contains none.
-    return float(group.get(LR_FACTOR, 1.0)) or 1.0
+    return abs(float(group.get(LR_FACTOR, 1.0)))
 
 
 def _number(rate: Any) -> float | None:

@@ -7,6 +7,7 @@ from functools import partial, wraps
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -36,8 +37,8 @@ def _inner(scheduler: Any) -> Any:
     return getattr(scheduler, "scheduler", scheduler)
 
 
-def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
-    """The schedulers of ``optimizer``, with those inside them; None if one is not a class of torch's, or not given.
+def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
+    """The schedulers of ``optimizer``, with those inside them; none if one of them is not a class of torch's.
 
     Another class may compute rates from values that are not known here.
     """
@@ -48,83 +49,80 @@ def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | Non
         if stepping_optimizer(scheduler.optimizer) is stepping_optimizer(optimizer):
             found.append(scheduler)
             waiting += schedulers_in(scheduler)
-    # torch's schedulers leave this key in the groups, also those that a module keeps to itself.
-    is_missing = not found and any("initial_lr" in group for group in optimizer.param_groups)
-    return found if not is_missing and all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
+    return found if all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else []
 
 
 def multiply(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool
 ) -> None:
     """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
 
-    ``limited``: those that have a limit as a share of the base rate; it stays.
+    Limits that the user has given as rates stay, so the present rate is multiplied by less where it contains one.
     """
     if ratio == 1.0:
         return
     now = float(group["lr"])
+    present = [s for s in schedulers if shown_rate(s, index) == now]
     # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
-    floors = [s.eta_min for s in schedulers if hasattr(s, "eta_min") and float(s.get_last_lr()[index]) == now]
-    floor = (floors or [0.0])[0]
+    floor = next((s.eta_min for s in present if hasattr(s, "eta_min")), 0.0)
     base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
-    _set(group, "lr", floor + (now - floor) * above)
-    multiply_bases(group, index, ratio, schedulers, limited)
-    for scheduler in limited:
-        if limited_function(scheduler, index) is not None and shown_rate(scheduler, index) == now:
-            _set(group, "lr", scheduler.base_lrs[index] * scheduler.lr_lambdas[index](scheduler.last_epoch))
-    for scheduler in schedulers:
+    rate = floor + (now - floor) * above
+    multiply_bases(group, index, ratio, schedulers, limits_are_rates)
+    for scheduler in present:
+        if has_kept_limit(scheduler, index):
+            rate = float(scheduler.base_lrs[index]) * scheduler.lr_lambdas[index](scheduler.last_epoch)
+    group["lr"] = _as(group["lr"], rate)
+    for scheduler in present:
         # Nested schedulers may share this list.
-        shown = scheduler.get_last_lr()
-        if index < len(shown) and float(shown[index]) == now:
-            shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-
-
-def _set(group: dict[str, Any], name: str, rate: Any) -> None:
-    if isinstance(group[name], Tensor):
-        # Captured steps of an optimizer read this tensor.
-        group[name].fill_(rate)
-    else:
-        group[name] = rate
+        scheduler.get_last_lr()[index] = _as(group["lr"], rate)
 
 
 def multiply_bases(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limited: Sequence[Any]
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool
 ) -> None:
     """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
     if ratio == 1.0:
         return
     for name in _BASES:
         if name in group:
-            _set(group, name, group[name] * ratio)
+            group[name] = group[name] * ratio
     for scheduler in schedulers:
         for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
             # A group that was added later has no base rate.
             if rates is not None and index < len(rates):
                 rates[index] = rates[index] * ratio
-    for scheduler in limited:
-        keep_limit(scheduler, index, ratio)
+        keep_limit(scheduler, index, ratio, limits_are_rates)
 
 
-def limited_function(scheduler: Any, index: int) -> Any:
-    """The function of group number ``index`` that has a limit as a share of the base rate; None: there is none.
+def _as(present: Any, rate: float) -> Any:
+    """``rate`` as a tensor if the ``present`` one is: a new tensor, because torch gives all groups the same one."""
+    return torch.full_like(present, rate) if isinstance(present, Tensor) else rate
 
-    It is a partial, as transformers makes it, or ours with another share.
+
+def has_kept_limit(scheduler: Any, index: int) -> bool:
+    """Whether :func:`keep_limit` has replaced the function of group number ``index``."""
+    return hasattr(_function(scheduler, index), "__wrapped__")
+
+
+def keep_limit(scheduler: Any, index: int, ratio: float, limits_are_rates: bool) -> None:
+    """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``, if it is a rate.
+
+    transformers makes functions from the limit as a share of the base rate (``min_lr_rate``; only the caller knows
+    whether the user has given a rate, ``limits_are_rates``), or from both rates (``lr_end``, ``lr_init``).
     """
-    functions = getattr(scheduler, "lr_lambdas", ())
-    function = functions[index] if index < len(functions) else None
+    function = _function(scheduler, index)
     made = getattr(function, "__wrapped__", function)
-    return function if isinstance(made, partial) and made.keywords.get("min_lr_rate") else None
-
-
-def keep_limit(scheduler: Any, index: int, ratio: float) -> None:
-    """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``."""
-    function = limited_function(scheduler, index)
-    if function is None or ratio == 1.0:
+    if ratio == 1.0 or not isinstance(made, partial):
         return
-    made = getattr(function, "__wrapped__", function)
-    share = made.keywords["min_lr_rate"] / ratio
-    other = partial(made.func, *made.args, **{**made.keywords, "min_lr_rate": share})
+    given = made.keywords
+    if "lr_end" in given:
+        changed = {"lr_init": given["lr_init"] * ratio}
+    elif limits_are_rates and given.get("min_lr_rate"):
+        changed = {"min_lr_rate": given["min_lr_rate"] / ratio}
+    else:
+        return
+    other = partial(made.func, *made.args, **{**given, **changed})
 
     # LambdaLR saves no function in a checkpoint.
     @wraps(other, assigned=())
@@ -132,3 +130,9 @@ def keep_limit(scheduler: Any, index: int, ratio: float) -> None:
         return float(other(step))
 
     scheduler.lr_lambdas[index] = limited
+
+
+def _function(scheduler: Any, index: int) -> Any:
+    """The function of group number ``index``; None if the scheduler has none."""
+    functions = getattr(scheduler, "lr_lambdas", ())
+    return functions[index] if index < len(functions) else None

@@ -42,10 +42,11 @@ class Training:
             does not know of it, so pass what DDP has returned.
         optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
-        schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
-            multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
-            inside each step of the optimizer, and schedulers and logs show it without that factor. The list may be
-            replaced during the run.
+        schedulers: all learning-rate schedulers, if the loop sets rates by nothing else. When a change raises the
+            adapters' rate (``lr_factor``), the rates of torch's schedulers, which logs show, are then multiplied.
+            Where none is named, the rate is raised inside each step of the optimizer, and the rates that the loop sets,
+            and logs, are those without the factor. ReduceLROnPlateau starts anew after a cut. The list may be replaced
+            during the run.
 
     A class that validates, for schedules that read a metric:
 

@@ -25,8 +25,8 @@ _NUMBER = r"(?<=[._])\d+(?=[._])"
 # The most characters of a kind's name that stay in one line of a table.
 _ONE_LINE = 40
 _IMPORTANCE = (
-    "importance: the layer's share in lowering the loss so far (with its standard error); a pool's ranks are in "
-    "proportion to it"
+    "importance: how much the layers' updates have lowered the loss so far, plus the standard error of that, as a "
+    "share of all layers'; a pool's ranks are in proportion to it"
 )
 
 

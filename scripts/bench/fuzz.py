@@ -1,12 +1,16 @@
-"""Does any random run differ from the oracle of tests/oracle, which computes it densely and without dynrank?
+"""Does any random case differ from the oracles of tests/oracle, which compute it without dynrank?
 
-Each case is a small model with an optimizer, a schedule and a trainer, resumed at a random step. A line tells of each
-case that differs, with the seed that repeats it; the last lines count the cases. The exit code is 1 if one differs.
-Run: .venv/bin/python scripts/bench/fuzz.py [--minutes 5] [--first SEED], or --seed SEED for one case alone
+The engine's cases are whole runs: a small model with an optimizer, a schedule and a trainer, resumed at a random step,
+beside a dense reference. Those of the seams to users' programs are the rates of steps, the best of validations, and
+tables of data, each beside a few lines that say what must come out. A line tells of each case that differs, with what
+repeats it; the last lines count the cases. The exit code is 1 if one differs.
+Run: .venv/bin/python scripts/bench/fuzz.py [--of engine|rates|best|data|seams] [--minutes 5] [--cases N]
+[--first SEED], or --of … --seed SEED for one case alone
 """
 
 import argparse
 import gc
+import importlib
 import logging
 import random
 import sys
@@ -16,18 +20,20 @@ from pathlib import Path
 
 import torch
 
-# The oracle is a part of the suite, which no package contains.
+# The oracles are a part of the suite, which no package contains.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "oracle"))
+SEAMS = ("rates", "best", "data")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--of", choices=["engine", *SEAMS, "seams"], default="engine", help="seams: all three in turn")
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--cases", type=int, help="end after so many, whatever time they take")
     parser.add_argument("--first", type=int, help="the first seed; random if left out")
     parser.add_argument("--seed", type=int, help="run this case alone")
     args = parser.parse_args()
-    from cases import make_case
-    from judge import judged
+    judged = judges(SEAMS if args.of == "seams" else (args.of,))
 
     torch.set_num_threads(1)
     # accelerate collects garbage at each start, and would go through every imported library.
@@ -36,31 +42,49 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     alone = args.seed is not None
     seed = args.seed if alone else random.randrange(10**6) if args.first is None else args.first
-    drivers = Counter[str]()
+    kinds = Counter[str]()
     parts = Counter[str]()
     faults = 0
+    most = 1 if alone else args.cases
     end = time.monotonic() + 60 * args.minutes
-    while time.monotonic() < end:
-        case = make_case(seed)
+    while sum(kinds.values()) < most if most else time.monotonic() < end:
+        of, judge = judged[seed % len(judged)]
         try:
-            fault, left_out = judged(case)
+            kind, fault, left_out = judge(seed)
         except Exception as error:
             if alone:
                 raise
-            fault = f"{type(error).__name__}: {error}"
-            left_out = ""
-        drivers[case.driver] += 1
+            kind, fault, left_out = "failed", f"{type(error).__name__}: {error}", ""
+        kinds[f"{of}, {kind}"] += 1
         parts[fault and "differs" or left_out] += 1
         if fault:
             faults += 1
-            print(f"--seed {seed}: {fault}\n    {case}", flush=True)
+            print(f"--of {of} --seed {seed}: {fault}", flush=True)
         seed += 1
-        if alone:
-            break
-    print(f"{sum(drivers.values())} cases before seed {seed}: {dict(drivers)}; {faults} differ")
+    print(f"{sum(kinds.values())} cases before seed {seed}: {dict(sorted(kinds.items()))}; {faults} differ")
     for reason, count in parts.items():
         print(f"    {count} compared {'in part: ' + reason if reason else 'whole'}")
     sys.exit(int(faults > 0))
+
+
+def judges(names):
+    """[(what it judges, a function of a seed that returns the kind of the case, its fault or "", what was left out)]"""
+
+    def of_engine(seed):
+        case = make_case(seed)
+        fault, left_out = judge_run(case)
+        return case.driver, fault and f"{fault}\n    {case}", left_out
+
+    def of_seam(name):
+        seam = importlib.import_module(f"seams.{name}")
+        return lambda seed: (*seam.judged(seed), "")
+
+    if names == ("engine",):
+        from cases import make_case
+        from judge import judged as judge_run
+
+        return [("engine", of_engine)]
+    return [(name, of_seam(name)) for name in names]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import os
 import socket
 import subprocess
@@ -31,12 +30,9 @@ from typing import Any
 import torch
 import transformers as hf
 from measuring import peak_bytes
-from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dynrank.schedules import Stage
-from dynrank.targets import Rank
-from dynrank.triggers import At
+from dynrank.distributed.zero import OWN_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "tests" / "distributed"
@@ -69,54 +65,44 @@ def of_processes(count: int, folder: Path, program: Path, *arguments: str) -> li
     return [torch.load(folder / f"{number}.pt") for number in range(count)]
 
 
-def held() -> int:
-    """Bytes of all tensors of this process."""
-    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 class Held(TrainerCallback):  # type: ignore[misc]
-    """Bytes of this process after each step."""
+    """Bytes that importance holds in this process after each step: the last update of what the process trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
         self.after: dict[int, int] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        gc.collect()
-        self.after[state.global_step] = held()
+        states = self.schedule._run.optimizers[0].stepping.state.values()
+        self.after[state.global_step] = sum(each[OWN_STATE].nbytes for each in states if OWN_STATE in each)
 
 
 def memory(base: Path, folder: Path) -> dict[int, Any]:
-    """{stage: what a schedule adds to a step before and after its last change, and the peak of the change}."""
+    """{stage: what importance holds before and after the last change, and the peak of the change}; 0 is DDP."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, **shape)).save_pretrained(base)
     numbers = 2 * 64 * ((256 + 256) + 2 * (256 + 512))
     found = {}
     for stage in (0, 1, 2, 3):
-        counts = []
-        peak = 0
-        for stages in ([Stage(At(step=zero_runs.STEPS), Rank(63))], zero_runs.HALF):
-            run = zero_runs.Run(partial(zero_runs.peft, r=64), stages)
-            trainer, schedule = zero_runs.trainer_of(run, stage, base, folder)
-            counter = Held()
+        run = zero_runs.Run(partial(zero_runs.peft, r=64), zero_runs.HALF)
+        trainer, schedule = zero_runs.trainer_of(run, stage, base, folder)
+        counter = Held(schedule)
+        if stage:
             trainer.add_callback(counter)
-            advance = schedule.driver.advance
+        peaks = []
+        advance = schedule.driver.advance
 
-            def measured(training: Any, advance: Any = advance) -> None:
-                nonlocal peak
-                if training.step == zero_runs.CHANGE:
-                    peak = peak_bytes(lambda: advance(training))
-                else:
-                    advance(training)
+        def measured(training: Any, advance: Any = advance, peaks: Any = peaks) -> None:
+            if training.step == zero_runs.CHANGE:
+                peaks.append(peak_bytes(lambda: advance(training)))
+            else:
+                advance(training)
 
-            schedule.driver.advance = measured
-            trainer.train()
-            counts.append(counter.after)
-        without, with_schedule = counts
-        before = with_schedule[4] - without[4]
-        after = with_schedule[8] - without[8]
-        copies = {"measuring": before, "after the last change": after, "peak of the change": peak}
+        schedule.driver.advance = measured
+        trainer.train()
+        copies = {f"held after step {step}": size for step, size in counter.after.items() if step in (4, 8)}
+        copies["peak of the change"] = peaks[0]
         found[stage] = {name: f"{value / 4 / numbers:.2f}" for name, value in copies.items()}
     return found
 

@@ -77,15 +77,18 @@ def test_change_in_several_processes_is_one_exchange_after_their_comparison(monk
     driver, loop = due()
     sent = []
 
-    def gather(values, value):
+    def gather(values, value, group):
         sent.append("digests")
         values[:] = [value] * len(values)
 
-    monkeypatch.setattr(processes, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "process_index", lambda: 0)
+    def broadcast(objects, src, group):
+        sent.append("the change")
+
+    monkeypatch.setattr(processes, "process_count", lambda group: 2)
+    monkeypatch.setattr(processes, "process_index", lambda group: 0)
     monkeypatch.setattr(processes.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(processes.distributed, "broadcast_object_list", lambda *_, src: sent.append("the change"))
-    monkeypatch.setattr(processes.distributed, "broadcast", lambda tensor, src: sent.append(tensor.shape))
+    monkeypatch.setattr(processes.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(processes.distributed, "broadcast", lambda tensor, src, group: sent.append(tensor.shape))
     driver.advance(loop)
     assert len(driver.history) == 1
     assert sent[:2] == ["digests", "the change"]

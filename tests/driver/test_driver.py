@@ -18,7 +18,7 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto, early_budget
-from dynrank.targets import Budget, GrowTo, Rank
+from dynrank.targets import Budget, GrowTo, Rank, Unchanged
 from dynrank.triggers import At, Plateau, Run
 
 torch.manual_seed(1)
@@ -364,3 +364,23 @@ def test_second_schedule_on_an_optimizer_takes_the_rate_that_it_finds(scheduled)
                 scheduler.step()
         driver.finish(loop)
         assert used == pytest.approx([rate] * 2 + [2 * rate] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", [Rank(4), Unchanged()])
+def test_plateau_of_a_plain_loop_waits_anew_after_a_cut_alone(target):
+    """The metric is at its best before the change, and worse, but falling, after it."""
+    loop = Loop(6, torch.optim.SGD)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(loop.optimizers[0], factor=0.1, patience=1)
+    loop.schedulers = [plateau]
+    driver = RankDriver(at(2, target, lr_factor=2.0))
+    driver.start(loop, Run(8))
+    for metric in (1.0, 1.0, 3.0, 2.9, 2.8, 2.7, 2.6, 2.5):
+        driver.advance(loop)
+        nn.functional.mse_loss(loop.model(X), Y).backward()
+        loop.optimizers[0].step()
+        loop.step += 1
+        driver.end_step(loop)
+        plateau.step(metric)
+    driver.finish(loop)
+    fell = loop.optimizers[0].param_groups[0]["lr"] < 1e-2
+    assert fell == (target == Unchanged())

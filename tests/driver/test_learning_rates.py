@@ -1,5 +1,6 @@
 """The factor as an optimizer sees it: the rate is read inside the step, from what SGD does to its parameter."""
 
+import contextlib
 import copy
 from functools import partial
 
@@ -9,7 +10,11 @@ import schedulefree
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as lr
-from transformers import Adafactor
+from transformers import (
+    Adafactor,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+)
 
 from dynrank.driver.learning_rates import LearningRates, check_groups, factor_of_change, warn_of_low_rate
 from dynrank.driver.training import Training
@@ -156,8 +161,9 @@ def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_scheduler_that_replaces_another_at_a_change_gets_the_next_factor_too(pair, told):
-    """It starts from the raised rate, also one of which the loop has not told."""
+    """It starts from the raised rate, also one of which the loop has not told; that is said."""
     adapter, _ = pair
+    unnamed = pytest.warns(UserWarning, match=r"group 0.* to 0.5\. It counts as set with the factor 2 .* has 0.5;")
     optimizer = torch.optim.SGD([adapter], lr=0.5)
     training = scheduled(optimizer, [lr.LambdaLR(optimizer, lambda step: 1.0)])
     rates = LearningRates(optimizer, [adapter], 1.0, training)
@@ -165,19 +171,127 @@ def test_scheduler_that_replaces_another_at_a_change_gets_the_next_factor_too(pa
     warmup = lr.LinearLR(optimizer, 0.5, total_iters=2)
     if told:
         training.schedulers = [warmup]
-    for expected in (0.5, 0.75, 1.0, 2.0, 2.0):
-        if expected == 2.0 and rates.factor == 2.0:
-            rates.multiply(2.0)
+    with contextlib.nullcontext() if told else unnamed:
+        for expected in (0.5, 0.75, 1.0, 2.0, 2.0):
+            if expected == 2.0 and rates.factor == 2.0:
+                rates.multiply(2.0)
+            before = adapter.item()
+            optimizer.step()
+            assert adapter.item() - before == pytest.approx(expected)
+            warmup.step()
+
+
+@pytest.mark.parametrize("sets", ["absolute", "relative"])
+@pytest.mark.parametrize("kind", [Training, Knowing])
+@pytest.mark.parametrize("schedulers", [None, []])
+def test_rate_that_the_program_sets_first_after_a_change_is_raised_once(pair, kind, schedulers, sets):
+    """Without a scheduler the rate in the group never contains the factor, so both ways of setting it are right."""
+    adapter, _ = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, schedulers, kind))
+    rates.multiply(2.0)
+    (group,) = optimizer.param_groups
+    for expected in (1.0, 0.5, 0.5, 1.5):
+        if expected == 1.5:
+            rates.multiply(3.0)
+        elif expected == 0.5 and group["lr"] == 0.5:
+            group["lr"] = 0.25 if sets == "absolute" else group["lr"] * 0.5
         before = adapter.item()
+        assert rates.of_next_step() == pytest.approx([expected])
         optimizer.step()
         assert adapter.item() - before == pytest.approx(expected)
-        warmup.step()
+
+
+@pytest.mark.parametrize(("kind", "used"), [(Knowing, 1.0), (Training, 0.5)])
+def test_rate_that_is_first_set_beside_a_scheduler_after_a_change_is_spoken_of(pair, kind, used):
+    """Nobody can tell the old rate from half of the raised one: a trainer takes the first, and says so."""
+    adapter, _ = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    scheduler = lr.StepLR(optimizer, 2, 0.1)
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, [scheduler], kind))
+    rates.multiply(2.0)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    before = adapter.item()
+    with pytest.warns(UserWarning, match=rf"param group 0.* to 0\.5.*a step of adapters has {used:g};"):
+        optimizer.step()
+    assert adapter.item() - before == pytest.approx(used)
+    for share in (1.0, 0.1):
+        scheduler.step()
+        before = adapter.item()
+        # It is said once.
+        optimizer.step()
+        assert adapter.item() - before == pytest.approx(share * used)
+
+
+@pytest.mark.parametrize("schedules", [True, False])
+def test_rate_in_a_tensor_that_all_groups_share_is_raised_for_adapters_alone(pair, schedules):
+    """torch puts the same tensor into each group."""
+    adapter, head = pair
+    other = nn.Parameter(torch.zeros(1))
+    other.grad = -torch.ones(1)
+    groups = [{"params": [head]}, {"params": [adapter]}, {"params": [other]}]
+    optimizer = torch.optim.SGD(groups, lr=torch.tensor(0.5))
+    schedulers = [lr.StepLR(optimizer, 1, 0.5)] if schedules else []
+    rates = LearningRates(optimizer, [adapter, other], 1.0, scheduled(optimizer, schedulers, Knowing))
+    rate = 0.5
+    for factor in (1.0, 2.0, 2.0, 6.0, 6.0):
+        rates.multiply(factor / rates.factor)
+        before = [parameter.item() for parameter in (head, adapter, other)]
+        optimizer.step()
+        moved = [after.item() - start for after, start in zip((head, adapter, other), before, strict=True)]
+        assert moved == pytest.approx([rate, rate * factor, rate * factor])
+        for scheduler in schedulers:
+            scheduler.step()
+            rate *= 0.5
+
+
+LIMITED = {
+    "polynomial": partial(get_polynomial_decay_schedule_with_warmup, lr_end=0.1, power=2.0),
+    "cosine": partial(get_cosine_with_min_lr_schedule_with_warmup, min_lr=0.1),
+}
+
+
+@pytest.mark.parametrize("changed_at", [1, 5, 13])
+@pytest.mark.parametrize("name", LIMITED)
+def test_limit_of_transformers_schedules_stays_also_in_a_resumed_run(pair, name, changed_at):
+    """In warm-up, while it falls, and after its end, as one that is made with the multiplied rate."""
+    adapter, _ = pair
+
+    class Limited(Knowing):
+        limits_are_rates = True
+
+    def run(rate, *saved):
+        optimizer = torch.optim.SGD([adapter], lr=rate)
+        parts = optimizer, LIMITED[name](optimizer, 3, 12)
+        for part, state in zip(parts, saved, strict=False):
+            part.load_state_dict(state)
+        return parts
+
+    changed = run(0.5)
+    fresh = run(1.5)
+    rates = LearningRates(changed[0], [adapter], 1.0, scheduled(changed[0], [changed[1]], Limited))
+    for step in range(16):
+        if step == changed_at:
+            rates.multiply(3.0)
+        if step >= changed_at:
+            resumed = run(0.5, *(copy.deepcopy(part.state_dict()) for part in changed))
+            LearningRates(resumed[0], [adapter], rates.factor, scheduled(resumed[0], [resumed[1]], Limited))
+            assert changed[0].param_groups[0]["lr"] == pytest.approx(fresh[0].param_groups[0]["lr"])
+            optimizer, scheduler = resumed
+            optimizer.step()
+            scheduler.step()
+        for optimizer, scheduler in (changed, fresh):
+            optimizer.step()
+            scheduler.step()
+        if step >= changed_at:
+            assert resumed[1].get_last_lr() == pytest.approx(fresh[1].get_last_lr())
 
 
 def test_state_that_is_loaded_during_a_run_is_no_rate_of_the_program_s_own(pair):
     adapter, _ = pair
     optimizer = torch.optim.SGD([adapter], lr=0.5)
-    rates = LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, []))
+    schedulers = [lr.StepLR(optimizer, 9)]
+    rates = LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, schedulers, Knowing))
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["lr"] = 0.9
     optimizer.load_state_dict(state)

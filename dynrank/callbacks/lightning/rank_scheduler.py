@@ -43,9 +43,9 @@ class RankScheduler(Callback):
     end a warning names a best or last checkpoint whose ranks are not the model's.
 
     A change multiplies the adapters' rate by ``lr_factor`` of the stage's How (an int as schedule: the root of the mean
-    rank before / after). The rate that is used is then in the param group, if that has adapters alone, no scheduler or
-    torch's, and a rate that the program does not set by itself. Elsewhere it is made inside the step, and logged as
-    ``lr/adapter``.
+    rank before / after). Where a param group has adapters alone and schedulers of torch, the rate that is used is then
+    in the group. Elsewhere, and from the step on in which the program sets the rate by itself, it is made inside the
+    step, and logged as ``lr/adapter``: set rates without the factor.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
@@ -91,6 +91,8 @@ class RankScheduler(Callback):
         self._first_step = 0
         # The run, from on_train_start to its end.
         self._run: LightningTraining | None = None
+        # The last value of each metric that triggers read; Lightning forgets them when a run is resumed.
+        self._logged: dict[str, float] = {}
 
     @property
     def history(self) -> History:
@@ -113,11 +115,13 @@ class RankScheduler(Callback):
         self.driver.end_step(self._training)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.driver.state_dict(), "stepped": self._stepped}
+        self._keep_logged()
+        return {**self.driver.state_dict(), "stepped": self._stepped, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
+        self._logged = state_dict["logged"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -130,7 +134,7 @@ class RankScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self._run = LightningTraining(trainer, pl_module)
+        self._run = LightningTraining(trainer, pl_module, self._logged)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
@@ -152,23 +156,25 @@ class RankScheduler(Callback):
         else:
             between_steps = self._stepped
             self._stepped = False
-        training = self._training
         if between_steps:
-            self.driver.advance(training)
-        hidden = self.driver.unlogged_adapter_rates(training)
-        if hidden:
-            pl_module.log_dict(hidden)
+            self.driver.advance(self._training)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        training = self._training
         if pl_module.automatic_optimization:
-            self.driver.end_step(self._training)
+            self.driver.end_step(training)
+        # Before the step a hook of the module may still set the rate.
+        raised = self.driver.raised_adapter_rates(training)
+        if raised:
+            pl_module.log_dict(raised)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         before = len(self.history)
         self.driver.finish(self._training)
+        self._keep_logged()
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
             save_after_end(trainer, self)
         if self.history:
@@ -191,6 +197,11 @@ class RankScheduler(Callback):
         """The run at its present step."""
         assert self._run is not None
         return self._run.now()
+
+    def _keep_logged(self) -> None:
+        if self._run is not None:
+            logged = self._run.logged()
+            self._logged = {name: logged[name] for name in self.driver.observes if name in logged}
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""

@@ -19,13 +19,22 @@ class LightningTraining(Training):
     """A run of Lightning's Trainer.
 
     Make it when training starts, because it looks through all modules; :meth:`now` is cheap.
+
+    Args:
+        trainer: the trainer, in ``fit``.
+        pl_module: the module that it trains.
+        logged_before: the last value of metrics that were logged before a resume, which Lightning forgets.
     """
 
     validate_by = "give fit() validation data"
     knows_schedulers = True
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, logged_before: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
+        self._logged_before = dict(logged_before or {})
+        self._first_epoch = trainer.current_epoch
         # An own optimizer_step may set rates, as Lightning's manual shows it.
         self._sets_rates = is_overridden("optimizer_step", pl_module)
         # The trainer's model is wrapped by DDP.
@@ -46,7 +55,12 @@ class LightningTraining(Training):
         return bool(self.trainer.enable_validation)
 
     def logged(self) -> Mapping[str, float]:
-        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return self._logged_before | now
+
+    def logs_later(self, name: str) -> bool:
+        """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""
+        return self.trainer.current_epoch == self._first_epoch and not name.startswith("val")
 
     @property
     def validation_batches(self) -> int | None:

@@ -1,8 +1,12 @@
 """Rates that the program sets by itself, beside a change that raises the adapters' rate."""
 
+import contextlib
+
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from tables import rows
 
 from dynrank.callbacks import RankScheduler
 from dynrank.schedules import How, Stage
@@ -95,9 +99,22 @@ def test_rate_that_the_program_sets_is_raised_whenever_it_begins_to(fit, setting
     """At the first step, with the cut, or after it, when the group and its scheduler contain the factor already."""
     setting.begins = begins
     setting.schedules = schedules
-    module, used = fitted(fit, setting, kind)
+    # Beside a scheduler, the program may as well have meant to set the raised rate.
+    said = pytest.warns(UserWarning, match="param group 0.* counts as set without the factor 2 ")
+    with said if schedules and begins else contextlib.nullcontext():
+        module, used = fitted(fit, setting, kind)
     expected = {step: module.rate(step) * (2 if step >= 8 else 1) for step in range(begins, 16)}
     assert {step: used[step] for step in expected} == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedules", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rate_of_a_step_is_logged_with_it_whoever_sets_it(fit, setting, tmp_path, kind, schedules):
+    setting.schedules = schedules
+    logger = CSVLogger(tmp_path, name="", version="")
+    _, used = fitted(fit, setting, kind, logger=logger, log_every_n_steps=1)
+    logged = {int(row["step"]): float(row["lr/adapter"]) for row in rows(tmp_path / "metrics.csv", "lr/adapter")}
+    assert logged == pytest.approx({step: used[step] for step in range(8, 16)}, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning
 import pytest
+import torch
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -26,7 +27,7 @@ from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Budget, Rank
-from dynrank.triggers import At, Plateau
+from dynrank.triggers import At, Gap, Plateau
 
 
 def at(step, target, *how, **options):
@@ -89,6 +90,38 @@ def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, nam
         assert resumed.history == whole.history, file.name
         assert str(resumed.state_dict()) == str(whole.state_dict()), file.name
         assert_same(module, reference, file.name)
+
+
+@pytest.mark.parametrize("over", ["steps", "an epoch"])
+def test_gap_to_a_loss_of_training_is_observed_alike_in_a_resumed_run(regression, fit, tmp_path, over):
+    """Checkpoints lie right before validations, where Lightning knows no metric of training any more.
+
+    A mean over an epoch of ten steps is known from its end on, so the validations at 5 and 10 come too early.
+    """
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            # What is logged at a step is the same in a resumed run, a mean over a part of an epoch is not.
+            value = loss if over == "steps" else torch.tensor(2.0)
+            self.log("train/loss", value, on_step=over == "steps", on_epoch=over != "steps")
+            return loss
+
+    def run(**options):
+        gap = Gap(window=9)
+        with pytest.warns(UserWarning, match="ended before stage 1"):
+            fit(RankScheduler(Stage(gap, Rank(3))), module=Logging(), **options)
+        return gap.state_dict()["_gaps"]
+
+    whole = run(saved=tmp_path)
+    assert len(whole) == (4 if over == "steps" else 2)
+    for step in (5, 13, 15):
+        assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step
+
+
+def test_metric_of_training_that_is_never_logged_is_missed_in_the_second_epoch(fit):
+    with pytest.raises(ConfigurationError, match="train of Gap must name a metric that is logged, got 'train/los'"):
+        fit(RankScheduler(Stage(Gap("train/los"), Rank(3))))
 
 
 @pytest.mark.parametrize("end", ["squeeze", "plateau"])
@@ -272,4 +305,4 @@ def test_a_cut_runs_few_files(fit):
     assert len(scheduler.history) == 1
     print(*sorted(files), sep="\n")
     assert "change/change.py" in files
-    assert len(files) <= 28
+    assert len(files) <= 29

@@ -1,0 +1,96 @@
+"""Some random cases of the seams to users' programs, and faults planted into dynrank that the oracles have to find."""
+
+import gc
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynrank.app.commands import predict
+from dynrank.app.tasks import account
+from dynrank.app.tasks.classification import Classification, Classifier
+from dynrank.app.tasks.data import splits
+from dynrank.callbacks import BestWeights
+from dynrank.callbacks.lightning import rank_scheduler
+from dynrank.callbacks.transformers import rank_trainer_callback
+from dynrank.driver import driver, learning_rates, schedulers
+from dynrank.driver.learning_rates import LearningRates
+
+
+def judged(name, seed):
+    return importlib.import_module(f"seams.{name}").judged(seed)[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_garbage_collection():
+    """accelerate collects garbage at each start, and would go through every imported library."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+@pytest.mark.parametrize("name", ["rates", "best", "data"])
+def test_seam_is_as_its_oracle_says(name, first):
+    for seed in range(first, first + 10):
+        assert not judged(name, seed), f"scripts/bench/fuzz.py --of {name} --seed {seed}"
+
+
+def nothing(*_, **__):
+    pass
+
+
+def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
+    """As it was: torch weighs the smoothed mass by the class that receives it, and divides by the batch's weights."""
+    if not self.several:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
+    wanted = labels * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+
+
+def in_place(present, rate):
+    return present.fill_(rate) if isinstance(present, torch.Tensor) else rate
+
+
+load = torch.optim.SGD.load_state_dict
+
+
+def forgetting(self, state):
+    """As it was: a resumed run does not know that the program has set a group's rate."""
+    load(self, state)
+    for group in self.param_groups:
+        group[learning_rates.LR_FACTOR] = abs(group.get(learning_rates.LR_FACTOR, 1.0))
+
+
+def of_training(self, trained, every):
+    return sorted(trained)
+
+
+# {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
+# change of the random cases, scripts/bench/fuzz.py finds other seeds.
+FAULTS = {
+    "rates of the program lose the factor": (11, "rates", LearningRates, "_notice", LearningRates._leave),
+    "a head's rate in a shared tensor is raised": (24, "rates", schedulers, "_as", in_place),
+    "limits are raised": (25, "rates", schedulers, "keep_limit", nothing),
+    "base rates are not raised": (4, "rates", schedulers, "multiply_bases", nothing),
+    "rates are not raised in the step": (3, "rates", LearningRates, "_change", nothing),
+    "a plateau goes on waiting": (86, "rates", driver, "forget_plateau", nothing),
+    "a resumed run forgets who sets the rate": (33, "rates", torch.optim.SGD, "load_state_dict", forgetting),
+    "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
+    "Lightning's best is of before a cut": (70, "best", rank_scheduler, "forget_best", nothing),
+    "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
+    "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
+    "a label is in no training text": (154, "data", splits, "with_each_label", lambda numbers, *_: numbers),
+    "nothing is strange about classes": (1, "data", account, "_remarks", lambda _: {}),
+    "a missing column is not missed": (24, "data", predict, "_refuse_missing", nothing),
+    "classes of an adapter move": (5, "data", Classification, "_labels_as_before", of_training),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(fault, monkeypatch):
+    seed, name, holder, attribute, planted = FAULTS[fault]
+    assert not judged(name, seed)
+    monkeypatch.setattr(holder, attribute, planted)
+    assert judged(name, seed)
