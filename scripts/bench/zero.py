@@ -151,7 +151,11 @@ def main() -> None:
 def measure_memory(folder: Path) -> None:
     """What one of the two processes does."""
     zero_runs.begin_without_cuda()
-    keep({"memory": partial(memory, folder / "base", folder / "out")}, folder / f"{os.environ['RANK']}.pt", {})
+    keep(
+        {"memory": partial(memory, folder / f"base {os.environ['RANK']}", folder / "out")},
+        folder / f"{os.environ['RANK']}.pt",
+        {},
+    )
 
 
 if __name__ == "__main__":
