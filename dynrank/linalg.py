@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class OfShape:
     """What follows from a :class:`Shape`, for a class that has its three attributes."""
 
     __slots__ = ()
+    # What the highest rank is, in words.
+    bound: ClassVar[str] = "min(d_in, d_out)"
 
     @property
     def max_rank(self: Shape) -> int:

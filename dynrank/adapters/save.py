@@ -22,6 +22,7 @@ from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.foreign import stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
+from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.private import source_of, stacked_as
@@ -61,8 +62,14 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
     """
     check_file_dtype(dtype)
     model = uncompiled(model)
-    if peft_layers(model):
-        return _save_wrapped(model, Path(path), dtype)
+    with live_values(model):
+        if peft_layers(model):
+            return _save_wrapped(model, Path(path), dtype)
+        return _save_own(model, Path(path), dtype)
+
+
+def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
+    """Write dynrank's layers and the heads of ``model``."""
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
@@ -108,7 +115,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
     }
     _warn_of_misread(model, [name for name in layers if name not in places], heads)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    write_adapter(Path(path), own, config, powers)
+    write_adapter(folder, own, config, powers)
     return rounding({name: (new, layers[name].scaling) for name, new in stored.items()}) if stored else None
 
 
@@ -150,7 +157,7 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
             f"PEFT 0.21 cannot load this adapter: it takes {alike[0]!r}, which has LoRA, for one of modules_to_save, "
             f"{heads}, because the names end alike. dynrank loads and merges it; to train one for PEFT, put "
             f"{alike[0]!r} into modules_to_save, too",
-            stacklevel=3,
+            stacklevel=4,
         )
     names = _TAKEN_FOR_EXPERTS.get(stacked_as(model), ())
     misread = [name for name in modules if name.rpartition(".")[2] in names]
@@ -159,7 +166,7 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
             f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {misread[0]!r} and "
             f"{len(misread) - 1} other layers for experts. dynrank loads and merges it; to train one for PEFT, leave "
             f"{', '.join(names)} out of target_modules",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -150,7 +150,7 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balanced: C
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")
         elif rank != layers[name].rank and not 1 <= rank <= most:
-            faults.append(f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {rank}")
+            faults.append(f"{name!r}: rank must be between 1 and {layers[name].bound} = {most}, got {rank}")
         if layers[name].merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:

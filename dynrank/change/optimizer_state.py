@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.linalg import RankChange, joined, split
@@ -74,6 +75,8 @@ RULES: dict[str, dict[str, str]] = {
     "torch.NAdam": _ADAM | {"mu_product": KEPT},
     "torch.Adafactor": {"step": KEPT, "row_var": ROW, "col_var": COLUMN},
     "torch.Muon": {"momentum_buffer": LINEAR},
+    "deepspeed.FusedAdam": _ADAM,
+    "deepspeed.DeepSpeedCPUAdam": _ADAM,
     "dynrank.Muon": {"momentum_buffer": LINEAR} | _ADAM,
     "transformers.Adafactor": {
         "step": KEPT, "RMS": KEPT, "exp_avg": STEP, "exp_avg_sq_row": ROW, "exp_avg_sq_col": COLUMN,
@@ -106,7 +109,7 @@ def check_trained(layers: Mapping[str, RankedLayer], optimizers: Collection[Opti
         if optimizers and any(factor.requires_grad and id(factor) not in trained for factor in factors):
             raise ConfigurationError(
                 f"none of the optimizers trains {name!r}: pass all that train adapters, made after LoRA was added; "
-                "under DeepSpeed they train flat copies, so ranks cannot change: use DDP or FSDP2",
+                "DeepSpeed trains flat copies, so ranks change in transformers' Trainer alone; else use DDP or FSDP2",
                 "optimizers",
             )
 
@@ -127,6 +130,12 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "optimizers",
         )
     if optimizer_state == "reset":
+        if isinstance(optimizer, ZeroOptimizer):
+            raise ConfigurationError(
+                "DeepSpeed counts steps for many parameters together, so the moments of a few cannot start again; set "
+                'optimizer_state="transport"',
+                "optimizer_state",
+            )
         if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
             # With v = 0 and the bias correction over, the first step would be 1 / sqrt(1 - beta2) = 31 times too long.
             raise ConfigurationError(
@@ -169,7 +178,9 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 
 
 def rule_name(optimizer: Optimizer) -> str:
-    """The key in RULES: package, class, and the options that change the state."""
+    """The key in RULES: package, class, and the options that change the state; of the one that makes the steps."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer = optimizer.stepping
     cls = type(optimizer)
     # bitsandbytes can put its state into paged memory.
     options = {"is_paged": getattr(optimizer, "is_paged", False)}

@@ -6,10 +6,12 @@ accelerate is imported inside the functions, because it is installed only if it 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dynrank.distributed.zero_checks import check_config
 from dynrank.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -56,31 +58,39 @@ def check_arguments(args: TrainingArguments) -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import parse_flag_from_env
 
-    asked = {"DEEPSPEED": args.deepspeed, "MEGATRON_LM": None}
-    ways = [name for name, given in asked.items() if given or parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    ways = ["MEGATRON_LM"] if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM") else []
     ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
     plugin = fsdp_plugin()
     if plugin is not None and args.load_best_model_at_end and "SHARDED" in str(plugin.state_dict_type):
         # transformers looks for the folder of the best checkpoint before it is there in all processes.
         ways.append("load_best_model_at_end with SHARDED_STATE_DICT (set state_dict_type to FULL_STATE_DICT)")
-    if plugin is not None and getattr(args, "use_vllm", False):
+    state = AcceleratorState()
+    is_zero = state.distributed_type.value == "DEEPSPEED"
+    if getattr(args, "use_vllm", False) and (plugin is not None or is_zero):
         # TRL merges adapters before each generation, and PEFT cannot add a whole matrix to a shard.
-        ways.append("use_vllm with FSDP2 (set use_vllm=False)")
+        ways.append(f"use_vllm with {'DeepSpeed' if is_zero else 'FSDP2'} (set use_vllm=False)")
+    if is_zero and getattr(args, "torch_compile", False):
+        ways.append("torch_compile with DeepSpeed (set torch_compile=False)")
     if ways:
         raise ConfigurationError(
-            f"RankTrainerCallback changes ranks on one device, under DDP or under FSDP2; this Trainer was set to "
+            f"RankTrainerCallback changes ranks on one device, under DDP, FSDP2 or DeepSpeed; this Trainer was set to "
             f"{ways[0]}: change that in its arguments, accelerate's configuration and the environment "
             "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (docs/several_gpus.md)"
         )
-    check_accelerate(AcceleratorState())
+    check_accelerate(state, may_be=("DEEPSPEED",))
+    if is_zero:
+        check_config(state.deepspeed_plugin.deepspeed_config)
 
 
-def check_accelerate(state: Any) -> None:
-    """Refuse ways to train in several processes under which ranks cannot change, by accelerate's ``state``."""
+def check_accelerate(state: Any, may_be: Collection[str] = ()) -> None:
+    """Refuse ways to train in several processes under which ranks cannot change, by accelerate's ``state``.
+
+    ``may_be``: further types of it under which they can.
+    """
     plugin = getattr(state, "fsdp_plugin", None)
     mesh = getattr(state, "parallelism_config", None)
     kind = state.distributed_type.value
-    ways = [kind] if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_") else []
+    ways = [kind] if kind not in ("NO", "FSDP", *may_be) and not kind.startswith("MULTI_") else []
     ways += [f"{n}_size={getattr(mesh, f'{n}_size')}" for n in ("tp", "cp", "sp") if getattr(mesh, f"{n}_size", 1) > 1]
     if plugin is not None and plugin.fsdp_version != 2:
         ways.append(f"FSDP{plugin.fsdp_version} (set fsdp_version: 2)")

@@ -238,8 +238,9 @@ def check_whole(model: nn.Module) -> None:
         # DeepSpeed gives every parameter the one with ZeRO 3, and the other with all else that flattens.
         if any(hasattr(layer.lora_A, mark) for mark in ("ds_id", "get_full_hp_param")):
             raise ConfigurationError(
-                f"DeepSpeed trains a flat copy of {name!r}, so its rank cannot change; use DDP, or FSDP2 "
-                "(dynrank.distributed.sharding.shard_frozen), which shards the base and leaves adapters whole"
+                f"DeepSpeed trains a flat copy of {name!r}, so its rank changes in transformers' Trainer alone; "
+                "elsewhere use DDP, or FSDP2 (dynrank.distributed.sharding.shard_frozen), which "
+                "shards the base and leaves adapters whole"
             )
 
 

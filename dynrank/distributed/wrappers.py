@@ -27,6 +27,12 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     return raw
 
 
+def stepping_optimizer(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, inside of all wrappers, also of DeepSpeed's, and of what stands for it."""
+    inside = getattr(optimizer, "optimizer", getattr(optimizer, "stepping", None))
+    return optimizer if inside is None else stepping_optimizer(inside)
+
+
 def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
     """The DDP modules in ``model``, which is wrapped as the training loop calls it."""
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]

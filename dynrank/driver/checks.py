@@ -132,7 +132,7 @@ def _faults(
         wanted = stage.to.ranks(states | unbounded)
         above = [name for name in free if wanted[name] > most[name]]
         if above:
-            return [f"rank {wanted[name]} is above min(d_in, d_out) = {most[name]} of {name!r}" for name in above]
+            return [f"rank {wanted[name]} is above {layers[name].bound} = {most[name]} of {name!r}" for name in above]
     if isinstance(stage.to, Unchanged):
         return []
     # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.

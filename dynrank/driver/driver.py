@@ -43,14 +43,13 @@ from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import UNDONE, History, RankEvent
-from dynrank.driver.importance import Importance, shares_by_importance
+from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
-from dynrank.driver.last_step import LastStep
 from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
-from dynrank.driver.training import Training
+from dynrank.driver.training import MeasuredSteps, Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.errors import ConfigurationError, described, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
@@ -108,12 +107,12 @@ class RankDriver:
         # For each stage the step at which it acts at the latest; None: it has no deadline.
         self._planned: list[int | None] = []
         # None before start(), and when no remaining stage asks for it.
-        self._importance: Importance | None = None
+        self._importance: ImportanceSums | None = None
         self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
         self._rates: list[LearningRates] = []
-        # One for each optimizer, as long as importance is measured.
-        self._steps: list[LastStep] = []
+        # As long as importance is measured.
+        self._steps: MeasuredSteps | None = None
         # The last step for which end_step() was called.
         self._ended_step = 0
         # The importance in a checkpoint, kept until start() brings the layers.
@@ -197,11 +196,11 @@ class RankDriver:
         if not self._needs_importance:
             self._importance = None
         elif self._importance is None or not self._importance.is_of(layers):
-            self._importance = Importance(layers)
+            self._importance = training.importance_of(layers)
         else:
             self._importance.forget_last_update()
         if self._importance is not None:
-            self._steps = [LastStep(optimizer, adapters) for optimizer in training.optimizers]
+            self._steps = training.steps_of(self._importance)
             if self._loaded is not None:
                 self._importance.load_state_dict(self._loaded)
         self._loaded = None
@@ -219,26 +218,8 @@ class RankDriver:
         """Measure importance by the optimizer step just made, if there is a new one; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._importance is not None:
-                self._measure_step()
-
-    def _measure_step(self) -> None:
-        """Pass the step just made to the importance."""
-        assert self._importance is not None
-        made = [step for step in self._steps if step.made]
-        with_gradients = [step for step in made if step.had_gradients]
-        if with_gradients and all(step.has_lost_gradients for step in with_gradients):
-            raise ConfigurationError(
-                "the importance of layers is measured by the gradients of each step, and zero_grad has deleted them "
-                "before end_step: call end_step (under Lightning RankScheduler.step) before zero_grad"
-            )
-        # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps not all
-        # have: the gradients of the others may be old.
-        ids = None if len(self._steps) == 1 else {id(p) for step in made for p in step.parameters}
-        scales = {id(p): step.scale for step in made if step.scale is not None for p in step.parameters}
-        self._importance.end_step(ids, scales)
-        for step in made:
-            step.forget()
+            if self._steps is not None:
+                self._steps.end_step()
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
@@ -377,6 +358,11 @@ class RankDriver:
 
     def _change(self, training: Training, decided: Decision) -> RankEvent | None:
         """Make the decided change, or undo it by its check, and end its stage; None: no layer gets new factors."""
+        with training.gathered():
+            return self._change_gathered(training, decided)
+
+    def _change_gathered(self, training: Training, decided: Decision) -> RankEvent | None:
+        """As :meth:`_change`, where the factors have their values."""
         index = decided.stage
         stage = self.stages[index]
         layers = dict(lora_layers(training.model))
@@ -494,9 +480,9 @@ class RankDriver:
 
     def _stop_watching(self) -> None:
         """Remove the hooks by which importance knows of steps."""
-        for step in self._steps:
-            step.remove()
-        self._steps = []
+        if self._steps is not None:
+            self._steps.remove()
+        self._steps = None
 
 
 def _named(hidden: Mapping[int, Any]) -> dict[str, float]:

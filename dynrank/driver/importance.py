@@ -44,29 +44,85 @@ class LayerImportance(NamedTuple):
         return score(self.value, self.error)
 
 
-class Importance:
-    """Sums the decrease of the loss by layer; all sums are float64 on the device of the first layer.
+class ImportanceSums:
+    """Sums the decrease of the loss by layer; all sums are float64 on one device.
+
+    Args:
+        names: the names of the layers.
+        device: that of the sums.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self._names = list(names)
+        self._device = device
+        self._sums = self._zeros(len(self._names))
+        self._squares = self._zeros(len(self._names))
+        # By layer, because optimizers may step in turn.
+        self._steps = self._zeros(len(self._names))
+
+    def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
+        """Whether these are the layers that are measured."""
+        return self._names == [*layers]
+
+    def forget_last_update(self) -> None:
+        """Forget the last update, and keep the sums; call it after factors have changed other than by a step."""
+        raise NotImplementedError
+
+    def add(self, terms: Tensor, counted: Tensor) -> None:
+        """Add the terms of a step: both (layers,) float64, and ``counted`` is 1 where a layer was measured, else 0."""
+        # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
+        is_known = terms.isfinite().all()
+        terms = torch.where(is_known, terms, 0.0)
+        self._sums += terms
+        self._squares += terms.square()
+        self._steps += is_known * counted
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self._device)
+
+    def of_layers(self) -> dict[str, LayerImportance]:
+        """{layer: its importance}; empty before the second step."""
+        steps = self._steps.tolist()
+        if not any(steps):
+            return {}
+        found = {}
+        sums = self._sums.tolist()
+        squares = self._squares.tolist()
+        for name, value, square, count in zip(self._names, sums, squares, steps, strict=True):
+            # The standard deviation of a step's term, times the root of the number of steps.
+            spread = max(square - value**2 / max(count, 1.0), 0.0)
+            found[name] = LayerImportance(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {"sums": self._sums.clone(), "squares": self._squares.clone(), "steps": self._steps.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; the layers hold the factors of the same checkpoint."""
+        self._sums.copy_(state["sums"])
+        self._squares.copy_(state["squares"])
+        self._steps.copy_(state["steps"])
+
+
+class Importance(ImportanceSums):
+    """The importance of layers whose factors and gradients every process holds whole.
 
     Args:
         layers: name -> layer, at the start of the run or as in the checkpoint.
     """
 
     def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
+        device = next((layer.lora_A.device for layer in layers.values()), torch.device("cpu"))
+        super().__init__(layers, device)
         self._layers = dict(layers)
-        self._device = next((layer.lora_A.device for layer in layers.values()), torch.device("cpu"))
-        self._sums = self._zeros(len(layers))
-        self._squares = self._zeros(len(layers))
-        # By layer, because optimizers may step in turn.
-        self._steps = self._zeros(len(layers))
         self.forget_last_update()
 
     def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
-        """Whether these are the layers that are measured."""
         pairs = zip(_factors_of(layers), self._factors, strict=False)
-        return [*self._layers] == [*layers] and all(a is b for a, b in pairs)
+        return super().is_of(layers) and all(a is b for a, b in pairs)
 
     def forget_last_update(self) -> None:
-        """Forget the last update, and keep the sums; call it after factors have changed other than by a step."""
         # Changes of rank keep these objects, and looking them up in PEFT's modules takes longer than a step's sums.
         factors = _factors_of(self._layers)
         self._factors = factors
@@ -117,46 +173,16 @@ class Importance:
         if scales:
             one = torch.ones((), device=next(iter(scales.values())).device)
             products /= torch.stack([scales.get(id(factor), one) for factor in self._factors]).to(self._device)
-        terms = -torch.where(is_measured, products, 0.0).view(-1, 2).sum(1)
-        # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
-        is_known = terms.isfinite().all()
-        terms = torch.where(is_known, terms, 0.0)
-        self._sums += terms
-        self._squares += terms.square()
-        self._steps += is_known * counted
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64, device=self._device)
-
-    def of_layers(self) -> dict[str, LayerImportance]:
-        """{layer: its importance}; empty before the second step."""
-        steps = self._steps.tolist()
-        if not any(steps):
-            return {}
-        found = {}
-        sums = self._sums.tolist()
-        squares = self._squares.tolist()
-        for name, value, square, count in zip(self._layers, sums, squares, steps, strict=True):
-            # The standard deviation of a step's term, times the root of the number of steps.
-            spread = max(square - value**2 / max(count, 1.0), 0.0)
-            found[name] = LayerImportance(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
-        return found
+        self.add(-torch.where(is_measured, products, 0.0).view(-1, 2).sum(1), counted)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; the updates are copied, because the next step replaces them."""
         updates = {number: update for buffer in self._updates for number, update in buffer.updates.items()}
-        return {
-            "sums": self._sums.clone(),
-            "squares": self._squares.clone(),
-            "steps": self._steps.clone(),
-            "updates": [updates[number].clone() if known else None for number, known in enumerate(self._has_update)],
-        }
+        known = [updates[number].clone() if known else None for number, known in enumerate(self._has_update)]
+        return {**super().state_dict(), "updates": known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``; the layers hold the factors of the same checkpoint."""
-        self._sums.copy_(state["sums"])
-        self._squares.copy_(state["squares"])
-        self._steps.copy_(state["steps"])
+        super().load_state_dict(state)
         self._has_update = [update is not None for update in state["updates"]]
         for buffer in self._updates:
             for number, update in buffer.updates.items():

@@ -44,3 +44,4 @@ def apply_change(training: Training, change: Change) -> None:
         change.apply()
     finally:
         resume_ddp(training.ddp)
+    training.put_back()

@@ -1,14 +1,16 @@
-"""The last step of an optimizer, as the importance of layers needs it."""
+"""The last step of each optimizer, as the importance of layers needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.driver.importance import Importance
+from dynrank.errors import ConfigurationError
 from dynrank.private import version_of
 
 
@@ -74,3 +76,35 @@ class LastStep:
         factor = next(found, None)
         if factor is not None and factor.grad is not None:
             self._witness = factor, version_of(factor.grad)
+
+
+class LastSteps:
+    """Passes the steps of the optimizers to the importance of layers, until :meth:`remove`."""
+
+    def __init__(
+        self, importance: Importance, optimizers: Iterable[Optimizer], adapters: Collection[nn.Parameter]
+    ) -> None:
+        self._importance = importance
+        self._steps = [LastStep(optimizer, adapters) for optimizer in optimizers]
+
+    def end_step(self) -> None:
+        """Measure by the step just made; its gradients must still exist."""
+        made = [step for step in self._steps if step.made]
+        with_gradients = [step for step in made if step.had_gradients]
+        if with_gradients and all(step.has_lost_gradients for step in with_gradients):
+            raise ConfigurationError(
+                "the importance of layers is measured by the gradients of each step, and zero_grad has deleted them "
+                "before end_step: call end_step (under Lightning RankScheduler.step) before zero_grad"
+            )
+        # A single optimizer has made the step, so every gradient is of this step (None). Of several, perhaps not all
+        # have: the gradients of the others may be old.
+        ids = None if len(self._steps) == 1 else {id(p) for step in made for p in step.parameters}
+        scales = {id(p): step.scale for step in made if step.scale is not None for p in step.parameters}
+        self._importance.end_step(ids, scales)
+        for step in made:
+            step.forget()
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        for step in self._steps:
+            step.remove()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
+from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.driver.schedulers import has_kept_limit, keep_limit, multiply, multiply_bases, of_torch, shown_rate
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -268,6 +269,20 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates, but {name} computes its own; "
                 f"set lr_factor=1, or {name}(..., lr=1e-3, relative_step=False)",
+                "lr_factor",
+            )
+        if 0 < others < len(group["params"]) and isinstance(optimizer, ZeroOptimizer):
+            raise ConfigurationError(
+                f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, and DeepSpeed steps them as "
+                f"one tensor with {others} other parameters of param group {number}. Set lr_factor=1 (early_budget(4, "
+                "how=How())), or give the others a group of their own, in a class derived from the Trainer:\n"
+                "  def create_optimizer(self, model=None):\n"
+                "      own = list(dynrank.adapter_parameters(self.model))\n"
+                "      ids = {id(p) for p in own}\n"
+                "      rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]\n"
+                '      self.optimizer = torch.optim.AdamW([{"params": own}, {"params": rest}], '
+                "lr=self.args.learning_rate)\n"
+                "      return self.optimizer",
                 "lr_factor",
             )
         # The d of torch's Adafactor is a setting.

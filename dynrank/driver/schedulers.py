@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.distributed.wrappers import stepping_optimizer
 from dynrank.private import schedulers_in
 
 # The rates in a param group by which torch's schedulers compute the present one.
@@ -46,7 +46,7 @@ def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
     waiting = [*map(_inner, schedulers)]
     while waiting:
         scheduler = waiting.pop()
-        if unwrapped_optimizer(scheduler.optimizer) is optimizer:
+        if stepping_optimizer(scheduler.optimizer) is stepping_optimizer(optimizer):
             found.append(scheduler)
             waiting += schedulers_in(scheduler)
     return found if all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else []

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dynrank.distributed.sharding import process_group
 from dynrank.distributed.wrappers import ddp_modules, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
+from dynrank.driver.importance import Importance, ImportanceSums
+from dynrank.driver.last_step import LastSteps
+from dynrank.layers.base import RankedLayer
+from dynrank.layers.finding import adapter_parameters
+
+
+class MeasuredSteps(Protocol):
+    """What measures the importance of layers in the steps of a run."""
+
+    def end_step(self) -> None: ...
+
+    def remove(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -112,6 +125,28 @@ class Training:
     def logs_later(self, name: str) -> bool:
         """Whether training has logged nothing yet and may log the metric ``name``: a trigger then waits for it."""
         return False
+
+    # For a trainer that keeps factors in tensors of its own
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A block in which the layers of ``model``, and the states of ``optimizers``, have their present values."""
+        return nullcontext()
+
+    def put_back(self) -> None:
+        """Pass factors and states, which a change has just replaced, on to where they are trained."""
+
+    def importance_of(self, layers: Mapping[str, RankedLayer]) -> ImportanceSums:
+        """What sums the importance of the layers of ``model``."""
+        return Importance(layers)
+
+    def steps_of(self, importance: ImportanceSums) -> MeasuredSteps:
+        """What passes the steps of the optimizers to ``importance``, which :meth:`importance_of` has made."""
+        assert isinstance(importance, Importance)
+        return LastSteps(importance, self.optimizers, adapter_parameters(self.model))
+
+    def buffers(self) -> Iterable[Tensor]:
+        """Tensors that a validation might change, and that are no parameters."""
+        return self.model.buffers()
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

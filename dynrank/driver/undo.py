@@ -133,7 +133,7 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
     """
     of_python = random.getstate()
     of_numpy = np.random.get_state()
-    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
+    buffers = [(buffer, buffer.clone()) for buffer in training.buffers() if buffer.device.type != "meta"]
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             return training.validate() if most is None else training.validate_share(most)

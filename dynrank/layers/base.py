@@ -23,6 +23,11 @@ class RankedLayer(Protocol):
     bounds: RankBounds
 
     @property
+    def bound(self) -> str:
+        """What ``max_rank`` is, in words."""
+        ...
+
+    @property
     def lora_A(self) -> nn.Parameter: ...
 
     @property
@@ -113,6 +118,11 @@ class OfFactors(OfShape):
         return products(self.lora_B, self.lora_A, self.num_products)
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of ``parameter``, also if DeepSpeed's ZeRO-3 has partitioned it and left an empty tensor."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """Scaling at the start: alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
     return alpha / (rank**0.5 if rslora else rank)
@@ -174,7 +184,7 @@ class LoRALayer(nn.Module, OfFactors):
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         """(d_out, d_in) of the update of ``base``: by default the shape of its weight."""
-        d_out, d_in = base.get_parameter("weight").shape
+        d_out, d_in = whole_shape(base.get_parameter("weight"))
         return d_out, d_in
 
     @classmethod
@@ -290,5 +300,8 @@ def take_rank(
 
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if hasattr(layer.lora_A, "ds_id"):
+        # DeepSpeed's ZeRO-3 loads its partitions by itself, and their sizes stay.
+        return
     factors = (state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B"))
     take_rank(layer, prefix.removesuffix("."), *factors, most=layer.max_rank)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, whole_shape
 from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
@@ -55,7 +55,7 @@ class LoRAConv1D(LoRALinear):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        d_in, d_out = base.get_parameter("weight").shape
+        d_in, d_out = whole_shape(base.get_parameter("weight"))
         return d_out, d_in
 
     def _weight_OI(self) -> Tensor:
@@ -99,7 +99,7 @@ class LoRAEmbedding(LoRALayer):
             raise ConfigurationError(
                 "LoRA on Embedding needs max_norm=None; leave it out of target_modules", "target_modules"
             )
-        num_embeddings, dim = base.get_parameter("weight").shape
+        num_embeddings, dim = whole_shape(base.get_parameter("weight"))
         return dim, num_embeddings
 
     def init_A(self) -> None:

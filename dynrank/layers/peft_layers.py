@@ -97,7 +97,8 @@ class PeftLayer(OfFactors):
 
     def record_alpha(self) -> None:
         """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
-        self.module.lora_alpha[self.adapter] = self.scaling * self.rank
+        # The recorded rank: factors that keep their shapes have more rows.
+        self.module.lora_alpha[self.adapter] = self.scaling * self.module.r[self.adapter]
         self.module.use_rslora[self.adapter] = False
 
 
@@ -171,6 +172,16 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
             changes += [layer.record_alpha for layer in layers.values()]
             changes.append(partial(by_adapter.__setitem__, adapter, new))
     return changes
+
+
+def record_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Let PEFT's modules and configs in ``model`` have these ranks, by layer, while the factors keep their shapes."""
+    layers = peft_layers(model)
+    for name, layer in layers.items():
+        layer.module.r[layer.adapter] = ranks[name]
+    by_module = {(layer.module, layer.adapter): ranks[name] for name, layer in layers.items()}
+    for change in config_changes(model, by_module) if layers else ():
+        change()
 
 
 def follow_checkpoint_ranks(model: nn.Module) -> None:

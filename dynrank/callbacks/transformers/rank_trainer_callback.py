@@ -17,6 +17,7 @@ from dynrank.callbacks.transformers.best import forget_best, ranks_of, warn_of_o
 from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints, resume_from_shards
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, numeric_metrics, run_length
+from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded, shard_frozen
@@ -204,13 +205,18 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             )
         # So a change behind the last step is reported before TensorBoard and others close their files.
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
-        training = self._run = TrainerTraining(self.trainer, kwargs, self.evaluate, self.logged)
-        if process_count() > 1 and not training.ddp and not is_sharded(training.model):
+        model = kwargs["model"]
+        prepare_checkpoints(model)
+        is_zero = self.trainer.is_deepspeed_enabled
+        if is_zero:
+            save_live(model)
+        kind = ZeroTraining if is_zero else TrainerTraining
+        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged)
+        if process_count() > 1 and not (training.ddp or is_zero or is_sharded(model)):
             raise ConfigurationError(
-                "in several processes ranks change under DDP or FSDP2 only; no DDP wraps the model, and FSDP2 does not "
-                "shard it"
+                "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and "
+                "none of the others shards it"
             )
-        prepare_checkpoints(training.model)
         if state.global_step:
             self._load(state)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
@@ -247,10 +253,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         # The Trainer increments its step count after this event.
         self.driver.end_step(self._training(kwargs, steps_uncounted=1))
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        self._saved[state.global_step] = ranks_of(model)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved[state.global_step] = ranks_of(self._training(kwargs).model)
 
     def on_log(
         self,
@@ -290,8 +294,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         training = self._training(kwargs)
         self._show_evaluated(training)
         if args.load_best_model_at_end:
-            # Optimizer and metrics belong to the last weights; the loaded ones may be others, of other ranks.
-            training.optimizers = []
+            # The loaded weights may be others, of other ranks; the metrics belong to the last ones.
+            training.best_is_loaded()
             self.driver.progress.metrics = {}
         self.driver.finish(training)
         self.listening = False
@@ -306,11 +310,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         state: TrainerState,
         control: TrainerControl,
         event: RankEvent,
-        model: nn.Module,
         **_: Any,
     ) -> None:
         """Log the ranks, and print the change."""
         assert self._run is not None
+        model = self._run.model
         if not event.undone:
             self._log_ranks(self._run)
         if state.is_world_process_zero:

@@ -57,6 +57,10 @@ class TrainerTraining(Training):
         self._event = event
         return self
 
+    def best_is_loaded(self) -> None:
+        """Take note that the Trainer has loaded its best checkpoint: the optimizer belongs to the last weights."""
+        self.optimizers = []
+
     def present_schedulers(self) -> Sequence[Any] | None:
         return None if self.trainer.lr_scheduler is None else [self.trainer.lr_scheduler]
 
