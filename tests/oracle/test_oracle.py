@@ -11,7 +11,6 @@ from judge import judged
 from runs import adapted, layers
 
 import dynrank
-from dynrank.driver.importance import Importance
 
 CUT = Stage("budget", 3, planned=5, rate="sqrt")
 # A cut at step 5, a resume before it, and after it five steps at a raised rate.
@@ -54,17 +53,12 @@ def variance_by_the_map_itself(original, *arguments):
     return states | {"exp_avg_sq": states["exp_avg_sq"] * 1.1}
 
 
-class UniformImportance(Importance):
-    def of_layers(self):
-        return {name: share._replace(value=1.0) for name, share in super().of_layers().items()}
-
-
 FAULTS = {
     "truncation": ("keep_directions", smallest_directions),
     "first moment": ("moved_state", momentum_of_another_sign),
     "second moment": ("moved_state", variance_by_the_map_itself),
     "rate": ("factor_of_change", lambda original, *arguments: original(*arguments) ** 2),
-    "importance": ("Importance", lambda original, layers: UniformImportance(layers)),
+    "importance": ("score", lambda original, importance, error: original(1.0, error)),
 }
 
 
