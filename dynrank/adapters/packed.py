@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrank.adapters.codebook import GROUP, decode, encode, levels
+from dynrank.adapters.codebook import GROUP, NF4_LEVELS, decode, encode
 from dynrank.adapters.precision import NF4, Rounded, balanced, compared, power_of
 from dynrank.adapters.stored import readable, refuse_faults
 from dynrank.errors import ConfigurationError, Count, read_as
@@ -25,6 +25,7 @@ PACKED_FILE = "adapter_model.packed.safetensors"
 _BOOK = "dynrank.codebook"
 _SHAPES = "dynrank.shapes"
 _SCALES = ".scales"
+_LEVELS = torch.tensor(NF4_LEVELS)
 
 
 class PackedFile:
@@ -64,7 +65,7 @@ class PackedFile:
             return tensor
         _, width = _flat(key, self.shapes[key])
         codes = torch.stack([tensor >> 4, tensor & 15], dim=2).flatten(1)[:, :width]
-        values = decode(codes, self.file.get_tensor(key + _SCALES), levels(NF4))
+        values = decode(codes, self.file.get_tensor(key + _SCALES), _LEVELS)
         return (values.mT if _is_B(key) else values).reshape(self.shapes[key])
 
 
@@ -73,7 +74,7 @@ def in_codes(lora_B: Tensor, lora_A: Tensor, count: int) -> Rounded:
     pair = balanced(lora_B, lora_A, count)
     power = power_of(*pair)
     new_B, new_A = (factor * 2.0**power for factor in pair)
-    book = levels(NF4)
+    book = _LEVELS
     coded = decode(*encode(new_B.mT, book), book).mT, decode(*encode(new_A, book), book)
     return Rounded(new_B, new_A, power, *compared((lora_B, lora_A), coded, power, count))
 
@@ -83,7 +84,7 @@ def packed(factors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     tensors = {}
     for key, factor in factors.items():
         rows = factor.flatten(1).mT if _is_B(key) else factor.flatten(1)
-        codes, tensors[key + _SCALES] = encode(rows, levels(NF4))
+        codes, tensors[key + _SCALES] = encode(rows, _LEVELS)
         codes = F.pad(codes, (0, codes.shape[1] % 2))
         tensors[key] = codes[:, ::2] << 4 | codes[:, 1::2]
     shapes = {key: [*factor.shape] for key, factor in factors.items()}

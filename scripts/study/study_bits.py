@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from rounding import bits_of, rounded
 from study import FIELDS as STUDY_FIELDS
 from study_arms import HIGH, Arm
 from study_bench import RESULTS, TASKS, Setting, Table, kept_adapter, values, with_error
 from torch import Tensor
 
 from dynrank import lora_layers, swap_adapter
-from dynrank.adapters.codebook import bits_of, rounded
 
 Pair = tuple[Tensor, Tensor]
 
