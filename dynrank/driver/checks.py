@@ -130,7 +130,8 @@ def _faults(
     if not stage.to.needs:
         unbounded = {name: replace(states[name], highest=bounds[name].highest or UNBOUNDED) for name in free}
         wanted = stage.to.ranks(states | unbounded)
-        above = [name for name in free if wanted[name] > most[name]]
+        # A layer that a user's target has left out is named below.
+        above = [name for name in free if wanted.get(name, 0) > most[name]]
         if above:
             return [f"rank {wanted[name]} is above {layers[name].bound} = {most[name]} of {name!r}" for name in above]
     if isinstance(stage.to, Unchanged):

@@ -89,10 +89,21 @@ def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapp
     ranks = stage.to.ranks(states)
     for name, own in bounds.items():
         state = states[name]
+        if name not in ranks:
+            raise ConfigurationError(
+                f"{shown(stage.to)} gives no rank to the layer {name!r}; let its ranks() return one for every layer, "
+                "layer.rank for those that stay",
+                *stage.arguments,
+            )
+        is_free = own == FREE and state.lowest < state.highest
         # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
-        if own == FREE or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
+        if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
             continue
-        said = f"pinned at rank {state.rank}" if own.pinned else f"bound by rank_map to {_span(state)}"
+        said = f"bound by rank_map to {_span(state)}"
+        if own == FREE:
+            said = f"frozen at rank {state.rank}, or can have no other"
+        elif own.pinned:
+            said = f"pinned at rank {state.rank}"
         raise ConfigurationError(
             f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {said}; let its ranks() "
             "return layer.shrunk(rank) or layer.grown(rank), which keep that",

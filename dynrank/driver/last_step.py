@@ -51,11 +51,6 @@ class LastStep:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     @property
-    def had_gradients(self) -> bool:
-        """Whether a factor had a gradient in the step."""
-        return self._witness is not None
-
-    @property
     def has_lost_gradients(self) -> bool:
         """Whether the factors had gradients in the step, and have none any more, or only zeros."""
         if self._witness is None:
@@ -90,8 +85,7 @@ class LastSteps:
     def end_step(self) -> None:
         """Measure by the step just made; its gradients must still exist."""
         made = [step for step in self._steps if step.made]
-        with_gradients = [step for step in made if step.had_gradients]
-        if with_gradients and all(step.has_lost_gradients for step in with_gradients):
+        if any(step.has_lost_gradients for step in made):
             raise ConfigurationError(
                 "the importance of layers is measured by the gradients of each step, and zero_grad has deleted them "
                 "before end_step: call end_step (under Lightning RankScheduler.step) before zero_grad"

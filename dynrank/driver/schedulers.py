@@ -113,7 +113,8 @@ def keep_limit(scheduler: Any, index: int, ratio: float, limits_are_rates: bool)
     """
     function = _function(scheduler, index)
     made = getattr(function, "__wrapped__", function)
-    if ratio == 1.0 or not isinstance(made, partial):
+    # A user's own function may have arguments of the same names.
+    if ratio == 1.0 or not isinstance(made, partial) or made.func.__module__ != "transformers.optimization":
         return
     given = made.keywords
     if "lr_end" in given:

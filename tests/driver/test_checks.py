@@ -89,6 +89,19 @@ def test_a_target_that_changes_a_pinned_layer_is_refused_by_name():
         due(net, Half()).ranks()
 
 
+def test_a_target_that_changes_a_frozen_layer_or_leaves_one_out_is_refused_by_name():
+    class OfOthers(Target):
+        def ranks(self, layers):
+            return {name: layer.rank for name, layer in layers.items() if name != "1"}
+
+    net = model()
+    layers_of(net)["2"].requires_grad_(False)
+    with pytest.raises(ConfigurationError, match=r"gives rank 4 to the layer '2', which is frozen at rank 8"):
+        check_model(net, [Stage(NOW, Half())], RUN)
+    with pytest.raises(ConfigurationError, match=r"gives no rank to the layer '1'"):
+        check_model(net, [Stage(NOW, OfOthers())], RUN)
+
+
 def test_states_hold_the_singular_values_of_each_update():
     net = updated(model())
     for layer in layers_of(net).values():

@@ -512,6 +512,23 @@ def test_gradients_that_are_gone_before_end_step_are_refused(set_to_none):
         driver.end_step(training)
 
 
+def test_gradients_of_one_of_two_optimizers_that_are_gone_are_refused():
+    """Half of the pool would be unknown, and fall to the lowest rank."""
+    model = model_of()
+    halves = [[layer.lora_A, layer.lora_B] for _, layer in dynrank.lora_layers(model)]
+    optimizers = [torch.optim.SGD(pair, lr=0.1) for pair in halves]
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    training = Training(model, optimizers)
+    driver.start(training, Run(total_steps=20))
+    model(X[0]).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    optimizers[0].zero_grad()
+    training.step += 1
+    with pytest.raises(ConfigurationError, match="before zero_grad"):
+        driver.end_step(training)
+
+
 def test_steps_without_gradients_of_adapters_are_no_fault():
     """A step of a head alone, a step that GradScaler skips, a loss of zero, and a layer that the loss does not reach"""
     model = model_of()

@@ -287,6 +287,22 @@ def test_limit_of_transformers_schedules_stays_also_in_a_resumed_run(pair, name,
             assert resumed[1].get_last_lr() == pytest.approx(fresh[1].get_last_lr())
 
 
+@pytest.mark.parametrize("given", [{"lr_init": 1.0, "lr_end": 0.1}, {"lr_end": 0.1}])
+def test_function_of_a_user_with_arguments_of_transformers_names_is_multiplied(pair, given):
+    def falling(step, lr_end, lr_init=1.0):
+        return max(lr_end, lr_init - step / 10)
+
+    adapter, _ = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    scheduler = lr.LambdaLR(optimizer, partial(falling, **given))
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, [scheduler], Knowing))
+    rates.multiply(3.0)
+    for step in range(12):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(3 * 0.5 * falling(step, **given))
+        optimizer.step()
+        scheduler.step()
+
+
 def test_state_that_is_loaded_during_a_run_is_no_rate_of_the_program_s_own(pair):
     adapter, _ = pair
     optimizer = torch.optim.SGD([adapter], lr=0.5)

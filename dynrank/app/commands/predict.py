@@ -1,5 +1,6 @@
 """``dynrank predict``: answers to texts, or to the rows of a file as training reads them, printed or in a file."""
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -315,7 +316,9 @@ def _write(
         if out.suffix == ".csv":
             answers.to_csv(file)
         elif out.suffix == ".jsonl":
-            answers.to_json(file, force_ascii=False)
+            # Not by pandas, which rounds numbers, and writes dates as milliseconds.
+            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in answers)
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         else:
             answers.to_parquet(file)
     # Another command answers anew, because the base model may be another by then.

@@ -90,9 +90,11 @@ def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         return f"must have one label, as the first rows have, got {shown(label)}"
     # A column of ints in which some are missing has floats.
     written = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
-    names = [name.strip() for name in written]
+    stripped = [name.strip() for name in written]
+    # A row counts once for each of its labels.
+    names = [*dict.fromkeys(stripped)]
     fault = fault or next(filter(None, (_fault(name, "label") for name in names)), "")
-    return fault or {**row, "label": names if columns.several else names[0], "trimmed": names != written}
+    return fault or {**row, "label": names if columns.several else names[0], "trimmed": stripped != written}
 
 
 def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
