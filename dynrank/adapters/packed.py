@@ -52,6 +52,7 @@ class PackedFile:
 
     def keys(self) -> list[str]:
         scales = {key + _SCALES for key in self.shapes}
+        # An open safetensors file has keys() and cannot be iterated.
         return [key for key in self.file.keys() if key not in scales]  # noqa: SIM118
 
     def get_slice(self, key: str) -> Any:
