@@ -14,6 +14,7 @@ from torch.optim import Adafactor, Optimizer
 from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.driver.closures import Closure, with_closure
 from dynrank.driver.schedulers import (
+    follow_group,
     has_kept_limit,
     keep_limit,
     limit_as_share,
@@ -95,6 +96,7 @@ class LearningRates:
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
             for scheduler in self._known_schedulers() if self._is_of_adapters(group) else ():
+                follow_group(scheduler, group, index, _contained(group))
                 if not has_kept_limit(scheduler, index):
                     keep_limit(scheduler, index, _contained(group), self._limits_are_rates)
         self.multiply(1.0)
