@@ -261,6 +261,19 @@ class RankDriver:
         """Remove the hooks on the optimizers, after an error."""
         self._remove_hooks()
 
+    def reset(self) -> None:
+        """Forget the run, so that the schedule can begin again with another model; hooks on its optimizers go."""
+        self._remove_hooks()
+        for stage in self.stages:
+            if isinstance(stage.when, Trigger):
+                stage.when.reset()
+        self.progress = Progress()
+        self.lr_factor = 1.0
+        self._importance = None
+        self._ended_step = 0
+        self._loaded = None
+        self._differs = None
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         importance = self._importance.state_dict() if self._importance is not None else self._loaded
