@@ -234,9 +234,11 @@ def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
-    """The columns of a table: those that the user names, otherwise those of training; if these are unknown, usual ones.
+    """The columns of a table: those that the user names, otherwise those of training.
 
-    Nothing else is read, such as a column of contexts that training did not have.
+    Nothing else is read, such as a column of contexts that training did not have. Training rows without names of
+    columns had the columns that their form needs; the table has these by usual names. If nothing is known of training,
+    all columns are found by usual names.
     """
     columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
     trained = columns_to_ask(columns, form)
@@ -250,8 +252,7 @@ def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, The
         replaced.add("system")
     kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
     _refuse_missing(table, kept)
-    # Without columns of training, all are found by usual names.
-    options: Any = {"trained": kept if trained else None, "asked": True}
+    options: Any = {"trained": kept if learned.form else None, "asked": True}
     found = find_columns(table.sample, given, form, table.where, table.types, **options)
     refuse_unread(given, found)
     return found

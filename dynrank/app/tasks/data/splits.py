@@ -122,8 +122,9 @@ def rows_by_split(data: Any, form: Form) -> Checked:
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
     found = Checked()
     for split in SPLITS:
-        found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
-        if split == "train" and isinstance(next(iter(splits[split])), Mapping):
+        trained = None if split == "train" else found.columns
+        found[split], used = _rows(splits[split], form, f"data, {split}", trained)
+        if split == "train" and any(isinstance(row, Mapping) for row in splits[split]):
             found.columns = used.names
     _say_trimmed(found)
     return _in_form(found)

@@ -33,6 +33,12 @@ def test_rows_are_the_same_whatever_holds_them(kind):
     assert {split: [*zip(rows["text"], rows["label"], strict=True)] for split, rows in found.items()} == PAIRS
 
 
+def test_other_splits_read_no_column_that_tuples_of_training_lack():
+    named = [{"prompt": "c", "answer": "y", "context": "no"}]
+    found = rows_by_split({"train": [("a", "x")], "val": named, "test": named}, "completion")
+    assert [found[split]["prompt"][:] for split in ("train", "val", "test")] == [["a"], ["c"], ["c"]]
+
+
 REFUSED = {
     "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation.*set data"),
     "an empty split": ({**PAIRS, "val": []}, "val has 0 rows"),
