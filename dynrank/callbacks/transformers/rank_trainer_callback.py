@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
