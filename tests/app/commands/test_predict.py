@@ -1,6 +1,7 @@
 """``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
 
 import json
+import os
 import re
 import shutil
 
@@ -179,7 +180,8 @@ def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
 
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.csv", ROWS)
-    command = ["predict", classifier, file, "--batch-size", 4, "--out"]
+    folder = shutil.copytree(classifier, tmp_path / "adapter")
+    command = ["predict", folder, file, "--batch-size", 4, "--out"]
     assert launch(cli.main, *command, "whole.parquet")[0] == 0
     asked = []
     labels = Answerer.labels
@@ -198,6 +200,16 @@ def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, 
         # With another option the answers may differ, so it does not go on.
         changed = launch(cli.main, *command, "out.parquet", "--columns", "text=Body")
         assert (changed[0], min(asked)) == (130, 2)
+        asked.clear()
+        # Neither with other names of the labels.
+        labels_file = folder / "labels.json"
+        before = labels_file.stat()
+        names = labels_file.read_text()
+        labels_file.write_text(names.replace("login", "log in"))
+        changed = launch(cli.main, *command, "out.parquet")
+        assert (changed[0], min(asked)) == (130, 2)
+        labels_file.write_text(names)
+        os.utime(labels_file, ns=(before.st_atime_ns, before.st_mtime_ns))
         asked.clear()
         code, _, said = launch(cli.main, *command, "out.parquet")
     assert code == 0, said
