@@ -6,9 +6,10 @@ import base64
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -115,6 +116,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.trainer: Trainer | None = None
         # The Trainers whose constructor, or attach(), has prepared the model.
         self._prepared: WeakSet[Trainer] = WeakSet()
+        # The model of the last run, as long as somebody has it.
+        self._last_model: ref[nn.Module] | None = None
         # The run, from the begin of training to its end.
         self._run: TrainerTraining | None = None
         # The last value of every metric; always the same dict, which the run reads.
@@ -213,9 +216,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             )
         if state.global_step:
             self._load(state)
-        elif self.trainer.model_init is not None:
-            # Each call of train() has a model of its own.
+        elif self.trainer.model_init is not None and (self._last_model is None or model is not self._last_model()):
             self._begin_anew()
+        self._last_model = ref(model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._ranks = {}
         notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)

@@ -127,6 +127,20 @@ def test_each_model_of_model_init_has_the_whole_schedule_and_takes_the_ranks_of_
         assert_same(again.model, model, start)
 
 
+def test_a_model_whose_ranks_have_changed_does_not_begin_anew(tmp_path):
+    """After an error of memory, auto_find_batch_size trains the same model again, from step 0."""
+
+    class Exhausted(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise RuntimeError("CUDA out of memory.")
+
+    made = trainer(tmp_path, None, RankTrainerCallback(CUT), model_init=own, auto_find_batch_size=True)
+    made.add_callback(Exhausted())
+    with pytest.raises(ConfigurationError, match="this schedule is at step 5 of another run"):
+        made.train()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_trials_of_a_search_begin_at_the_full_rank_and_are_judged_by_their_evaluations(tmp_path):
     """A trigger begins anew, too: it would fire earlier in the second trial if it remembered the first one."""

@@ -151,7 +151,8 @@ def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
     names = COLUMNS[form]
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
         return dict(zip(names, row, strict=True))
-    return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
+    wanted = f"({', '.join(names)}{',' * (len(names) == 1)})"
+    return row if isinstance(row, Mapping) else f"must be a mapping or a tuple {wanted}, got {shown(row)}"
 
 
 @checked_call
