@@ -124,8 +124,11 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     for split in SPLITS:
         trained = None if split == "train" else found.columns
         found[split], used = _rows(splits[split], form, f"data, {split}", trained)
-        if split == "train" and any(isinstance(row, Mapping) for row in splits[split]):
-            found.columns = used.names
+        if any(isinstance(row, Mapping) for row in splits[split]):
+            if split == "train":
+                found.columns = used.names
+            else:
+                _say_columns(used, found.columns)
     _say_trimmed(found)
     return _in_form(found)
 
