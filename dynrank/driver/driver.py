@@ -207,6 +207,14 @@ class RankDriver:
 
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
+        # A loop that calls end_step before it counts the step is one step behind.
+        unmeasured = training.step - self._ended_step
+        if self._steps is not None and unmeasured > 1:
+            raise ConfigurationError(
+                f"the importance of layers is measured by each step, and end_step was not called for the last "
+                f"{unmeasured}: call driver.end_step(training) after each step, when training.step is raised and "
+                "before zero_grad"
+            )
         self._follow_clock(training)
         if self.progress.pending is None:
             return
@@ -385,6 +393,12 @@ class RankDriver:
         check_processes(training.model, training.optimizers, when, training.group)
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
+        # The importance of an update needs the gradients of the step after it.
+        if "importance" in stage.to.needs and not importance and training.step >= 2:
+            training.warn(
+                f"the change of rank at step {training.step} shares ranks by importance, and nothing is known of any "
+                "layer, so all layers count alike: no gradients of the adapters were there when a step ended"
+            )
         last = index == len(self.stages) - 1
         due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None

@@ -76,12 +76,12 @@ def by_usual_names(*args, trained, **options):
 # {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
 # change of the random cases, scripts/bench/fuzz.py finds other seeds.
 FAULTS = {
-    "rates of the program lose the factor": (11, "rates", LearningRates, "_notice", LearningRates._leave),
+    "rates of the program lose the factor": (32, "rates", LearningRates, "_notice", LearningRates._leave),
     "a head's rate in a shared tensor is raised": (24, "rates", schedulers, "_as", in_place),
-    "limits are raised": (25, "rates", schedulers, "keep_limit", nothing),
+    "limits are raised": (141, "rates", schedulers, "keep_limit", nothing),
     "base rates are not raised": (4, "rates", schedulers, "multiply_bases", nothing),
     "rates are not raised in the step": (3, "rates", LearningRates, "_change", nothing),
-    "a plateau goes on waiting": (86, "rates", driver, "forget_plateau", nothing),
+    "a plateau goes on waiting": (68, "rates", driver, "forget_plateau", nothing),
     "a resumed run forgets who sets the rate": (33, "rates", torch.optim.SGD, "load_state_dict", forgetting),
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", rank_scheduler, "forget_best", nothing),
