@@ -251,7 +251,7 @@ def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, The
         replaced.add("system")
     kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
     _refuse_missing(table, kept)
-    options: Any = {"trained": kept if learned.form else None, "asked": True}
+    options: Any = {"trained": kept if learned.form or trained else None, "asked": True}
     found = find_columns(table.sample, given, form, table.where, table.types, **options)
     refuse_unread(given, found)
     return found
