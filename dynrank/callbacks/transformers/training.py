@@ -65,8 +65,10 @@ class TrainerTraining(Training):
         return None if self.trainer.lr_scheduler is None else [self.trainer.lr_scheduler]
 
     @property
-    def limits_are_rates(self) -> bool:
-        return "min_lr" in (self.trainer.args.lr_scheduler_kwargs or {})
+    def limits_are_rates(self) -> bool | None:
+        given = self.trainer.args.lr_scheduler_kwargs or {}
+        # A scheduler of the user's own was made with other values.
+        return "min_lr" in given if given.keys() & {"min_lr", "min_lr_rate"} else None
 
     def logged(self) -> Mapping[str, float]:
         return self._metrics

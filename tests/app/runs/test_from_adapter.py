@@ -81,6 +81,23 @@ def test_a_run_writes_float8_and_another_goes_on_from_it_with_the_scaling_that_i
         build(dynrank.compose([*task, "export_dtype=float16"]))
 
 
+def test_a_run_of_no_step_tests_the_adapter_as_it_lies(task, theirs, tmp_path):
+    """So a user learns what rounding costs on data: a packed file has the loss of its factors."""
+
+    def tested(place, steps=0):
+        overrides = [*task, f"lora.from={place}", f"trainer.max_steps={steps}"]
+        return run(dynrank.compose(overrides), tmp_path / f"run of {place.name}").test["test/loss"]
+
+    trained = tested(theirs, steps=4)
+    adapter = tmp_path / f"run of {theirs.name}" / "adapter"
+    dynrank.squeeze(adapter, tmp_path / "packed", dtype="nf4")
+    dynrank.squeeze(tmp_path / "packed", tmp_path / "unpacked", dtype=torch.float32)
+    packed = tested(tmp_path / "packed")
+    assert tested(adapter) == pytest.approx(trained, rel=1e-6)
+    assert packed == pytest.approx(tested(tmp_path / "unpacked"), rel=1e-6)
+    assert packed != pytest.approx(trained, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "chosen", ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early"]
 )

@@ -41,6 +41,10 @@ def in_turn(optimizer, _):
     return lr.SequentialLR(optimizer, [*parts], [3])
 
 
+def chained(optimizer, second):
+    return lr.ChainedScheduler([lr.LinearLR(optimizer, 0.2, total_iters=5), second])
+
+
 def cyclic(optimizer, rates):
     low, high = [0.2 * rate for rate in rates], [*rates]
     return lr.CyclicLR(optimizer, low, high, 3, mode="triangular2", cycle_momentum=False)
@@ -64,6 +68,8 @@ SCHEDULERS = {
     "Exponential": lambda o, _: lr.ExponentialLR(o, 0.9),
     "Linear": lambda o, _: lr.LinearLR(o, 0.3, total_iters=5),
     "Sequential": in_turn,
+    "Chained": lambda o, _: chained(o, lr.ExponentialLR(o, 0.9)),
+    "Chained to a limit": lambda o, _: chained(o, lr.CosineAnnealingLR(o, 15, eta_min=0.02)),
     "Cyclic": cyclic,
     "Restarts": lambda o, _: lr.CosineAnnealingWarmRestarts(o, 4, eta_min=0.01),
     "Plateau": plateau,
@@ -102,7 +108,7 @@ class Case:
     @property
     def knows(self):
         """Whether dynrank knows what rules the rates."""
-        return self.scheduler is not None and (self.named or self.driver != "plain")
+        return self.scheduler not in (None, "Chained to a limit") and (self.named or self.driver != "plain")
 
     def factor(self, step):
         return math.prod(factor for at, (_, factor) in self.changes.items() if at <= step)
