@@ -1,7 +1,10 @@
 """What several test files share: a small LightningModule of a user's, small models, one whole run, the commands."""
 
 import gc
+import inspect
+import logging
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -147,7 +150,7 @@ def tiny_llama(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     options = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainers.BpeTrainer(vocab_size=600, **options))
+    tokenizer.train_from_iterator([inspect.getsource(shutil)], trainers.BpeTrainer(vocab_size=600, **options))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     size |= {"vocab_size": 600, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
@@ -237,10 +240,14 @@ def launch(monkeypatch, tmp_path, capsys):
         # main() sets this variable, and the fixture takes it back.
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         code = 0
+        handlers = [*logging.root.handlers]
         try:
             main()
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            # One that a logger has left writes to this test's stderr, which is closed when a later test logs.
+            logging.root.handlers[:] = handlers
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
         assert code != 2 or "error" in printed.err.lower()

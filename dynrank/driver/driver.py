@@ -269,6 +269,19 @@ class RankDriver:
         """Remove the hooks on the optimizers, after an error."""
         self._remove_hooks()
 
+    def reset(self) -> None:
+        """Forget the run, so that the schedule can begin again with another model; hooks on its optimizers go."""
+        self._remove_hooks()
+        for stage in self.stages:
+            if isinstance(stage.when, Trigger):
+                stage.when.reset()
+        self.progress = Progress()
+        self.lr_factor = 1.0
+        self._importance = None
+        self._ended_step = 0
+        self._loaded = None
+        self._differs = None
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         importance = self._importance.state_dict() if self._importance is not None else self._loaded
@@ -298,7 +311,6 @@ class RankDriver:
         theirs = [tuple(stage) for stage in state["stages"]]
         my_rules = self._rules_as_texts
         their_rules = [tuple(rule) for rule in state["rank_map"]]
-        self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
@@ -314,20 +326,20 @@ class RankDriver:
                 f"here they go by {_in_words(my_rules)}; give the rank_map as it was",
                 "rank_map",
             )
+        progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
+        self.reset()
+        self.progress = progress
+        self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
-        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
         # A decision stays if its stage has the same time or trigger.
         present = dict(enumerate(mine))
         pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        self._remove_hooks()
         self.lr_factor = float(state["lr_factor"])
-        self._importance = None
         self._loaded = state["importance"]
-        self._ended_step = 0
 
     @property
     def _rules_as_texts(self) -> list[tuple[str, str]]:

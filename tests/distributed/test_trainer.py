@@ -11,7 +11,7 @@ from ends import assert_resumed, assert_same_bits, found, of_pair
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from trainer_runs import IN_ONE, RESUMED, RUNS, STEPS, loaded, outcome, save_base, trained
+from trainer_runs import ANEW, IN_ONE, RESUMED, RUNS, STEPS, loaded, outcome, save_base, trained
 
 import dynrank
 from dynrank.distributed.accelerated import check_accelerate
@@ -69,6 +69,14 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
     assert_resumed(found(results, f"resume {name}"), RESUMED[name][1])
+
+
+@pytest.mark.parametrize("name", ANEW)
+def test_each_model_of_model_init_is_sharded_and_resumed_as_one_that_is_given(results, name):
+    for ends, run in zip(found(results, f"anew, {name}"), found(results, f"resume {name}"), strict=True):
+        for end in ends:
+            assert end["shards"] == run["whole"]["shards"]
+            assert_same_bits(end, run["whole"])
 
 
 @pytest.mark.parametrize("name", IN_ONE)

@@ -106,6 +106,8 @@ RESUMED = {
 }
 # Those of which one process goes on from the last checkpoint.
 IN_ONE = ("peft", "own, shards")
+# Those whose models a model_init makes.
+ANEW = ("peft", "peft, shards")
 SCORED = {
     "metric_for_best_model": "score",
     "greater_is_better": True,
@@ -121,9 +123,15 @@ def data() -> list[dict[str, Any]]:
 
 
 def trainer_of(
-    run: Run, base: Path, folder: Path, callbacks: Any = None, kind: Any = TrainingArguments, **options: Any
+    run: Run,
+    base: Path,
+    folder: Path,
+    callbacks: Any = None,
+    kind: Any = TrainingArguments,
+    anew: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """(trainer, its callback) for the processes that there are."""
+    """(trainer, its callback) for the processes that there are; ``anew``: by a model_init."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -146,8 +154,9 @@ def trainer_of(
         model = run.make(loaded(base, **run.base))
     assert {p.device.type for p in model.parameters()} == {place}
     made = Trainer(
-        model,
+        None if anew else model,
         arguments,
+        model_init=(lambda: run.make(loaded(base, **run.base))) if anew else None,
         train_dataset=data(),
         eval_dataset=data()[:16],
         callbacks=[schedule] if callbacks is None else callbacks,
@@ -231,6 +240,16 @@ def attached(base: Path, folder: Path) -> Any:
     return outcome(made, schedule)
 
 
+def anew(name: str, base: Path, folder: Path) -> list[Any]:
+    """The Trainer makes a model for each training: for a whole one, and to go on from a checkpoint of after the cut."""
+    made, schedule = trainer_of(RESUMED[name][0], base, folder / "anew", anew=True)
+    ends = []
+    for start in (None, folder / f"checkpoint-{SAVED[-1]}"):
+        made.train(resume_from_checkpoint=str(start) if start else None)
+        ends.append(outcome(made, schedule))
+    return ends
+
+
 class OfVLLM(TrainingArguments):
     """As TRL's trainers have them."""
 
@@ -279,6 +298,8 @@ def main(place: str) -> None:
     checks["best, before"] = partial(best, base, folder / "best, before", -1)
     checks["best, after"] = partial(best, base, folder / "best, after", 1)
     checks["by transformers"] = partial(by_transformers, base, folder / "by transformers")
+    for name in ANEW:
+        checks[f"anew, {name}"] = partial(anew, name, base, folder / f"resume {name}")
     checks["attached"] = partial(attached, base, folder / "resume peft, shards")
     for way in wrapped_loops.SHARDED:
         checks[f"loop, {way}"] = partial(wrapped_loops.ended, way, process, 2)

@@ -358,6 +358,19 @@ def test_change_at_the_end_of_a_run_comes_at_an_early_end_too():
     assert trajectory(driver) == [(5, 6, 2)]
 
 
+def test_a_trigger_that_the_checkpoint_does_not_know_begins_anew():
+    """Also if the schedule has been in another run, whose metrics would let it fire."""
+
+    def made(patience):
+        return RankDriver(Stage(Plateau("val/loss", patience=patience), Rank(2)))
+
+    driver = made(patience=3)
+    for step, loss in enumerate([1.0, 2.0, 2.0]):
+        driver.stages[0].when.observe(step, loss)
+    driver.load_state_dict(made(patience=2).state_dict())
+    assert driver.state_dict()["triggers"] == made(patience=3).state_dict()["triggers"]
+
+
 def test_checkpoint_of_another_version_is_refused_in_one_sentence():
     driver = RankDriver(early_budget(2))
     state = driver.state_dict()

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from dynrank.adapters.read import read_adapter, weights_file
+from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.app.commands.keep import kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
@@ -111,9 +111,8 @@ def predict(
     if out.suffix == ".csv" and answerer.several:
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
     beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
-    weights = weights_file(source).stat()
-    how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
-    key = digest((*how, asdict(learned), rows._fingerprint))
+    how = (str(source.resolve()), model, system, batch_size, max_new_tokens)
+    key = digest((*how, _state_of(source), asdict(learned), rows._fingerprint))
     _write(rows, out, key, answerer, batch_size, beside)
 
 
@@ -234,9 +233,11 @@ def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
-    """The columns of a table: those that the user names, otherwise those of training; if these are unknown, usual ones.
+    """The columns of a table: those that the user names, otherwise those of training.
 
-    Nothing else is read, such as a column of contexts that training did not have.
+    Nothing else is read, such as a column of contexts that training did not have. Training rows without names of
+    columns had the columns that their form needs; the table has these by usual names. If nothing is known of training,
+    all columns are found by usual names.
     """
     columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
     trained = columns_to_ask(columns, form)
@@ -250,8 +251,7 @@ def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, The
         replaced.add("system")
     kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
     _refuse_missing(table, kept)
-    # Without columns of training, all are found by usual names.
-    options: Any = {"trained": kept if trained else None, "asked": True}
+    options: Any = {"trained": kept if learned.form or trained else None, "asked": True}
     found = find_columns(table.sample, given, form, table.where, table.types, **options)
     refuse_unread(given, found)
     return found
@@ -324,6 +324,12 @@ def _write(
     # Another command answers anew, because the base model may be another by then.
     for part in stored:
         Path(part["filename"]).unlink(missing_ok=True)
+
+
+def _state_of(source: Path) -> list[tuple[str, int, int]]:
+    """What changes with a file in the adapter's folder: each one's name, size and time."""
+    files = [(file.name, file.stat()) for file in sorted(source.iterdir()) if file.is_file()]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in files]
 
 
 def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:

@@ -11,11 +11,41 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from dynrank.adapters.save import save_adapter
-from dynrank.distributed.sharding import take_saved_ranks
+from dynrank.distributed.accelerated import fsdp_plugin
+from dynrank.distributed.sharding import shard_frozen, take_saved_ranks
 from dynrank.driver.learning_rates import mark
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+
+
+def prepare_trainer(trainer: Trainer) -> None:
+    """Prepare each model that the Trainer's ``model_init`` makes when training starts, and resumes from FSDP2's shards.
+
+    The model that the Trainer has is prepared by :func:`prepare_model`.
+    """
+    if fsdp_plugin() is not None:
+        _resume_from_shards(trainer)
+    if trainer.model_init is None:
+        return
+    make = trainer.call_model_init
+
+    # No event comes between this call and the loading of a checkpoint.
+    @wraps(make)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        model = make(*args, **kwargs)
+        prepare_model(model)
+        return model
+
+    trainer.call_model_init = prepared
+
+
+def prepare_model(model: nn.Module) -> None:
+    """Prepare ``model`` before it is wrapped, and before a checkpoint is loaded."""
+    prepare_checkpoints(model)
+    if fsdp_plugin() is not None:
+        # accelerate does not shard a model again that is sharded when it is prepared.
+        shard_frozen(model)
 
 
 def prepare_checkpoints(model: nn.Module) -> None:
@@ -37,7 +67,7 @@ def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
         save_adapter(model, folder)
 
 
-def resume_from_shards(trainer: Trainer) -> None:
+def _resume_from_shards(trainer: Trainer) -> None:
     """Let the Trainer resume from FSDP2's checkpoints, which are loaded into tensors, and under keys, that exist.
 
     accelerate is imported here, because it is slow and few runs need it.
@@ -45,17 +75,30 @@ def resume_from_shards(trainer: Trainer) -> None:
     from accelerate.utils.constants import FSDP_MODEL_NAME
 
     train = trainer.train
+    create_optimizer = trainer.create_optimizer
+    # Of the checkpoint from which train() resumes; None: there is none.
+    shards: Path | None = None
 
     @wraps(train)
     def from_any_ranks(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal shards
         folder: Any = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(trainer.args.output_dir)
-        if folder:
-            shards = Path(folder) / f"{FSDP_MODEL_NAME}_0"
-            if shards.is_dir():
-                take_saved_ranks(trainer.model, shards, prefix="model.")
-            mark(trainer.create_optimizer())
-        return train(resume_from_checkpoint, *args, **kwargs)
+        shards = Path(folder) / f"{FSDP_MODEL_NAME}_0" if folder else None
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            shards = None
+
+    # The Trainer calls this when it has the model that it will train, and loads the checkpoint afterwards.
+    @wraps(create_optimizer)
+    def of_saved_ranks(*args: Any, **kwargs: Any) -> Any:
+        if shards is not None and shards.is_dir():
+            take_saved_ranks(trainer.model, shards, prefix="model.")
+        optimizer = create_optimizer(*args, **kwargs)
+        mark(optimizer)
+        return optimizer
 
     trainer.train = from_any_ranks
+    trainer.create_optimizer = of_saved_ranks

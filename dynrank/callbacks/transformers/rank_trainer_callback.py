@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from dynrank.callbacks.transformers.best import forget_best, ranks_of, warn_of_other_ranks
-from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints, resume_from_shards
+from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints, prepare_model, prepare_trainer
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, numeric_metrics, run_length
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
-from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
+from dynrank.distributed.accelerated import check_arguments
 from dynrank.distributed.processes import process_count
-from dynrank.distributed.sharding import is_sharded, shard_frozen
+from dynrank.distributed.sharding import is_sharded
 from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
@@ -59,12 +59,17 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     ``reduce_lr_on_plateau`` start anew. A change behind the last step is made in the model that the Trainer has loaded,
     so ``trainer.save_model()`` saves the changed one; a warning names the checkpoints on disk that have other ranks.
 
+    A Trainer with a ``model_init`` makes a new model in each ``train()``, also for each trial of
+    ``hyperparameter_search``. The schedule then begins anew, unless a checkpoint is resumed; ``history`` is that of the
+    last run.
+
     Each change is printed as a table; before training a line says what a server will reserve. ``rank/mean``,
-    ``rank/max`` and ``rank/parameters`` are in every record of the Trainer's log (TensorBoard, W&B, the progress bar,
-    ``state.log_history``), and in one of their own when training starts and at each change. So is ``lr/adapter``, of
-    the same step as ``learning_rate``, if an adapter shares its param group with other parameters and a change has
-    raised its rate; elsewhere the group and its scheduler have the rate that is used. If another callback defines
-    ``on_rank_change(args, state, control, event, **kwargs)``, it is called after each change was made or undone.
+    ``rank/max`` and ``rank/parameters`` are in every record of ``state.log_history``, and in all but evaluations of
+    what TensorBoard, W&B and the progress bar show; in a record of their own when training starts and at each change.
+    So is ``lr/adapter``, of the same step as ``learning_rate``, if an adapter shares its param group with other
+    parameters and a change has raised its rate; elsewhere the group and its scheduler have the rate that is used. If
+    another callback defines ``on_rank_change(args, state, control, event, **kwargs)``, it is called after each change
+    was made or undone.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
@@ -111,6 +116,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.trainer: Trainer | None = None
         # The Trainers whose constructor, or attach(), has prepared the model.
         self._prepared: WeakSet[Trainer] = WeakSet()
+        # The model of the last run, as long as somebody has it.
+        self._last_model: ref[nn.Module] | None = None
         # The run, from the begin of training to its end.
         self._run: TrainerTraining | None = None
         # The last value of every metric; always the same dict, which the run reads.
@@ -151,12 +158,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self.trainer = trainer
-        self._prepare(trainer.args, trainer.model, trainer)
+        self._prepare(trainer.args, trainer)
         return self
 
-    def _prepare(self, args: TrainingArguments, model: nn.Module | None, trainer: Trainer) -> None:
-        """Check the arguments, and prepare the model before it is wrapped and before a checkpoint is loaded."""
-        self._prepared.add(trainer)
+    def _prepare(self, args: TrainingArguments, trainer: Trainer) -> None:
+        """Check the arguments, and prepare the Trainer's models before they are wrapped or load a checkpoint."""
         check_arguments(args)
         if args.restore_callback_states_from_checkpoint:
             raise ConfigurationError(
@@ -164,24 +170,15 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 "no schedule; set it to False: this callback restores its own state in any case",
                 "restore_callback_states_from_checkpoint",
             )
-        if model is not None:
-            prepare_checkpoints(model)
-            if fsdp_plugin() is not None:
-                # accelerate does not shard a model again that is sharded when it is prepared.
-                shard_frozen(model)
-                resume_from_shards(trainer)
+        prepare_model(trainer.model)
+        if trainer not in self._prepared:
+            prepare_trainer(trainer)
+            self._prepared.add(trainer)
 
     # The Trainer's events
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        self._prepare(args, model, calling_trainer())
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._prepare(args, calling_trainer())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -219,6 +216,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             )
         if state.global_step:
             self._load(state)
+        elif self.trainer.model_init is not None and (self._last_model is None or model is not self._last_model()):
+            self._begin_anew()
+        self._last_model = ref(model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._ranks = {}
         notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)
@@ -273,9 +273,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             shown, of_step = self._rates
             is_made = logs["learning_rate"] == shown
             more |= of_step if is_made else self.driver.unlogged_adapter_rates(self._training(kwargs))
-        # This callback is the first, so all others find these values, too.
-        logs.update(more)
         state.log_history[-1].update(more)
+        # An evaluation returns what it logs, and a search of hyperparameters takes the sum of that.
+        if not any(name.endswith("_runtime") and name != "train_runtime" for name in logs):
+            # This callback is the first, so all others find these values, too.
+            logs.update(more)
 
     def on_evaluate(
         self,
@@ -347,6 +349,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                     metric_value(metrics_of_check, name, checked, training.group)
             self._checked = True
             self.driver.validated(training, metrics)
+
+    def _begin_anew(self) -> None:
+        """Forget earlier runs."""
+        self.driver.reset()
+        self.logged.clear()
+        self._evaluated = {}
+        self._saved = {}
 
     # The state in a checkpoint
 

@@ -1,12 +1,14 @@
 """``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
 
 import json
+import os
 import re
 import shutil
 
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from trained import updated
 from transformers import (
@@ -24,6 +26,7 @@ import dynrank
 from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
 from dynrank.app.commands import cli
 from dynrank.app.models.predicting import Answerer
+from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.language_modeling import LanguageModeling
 
 TEMPLATE = (
@@ -177,7 +180,8 @@ def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
 
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.csv", ROWS)
-    command = ["predict", classifier, file, "--batch-size", 4, "--out"]
+    folder = shutil.copytree(classifier, tmp_path / "adapter")
+    command = ["predict", folder, file, "--batch-size", 4, "--out"]
     assert launch(cli.main, *command, "whole.parquet")[0] == 0
     asked = []
     labels = Answerer.labels
@@ -196,6 +200,16 @@ def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, 
         # With another option the answers may differ, so it does not go on.
         changed = launch(cli.main, *command, "out.parquet", "--columns", "text=Body")
         assert (changed[0], min(asked)) == (130, 2)
+        asked.clear()
+        # Neither with other names of the labels.
+        labels_file = folder / "labels.json"
+        before = labels_file.stat()
+        names = labels_file.read_text()
+        labels_file.write_text(names.replace("login", "log in"))
+        changed = launch(cli.main, *command, "out.parquet")
+        assert (changed[0], min(asked)) == (130, 2)
+        labels_file.write_text(names)
+        os.utime(labels_file, ns=(before.st_atime_ns, before.st_mtime_ns))
         asked.clear()
         code, _, said = launch(cli.main, *command, "out.parquet")
     assert code == 0, said
@@ -351,7 +365,8 @@ def asked(classifier, launch, tmp_path, monkeypatch):
         shutil.copytree(classifier, tmp_path / "adapter", dirs_exist_ok=True)
         write_sidecar_files(tmp_path / "adapter", torch.nn.Linear(1, 1), None, inputs)
         rows.clear()
-        file = write(tmp_path / "rows.csv", [row])
+        cells_are_texts = all(isinstance(cell, str) for cell in row.values())
+        file = write(tmp_path / ("rows.csv" if cells_are_texts else "rows.jsonl"), [row])
         code, _, said = launch(cli.main, "predict", tmp_path / "adapter", file, *options)
         return code, said, [{k: row[k] for k in ("text", "prompt", "messages") if k in row} for row in rows]
 
@@ -413,6 +428,84 @@ def test_a_column_that_training_read_and_a_file_lacks_is_named(trained, row, mes
     assert (code, rows) == (2, [])
     pattern = re.escape(message).replace(re.escape(".*"), ".*")
     assert re.search(pattern, " ".join(said.split())), said
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+ANSWER = {"role": "assistant", "content": "A"}
+MORE = {"context": "no", "input": "no", "query": "no", "system": "no", "title": "no", "history": "no"}
+# For each: the form, training rows of Python, the cells of a row of a file, and what is asked of it, whatever else the
+# file has. The last is part of the error without the columns.
+OF_PYTHON = {
+    "texts in tuples": ("classification", [("T", "login"), ("U", "other")], {"text": "T"}, {"text": "T"}, "text"),
+    "texts of another name": ("classification", [("T", "login")] * 2, {"body": "T"}, {"text": "T"}, "text"),
+    "texts in mappings": (
+        "classification",
+        [{"body": "T", "label": "login"}, {"body": "U", "label": "other"}],
+        {"body": "T", "text": "no"},
+        {"text": "T"},
+        "'body'",
+    ),
+    "pairs": ("completion", [("Q", "A")], {"prompt": "Q"}, {"prompt": "Q"}, "prompt"),
+    "pairs of another name": ("completion", [["Q", "A"]], {"instruction": "Q"}, {"prompt": "Q"}, "prompt"),
+    "pairs beside mappings": (
+        "completion",
+        [("Q", "A"), {"prompt": "Q", "answer": "A", "facts": "F", "context": "C"}],
+        {"prompt": "Q", "context": "C"},
+        {"prompt": "Q\nC"},
+        "'prompt' and 'context'",
+    ),
+    "mappings with an input": (
+        "completion",
+        [{"instruction": "Q", "input": "I", "output": "A"}],
+        {"instruction": "Q", "input": "I"},
+        {"prompt": "Q\nI"},
+        "'instruction' and 'input'",
+    ),
+    "a data set": (
+        "completion",
+        Dataset.from_list([{"question": "Q", "answer": "A"}]),
+        {"question": "Q"},
+        {"prompt": "Q"},
+        "'question'",
+    ),
+    "chats in tuples": ("chat", [([*QUESTION, ANSWER],)], {"messages": QUESTION}, {"messages": QUESTION}, "messages"),
+    "chats of a system": (
+        "chat",
+        [{"messages": [SYSTEM, *QUESTION, ANSWER]}],
+        {"messages": QUESTION},
+        {"messages": QUESTION},
+        "'messages'",
+    ),
+    "chats of prompts": (
+        "chat",
+        [{"prompt": "Q", "system": "S", "response": "A"}],
+        {"prompt": "Q", "system": "S"},
+        {"messages": [{"role": "system", "content": "S"}, *QUESTION]},
+        # All chats of training have the same system.
+        "'prompt'",
+    ),
+    "texts to go on": ("text", [("T",), ("U",)], {"text": "T"}, {"text": "T"}, "text"),
+}
+
+
+@pytest.mark.parametrize("name", OF_PYTHON)
+def test_rows_of_python_say_what_is_read_of_a_file(name, tiny_bert, tiny_llama, asked):
+    form, rows, cells, expected, missing = OF_PYTHON[name]
+    data = {split: rows for split in ("train", "val", "test")}
+    if form == "classification":
+        learned = Classification(str(tiny_bert), data).training_inputs
+    else:
+        learned = LanguageModeling(str(tiny_llama), data, form=form).training_inputs
+    # Columns of training stand in the file, too.
+    more = {name: cell for name, cell in MORE.items() if name not in cells}
+    for columns in (cells, more | cells, cells | more):
+        code, said, found = asked(learned, columns)
+        assert code == 0, said
+        assert found == [expected]
+    code, said, found = asked(learned, {"other": "T", "title": "no"})
+    assert (code, found) == (2, [])
+    said = " ".join(said.split())
+    assert re.search(rf"has no (columns? )?{missing}", said), said
 
 
 def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):

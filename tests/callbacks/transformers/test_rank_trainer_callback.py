@@ -103,6 +103,67 @@ def test_attached_callback_does_what_the_constructor_s_does_also_in_a_resumed_ru
         assert_same(model, reference, start)
 
 
+@pytest.mark.parametrize("make", [own, wrapped])
+def test_each_model_of_model_init_has_the_whole_schedule_and_takes_the_ranks_of_a_checkpoint(
+    make, assert_same, tmp_path
+):
+    """The Trainer makes its model anew in each training, and loads the checkpoint right after that."""
+    schedule = RankTrainerCallback(SHRINK_AND_GROW)
+    made = trainer(tmp_path, None, schedule, model_init=make, **SAVING)
+    made.train()
+    model = made.model
+    history = schedule.history
+    assert [(event.step, event.layers[0].rank_before) for event in history] == [(4, 4), (7, 2)]
+    # Without a checkpoint, and from those before the first change, at it, and after the second one.
+    for start in (None, 2, 4, 8):
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
+        assert made.model is not model
+        assert schedule.history == history
+        assert_same(made.model, model, start)
+        fresh = RankTrainerCallback(SHRINK_AND_GROW)
+        again = trainer(tmp_path, None, fresh, model_init=make, **SAVING)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
+        assert fresh.history == history
+        assert_same(again.model, model, start)
+
+
+def test_a_model_whose_ranks_have_changed_does_not_begin_anew(tmp_path):
+    """After an error of memory, auto_find_batch_size trains the same model again, from step 0."""
+
+    class Exhausted(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise RuntimeError("CUDA out of memory.")
+
+    made = trainer(tmp_path, None, RankTrainerCallback(CUT), model_init=own, auto_find_batch_size=True)
+    made.add_callback(Exhausted())
+    with pytest.raises(ConfigurationError, match="this schedule is at step 5 of another run"):
+        made.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trials_of_a_search_begin_at_the_full_rank_and_are_judged_by_their_evaluations(tmp_path):
+    """A trigger begins anew, too: it would fire earlier in the second trial if it remembered the first one."""
+    hearing = Hearing()
+    # Each trial has five evaluations, of which none but the first is better.
+    schedule = RankTrainerCallback(Stage(Plateau("eval_loss", min_delta=9.0, patience=3), Rank(2)))
+    made = trainer(tmp_path, None, schedule, model_init=lambda trial: wrapped(), **EVALUATING)
+    made.add_callback(hearing)
+    losses = []
+    evaluate = made.evaluate
+    made.evaluate = lambda *args, **options: losses.append(evaluate(*args, **options)) or losses[-1]
+    found = made.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 1e-2])},
+        n_trials=3,
+        backend="optuna",
+    )
+    assert [(step, {*event.ranks_before}, now) for step, event, now in hearing.heard] == [(8, {4}, {2})] * 3
+    # The objective of a Trainer without metrics is the loss of a trial's last evaluation.
+    ends = [metrics["eval_loss"] for metrics in losses if metrics["epoch"] == max(m["epoch"] for m in losses)]
+    assert len(ends) == 3
+    assert found.objective == min(ends)
+
+
 def test_callback_that_was_added_late_is_refused_with_the_cure(tmp_path):
     schedule = RankTrainerCallback(CUT)
     # Another Trainer that was given it properly changes nothing for this one.

@@ -249,8 +249,12 @@ SPLITS = ("train", "val", "test")
 # Columns of rows to predict
 
 
+# Names by which a column is found where training rows were tuples, the first one first; others are not in the cases.
+USUAL = {"text": ["text"], "prompt": ["prompt", "instruction", "question", "input", "query"]}
+
+
 def columns_case(draw, folder):
-    """A file of other columns than training had, in another order, or with more."""
+    """A file of other columns than training had, in another order, or with more; or training rows were tuples."""
     form = draw.choice(["classification", "completion", "text"])
     trained = {
         "classification": draw.choice([{"text": ["Subject", "Body"]}, {"text": "Body"}, {"text": "text"}]),
@@ -259,16 +263,21 @@ def columns_case(draw, folder):
     }[form]
     if form == "completion" and draw.random() < 0.5:
         trained = trained | {"input": draw.choice(["input", "facts"])}
+    of_tuples = draw.random() < 0.3
+    if of_tuples:
+        trained = {}
+    main = "prompt" if form == "completion" else "text"
     answer = {"classification": {"label": "kind"}, "completion": {"answer": "output"}, "text": {}}[form]
     needed = [name for theirs in trained.values() for name in each(theirs)]
     extra = ["context", "input", "text", "Subject", "title", "kind", "query", "output", "prompt", "system"]
-    present = [name for name in needed if draw.random() < 0.85]
-    present += draw.sample([name for name in extra if name not in needed], draw.randint(0, 4))
+    wished = needed or [main]
+    present = [name for name in wished if draw.random() < 0.85]
+    present += draw.sample([name for name in extra if name not in wished], draw.randint(0, 4))
     present = present or ["other"]
     draw.shuffle(present)
     given = {}
     if draw.random() < 0.3:
-        ours = draw.choice([*trained])
+        ours = draw.choice([*trained] or [main, *(["input"] if form == "completion" else [])])
         given[ours] = draw.choice(present)
     elif "input" in trained and draw.random() < 0.4:
         given["input"] = ""
@@ -282,20 +291,23 @@ def columns_case(draw, folder):
         else:
             file.writelines(json.dumps(row) + "\n" for row in cells)
     used = {ours: theirs for ours, theirs in (trained | given).items() if theirs}
+    if of_tuples:
+        # The user's name of the text comes first.
+        used = {main: next((name for name in USUAL[main] if name in present), main)} | used
     missing = [name for ours, theirs in used.items() for name in each(theirs) if name not in present]
-    learned = Inputs(form, trained | answer)
+    learned = Inputs(form, {} if of_tuples else trained | answer)
     try:
         rows, as_form, _ = _questions(
             Source(str(path), "FILE", "test"), form, learned=learned, columns=given, skip=False
         )
     except ConfigurationError as error:
         check(f"refused ({error})", bool(missing), True)
-        check("columns that the error leaves out", [name for name in missing if repr(name) not in str(error)], [])
+        said = [main if of_tuples else repr(name) for name in missing]
+        check("columns that the error leaves out", [name for name in said if name not in str(error)], [])
         return
     check("accepted without columns", missing, [])
     check("form", as_form, form)
     found = [row["prompt" if form == "completion" else "text"] for row in rows.to_list()]
-    main = "prompt" if form == "completion" else "text"
     wanted = []
     for row in cells:
         parts = [row[name] for name in each(used[main])]

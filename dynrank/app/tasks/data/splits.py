@@ -122,9 +122,13 @@ def rows_by_split(data: Any, form: Form) -> Checked:
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
     found = Checked()
     for split in SPLITS:
-        found[split], used = _rows(splits[split], form, f"data, {split}", found.columns or None)
-        if split == "train" and isinstance(next(iter(splits[split])), Mapping):
-            found.columns = used.names
+        trained = None if split == "train" else found.columns
+        found[split], used = _rows(splits[split], form, f"data, {split}", trained)
+        if any(isinstance(row, Mapping) for row in splits[split]):
+            if split == "train":
+                found.columns = used.names
+            else:
+                _say_columns(used, found.columns)
     _say_trimmed(found)
     return _in_form(found)
 
@@ -150,7 +154,8 @@ def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
     names = COLUMNS[form]
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
         return dict(zip(names, row, strict=True))
-    return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
+    wanted = f"({', '.join(names)}{',' * (len(names) == 1)})"
+    return row if isinstance(row, Mapping) else f"must be a mapping or a tuple {wanted}, got {shown(row)}"
 
 
 @checked_call
