@@ -34,7 +34,7 @@ from dynrank.app.tasks.data.columns import (
     refuse_unread,
 )
 from dynrank.app.tasks.data.rows import Numbered
-from dynrank.app.tasks.data.source import READERS, Source
+from dynrank.app.tasks.data.source import READERS, Source, state_of
 from dynrank.app.tasks.data.stored import RawRows, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
@@ -163,7 +163,7 @@ def _questions(
         name = "prompt" if form == "chat" else COLUMNS[form][0]
         used = Columns(form, {name: name}, asked=True)
         where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
-        key = f"{asking} {asking.stat().st_mtime_ns}" if isinstance(asking, Path) and asking.exists() else str(asking)
+        key = state_of(asking) if isinstance(asking, Path) and asking.exists() else str(asking)
         rows, unusable = usable_rows(RawRows(where, key, partial(_named, name, asking)), used, skip=skip)
         if not len(rows):
             raise ConfigurationError(f"{where} has no rows")

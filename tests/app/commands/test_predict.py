@@ -23,10 +23,12 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
+from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_files
 from dynrank.app.commands import cli
+from dynrank.app.commands.keep import kept_cells
 from dynrank.app.models.predicting import Answerer
 from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.data.source import Source
 from dynrank.app.tasks.language_modeling import LanguageModeling
 
 TEMPLATE = (
@@ -176,6 +178,39 @@ def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
     assert code == 2
     assert re.search(message, said), said
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_ids_without_a_sign_come_along(tmp_path):
+    """As hashes are; pyarrow alone takes no int from 2**63 on."""
+    ids = [2**63 + 5, 2**64 - 1, 7]
+    file = write(tmp_path / "rows.parquet", {"text": list("abc"), "id": pd.Series(ids, dtype="uint64")})
+    assert kept_cells(Source(str(file), "FILE", "test"), {"id": "id"}, [1, 2, 3], [])["id"] == ids
+
+
+def test_text_files_of_one_name_and_time_are_read_each(classifier, launch, tmp_path, monkeypatch):
+    """As archives may hold them, in folders of their own."""
+    printed = []
+    for name, text in (("one", "a b c"), ("two", "invoice refund")):
+        file = tmp_path / name / "ask.txt"
+        file.parent.mkdir()
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+        monkeypatch.chdir(file.parent)
+        printed += [launch(cli.main, "predict", classifier, given)[1] for given in ("ask.txt", text)]
+    assert printed[0] == printed[1] != printed[3] == printed[2]
+
+
+def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, tmp_path):
+    """Sorted as texts, LABEL_10 comes before LABEL_2."""
+    labels = ["LABEL_0", "LABEL_10", "LABEL_2"]
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.problem_type = "multi_label_classification"
+    write_sidecar_files(tmp_path, model, None)
+    config = with_labels(AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options), tmp_path).config
+    assert [*config.id2label.values()] == labels
+    assert config.problem_type == "multi_label_classification"
 
 
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ ROWS = {
                           "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
     "axolotl's open_orca": ("chat", {"system_prompt": "s", "question": "q", "response": "a"},
                             {"messages": [SYSTEM, *TURNS]}),
+    "two system prompts": ("chat", {"messages": [SYSTEM, *TURNS], "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
+    "another system prompt": ("chat", {"messages": [SYSTEM, *TURNS], "system": "t"}, {"messages": [SYSTEM, *TURNS]}),
     "TRL's chat": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
     "half a letter": ("text", {"text": "\ud800"}, "is not UTF-8"),
     "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "has an empty answer"),
