@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from math import inf
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,8 @@ def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Seq
         texts: texts, or the name of one file.
         columns: the user's names of columns, which only a table has.
     """
+    if len(texts) == 1 and isdir(texts[0]):
+        raise ConfigurationError(f"TEXT must be a text or a file, got the folder {texts[0]!r}; name one of its files")
     files = [text for text in texts if _is_file(text)]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")

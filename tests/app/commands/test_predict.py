@@ -322,13 +322,16 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
     empty = {"id": "", "Subject": "", "Body": " "}
     file = write(tmp_path / "rows.csv", [empty, *ROWS[:3], empty])
     (tmp_path / "taken.csv").write_text("")
+    (tmp_path / "tickets").mkdir()
     for options, message in {
         (file,): "rows 2, 6: each has an empty text; correct these 2, or give --skip-unusable",
         (file, "--out", "out.xlsx"): "--out must end in one of ['.csv', '.parquet', '.jsonl']",
         (file, "--out", "taken.csv"): "'taken.csv' exists",
         (file, "--columns", "text=Text"): "no column 'Text'; it has ['Subject', 'Body']; give --columns text=NAME",
         (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
-        ("absent.csv",): "FILE=absent.csv does not exist",
+        ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, .jsonl, .ndjson, .json, "
+        ".parquet, .txt)\n",
+        ("tickets",): "TEXT must be a text or a file, got the folder 'tickets'; name one of its files",
         (file, "taken.csv"): "a file must be the only TEXT",
     }.items():
         code, _, said = launch(cli.main, "predict", classifier, *options)

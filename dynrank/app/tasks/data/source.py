@@ -49,7 +49,8 @@ class Source:
     """
 
     def __init__(self, name: str | None, key: str, split: str) -> None:
-        kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
+        kinds = f"a file ({', '.join(READERS)})"
+        kinds += ", a folder, or ORG/NAME on the hub" if key.startswith("data.") else ""
         if not name:
             raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
         self.where = f"{key}={name}"
