@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import dynrank
+from dynrank.adapters.base import base_of
 from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_files
 from dynrank.app.commands import cli
 from dynrank.app.commands.keep import kept_cells
@@ -211,6 +212,28 @@ def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, t
     config = with_labels(AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options), tmp_path).config
     assert [*config.id2label.values()] == labels
     assert config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize("command", ["predict", "merge"])
+def test_a_base_with_other_weights_is_refused(command, classifier, tiny_bert, launch, tmp_path):
+    """Of the same shapes, as an instruct model beside its base."""
+    shutil.copytree(classifier, tmp_path / "adapter")
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options)
+    adapted = dynrank.load_adapter(plain, classifier)
+    write_sidecar_files(tmp_path / "adapter", adapted, None, None, base_of(adapted))
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "other")
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    other.bert.encoder.layer[1].output.dense.weight.data *= 1.1
+    other.save_pretrained(tmp_path / "other")
+    last = ["a text"] if command == "predict" else ["--out", "merged"]
+    code, _, said = launch(cli.main, command, "adapter", "--model", tiny_bert, *last)
+    assert code == 0, said
+    shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    code, _, said = launch(cli.main, command, "adapter", "--model", "other", *last)
+    assert (code, "another base than --model" in said, "(1 of " in said) == (2, True, True), said
+    (tmp_path / "adapter" / "base.json").unlink()
+    assert launch(cli.main, command, "adapter", "--model", "other", *last)[0] == 0
 
 
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
