@@ -189,6 +189,18 @@ def rule_name(optimizer: Optimizer) -> str:
     return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}{chosen}"
 
 
+def overwrites_gradients(optimizer: Optimizer) -> bool:
+    """Whether a step may leave other values in the gradients than it has found.
+
+    So do schedulefree's, Prodigy with a weight decay that is not decoupled, and SGD with Nesterov's momentum in the
+    form for many tensors, torch's default on GPUs. Of an optimizer without a rule nothing is known.
+    """
+    name = rule_name(optimizer)
+    if name == "torch.SGD":
+        return any(group["nesterov"] for group in optimizer.param_groups)
+    return name not in RULES or name.startswith(("schedulefree.", "prodigyopt."))
+
+
 def shape_of(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of an entry of this kind; transformers' Adafactor and Prodigy may store it flat."""
     rows, columns = parameter.flatten(1).shape

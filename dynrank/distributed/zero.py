@@ -135,11 +135,16 @@ def _shard_of_sub_group(zero: Any, parameter: Any) -> Shard:
 def _places(zero: Any) -> dict[int, tuple[int, int]]:
     """ZeRO-1 and 2: {id of a parameter: (number of its param group, where it begins in the flattened group)}.
 
-    Not by DeepSpeed's functions for single parameters (safe_get_full_fp32_param): in 0.19.8 they read others if
-    ``round_robin_gradients`` has changed the order.
+    Each parameter is a view of its flattened group. DeepSpeed's own lists of places would do, but 0.18 has none. Its
+    functions for single parameters (safe_get_full_fp32_param) read others in 0.19.8 if ``round_robin_gradients`` has
+    changed the order.
     """
-    groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
-    return {id(p): (number, place) for number, pair in enumerate(groups) for p, place in zip(*pair, strict=True)}
+    places = {}
+    for number, (group, flat) in enumerate(zip(zero.bit16_groups, zero.bit16_groups_flat, strict=True)):
+        for parameter in group:
+            assert parameter.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            places[id(parameter)] = number, parameter.storage_offset() - flat.storage_offset()
+    return places
 
 
 def _shard_of_group(zero: Any, number: int, begin: int, parameter: nn.Parameter) -> Shard | None:

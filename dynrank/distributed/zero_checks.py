@@ -11,7 +11,7 @@ import torch
 from dynrank.errors import ConfigurationError
 
 # The versions that were tried, as in pyproject.toml.
-FIRST = (0, 19, 8)
+FIRST = (0, 18, 4)
 END = (0, 20)
 
 # Optimizers that treat every number by itself and leave a zero alone that has zero gradient and moments; names as in

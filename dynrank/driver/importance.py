@@ -138,12 +138,18 @@ class Importance(ImportanceSums):
         self._measured: tuple[list[bool], Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def end_step(self, stepped: Collection[int] | None = None, scales: Mapping[int, Tensor] | None = None) -> None:
+    def end_step(
+        self,
+        stepped: Collection[int] | None = None,
+        scales: Mapping[int, Tensor] | None = None,
+        kept: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """Take the gradients of the optimizer step just made and the update before it; nothing waits for a GPU.
 
         Args:
             stepped: ids of the parameters of the optimizers that have made it; None: all.
             scales: {id of a parameter: what its gradient is multiplied by}; others have their gradient as it is.
+            kept: {id of a parameter: its gradient}, where the optimizer has overwritten the one of the parameter.
         """
         factors = self._factors
         # Somebody else has changed ranks.
@@ -151,7 +157,9 @@ class Importance(ImportanceSums):
             self.forget_last_update()
             return
         # Gradients of another optimizer's factors may be old ones, from which their last update was made.
-        grads = [factor.grad if stepped is None or id(factor) in stepped else None for factor in factors]
+        kept = kept or {}
+        present = [(id(factor), kept.get(id(factor), factor.grad)) for factor in factors]
+        grads = [grad if stepped is None or key in stepped else None for key, grad in present]
         measured = [grad is not None and known for grad, known in zip(grads, self._has_update, strict=True)]
         if any(measured):
             self._add(grads, measured, scales or {})

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.change.optimizer_state import overwrites_gradients
+from dynrank.driver.closures import Closure, with_closure
 from dynrank.driver.importance import Importance
 from dynrank.errors import ConfigurationError
 from dynrank.private import version_of
@@ -26,24 +28,29 @@ class LastStep:
         scale: what the gradients are still multiplied by after the step (a number on the device of GradScaler's scale);
             None: one. An optimizer with ``fused=True`` unscales gradients itself, except in a step that it leaves out
             because a gradient of any of its parameters, perhaps of a head, is not finite.
+        gradients: {id of a factor: its gradient before the step}, if the optimizer may overwrite gradients.
     """
 
     def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter]) -> None:
         self._optimizer = optimizer
         self._adapters = {id(parameter) for parameter in adapters}
-        self._handle = optimizer.register_step_post_hook(self._after)
+        self._handles = [optimizer.register_step_post_hook(self._after)]
+        if overwrites_gradients(optimizer):
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
         self.forget()
 
     def forget(self) -> None:
         """Forget the last step."""
         self.made = False
+        self.gradients: dict[int, Tensor] = {}
         self.scale: Tensor | None = None
         # A factor that had a gradient in the step, and the version of this gradient.
         self._witness: tuple[nn.Parameter, int] | None = None
 
     def remove(self) -> None:
         """Watch no longer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -61,12 +68,32 @@ class LastStep:
         # Only here, because a look at the values waits for the GPU.
         return all(p.grad is None or not p.grad.any() for p in self.parameters if id(p) in self._adapters)
 
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._keep_gradients()
+
+        def watched(closure: Closure) -> Closure:
+            def run() -> Any:
+                result = closure()
+                self._keep_gradients()
+                return result
+
+            return run
+
+        return with_closure(args, kwargs, watched)
+
+    def _keep_gradients(self) -> None:
+        own = [parameter for parameter in self.parameters if id(parameter) in self._adapters]
+        self.gradients = {id(p): p.grad.detach().clone() for p in own if p.grad is not None}
+
     def _after(self, *_: Any) -> None:
         self.made = True
         # GradScaler lends both to the optimizer for the step; without a scale the gradients were unscaled before it.
         scale = getattr(self._optimizer, "grad_scale", None)
         found_inf = getattr(self._optimizer, "found_inf", None)
-        self.scale = None if scale is None or found_inf is None else torch.where(found_inf > 0, scale, 1.0)
+        self.scale = None
+        if scale is not None and found_inf is not None:
+            # Those that were kept are of before the step.
+            self.scale = scale if self.gradients else torch.where(found_inf > 0, scale, 1.0)
         found = (p for p in self.parameters if id(p) in self._adapters and p.grad is not None)
         factor = next(found, None)
         if factor is not None and factor.grad is not None:
@@ -94,7 +121,8 @@ class LastSteps:
         # have: the gradients of the others may be old.
         ids = None if len(self._steps) == 1 else {id(p) for step in made for p in step.parameters}
         scales = {id(p): step.scale for step in made if step.scale is not None for p in step.parameters}
-        self._importance.end_step(ids, scales)
+        kept = {key: gradient for step in made for key, gradient in step.gradients.items()}
+        self._importance.end_step(ids, scales, kept)
         for step in made:
             step.forget()
 

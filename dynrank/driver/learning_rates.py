@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from statistics import mean
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
 from dynrank.distributed.zero import ZeroOptimizer
+from dynrank.driver.closures import Closure, with_closure
 from dynrank.driver.schedulers import (
+    follow_group,
     has_kept_limit,
     keep_limit,
     limit_as_share,
@@ -94,6 +96,7 @@ class LearningRates:
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
             for scheduler in self._known_schedulers() if self._is_of_adapters(group) else ():
+                follow_group(scheduler, group, index, _contained(group))
                 if not has_kept_limit(scheduler, index):
                     keep_limit(scheduler, index, _contained(group), self._limits_are_rates)
         self.multiply(1.0)
@@ -191,13 +194,9 @@ class LearningRates:
         self.restore()
         self._notice()
         self._change()
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._watched(kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], self._watched(args[1]), *args[2:]), kwargs
-        return None
+        return with_closure(args, kwargs, self._watched)
 
-    def _watched(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _watched(self, closure: Closure) -> Closure:
         """``closure`` with the rates as they are outside of a step: Lightning calls hooks in it, which may set them."""
 
         def run() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, wraps
-from math import inf
+from math import inf, isclose
 from typing import Any
 
 import torch
@@ -94,11 +94,31 @@ def multiply_bases(
         if name in group:
             group[name] = group[name] * ratio
     for scheduler in schedulers:
-        for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
-            # A group that was added later has no base rate.
-            if rates is not None and index < len(rates):
-                rates[index] = rates[index] * ratio
+        _multiply_lists(scheduler, index, ratio)
         keep_limit(scheduler, index, ratio, limits_are_rates)
+
+
+def follow_group(scheduler: Any, group: dict[str, Any], index: int, contained: float) -> None:
+    """Multiply the base rates of group number ``index`` by ``contained`` if the group's base rate alone contains that.
+
+    So it is if a resumed run has loaded the optimizer, but has made the scheduler anew and stepped it to its place. The
+    present rate is then the scheduler's, too.
+    """
+    bases = getattr(scheduler, "base_lrs", ())
+    if contained == 1.0 or index >= len(bases) or "initial_lr" not in group:
+        return
+    if not isclose(bases[index] * contained, group["initial_lr"], rel_tol=1e-9):
+        return
+    if shown_rate(scheduler, index) == float(group["lr"]):
+        group["lr"] = _as(group["lr"], float(group["lr"]) * contained)
+    _multiply_lists(scheduler, index, contained)
+
+
+def _multiply_lists(scheduler: Any, index: int, ratio: float) -> None:
+    for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
+        # A group that was added later has no base rate.
+        if rates is not None and index < len(rates):
+            rates[index] = rates[index] * ratio
 
 
 def _as(present: Any, rate: float) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.snapshot import Snapshot
@@ -126,7 +128,7 @@ def batches_to_measure(training: Training, changes: int, run: Run) -> int | None
 
 
 def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
-    """Validate for a change, and restore the random generators and the model's buffers afterwards.
+    """Validate for a change, and restore the random generators, the model's buffers and the trained weights afterwards.
 
     So all validations for one change draw the same random numbers, and shuffled data come in the same order. About
     ``most`` batches are taken; None: all.
@@ -135,7 +137,7 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
     of_numpy = np.random.get_state()
     buffers = [(buffer, buffer.clone()) for buffer in training.buffers() if buffer.device.type != "meta"]
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(torch.cuda.device_count())), _weights_of_training(training.optimizers):
             return training.validate() if most is None else training.validate_share(most)
     finally:
         random.setstate(of_python)
@@ -143,3 +145,22 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
         for buffer, before in buffers:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
+
+
+@contextmanager
+def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Restore the weights at the start of the block, if an optimizer of schedulefree has swapped them in it.
+
+    Its ``eval`` puts means into the parameters for a validation. A change that is then made would put factors of the
+    weights of training in their place, and its ``train`` would take these for means.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "train_mode" in group]
+    before = [(group["train_mode"], [weight.detach().clone() for weight in group["params"]]) for group in groups]
+    try:
+        yield
+    finally:
+        for group, (mode, weights) in zip(groups, before, strict=True):
+            if group["train_mode"] != mode:
+                group["train_mode"] = mode
+                for parameter, weight in zip(group["params"], weights, strict=True):
+                    parameter.detach().copy_(weight)

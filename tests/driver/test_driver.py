@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import schedulefree
 import torch
 import trained
 from interrupted import interrupted
@@ -195,6 +196,33 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
     assert drawn() == expected
     assert all(map(torch.equal, norm.buffers(), buffers))
     assert loop.model[0].rank == 1
+
+
+@pytest.mark.parametrize(("most", "other"), [(9.0, How()), (0.0, None)], ids=["kept", "undone"])
+def test_validations_that_swap_the_weights_of_an_optimizer_of_schedulefree_change_nothing(most, other):
+    """As transformers' Trainer calls it: ``eval`` in a validation, ``train`` in each step."""
+
+    def factors(*stages):
+        loop = Loop(6, schedulefree.AdamWScheduleFree)
+        validate = loop.validate
+        optimizer = loop.optimizers[0]
+        loop.validate = lambda: optimizer.eval() or validate()
+        driver = RankDriver([*stages])
+        driver.start(loop, Run(12))
+        while loop.step < 12:
+            driver.advance(loop)
+            optimizer.train()
+            optimizer.zero_grad()
+            nn.functional.mse_loss(loop.model(X), Y).backward()
+            optimizer.step()
+            loop.step += 1
+            driver.end_step(loop)
+        assert len(loop.validations) == (2 if stages and stages[0].how.max_regression is not None else 0)
+        return [*dynrank.adapter_parameters(loop.model)]
+
+    checked = factors(at(5, Rank(1), max_regression=most))
+    expected = factors(*([] if other is None else [Stage(At(step=5), Rank(1), how=other)]))
+    assert all(map(torch.equal, checked, expected))
 
 
 @pytest.mark.parametrize("end", ["finish", "abort"])

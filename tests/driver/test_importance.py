@@ -5,7 +5,9 @@ import io
 from contextlib import nullcontext
 from statistics import stdev
 
+import prodigyopt
 import pytest
+import schedulefree
 import torch
 from by_hand import ByHand
 from hypothesis import given, settings
@@ -22,11 +24,13 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.importance import Importance, bytes_held
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import Stage
+from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, LayerState, Rank
 from dynrank.triggers import At, Run
 
 X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
+# Of an optimizer that has no rule.
+STATES = {"unknown": "reset"}
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -98,6 +102,48 @@ def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
     trained(model, 20, before, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), backward=step)
     importance = sum(share.value for share in before.of_layers().values())
     assert importance == pytest.approx(losses[0] - losses[-1], rel=0.02)
+
+
+OVERWRITING = {
+    "AdamWScheduleFree": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-2),
+    "RAdamScheduleFree": lambda p: schedulefree.RAdamScheduleFree(p, lr=1e-2, foreach=False),
+    "SGDScheduleFree": lambda p: schedulefree.SGDScheduleFree(p, lr=0.1, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, foreach=True),
+    "Prodigy": lambda p: prodigyopt.Prodigy(p, weight_decay=0.1, decouple=False),
+    "unknown": lambda p: type("Mine", (schedulefree.AdamWScheduleFree,), {})(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_gradients_that_the_step_overwrites_are_measured_as_they_were(name, by_closure):
+    model = model_of()
+    made = OVERWRITING[name](dynrank.adapter_parameters(model))
+    hand = ByHand(model)
+    training = Training(model, [made])
+    driver = RankDriver(Stage(At(step=19), Budget(share=0.5), how=How(optimizer_state=STATES.get(name, "transport"))))
+    driver.start(training, Run(total_steps=20))
+    getattr(made, "train", lambda: None)()
+    overwritten = False
+    for step in range(12):
+        gradients = {}
+
+        @torch.enable_grad()
+        def closure(step=step, gradients=gradients):
+            made.zero_grad()
+            backward(model, X[step], X[step].roll(1, -1))
+            gradients.update({p: p.grad.clone() for p in dynrank.adapter_parameters(model) if p.grad is not None})
+
+        made.step(closure) if by_closure else (closure(), made.step())
+        training.step += 1
+        driver.end_step(training)
+        for parameter, gradient in gradients.items():
+            overwritten |= not torch.equal(parameter.grad, gradient)
+            parameter.grad = gradient
+        hand.end_step()
+    assert overwritten
+    sums = driver.state_dict()["importance"]["sums"].tolist()
+    assert sums == pytest.approx([sum(hand.terms(layer)) for layer in hand.layers], rel=1e-4, abs=1e-8)
 
 
 def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():

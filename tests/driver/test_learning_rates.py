@@ -251,6 +251,45 @@ LIMITED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step()")
+@pytest.mark.parametrize("place", ["before the optimizer is loaded", "before the start", "after it"])
+def test_scheduler_that_a_resumed_loop_steps_to_its_place_keeps_the_factor(pair, place):
+    """Instead of loading its state."""
+    adapter, _ = pair
+
+    def made():
+        optimizer = torch.optim.SGD([adapter], lr=0.1)
+        return optimizer, lr.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def step(optimizer, scheduler, count):
+        for _ in range(count):
+            optimizer.step()
+            scheduler.step()
+
+    def forward(scheduler):
+        for _ in range(4):
+            scheduler.step()
+
+    optimizer, scheduler = made()
+    rates = LearningRates(optimizer, [adapter], 1.0, scheduled(optimizer, [scheduler]))
+    step(optimizer, scheduler, 2)
+    rates.multiply(3.0)
+    step(optimizer, scheduler, 2)
+    again, other = made()
+    if place == "before the optimizer is loaded":
+        forward(other)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if place == "before the start":
+        forward(other)
+    LearningRates(again, [adapter], 3.0, scheduled(again, [other]))
+    if place == "after it":
+        forward(other)
+    for number in range(4, 8):
+        before = adapter.item()
+        step(again, other, 1)
+        assert adapter.item() - before == pytest.approx(3 * 0.1 / (1 + number), rel=1e-3)
+
+
 @pytest.mark.parametrize("changed_at", [1, 5, 13])
 @pytest.mark.parametrize("name", LIMITED)
 def test_limit_of_transformers_schedules_stays_also_in_a_resumed_run(pair, name, changed_at):

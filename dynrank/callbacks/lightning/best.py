@@ -1,6 +1,7 @@
 """What Lightning's callbacks call the best so far, in a run whose ranks fall: only what comes after the last cut."""
 
 import pickle
+from collections.abc import Collection
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -27,23 +28,42 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
     forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs])
     lost = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        worst = torch.tensor(inf if getattr(callback, "mode", "min") == "min" else -inf)
         if isinstance(callback, ModelCheckpoint) and callback.best_k_models:
             file = saved_file(callback.best_model_path, pl_module)
             lost += [f"step {file.step} at {ranks_in_words(file.ranks)}" if file else callback.best_model_path]
-            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
-            callback.best_model_score = callback.kth_value = worst
-        elif isinstance(callback, EarlyStopping):
-            if callback.best_score.isfinite():
-                best = f"{callback.monitor} {float(callback.best_score):.4g}"
-                lost += [f"{best} at {ranks_in_words(event.ranks_before)}"]
-            callback.best_score = worst
-            callback.wait_count = 0
+        elif isinstance(callback, EarlyStopping) and callback.best_score.isfinite():
+            best = f"{callback.monitor} {float(callback.best_score):.4g}"
+            lost += [f"{best} at {ranks_in_words(event.ranks_before)}"]
+        _begin_anew(callback)
     if lost:
         rank_zero_info(
             f"best so far: {'; '.join(dict.fromkeys(lost))}; from here on the best of "
             f"{ranks_in_words(_ranks(pl_module))} counts (RankScheduler's keep_best_before)"
         )
+
+
+def forget_scores_of(trainer: Trainer, names: Collection[str]) -> None:
+    """Forget every score by the metrics ``names``.
+
+    Call it when the first validation after a cut begins, with the names of metrics of the one before the cut. Until
+    then Lightning keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them
+    for those of the changed model.
+    """
+    forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs if config.monitor in names])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "monitor", None) in names:
+            _begin_anew(callback)
+
+
+def _begin_anew(callback: Callback) -> None:
+    """Let every later score of ``callback`` be better than those so far."""
+    worst = torch.tensor(inf if getattr(callback, "mode", "min") == "min" else -inf)
+    if isinstance(callback, ModelCheckpoint) and callback.best_k_models:
+        callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+        callback.best_model_score = callback.kth_value = worst
+    elif isinstance(callback, EarlyStopping):
+        callback.best_score = worst
+        callback.wait_count = 0
 
 
 def save_after_end(trainer: Trainer, scheduler: Callback) -> None:

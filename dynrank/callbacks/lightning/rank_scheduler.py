@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
+from dynrank.callbacks.lightning.best import forget_best, forget_scores_of, save_after_end, warn_of_other_ranks
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
@@ -93,6 +93,10 @@ class RankScheduler(Callback):
         self._run: LightningTraining | None = None
         # The last value of each metric that triggers read; Lightning forgets them when a run is resumed.
         self._logged: dict[str, float] = {}
+        # The names of the metrics of the last validation.
+        self._validated: list[str] = []
+        # The same at the last cut, until the next validation.
+        self._of_before: list[str] = []
 
     @property
     def history(self) -> History:
@@ -116,12 +120,14 @@ class RankScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._keep_logged()
-        return {**self.driver.state_dict(), "stepped": self._stepped, "logged": self._logged}
+        own = {"stepped": self._stepped, "logged": self._logged, "of_before": self._of_before}
+        return {**self.driver.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
         self._logged = state_dict["logged"]
+        self._of_before = state_dict["of_before"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -139,11 +145,20 @@ class RankScheduler(Callback):
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            forget_scores_of(trainer, self._of_before)
+            self._of_before = []
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        metrics = validation_metrics(trainer)
+        self._validated = [*metrics]
         if trainer.sanity_checking:
-            check_validation(validation_metrics(trainer), self.driver.stages, measure=self.driver.measure)
-        elif trainer.state.fn == "fit":
-            self.driver.validated(self._training, validation_metrics(trainer))
+            check_validation(metrics, self.driver.stages, measure=self.driver.measure)
+        else:
+            self.driver.validated(self._training, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
@@ -183,6 +198,7 @@ class RankScheduler(Callback):
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
+            self._of_before = self._validated
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()

@@ -150,6 +150,29 @@ def test_reduction_on_a_plateau_waits_anew_after_a_cut(fit, worsening, tmp_path,
     assert run(again, ckpt_path=tmp_path / "step=12.ckpt") == rate
 
 
+def test_score_of_before_the_cut_that_is_read_after_it_does_not_count(fit, worsening, tmp_path):
+    """Lightning keeps it until the next validation, which is at step 15, and reads it at every second step."""
+
+    class Reading(worsening):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=99)
+            every = {"monitor": "score", "interval": "step", "frequency": 2, "strict": False}
+            return [optimizer], [{"scheduler": self.plateau, **every}]
+
+    def run(module, **options):
+        every = {"every_n_train_steps": 2, "save_on_train_epoch_end": False, "enable_version_counter": False}
+        saver = best(tmp_path / "best", **every)
+        fit(RankScheduler(Stage(At(step=12), Rank(2))), saver, module=module, **options)
+        return saver.best_model_path, float(saver.best_model_score), float(module.plateau.best)
+
+    expected = str(tmp_path / "best" / "step=16.ckpt"), 3.0, 3.0
+    assert run(Reading(), saved=tmp_path) == expected
+    again = Reading()
+    again.scores = 2
+    assert run(again, ckpt_path=tmp_path / "step=14.ckpt") == expected
+
+
 def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression):
     class Undefined(regression[0]):
         def on_validation_epoch_end(self):
