@@ -3,6 +3,7 @@
 from dataclasses import field
 from pathlib import Path
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -21,9 +22,12 @@ class Base:
 
     Attributes:
         fingerprints: {frozen parameter, by its name in the model without adapters: its fingerprint}; empty if unknown.
+        in_float16: the same of values rounded to float16. A model whose files have float32 may be loaded in float16,
+            and bfloat16 rounds that to other values.
     """
 
     fingerprints: dict[str, str] = field(default_factory=dict)
+    in_float16: dict[str, str] = field(default_factory=dict)
 
 
 def base_of(model: nn.Module) -> Base:
@@ -31,13 +35,15 @@ def base_of(model: nn.Module) -> Base:
 
     Packed weights are left out, because another model may have packed the same weight otherwise, or not at all.
     """
+    frozen = {
+        f"{name}.{leaf}" if name else leaf: value
+        for name, module in plain_modules(model)
+        for leaf, value in module._parameters.items()
+        if not (value is None or value.requires_grad or is_quantized(module))
+    }
     return Base(
-        {
-            f"{name}.{leaf}" if name else leaf: fingerprint(value)
-            for name, module in plain_modules(model)
-            for leaf, value in module._parameters.items()
-            if not (value is None or value.requires_grad or is_quantized(module))
-        }
+        {name: fingerprint(value) for name, value in frozen.items()},
+        {name: fingerprint(value, torch.float16) for name, value in frozen.items()},
     )
 
 
@@ -49,10 +55,11 @@ def read_base(folder: Path) -> Base:
 
 def other_weights(model: nn.Module, folder: Path) -> str:
     """What differs between ``model`` and the base of the adapter in ``folder``; "" if nothing, as far as is known."""
-    stored = read_base(folder).fingerprints
-    own = base_of(model).fingerprints if stored else {}
-    known = stored.keys() & own.keys()
-    wrong = sorted(name for name in known if stored[name] != own[name])
+    stored = read_base(folder)
+    own = base_of(model) if stored.fingerprints else Base()
+    known = stored.fingerprints.keys() & own.fingerprints.keys()
+    same = stored.fingerprints.items() & own.fingerprints.items() | stored.in_float16.items() & own.in_float16.items()
+    wrong = sorted(known - {name for name, _ in same})
     return (
         f"{wrong[0]!r} has other values here ({len(wrong)} of {len(known)} frozen parameters differ)" if wrong else ""
     )

@@ -79,10 +79,10 @@ def with_marks_as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, **{key: torch.tensor([*mark], dtype=torch.uint8) for key, mark in marks.items()}}
 
 
-def fingerprint(parameter: Tensor) -> str:
+def fingerprint(parameter: Tensor, dtype: torch.dtype = torch.bfloat16) -> str:
     """A hash of the shape of ``parameter`` and of 256 of its values, at fixed indices; collective if it is sharded.
 
-    The values are rounded to bfloat16 first, because ``precision=bf16-true`` rounds a base in place.
+    The values are rounded to ``dtype`` first; to bfloat16, because ``precision=bf16-true`` rounds a base in place.
     """
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
@@ -93,7 +93,7 @@ def fingerprint(parameter: Tensor) -> str:
     if values.numel() > SAMPLES:
         indices = ((indices * _GOLDEN) % 1 * values.numel()).long()
     sample = values.flatten()[indices.to(values.device)]
-    return digest([list(values.shape), sample.bfloat16() if sample.is_floating_point() else sample])
+    return digest([list(values.shape), sample.to(dtype) if sample.is_floating_point() else sample])
 
 
 def follow_base(model: nn.Module) -> None:
