@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from math import inf
-from os.path import isdir, isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,12 @@ def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Seq
     """
     if len(texts) == 1 and isdir(texts[0]):
         raise ConfigurationError(f"TEXT must be a text or a file, got the folder {texts[0]!r}; name one of its files")
+    # Also what a shell puts in place of <(…).
+    pipes = [text for text in texts if text == "-" or (exists(text) and not (isfile(text) or isdir(text)))]
+    if pipes:
+        raise ConfigurationError(
+            f"TEXT must be a text or a file, got {pipes[0]!r}; write what a pipe gives into a file"
+        )
     files = [text for text in texts if _is_file(text)]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")

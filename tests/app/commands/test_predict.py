@@ -236,6 +236,20 @@ def test_a_base_with_other_weights_is_refused(command, classifier, tiny_bert, la
     assert launch(cli.main, command, "adapter", "--model", "other", *last)[0] == 0
 
 
+@pytest.mark.parametrize("trained_in", [torch.float16, torch.float32])
+def test_a_base_is_the_same_in_float16(trained_in, classifier, tiny_bert, launch, tmp_path):
+    """As where its files have float32, and its config says float16; and where one of two copies is of each."""
+    shutil.copytree(classifier, tmp_path / "adapter")
+    other = {torch.float16: torch.float32, torch.float32: torch.float16}[trained_in]
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, dtype=trained_in, **options)
+    adapted = dynrank.load_adapter(plain, classifier)
+    write_sidecar_files(tmp_path / "adapter", adapted, None, None, base_of(adapted))
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, dtype=other).save_pretrained(tmp_path / "other")
+    code, _, said = launch(cli.main, "merge", "adapter", "--model", "other", "--out", "merged")
+    assert code == 0, said
+
+
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.csv", ROWS)
     folder = shutil.copytree(classifier, tmp_path / "adapter")
@@ -354,6 +368,8 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
         (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
         ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, .jsonl, .ndjson, .json, "
         ".parquet, .txt)\n",
+        ("-",): "TEXT must be a text or a file, got '-'; write what a pipe gives into a file",
+        ("/dev/null",): "TEXT must be a text or a file, got '/dev/null'; write",
         ("tickets",): "TEXT must be a text or a file, got the folder 'tickets'; name one of its files",
         (file, "taken.csv"): "a file must be the only TEXT",
     }.items():
