@@ -1,6 +1,6 @@
 """Finding the columns of a form in users' data, by the names that they usually have."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -58,6 +58,7 @@ class Columns:
         several: whether a row has a list of labels.
         classes: names of the labels, if ``datasets`` stores the labels as numbers; the last, of -1, is None: no label.
         asked: whether the rows are questions, without label or answer.
+        late: names, in lower case, of optional columns that would be read and that the first rows lack.
     """
 
     form: Form
@@ -66,6 +67,7 @@ class Columns:
     several: bool = False
     classes: Sequence[str | None] | None = None
     asked: bool = False
+    late: Sequence[str] = ()
 
     def __str__(self) -> str:
         return ", ".join(f"{ours} <- {' + '.join(each(theirs))}" for ours, theirs in self.names.items())
@@ -129,6 +131,7 @@ def find_columns(
     taken = {key for pair in KEYS_OF_A_TURN for key in pair}
     more = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None and key not in taken)
     label = str(names.get("label", ""))
+    optional = _USUAL if trained is None else {ours: each(theirs) for ours, theirs in trained.items()}
     kind = getattr((types or {}).get(label), "feature", (types or {}).get(label))
     return Columns(
         form,
@@ -137,6 +140,12 @@ def find_columns(
         several=any(isinstance(row.get(label), list | tuple) for row in sample),
         classes=[*kind.names, None] if isinstance(kind, datasets.ClassLabel) else None,
         asked=asked,
+        late=[
+            name.lower()
+            for ours in _optional(form, names, given)
+            if ours not in names
+            for name in optional.get(ours, ())
+        ],
     )
 
 
@@ -198,9 +207,14 @@ def _found(columns: Sequence[str], given: Given, form: str, asked: bool, *, more
     if form == "chat" and (not found["messages"] or (given.get("prompt") and not given.get("messages"))):
         pair = _usual(columns, given, _wanted("completion", asked), {})
         found = pair if all(pair.values()) else found
-    optional = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in found else [])]
-    optional = [ours for ours in optional if more or given.get(ours)]
+    optional = [ours for ours in _optional(form, found, given) if more or given.get(ours)]
     return found | {ours: theirs for ours, theirs in _usual(columns, given, optional, found).items() if theirs}
+
+
+def _optional(form: str, names: Collection[str], given: Given) -> list[str]:
+    """The optional columns of rows of a form with the columns ``names``, but for those ``given`` as ""."""
+    found = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in names else [])]
+    return [ours for ours in found if given.get(ours) != ""]
 
 
 def _usual(

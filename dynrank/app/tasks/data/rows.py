@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from dynrank.app.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns, Theirs
+from dynrank.app.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, SNIFFED, Columns, Theirs
 from dynrank.errors import shown
 
 # A row with its number, from 1 on, or the number with a text that says why there is no row.
@@ -36,11 +36,20 @@ def checked_rows(rows: Iterable[Numbered], columns: Columns) -> Iterator[dict[st
     """
     names = [*features_of(columns)]
     for number, row in rows:
-        found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
+        found: Any = row
+        if not isinstance(row, str):
+            found = _late(row, columns) or _READ[columns.form](_renamed(row, columns), columns)
         values: Mapping[str, Any] = {"fault": found} if isinstance(found, str) else found
         text = str(values.get(COLUMNS[columns.form][0]))
         digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
         yield {name: values.get(name) for name in names} | {"digest": digest, "place": number}
+
+
+def _late(row: Mapping[str, Any], columns: Columns) -> str:
+    """What is wrong with a row that has an optional column, which the first rows lack; "" if nothing is."""
+    late = [name for name in row if row[name] and str(name).lower() in columns.late] if columns.late else []
+    lack = f"which the first {SNIFFED:,} rows lack: write it into the first row, too, as an empty text if need be"
+    return f"has a column {late[0]!r}, {lack}" if late else ""
 
 
 def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Source:
     Attributes:
         where: the name of the source in errors.
         parts: the rows of each file.
-        sample: the first rows.
+        sample: the first rows of each file.
         types: the types of the columns, if known.
     """
 
@@ -69,14 +69,12 @@ class Source:
             else:
                 files = _files_in(path, _THEIR_SPLITS[split])
                 self.parts = [_from_file(file, f"{self.where}, {file}") for file in files]
-            first = [*islice(self.parts[0].read(), SNIFFED)]
-        if not first:
-            raise ConfigurationError(f"{self.parts[0].where} has 0 rows; correct it")
-        self.sample = [row for _, row in first if not isinstance(row, str)]
+        # A later file may have a column that the first one lacks.
+        self.sample = [row for part in self.parts for _, row in _first(part) if not isinstance(row, str)]
         self.types = self.parts[0].types
         if not self.sample:
             # Without a row, no column is known.
-            refuse(self.parts[0].where, [(number, str(fault)) for number, fault in first])
+            refuse(self.parts[0].where, [(number, str(fault)) for number, fault in _first(self.parts[0])])
 
     def read(self, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
         """All rows and the number of those left out, by :func:`dynrank.app.tasks.data.stored.usable_rows`."""
@@ -88,6 +86,15 @@ class Source:
         # Without this line, datasets would draw a random fingerprint each time.
         together._fingerprint = Hasher.hash(str([rows._fingerprint for rows, _ in made]))
         return together, unusable
+
+
+def _first(part: RawRows) -> list[Numbered]:
+    """The rows by which columns are found."""
+    with reading(part.where):
+        found = [*islice(part.read(), SNIFFED)]
+    if not found:
+        raise ConfigurationError(f"{part.where} has 0 rows; correct it")
+    return found
 
 
 def _kind(path: Path) -> str:

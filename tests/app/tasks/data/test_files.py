@@ -215,6 +215,25 @@ def test_other_files_are_read_by_the_columns_of_the_training_file(tmp_path, caps
     ]
 
 
+def test_an_optional_column_is_read_wherever_it_begins(tmp_path):
+    """Two collections in one folder, or one after the other in one file."""
+    without = [{"prompt": f"q {i}", "answer": "a"} for i in range(source.SNIFFED)]
+    rows = [{"prompt": f"q {i}", "answer": "a", "input": f"on {i}"} for i in range(50)]
+    (tmp_path / "both").mkdir()
+    write(tmp_path / "both" / "a.jsonl", without)
+    write(tmp_path / "both" / "b.jsonl", rows)
+    options = {"form": "completion", "columns": {}}
+    found = checked(str(tmp_path / "both"), **options)
+    assert column(found, "prompt") == sorted([row["prompt"] for row in without] + [f"q {i}\non {i}" for i in range(50)])
+    file = write(tmp_path / "one.jsonl", [*without, *rows])
+    with pytest.raises(
+        ConfigurationError, match=r"rows 1001, 1002,.* 30 more: each has a column 'input', which the first"
+    ):
+        checked(file, **options)
+    found = checked(file, form="completion", columns={"input": ""})
+    assert column(found, "prompt") == sorted(row["prompt"] for row in [*without, *rows])
+
+
 def test_a_name_that_the_form_does_not_read_is_refused(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"data\.columns must name one of .*'label', 'text'.* got \['answer'\]"
