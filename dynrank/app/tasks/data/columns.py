@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import datasets
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, shown
 
 Form = Literal["classification", "completion", "chat", "text"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -131,13 +131,19 @@ def find_columns(
     taken = {key for pair in KEYS_OF_A_TURN for key in pair}
     more = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None and key not in taken)
     label = str(names.get("label", ""))
+    lists = [row[label] for row in sample if isinstance(row.get(label), list | tuple)]
+    if _are_flags(lists):
+        raise ConfigurationError(
+            f"{where} has vectors of 0 and 1 in its column {label!r}, such as {shown(lists[0])}, which name no labels; "
+            "write in each row the list of the labels that it has"
+        )
     optional = _USUAL if trained is None else {ours: each(theirs) for ours, theirs in trained.items()}
     kind = getattr((types or {}).get(label), "feature", (types or {}).get(label))
     return Columns(
         form,
         names,
         unused=[*unused, *(f"{names['messages']}.{key}" for key in more)],
-        several=any(isinstance(row.get(label), list | tuple) for row in sample),
+        several=bool(lists),
         classes=[*kind.names, None] if isinstance(kind, datasets.ClassLabel) else None,
         asked=asked,
         late=[
@@ -236,6 +242,15 @@ def names_in(sample: Sample) -> list[str]:
 
 def _are_turns(sample: Sample, column: Theirs) -> bool:
     return any(isinstance(row.get(name), list) for row in sample for name in each(column))
+
+
+def _are_flags(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether lists of labels are vectors with a flag for each class; as labels, no number would stand in one twice."""
+    return (
+        len({len(flags) for flags in lists}) == 1
+        and all(flag in (0, 1) for flags in lists for flag in flags)
+        and any(len({*flags}) < len(flags) for flags in lists)
+    )
 
 
 def _list(value: Any) -> Sequence[Any]:

@@ -144,6 +144,21 @@ def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
     assert "blanks           around the labels of 120 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", [int, float, bool])
+def test_a_vector_with_a_flag_for_each_class_is_no_list_of_labels(flag, tmp_path):
+    """As transformers wants them where a text may have several labels."""
+    rows = [{"text": f"t {i}", "label": [flag(i % k == 0) for k in (2, 3, 5)]} for i in range(60)]
+    with pytest.raises(
+        ConfigurationError, match=r"vectors of 0 and 1 in its column 'label', such as \[.*list of the lab"
+    ):
+        checked(write(tmp_path / "flags.jsonl", rows))
+    # Numbers of the labels, of which a row has two.
+    for row, i in zip(rows, range(60), strict=True):
+        row["label"] = [i % 2, 2 + i % 3]
+    found = column(checked(write(tmp_path / "numbers.jsonl", rows)), "label")
+    assert found == sorted([str(i % 2), str(2 + i % 3)] for i in range(60))
+
+
 def test_texts_whose_rows_do_not_agree_are_counted_by_label(tmp_path):
     pairs = [("t 1", "a"), ("t 1", "b"), ("t 1", "a"), ("t 2", "b"), ("t 2", "b"), ("t 3", "a"), ("t 3", "c")]
     data = {"train": pairs, "val": [("t 4", "a"), ("t 5", "b")], "test": [("t 6", "c"), ("t 6", "b")]}
