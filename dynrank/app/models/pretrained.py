@@ -236,7 +236,9 @@ def _load(
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
     # An adapter says by these on which base it was trained; transformers itself forgets the revision.
     store_on(model, "revision", settings.revision)
-    model.config.name_or_path = public_name(model.config.name_or_path)
+    source = model_source(name, key)
+    # Of a GGUF file, transformers knows only the folder.
+    model.config.name_or_path = public_name(source if source.endswith(".gguf") else model.config.name_or_path)
     _keep_packing(model)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 import dynrank
 from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 
 
@@ -40,6 +41,11 @@ def test_model_of_the_file_is_the_model_and_has_the_same_layers_on_meta(llama, f
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
 
 
+def test_packed_weights_of_the_file_are_still_of_the_file(file):
+    pytest.importorskip("bitsandbytes")
+    assert load_causal_lm(file, settings=ModelSettings(quantization="nf4")).config.name_or_path == file
+
+
 def test_tokenizer_of_the_file_gives_text_back(file):
     tokenizer = load_tokenizer(file)
     ids = tokenizer("the model\n    of the file")["input_ids"]
@@ -52,7 +58,8 @@ def test_adapter_is_merged_into_the_model_of_the_file(file, tmp_path):
     for _, layer in dynrank.lora_layers(model):
         torch.nn.init.normal_(layer.lora_B)
     dynrank.save_adapter(model, tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", file, tmp_path / "merged")
+    # The adapter names the file, not its folder.
+    merge_adapter(tmp_path / "adapter", None, tmp_path / "merged")
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     expected = model.eval()(input_ids=IDS).logits
     torch.testing.assert_close(merged(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-4)
