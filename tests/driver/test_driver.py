@@ -225,6 +225,30 @@ def test_validations_that_swap_the_weights_of_an_optimizer_of_schedulefree_chang
     assert all(map(torch.equal, checked, expected))
 
 
+def test_change_under_schedulefree_is_not_compared_with_a_validation_of_means():
+    """As a callback of Lightning swaps the weights, which validations for a change do not call."""
+    loop = Loop(6, partial(schedulefree.AdamWScheduleFree, betas=(0.5, 0.999)))
+    optimizer = loop.optimizers[0]
+    driver = RankDriver([at(3, Rank(5), max_regression=9.0)])
+    driver.start(loop, Run(12))
+    for _ in range(3):
+        driver.advance(loop)
+        optimizer.train()
+        optimizer.zero_grad()
+        nn.functional.mse_loss(loop.model(X), Y).backward()
+        optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+    expected = loop.validate()["val/loss"]
+    optimizer.eval()
+    means = loop.validate()
+    optimizer.train()
+    assert means["val/loss"] != pytest.approx(expected, rel=1e-4)
+    driver.validated(loop, means)
+    driver.advance(loop)
+    assert driver.history[0].measured.before == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("end", ["finish", "abort"])
 def test_run_that_has_ended_leaves_no_hook_on_the_optimizer(end):
     """In a group with a head the rate is raised inside steps; a checkpoint made after the end knows the factor."""
