@@ -268,7 +268,7 @@ def test_cell_of_a_notebook_that_is_interrupted_and_run_again_raises_its_rate_on
             nn.functional.mse_loss(loop.model(X), Y).backward()
             before = factor.detach().clone()
             optimizer.step()
-            used.append((((factor.detach() - before).norm() / factor.grad.norm())).item())
+            used.append(((factor.detach() - before).norm() / factor.grad.norm()).item())
             training.step += 1
             driver.end_step(training)
         return used
