@@ -68,10 +68,14 @@ def read_inputs(folder: Path) -> Inputs:
 
 
 def label_names(model: Any) -> list[str]:
-    """Names of a sequence classifier's classes; [] for transformers' default names, and for other models."""
-    names = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
-    named = type(model).__name__.endswith("ForSequenceClassification") and names[0] != "LABEL_0"
-    return [str(names[index]) for index in range(len(names))] if named else []
+    """Names of a sequence classifier's classes, in the order of its head; [] for other models.
+
+    Transformers' default names are given, too: users' labels may be called so, and stand in another order.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    names = model.config.id2label
+    return [str(names[index]) for index in range(len(names))]
 
 
 def stored_labels(folder: Path) -> list[str]:

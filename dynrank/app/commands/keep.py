@@ -1,6 +1,7 @@
 """Columns of the user's file that come along beside the answers: ``dynrank predict --keep``."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -47,9 +48,17 @@ def kept_cells(
     found = {}
     for name, column in kept.items():
         try:
-            found[name] = pa.array([row.get(column) for row in rows])
-        except pa.ArrowException as error:
+            found[name] = _array([row.get(column) for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
             raise ConfigurationError(
                 f"{table.where} has values of several types in the column {column!r}: {error} (--keep)"
             ) from error
     return datasets.Dataset(pa.table(found))
+
+
+def _array(cells: list[Any]) -> pa.Array:
+    try:
+        return pa.array(cells)
+    except OverflowError:
+        # Hashes as ids have no sign; pyarrow looks only for ints with one.
+        return pa.array(cells, pa.uint64())

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from math import inf
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from dynrank.app.tasks.data.columns import (
     refuse_unread,
 )
 from dynrank.app.tasks.data.rows import Numbered
-from dynrank.app.tasks.data.source import READERS, Source
+from dynrank.app.tasks.data.source import READERS, Source, state_of
 from dynrank.app.tasks.data.stored import RawRows, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
@@ -123,6 +123,8 @@ def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Seq
         texts: texts, or the name of one file.
         columns: the user's names of columns, which only a table has.
     """
+    if len(texts) == 1 and isdir(texts[0]):
+        raise ConfigurationError(f"TEXT must be a text or a file, got the folder {texts[0]!r}; name one of its files")
     files = [text for text in texts if _is_file(text)]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
@@ -163,7 +165,7 @@ def _questions(
         name = "prompt" if form == "chat" else COLUMNS[form][0]
         used = Columns(form, {name: name}, asked=True)
         where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
-        key = f"{asking} {asking.stat().st_mtime_ns}" if isinstance(asking, Path) and asking.exists() else str(asking)
+        key = state_of(asking) if isinstance(asking, Path) and asking.exists() else str(asking)
         rows, unusable = usable_rows(RawRows(where, key, partial(_named, name, asking)), used, skip=skip)
         if not len(rows):
             raise ConfigurationError(f"{where} has no rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, ConfusionMatrix, F1Score, Precision, Recall
 
-from dynrank.adapters.sidecar_files import stored_labels
+from dynrank.adapters.read import read_adapter
+from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.account import ClassResult, class_results
@@ -74,10 +76,15 @@ class Classification(TextTask):
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.labels_before: list[str] = []
+        self.nameless: Path | None = None
 
     def go_on_from(self, adapter: Path) -> None:
-        """Keep the classes of the adapter in this folder, in their order, also those that no text has any more."""
+        """Keep the classes of the adapter in this folder, in their order, also those that no text has any more.
+
+        Of a head whose classes nobody names, as in adapters of other programs, labels must be the numbers.
+        """
         self.labels_before = stored_labels(adapter)
+        self.nameless = adapter if read_adapter(adapter).others and not self.labels_before else None
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
@@ -119,7 +126,15 @@ class Classification(TextTask):
             only = f"; not among them, but in other splits: {unknown[:9]}" if unknown else ""
             few = f"training texts must have two or more labels, got {sorted(labels)[:9]}"
             raise ConfigurationError(f"{few}{only}; set data")
-        return sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
+        found = sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
+        if self.nameless is not None and found != [*map(str, range(len(found)))]:
+            example = json.dumps({"labels": found[:9]}, ensure_ascii=False)
+            raise ConfigurationError(
+                f"the adapter {str(self.nameless)!r} (lora.from) has no names of its classes, so the places of the "
+                f"texts' labels in its head are unknown; write {LABELS_FILE} into its folder, such as {example}, with "
+                "the labels in the order of its training"
+            )
+        return found
 
     def _labels_as_before(self, trained: set[str], every: set[str]) -> list[str]:
         before = self.labels_before

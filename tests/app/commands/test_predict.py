@@ -23,10 +23,13 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
+from dynrank.adapters.base import base_of
+from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_files
 from dynrank.app.commands import cli
+from dynrank.app.commands.keep import kept_cells
 from dynrank.app.models.predicting import Answerer
 from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.data.source import Source
 from dynrank.app.tasks.language_modeling import LanguageModeling
 
 TEMPLATE = (
@@ -178,6 +181,61 @@ def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_ids_without_a_sign_come_along(tmp_path):
+    """As hashes are; pyarrow alone takes no int from 2**63 on."""
+    ids = [2**63 + 5, 2**64 - 1, 7]
+    file = write(tmp_path / "rows.parquet", {"text": list("abc"), "id": pd.Series(ids, dtype="uint64")})
+    assert kept_cells(Source(str(file), "FILE", "test"), {"id": "id"}, [1, 2, 3], [])["id"] == ids
+
+
+def test_text_files_of_one_name_and_time_are_read_each(classifier, launch, tmp_path, monkeypatch):
+    """As archives may hold them, in folders of their own."""
+    printed = []
+    for name, text in (("one", "a b c"), ("two", "invoice refund")):
+        file = tmp_path / name / "ask.txt"
+        file.parent.mkdir()
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+        monkeypatch.chdir(file.parent)
+        printed += [launch(cli.main, "predict", classifier, given)[1] for given in ("ask.txt", text)]
+    assert printed[0] == printed[1] != printed[3] == printed[2]
+
+
+def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, tmp_path):
+    """Sorted as texts, LABEL_10 comes before LABEL_2."""
+    labels = ["LABEL_0", "LABEL_10", "LABEL_2"]
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.problem_type = "multi_label_classification"
+    write_sidecar_files(tmp_path, model, None)
+    config = with_labels(AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options), tmp_path).config
+    assert [*config.id2label.values()] == labels
+    assert config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize("command", ["predict", "merge"])
+def test_a_base_with_other_weights_is_refused(command, classifier, tiny_bert, launch, tmp_path):
+    """Of the same shapes, as an instruct model beside its base."""
+    shutil.copytree(classifier, tmp_path / "adapter")
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options)
+    adapted = dynrank.load_adapter(plain, classifier)
+    write_sidecar_files(tmp_path / "adapter", adapted, None, None, base_of(adapted))
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "other")
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    other.bert.encoder.layer[1].output.dense.weight.data *= 1.1
+    other.save_pretrained(tmp_path / "other")
+    last = ["a text"] if command == "predict" else ["--out", "merged"]
+    code, _, said = launch(cli.main, command, "adapter", "--model", tiny_bert, *last)
+    assert code == 0, said
+    shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    code, _, said = launch(cli.main, command, "adapter", "--model", "other", *last)
+    assert (code, "another base than --model" in said, "(1 of " in said) == (2, True, True), said
+    (tmp_path / "adapter" / "base.json").unlink()
+    assert launch(cli.main, command, "adapter", "--model", "other", *last)[0] == 0
+
+
 def test_an_interrupted_command_goes_on_and_writes_the_same(classifier, launch, tmp_path, monkeypatch):
     file = write(tmp_path / "rows.csv", ROWS)
     folder = shutil.copytree(classifier, tmp_path / "adapter")
@@ -287,13 +345,16 @@ def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classi
     empty = {"id": "", "Subject": "", "Body": " "}
     file = write(tmp_path / "rows.csv", [empty, *ROWS[:3], empty])
     (tmp_path / "taken.csv").write_text("")
+    (tmp_path / "tickets").mkdir()
     for options, message in {
         (file,): "rows 2, 6: each has an empty text; correct these 2, or give --skip-unusable",
         (file, "--out", "out.xlsx"): "--out must end in one of ['.csv', '.parquet', '.jsonl']",
         (file, "--out", "taken.csv"): "'taken.csv' exists",
         (file, "--columns", "text=Text"): "no column 'Text'; it has ['Subject', 'Body']; give --columns text=NAME",
         (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
-        ("absent.csv",): "FILE=absent.csv does not exist",
+        ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, .jsonl, .ndjson, .json, "
+        ".parquet, .txt)\n",
+        ("tickets",): "TEXT must be a text or a file, got the folder 'tickets'; name one of its files",
         (file, "taken.csv"): "a file must be the only TEXT",
     }.items():
         code, _, said = launch(cli.main, "predict", classifier, *options)

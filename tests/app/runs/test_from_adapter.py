@@ -256,10 +256,24 @@ def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loade
 
 
 def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
-    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+    run(dynrank.compose(rows_of("0", "1")), tmp_path / "run")
     # So it is with adapters of other programs.
     (tmp_path / "run" / "adapter" / "labels.json").unlink()
     with pytest.raises(ConfigurationError) as caught:
-        build(dynrank.compose([*rows_of("a", "b", "c"), f"lora.from={tmp_path / 'run'}"]))
+        build(dynrank.compose([*rows_of("0", "1", "2"), f"lora.from={tmp_path / 'run'}"]))
     assert "'classifier.weight' is [3, 32] in the model and [2, 32] in the adapter" in str(caught.value)
     assert "no values" not in str(caught.value)
+
+
+def test_labels_in_a_head_without_names_are_numbers_or_named_by_the_user(rows_of, tmp_path):
+    """Sorted labels would be given rows of the head by chance: the order of its training is not known."""
+    run(dynrank.compose(rows_of("0", "1")), tmp_path / "run")
+    labels = tmp_path / "run" / "adapter" / "labels.json"
+    labels.unlink()
+    going_on = f"lora.from={tmp_path / 'run'}"
+    assert build(dynrank.compose([*rows_of("0", "1"), going_on])).task.labels == ["0", "1"]
+    overrides = dynrank.compose([*rows_of("sports", "world"), going_on])
+    with pytest.raises(ConfigurationError, match=r'no names of its classes.*labels.json.*\["sports", "world"\]'):
+        build(overrides)
+    labels.write_text(json.dumps({"labels": ["world", "sports"]}))
+    assert build(overrides).task.labels == ["world", "sports"]

@@ -32,8 +32,10 @@ _USUAL = {
 _ANSWERS = ("label", "answer")
 # Columns that cannot be joined of several.
 _WHOLE = ("label", "messages")
-# Names that these programs use and dynrank does not.
-_UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking")
+# The second texts of pairs, which a user has to join.
+_SECOND = ("text2", "sentence2", "hypothesis")
+# Names that these programs use and dynrank does not read by itself.
+_UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking", *_SECOND)
 KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
 # Columns are found in this many first rows.
 SNIFFED = 1000

@@ -125,6 +125,9 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
             return "has tool calls, which are not learned"
         role = turn[pairs[0][0]].lower()
         messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
+    # The prompt that stands in the chat is its own.
+    if row.get("system") and messages[1]["role"] == "system":
+        del messages[0]
     # A question ends before the answer.
     while columns.asked and messages and messages[-1]["role"] == "assistant":
         messages.pop()

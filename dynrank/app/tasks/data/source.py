@@ -49,7 +49,8 @@ class Source:
     """
 
     def __init__(self, name: str | None, key: str, split: str) -> None:
-        kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
+        kinds = f"a file ({', '.join(READERS)})"
+        kinds += ", a folder, or ORG/NAME on the hub" if key.startswith("data.") else ""
         if not name:
             raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
         self.where = f"{key}={name}"
@@ -100,8 +101,13 @@ def _from_file(path: Path, where: str) -> RawRows:
     # datasets has stored its types there; it knows none for some columns of other programs.
     known = b"huggingface" in (schema.metadata or {})
     types = datasets.Features.from_arrow_schema(schema) if known else {}
-    key = str((path.resolve(), state.st_mtime_ns, state.st_size))
-    return RawRows(where, key, partial(READERS[_kind(path)], path), types)
+    return RawRows(where, state_of(path), partial(READERS[_kind(path)], path), types)
+
+
+def state_of(path: Path) -> str:
+    """A text that changes with the file, by its place, size and time."""
+    state = path.stat()
+    return str((path.resolve(), state.st_mtime_ns, state.st_size))
 
 
 def _csv(path: Path) -> Iterator[Numbered]:

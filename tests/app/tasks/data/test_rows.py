@@ -24,6 +24,8 @@ ROWS = {
                           "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
     "axolotl's open_orca": ("chat", {"system_prompt": "s", "question": "q", "response": "a"},
                             {"messages": [SYSTEM, *TURNS]}),
+    "two system prompts": ("chat", {"messages": [SYSTEM, *TURNS], "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
+    "another system prompt": ("chat", {"messages": [SYSTEM, *TURNS], "system": "t"}, {"messages": [SYSTEM, *TURNS]}),
     "TRL's chat": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
     "half a letter": ("text", {"text": "\ud800"}, "is not UTF-8"),
     "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "has an empty answer"),
@@ -55,6 +57,9 @@ def test_turns_as_a_prompt_are_a_chat():
 def test_columns_that_are_known_and_not_used_are_named():
     row = {"instruction": "x", "output": "7", "system": "s", "history": [], "id": 3}
     assert find_columns([row], {}, "completion", "").unused == ["system", "history"]
+    row = {"premise": "x", "hypothesis": "y", "label": 1}
+    assert find_columns([row], {}, "classification", "").unused == ["hypothesis"]
+    assert find_columns([row], {"text": ["premise", "hypothesis"]}, "classification", "").unused == []
     row = {"messages": [{**turn, "weight": 1} for turn in TURNS]}
     assert find_columns([row], {}, "chat", "").unused == ["messages.weight"]
 
