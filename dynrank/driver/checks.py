@@ -224,6 +224,20 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measur
         raise _not_logged(name, names, logged, "; if later validations log it, set num_sanity_val_steps=0")
 
 
+def check_callbacks_metrics(names: Collection[str], stages: Sequence[Stage], *, measure: bool = False) -> None:
+    """Refuse a change that would be judged by one of the metrics ``names``, which callbacks log.
+
+    A validation for a change calls no callback, so the run would end at the change.
+    """
+    for name, text in checked_metrics(stages, measure=measure).items():
+        if name in names:
+            raise ConfigurationError(
+                f"{text} names {name!r}, which a callback logs, and validations for a change call no callback; log it "
+                "in a hook of the module, such as validation_step",
+                CHECK_MONITOR.partition(" ")[0],
+            )
+
+
 def _not_logged(
     name: str, arguments: Mapping[str, str], logged: Collection[str], advice: str = ""
 ) -> ConfigurationError:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from statistics import mean
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,11 @@ class LearningRates:
         self.raised: dict[int, Any] = {}
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
+        # A run that was interrupted, as a cell of a notebook, has left its hooks: each would raise what the other has.
+        earlier = _HOOKED.get(id(optimizer))
+        if earlier is not None and earlier._optimizer is optimizer and not self._adapters.isdisjoint(earlier._adapters):
+            earlier.remove()
+        _HOOKED[id(optimizer)] = self
         before = optimizer.register_step_pre_hook
         after = optimizer.register_step_post_hook
         loaded = optimizer.register_load_state_dict_post_hook
@@ -244,6 +250,10 @@ class LearningRates:
         """(adapters, others) among ``parameters``."""
         own = [parameter for parameter in parameters if id(parameter) in self._adapters]
         return own, [parameter for parameter in parameters if id(parameter) not in self._adapters]
+
+
+# {id of an optimizer: what was last hooked into it}; the hooks keep these alive as long as the optimizer.
+_HOOKED: WeakValueDictionary[int, LearningRates] = WeakValueDictionary()
 
 
 def mark(optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ class RegressionTest:
     Args:
         training: the run before the change.
         how: names the metric, and the largest relative worsening.
-        validated: metrics of these weights; None: they are validated here.
+        validated: metrics of these weights; None: they are validated here. So they are under schedulefree, too: a
+            callback may have put means into the parameters for the run's own validation, and here none is called.
         batches: about how many batches a validation takes; None: all.
 
     Attributes:
@@ -77,7 +79,8 @@ class RegressionTest:
         self._how = how
         self._batches = batches
         self.observed: list[Mapping[str, float]] = []
-        metrics = self._validate() if validated is None else validated
+        swaps = bool(_groups_of_schedulefree(training.optimizers))
+        metrics = self._validate() if validated is None or swaps else validated
         self._name = training.own_name(how.check_monitor, metrics)
         self.before = self.value(metrics)
         self.most = (how.max_regression or 0.0) * abs(self.before)
@@ -154,7 +157,7 @@ def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
     Its ``eval`` puts means into the parameters for a validation. A change that is then made would put factors of the
     weights of training in their place, and its ``train`` would take these for means.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "train_mode" in group]
+    groups = _groups_of_schedulefree(optimizers)
     before = [(group["train_mode"], [weight.detach().clone() for weight in group["params"]]) for group in groups]
     try:
         yield
@@ -164,3 +167,7 @@ def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
                 group["train_mode"] = mode
                 for parameter, weight in zip(group["params"], weights, strict=True):
                     parameter.detach().copy_(weight)
+
+
+def _groups_of_schedulefree(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups if "train_mode" in group]

@@ -351,11 +351,12 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             if len(less) > 1:
                 error = stdev(less) / len(less) ** 0.5
             place = size * 1.03 ** drawn[round(size, 1)]
-            label = None if arm.by in labelled else arm.by or "fixed"
+            words = {"": "fixed", "brought": "pool by importance", "weight": "pool by weight"}
+            label = None if arm.by in labelled else words.get(arm.by, arm.by)
             drawn[round(size, 1)] += 1
             labelled.add(arm.by)
             axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)
-            notes = [part for part in str(arm).split(", ") if part.startswith(("pooler", "rate", "Muon"))]
+            notes = [part for part in str(arm).split(", ") if part.startswith(("at most", "pooler", "rate", "Muon"))]
             notes += ["late"] if arm.is_cut and arm.at > EARLY else []
             note = ", ".join([*([f"from {arm.start}"] if arm.start != HIGH else []), *notes])
             axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)

@@ -225,6 +225,60 @@ def test_validations_that_swap_the_weights_of_an_optimizer_of_schedulefree_chang
     assert all(map(torch.equal, checked, expected))
 
 
+def test_change_under_schedulefree_is_not_compared_with_a_validation_of_means():
+    """As a callback of Lightning swaps the weights, which validations for a change do not call."""
+    loop = Loop(6, partial(schedulefree.AdamWScheduleFree, betas=(0.5, 0.999)))
+    optimizer = loop.optimizers[0]
+    driver = RankDriver([at(3, Rank(5), max_regression=9.0)])
+    driver.start(loop, Run(12))
+    for _ in range(3):
+        driver.advance(loop)
+        optimizer.train()
+        optimizer.zero_grad()
+        nn.functional.mse_loss(loop.model(X), Y).backward()
+        optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+    expected = loop.validate()["val/loss"]
+    optimizer.eval()
+    means = loop.validate()
+    optimizer.train()
+    assert means["val/loss"] != pytest.approx(expected, rel=1e-4)
+    driver.validated(loop, means)
+    driver.advance(loop)
+    assert driver.history[0].measured.before == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_scheduler", [False, True])
+def test_cell_of_a_notebook_that_is_interrupted_and_run_again_raises_its_rate_once(with_scheduler):
+    """The optimizer and its scheduler are of an earlier cell, and nobody has called ``abort``."""
+    loop = Loop(6, torch.optim.SGD)
+    optimizer = loop.optimizers[0]
+    schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)] if with_scheduler else []
+    factor = loop.model[0].lora_B
+
+    def cell(rank, steps):
+        driver = RankDriver([at(2, Rank(rank), lr_factor=2.0)])
+        training = Training(loop.model, [optimizer], schedulers=schedulers)
+        driver.start(training, Run(12))
+        used = []
+        for _ in range(steps):
+            driver.advance(training)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(loop.model(X), Y).backward()
+            before = factor.detach().clone()
+            optimizer.step()
+            used.append(((factor.detach() - before).norm() / factor.grad.norm()).item())
+            training.step += 1
+            driver.end_step(training)
+        return used
+
+    assert cell(5, 4) == pytest.approx([0.01, 0.01, 0.02, 0.02], rel=1e-3)
+    # With a scheduler the rate that the second run finds in the group has the first one's factor.
+    found = 0.02 if with_scheduler else 0.01
+    assert cell(4, 6) == pytest.approx([found, found, *[2 * found] * 4], rel=1e-3)
+
+
 @pytest.mark.parametrize("end", ["finish", "abort"])
 def test_run_that_has_ended_leaves_no_hook_on_the_optimizer(end):
     """In a group with a head the rate is raised inside steps; a checkpoint made after the end knows the factor."""

@@ -120,6 +120,25 @@ def test_a_metric_that_no_validation_logs_is_refused_before_training(regression,
         fitted(regression, regression[1]()[1], scheduler, Watching([]), num_sanity_val_steps=1)
 
 
+class Logging(Callback):
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", 0.5)
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_a_metric_that_a_callback_logs_is_refused_at_the_first_validation(regression, sanity):
+    make, data, trainer = regression
+    scheduler = RankScheduler(Stage(At(step=9), Rank(1), how=How(check_monitor="val/score", max_regression=0.1)))
+    made = trainer(callbacks=[scheduler, Logging()], max_steps=20, num_sanity_val_steps=sanity, val_check_interval=4)
+    with pytest.raises(ConfigurationError, match=r"'val/score', which a callback logs"):
+        made.fit(make(), *data())
+    assert made.global_step == (0 if sanity else 4)
+    # A schedule that does not judge by it takes it.
+    scheduler = RankScheduler(Stage(At(step=9), Rank(1), how=How(max_regression=9.0)))
+    trainer(callbacks=[scheduler, Logging()], max_steps=12, val_check_interval=4).fit(make(), *data())
+    assert [event.undone for event in scheduler.history] == [False]
+
+
 class Failing(Training):
     """The second validation, after the change, fails; the first one may lack the metric."""
 

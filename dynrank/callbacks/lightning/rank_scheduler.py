@@ -11,8 +11,8 @@ from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.callbacks.lightning.training import LightningTraining, run_length
-from dynrank.callbacks.lightning.validations import validation_metrics
-from dynrank.driver.checks import check_validation
+from dynrank.callbacks.lightning.validations import logged_by_callbacks, validation_metrics
+from dynrank.driver.checks import check_callbacks_metrics, check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
 from dynrank.errors import ConfigurationError
@@ -155,6 +155,8 @@ class RankScheduler(Callback):
             return
         metrics = validation_metrics(trainer)
         self._validated = [*metrics]
+        to_come = self.driver.stages[self.driver.progress.stage :]
+        check_callbacks_metrics(logged_by_callbacks(trainer, pl_module), to_come, measure=self.driver.measure)
         if trainer.sanity_checking:
             check_validation(metrics, self.driver.stages, measure=self.driver.measure)
         else:

@@ -4,6 +4,7 @@ import copy
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dynrank.callbacks.lightning import private
 
@@ -61,6 +62,12 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
     finally:
         results.dataloader_idx = loader
     return found
+
+
+def logged_by_callbacks(trainer: Trainer, pl_module: LightningModule) -> set[str]:
+    """The metrics of the validation that ends now which were logged in hooks that the module does not have."""
+    metas = [result.meta for result in private.results(trainer).values()]
+    return {meta.name for meta in metas if not is_overridden(meta.fx, pl_module)}
 
 
 def run_validation(trainer: Trainer) -> None:
