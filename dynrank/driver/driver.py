@@ -29,6 +29,7 @@ What happens at a change:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -97,7 +98,8 @@ class RankDriver:
     """
 
     def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
-        self.stages = stages_of(schedule)
+        # Triggers remember what they have observed, and the user may give the same stages to several runs.
+        self.stages = [replace(stage, when=deepcopy(stage.when)) for stage in stages_of(schedule)]
         self.rules = read_rank_map(rank_map, RankBounds)
         self.measure = measure
         self.progress = Progress()

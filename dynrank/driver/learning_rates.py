@@ -90,8 +90,8 @@ class LearningRates:
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         # A run that was interrupted, as a cell of a notebook, has left its hooks: each would raise what the other has.
         earlier = _HOOKED.get(id(optimizer))
-        if earlier is not None and earlier._optimizer is optimizer and not self._adapters.isdisjoint(earlier._adapters):
-            earlier.remove()
+        if earlier is not None and earlier._optimizer is optimizer:
+            earlier._give_way(self._adapters)
         _HOOKED[id(optimizer)] = self
         before = optimizer.register_step_pre_hook
         after = optimizer.register_step_post_hook
@@ -133,6 +133,17 @@ class LearningRates:
         self.restore()
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def _give_way(self, adapters: Collection[int]) -> None:
+        """Remove the hooks for another run of the same ``adapters``; refuse one of others in the same optimizer."""
+        if self._handles and self._adapters.isdisjoint(adapters):
+            raise ConfigurationError(
+                "another schedule changes ranks of other layers in this optimizer, and each would raise the rates that "
+                "the other restores; drive both models by one schedule (torch.nn.ModuleDict), or make an optimizer for "
+                "each"
+            )
+        self.remove()
 
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""

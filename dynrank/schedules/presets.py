@@ -4,7 +4,6 @@ Every call returns new stages, and every stage has its own trigger: a given trig
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Literal, TypeAlias
 
@@ -30,8 +29,8 @@ EARLY = How(lr_factor="sqrt")
 
 
 def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, argument: str) -> Stage:
-    """A stage with its own copy of the trigger (a plateau if None); a fixed time gets no deadline."""
-    when = Plateau() if trigger is None else deepcopy(trigger)
+    """A stage with this trigger (a plateau if None); a fixed time gets no deadline."""
+    when = Plateau() if trigger is None else trigger
     return Stage(when, target, None if isinstance(when, At) else deadline, how=how, arguments=(argument,))
 
 

@@ -18,7 +18,7 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, auto, early_budget
+from dynrank.schedules import How, Stage, after_convergence, auto, early_budget
 from dynrank.targets import Budget, GrowTo, Rank, Unchanged
 from dynrank.triggers import At, Plateau, Run
 
@@ -431,6 +431,35 @@ def test_checkpoint_of_another_version_is_refused_in_one_sentence():
     del state["importance"]
     with pytest.raises(ConfigurationError, match="has no importance of a rank schedule, so another version"):
         driver.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: after_convergence(2), lambda: Stage(Plateau(patience=2, min_delta=0.9), Rank(2))]
+)
+def test_stages_that_several_runs_share_begin_anew_in_each(make):
+    """As in a loop over seeds; triggers remember what they have observed."""
+    shared = make()
+    histories = []
+    for schedule in (make(), shared, shared):
+        driver = RankDriver(schedule)
+        drive(driver, 40)
+        histories.append([str(event) for event in driver.history])
+    assert histories[0]
+    assert histories[1] == histories[2] == histories[0]
+
+
+def test_two_schedules_of_other_layers_in_one_optimizer_are_refused():
+    """Each would restore the rates that the other has raised, so they would rise at every step."""
+    one = Loop(6, torch.optim.SGD)
+    other = Loop(6, torch.optim.SGD)
+    optimizer = torch.optim.SGD([*one.model.parameters(), *other.model.parameters()], lr=0.1)
+    first = RankDriver(at(5, Rank(2), lr_factor=2.0))
+    first.start(Training(one.model, [optimizer]), Run(9))
+    second = RankDriver(at(5, Rank(2), lr_factor=2.0))
+    with pytest.raises(ConfigurationError, match=r"another schedule .*ModuleDict"):
+        second.start(Training(other.model, [optimizer]), Run(9))
+    first.abort()
+    second.start(Training(other.model, [optimizer]), Run(9))
 
 
 @pytest.mark.parametrize("scheduled", [True, False])

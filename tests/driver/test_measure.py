@@ -139,6 +139,25 @@ def test_a_metric_that_a_callback_logs_is_refused_at_the_first_validation(regres
     assert [event.undone for event in scheduler.history] == [False]
 
 
+def test_a_metric_that_the_module_logs_of_two_loaders_together_judges_a_change(regression):
+    """Lightning calls its hook "validation_step.0", and a name without the loader's number is the module's own."""
+    make, data, trainer = regression
+    train, val = data()
+
+    class Twice(make):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            self.log("val/loss", torch.tensor(1.0))
+
+    scheduler = RankScheduler(Stage(At(step=9), Rank(1), how=How(max_regression=0.1)))
+    trainer(callbacks=[scheduler], max_steps=12, num_sanity_val_steps=1, val_check_interval=4).fit(
+        Twice(), train, [val, val]
+    )
+    assert [str(event.measured) for event in scheduler.history] == ["val/loss 1 → 1"]
+
+
 class Failing(Training):
     """The second validation, after the change, fails; the first one may lack the metric."""
 

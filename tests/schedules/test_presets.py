@@ -105,12 +105,12 @@ def test_a_number_is_the_recommended_schedule(callback):
     assert getattr(made, "driver", made).stages == early_budget(4)
 
 
-def test_each_stage_has_a_trigger_of_its_own():
+def test_each_stage_of_a_driver_has_a_trigger_of_its_own():
     mine = Plateau(patience=2)
-    schedule = after_convergence(8, mine, drops=3) + grow(64, mine)
-    schedule[0].when.observe(1, 2.0)
-    assert [stage.when for stage in schedule[1:]] == [mine] * 3 == [Plateau(patience=2)] * 3
-    assert schedule[0].when != mine
+    driver = RankDriver(after_convergence(8, mine, drops=3) + grow(64, mine))
+    driver.stages[0].when.observe(1, 2.0)
+    assert [stage.when for stage in driver.stages[1:]] == [mine] * 3 == [Plateau(patience=2)] * 3
+    assert driver.stages[0].when != mine
 
 
 def test_stages_are_taken_as_they_are_and_named_by_their_place():

@@ -65,9 +65,18 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def logged_by_callbacks(trainer: Trainer, pl_module: LightningModule) -> set[str]:
-    """The metrics of the validation that ends now which were logged in hooks that the module does not have."""
-    metas = [result.meta for result in private.results(trainer).values()]
-    return {meta.name for meta in metas if not is_overridden(meta.fx, pl_module)}
+    """The metrics of the validation that ends now which were logged in hooks that the module does not have.
+
+    Those of one of several data loaders are left out: Lightning gives them other names.
+    """
+    own: set[str] = set()
+    others: set[str] = set()
+    for result in private.results(trainer).values():
+        # Of several loaders it is "validation_step.0".
+        hook = result.meta.fx.partition(".")[0]
+        names = own if is_overridden(hook, pl_module) or result.meta.dataloader_idx is not None else others
+        names.add(result.meta.name)
+    return others - own
 
 
 def run_validation(trainer: Trainer) -> None:

@@ -108,10 +108,10 @@ def test_gap_to_a_loss_of_training_is_observed_alike_in_a_resumed_run(regression
             return loss
 
     def run(**options):
-        gap = Gap(window=9)
+        scheduler = RankScheduler(Stage(Gap(window=9), Rank(3)))
         with pytest.warns(UserWarning, match="ended before stage 1"):
-            fit(RankScheduler(Stage(gap, Rank(3))), module=Logging(), **options)
-        return gap.state_dict()["_gaps"]
+            fit(scheduler, module=Logging(), **options)
+        return scheduler.driver.stages[0].when.state_dict()["_gaps"]
 
     whole = run(saved=tmp_path)
     assert len(whole) == (4 if over == "steps" else 2)

@@ -379,15 +379,13 @@ def test_metric_that_no_evaluation_has_is_named_at_the_first_one(stage, tmp_path
 )
 def test_gap_waits_for_the_first_loss_that_training_logs(train, val, options, stop, missed, tmp_path):
     """Evaluations at 2 and 4 come before the first log, at 5."""
-    gap = Gap(train, val, window=10)
-    made = trainer(
-        tmp_path, own(), RankTrainerCallback(Stage(gap, Rank(2))), **EVALUATING, **{"logging_steps": 5, **options}
-    )
+    schedule = RankTrainerCallback(Stage(Gap(train, val, window=10), Rank(2)))
+    made = trainer(tmp_path, own(), schedule, **EVALUATING, **{"logging_steps": 5, **options})
     unreached = pytest.warns(UserWarning, match="training ended before stage 1")
     with pytest.raises(ConfigurationError, match=missed) if missed else unreached:
         made.train()
     assert made.state.global_step == stop
-    assert len(gap.state_dict()["_gaps"]) == (0 if missed else 3)
+    assert len(schedule.driver.stages[0].when.state_dict()["_gaps"]) == (0 if missed else 3)
 
 
 @pytest.mark.parametrize(("stages", "measure"), [(auto(0.3, at=0.5), False), (CUT, True)])
