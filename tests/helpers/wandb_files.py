@@ -18,8 +18,8 @@ def history(folder):
     """{name: value} of each call of ``log`` in the one run below ``folder``, which has ended."""
     (file,) = folder.rglob("*.wandb")
     found = records(file)
-    # Another process writes the file, and may still do so when ``finish`` returns.
-    while not found or not found[-1].HasField("exit"):
+    # Another process writes the file, and may still do so when ``finish`` returns. Statistics may come after the exit.
+    while not any(record.HasField("exit") for record in found):
         time.sleep(0.1)
         found = records(file)
     rows = [record.history.item for record in found if record.HasField("history")]
