@@ -1,12 +1,13 @@
 """``base.json`` in an adapter's folder: by which weights the adapter knows the model on which it was trained."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank.adapters.stored import read_json
 from dynrank.layers.finding import plain_modules
@@ -31,20 +32,28 @@ class Base:
 
 
 def base_of(model: nn.Module) -> Base:
-    """The base of an adapted model; collective if a parameter is sharded.
+    """The base of an adapted model; collective if a parameter is sharded."""
+    return _base({name: value for name, value in _values(model).items() if not value.requires_grad})
+
+
+def _base(values: Mapping[str, Tensor]) -> Base:
+    return Base(
+        {name: fingerprint(value) for name, value in values.items()},
+        {name: fingerprint(value, torch.float16) for name, value in values.items()},
+    )
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of ``model`` by their names without adapters.
 
     Packed weights are left out, because another model may have packed the same weight otherwise, or not at all.
     """
-    frozen = {
+    return {
         f"{name}.{leaf}" if name else leaf: value
         for name, module in plain_modules(model)
         for leaf, value in module._parameters.items()
-        if not (value is None or value.requires_grad or is_quantized(module))
+        if not (value is None or is_quantized(module))
     }
-    return Base(
-        {name: fingerprint(value) for name, value in frozen.items()},
-        {name: fingerprint(value, torch.float16) for name, value in frozen.items()},
-    )
 
 
 def read_base(folder: Path) -> Base:
@@ -54,12 +63,15 @@ def read_base(folder: Path) -> Base:
 
 
 def other_weights(model: nn.Module, folder: Path) -> str:
-    """What differs between ``model`` and the base of the adapter in ``folder``; "" if nothing, as far as is known."""
+    """What differs between ``model`` and the base of the adapter in ``folder``; "" if nothing, as far as is known.
+
+    ``model`` may be plain or have adapters. Weights without values, on the meta device, are not compared.
+    """
     stored = read_base(folder)
-    own = base_of(model) if stored.fingerprints else Base()
-    known = stored.fingerprints.keys() & own.fingerprints.keys()
+    values = {name: v for name, v in _values(model).items() if name in stored.fingerprints and not v.is_meta}
+    own = _base(values)
     same = stored.fingerprints.items() & own.fingerprints.items() | stored.in_float16.items() & own.in_float16.items()
-    wrong = sorted(known - {name for name, _ in same})
+    wrong = sorted(values.keys() - {name for name, _ in same})
     return (
-        f"{wrong[0]!r} has other values here ({len(wrong)} of {len(known)} frozen parameters differ)" if wrong else ""
+        f"{wrong[0]!r} has other values here ({len(wrong)} of {len(values)} frozen parameters differ)" if wrong else ""
     )

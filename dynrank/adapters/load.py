@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dynrank.adapters.base import other_weights
+from dynrank.adapters.base import BASE_FILE, other_weights
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
 from dynrank.adapters.stored import FLOATS, StoredLayer, refuse_faults
@@ -27,7 +27,8 @@ Places = dict[str, tuple[nn.Module, str]]
 def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
-    Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model changes.
+    Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model changes, also the
+    weights of the base if the folder has ``base.json``, as those of a run have.
 
     Args:
         model: the model that the adapter was trained on, without LoRA layers.
@@ -110,8 +111,7 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
     absent = trained - heads.keys() - adapter.others.keys()
     faults += [f"{name!r} is trained by the task, and the adapter has no values for it" for name in sorted(absent)]
     folder = Path(adapter.source)
-    other = other_weights(model, folder)
-    faults += [f"it was trained on another base, {adapter.config.base_model_name_or_path}: {other}"] if other else []
+    faults += _other_base(model, adapter)
     labels = stored_labels(folder)
     if labels and labels != label_names(model):
         faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
@@ -135,6 +135,8 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
     bases, faults = _fitting_bases(model, adapter)
     heads, faults_of_heads = _fitting_heads(model, adapter, places)
     faults = _compiled_alone(model, adapter) + faults + faults_of_heads + _kept_values(places, heads)
+    # Of a model of another architecture, names and shapes say enough.
+    faults = faults or _other_base(model, adapter)
     refuse_faults(f"the adapter {adapter.source!r} does not fit the model", faults, "model")
     layers = {}
     for name, base in bases.items():
@@ -149,6 +151,20 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
             getattr(module, leaf).copy_(value)
         module.requires_grad_(True)
         trained_whole(module).add(leaf)
+
+
+def _other_base(model: nn.Module, adapter: Adapter) -> list[str]:
+    """What of ``model`` has other weights than the base on which ``adapter`` was trained."""
+    folder = Path(adapter.source)
+    other = other_weights(model, folder)
+    if not other:
+        return []
+    known = adapter.config.base_model_name_or_path
+    name = f" ({known})" if known else ""
+    return [
+        f"it was trained on another base{name}: {other}; load that base, or remove {str(folder / BASE_FILE)!r} if the "
+        "adapter shall go on this one"
+    ]
 
 
 def _places(model: nn.Module) -> Places:

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import dynrank
+from dynrank.adapters.base import base_of
+from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 
@@ -92,6 +94,25 @@ def test_load_refuses_what_does_not_fit_the_model(misfit, zoo, tmp_path):
     zoo.by_peft(kind, tmp_path)
     zoo.edit_tensors(tmp_path, change)
     zoo.assert_refused(zoo.plain(kind), tmp_path, message)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_load_and_swap_compare_the_weights_of_the_base(kind, zoo, tmp_path):
+    """Where the adapter's folder knows them: PEFT and other programs do not write them."""
+    adapted = zoo.adapted(kind)
+    dynrank.save_adapter(adapted, tmp_path)
+    write_sidecar_files(tmp_path, adapted, None, None, base_of(adapted))
+    dynrank.load_adapter(zoo.plain(kind).to(torch.bfloat16), tmp_path)
+    dynrank.swap_adapter(zoo.adapted(kind), tmp_path)
+    other = zoo.plain(kind)
+    with torch.no_grad():
+        next(iter(other.parameters())).mul_(1.1)
+    zoo.assert_refused(other, tmp_path, r"another base.* has other values here \([12] of ")
+    dynrank.add_lora(other, rank=2)
+    with pytest.raises(ConfigurationError, match="another base"):
+        dynrank.swap_adapter(other, tmp_path)
+    (tmp_path / "base.json").unlink()
+    dynrank.swap_adapter(other, tmp_path)
 
 
 def test_load_refuses_a_copy_of_a_tied_weight_and_a_model_with_lora_layers(zoo, tmp_path):

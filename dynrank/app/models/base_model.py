@@ -11,7 +11,6 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from dynrank.adapters.base import BASE_FILE, other_weights
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
@@ -61,15 +60,8 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
     A base with other weights than those by which the adapter knows its base is refused.
     """
     origin = base_source(adapter, given)
-    folder = Path(adapter.source)
     model = load_adapter(_base_model(origin, adapter, _settings(adapter, given)), adapter)
-    other = other_weights(model, folder)
-    if other:
-        raise ConfigurationError(
-            f"the adapter {adapter.source!r} was trained on another base than --model {origin!r}: {other}; set --model "
-            f"to that base, or if it shall go on this one, remove {str(folder / BASE_FILE)!r}"
-        )
-    return with_labels(model, folder)
+    return with_labels(model, Path(adapter.source))
 
 
 def _settings(adapter: Adapter, given: str | None) -> ModelSettings:

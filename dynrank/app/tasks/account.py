@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import Any
+from unicodedata import normalize
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -88,12 +89,12 @@ def _remarks(splits: Collection[SplitAccount]) -> dict[str, str]:
         ambiguous.update(split.ambiguous)
     alike: dict[str, list[str]] = {}
     for name in counts:
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
+        alike.setdefault("".join(normalize("NFKC", name).casefold().split()), []).append(name)
     found: dict[str, list[str]] = {name: [] for name in counts}
     for names in alike.values():
         for name in names:
             others = " and ".join(quoted(other) for other in names if other != name)
-            found[name] += [f"as {others} but for case or blanks"] if others else []
+            found[name] += [f"as {others} but for case, blanks or Unicode form"] if others else []
     for name, count in counts.items():
         found[name] += ["one row"] if count == 1 else []
     for name, count in ambiguous.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -18,12 +19,21 @@ from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 
+# The Trainers that are prepared. A callback that kept them itself could not be pickled.
+_PREPARED: WeakSet[Trainer] = WeakSet()
+
+
+def is_prepared(trainer: Trainer) -> bool:
+    """Whether :func:`prepare_trainer` was called for ``trainer``."""
+    return trainer in _PREPARED
+
 
 def prepare_trainer(trainer: Trainer) -> None:
-    """Prepare each model that the Trainer's ``model_init`` makes when training starts, and resumes from FSDP2's shards.
-
-    The model that the Trainer has is prepared by :func:`prepare_model`.
-    """
+    """Prepare the Trainer's model, each that its ``model_init`` makes later, and resumes from FSDP2's shards."""
+    prepare_model(trainer.model)
+    if trainer in _PREPARED:
+        return
+    _PREPARED.add(trainer)
     if fsdp_plugin() is not None:
         _resume_from_shards(trainer)
     if trainer.model_init is None:

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from dynrank.callbacks.transformers.best import forget_best, ranks_of, warn_of_other_ranks
-from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints, prepare_model, prepare_trainer
+from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints, prepare_trainer
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, numeric_metrics, run_length
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
@@ -114,8 +114,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.keep_best_before = keep_best_before
         # Known from attach() on, or while it trains.
         self.trainer: Trainer | None = None
-        # The Trainers whose constructor, or attach(), has prepared the model.
-        self._prepared: WeakSet[Trainer] = WeakSet()
         # The model of the last run, as long as somebody has it.
         self._last_model: ref[nn.Module] | None = None
         # The run, from the begin of training to its end.
@@ -170,10 +168,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 "no schedule; set it to False: this callback restores its own state in any case",
                 "restore_callback_states_from_checkpoint",
             )
-        prepare_model(trainer.model)
-        if trainer not in self._prepared:
-            prepare_trainer(trainer)
-            self._prepared.add(trainer)
+        prepare_trainer(trainer)
 
     # The Trainer's events
 
@@ -194,7 +189,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 "one list, RankTrainerCallback([*first, *second])",
                 "callbacks",
             )
-        if self.trainer not in self._prepared:
+        if not is_prepared(self.trainer):
             raise ConfigurationError(
                 "trainer.add_callback comes too late to prepare the model for checkpoints that can be resumed: call "
                 "RankTrainerCallback(...).attach(trainer) instead",

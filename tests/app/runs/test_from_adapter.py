@@ -154,7 +154,7 @@ def test_an_adapter_of_a_run_knows_its_base_by_its_weights(changed, task, other_
     for place in ("run", "less"):
         build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'"]))
         build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'", "model.dtype=bfloat16"]))
-        with pytest.raises(ConfigurationError, match=rf"another base, .*: '{changed}' has other values .*\(1 of "):
+        with pytest.raises(ConfigurationError, match=rf"another base \(.*\): '{changed}' has other values .*\(1 of "):
             build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model={other}"]))
 
 

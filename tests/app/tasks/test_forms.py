@@ -197,6 +197,8 @@ def test_what_is_strange_about_labels_is_said_before_training(tiny_bert, capsys)
     labels = [f"class{i}" for i in range(25)]
     train = [(f"{label} {i}", label) for label in labels for i in range(3)]
     train += [(f"b {i}", "Late bill") for i in range(3)] + [("c 1", "late  Bill"), ("c 2", "late  Bill")]
+    # The same word with é as one character, and as two.
+    train += [(f"f {form} {i}", form) for i in range(3) for form in ("caf\u00e9", "cafe\u0301")]
     # A class of one row, whose text has another label, too; and one that could be a number.
     train += [("once", "rare"), ("once", "class3"), *((f"d {i}", "[7]") for i in range(3))]
     train += [(f"e {i}", "010") for i in range(4)]
@@ -208,12 +210,14 @@ def test_what_is_strange_about_labels_is_said_before_training(tiny_bert, capsys)
     assert remarks == {
         "class3": "1 text has other labels in other rows",
         "rare": "one row; 1 text has other labels in other rows",
-        "'Late bill'": "as 'late  Bill' but for case or blanks",
-        "'late  Bill'": "as 'Late bill' but for case or blanks",
+        "'Late bill'": "as 'late  Bill' but for case, blanks or Unicode form",
+        "caf\u00e9": "as cafe\u0301 but for case, blanks or Unicode form",
+        "cafe\u0301": "as caf\u00e9 but for case, blanks or Unicode form",
+        "'late  Bill'": "as 'Late bill' but for case, blanks or Unicode form",
     }
     assert {"'010'", "[7]", "class0"} <= rows.keys()
     # Those 20 that are most frequent, and rare ones with a remark.
-    assert sum(f"and {31 - len(rows)} more" in line for line in lines) == 1
+    assert sum(f"and {33 - len(rows)} more" in line for line in lines) == 1
     assert rows["rare"][0].strip() == "1"
 
 

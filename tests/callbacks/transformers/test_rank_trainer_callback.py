@@ -1,6 +1,7 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
 import itertools
+import pickle
 import statistics
 from types import SimpleNamespace
 
@@ -177,6 +178,12 @@ def test_callback_that_was_added_late_is_refused_with_the_cure(tmp_path):
     schedule.attach(made)
     made.train()
     assert ranks(made.model) == {2}
+
+
+def test_callback_can_be_pickled_before_its_run():
+    """As programs do that start the run in another process."""
+    copied = pickle.loads(pickle.dumps(RankTrainerCallback(CUT, rank_map={"o_proj": {"pinned": True}})))
+    assert repr(copied.driver.stages) == repr(RankTrainerCallback(CUT).driver.stages)
 
 
 def test_attaching_checks_the_arguments_and_adds_the_callback_once(tmp_path):
