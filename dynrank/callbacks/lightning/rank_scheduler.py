@@ -156,9 +156,6 @@ class RankScheduler(Callback):
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
-        if trainer.is_last_batch:
-            # A resumed run does not call the end of the epoch whose last step was made.
-            self._read.has_means = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

@@ -57,7 +57,8 @@ class LightningTraining(Training):
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
         self._logged_before = dict(logged_before or {})
         self._read = read or ReadMetrics()
-        self._first_epoch = trainer.current_epoch
+        # A run that is resumed behind the last step of an epoch has forgotten the means over it.
+        self._first_epoch = trainer.current_epoch + trainer.is_last_batch
         # An own optimizer_step may set rates, as Lightning's manual shows it.
         self._sets_rates = is_overridden("optimizer_step", pl_module)
         # The trainer's model is wrapped by DDP.
@@ -87,7 +88,7 @@ class LightningTraining(Training):
 
     def logs_later(self, name: str) -> bool:
         """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""
-        return self.trainer.current_epoch == self._first_epoch and not name.startswith("val")
+        return self.trainer.current_epoch <= self._first_epoch and not name.startswith("val")
 
     @property
     def validation_batches(self) -> int | None:
