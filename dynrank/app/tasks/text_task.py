@@ -184,6 +184,9 @@ class TextTask(LightningDataModule):
             for split, counts in self.rows.ambiguous.items():
                 self.account[split].ambiguous = dict(counts)
             rank_zero_only(print_account)(self.account)
+            # A test comes after the whole training, and what it refuses is known now.
+            if self.trainer and self.trainer.limit_test_batches != 0:
+                self.test_dataloader()
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]
