@@ -169,9 +169,15 @@ class TextTask(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache in one process before the others read it."""
-        self.setup("fit")
+        self._make_examples()
 
     def setup(self, stage: str) -> None:
+        self._make_examples()
+        # A test comes after the whole training, and what it refuses is known now.
+        if stage == "fit" and self.trainer and self.trainer.limit_test_batches != 0:
+            self.test_dataloader()
+
+    def _make_examples(self) -> None:
         if not self.examples:
             examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
             most = self.positions
@@ -184,9 +190,6 @@ class TextTask(LightningDataModule):
             for split, counts in self.rows.ambiguous.items():
                 self.account[split].ambiguous = dict(counts)
             rank_zero_only(print_account)(self.account)
-            # A test comes after the whole training, and what it refuses is known now.
-            if self.trainer and self.trainer.limit_test_batches != 0:
-                self.test_dataloader()
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]
