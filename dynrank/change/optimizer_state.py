@@ -153,6 +153,13 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "optimizers",
             "optimizer_state",
         )
+    if any(group.get("slice_p", 1) > 1 for group in optimizer.param_groups):
+        raise ConfigurationError(
+            f"optimizer {name} keeps every n-th number of a part of its state (slice_p), which cannot be carried; set "
+            'slice_p=1, or optimizer_state="reset"',
+            "optimizers",
+            "optimizer_state",
+        )
     for parameter in parameters:
         if parameter.ndim > 2 and ROW in rules.values():
             raise ConfigurationError(

@@ -51,7 +51,7 @@ from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import MeasuredSteps, Training
-from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
+from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure, validate
 from dynrank.errors import ConfigurationError, described, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map
@@ -121,6 +121,8 @@ class RankDriver:
         self._loaded: Mapping[str, Any] | None = None
         # What the checkpoint has otherwise: "schedule" or "rank_map"; None: nothing.
         self._differs: str | None = None
+        # Whether a validation has shown that the metrics exist by which changes are judged.
+        self._has_checked = False
 
     @property
     def history(self) -> History:
@@ -240,6 +242,9 @@ class RankDriver:
         is_known = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
+        if metrics and not self._has_checked:
+            self._check_metrics(training, metrics)
+            self._has_checked = True
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             logged = {**training.logged(), **self.progress.metrics}
@@ -247,12 +252,24 @@ class RankDriver:
             observed = observed_metrics(self.stages)
             group = training.group
             values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
-            if not waiting:
+            is_new = any(name in metrics for name in trigger.monitors) or all(map(training.is_new, trigger.monitors))
+            if is_new and not waiting:
                 fires = trigger.observe(training.step, *values)
                 reason = trigger.reason
                 for name in trigger.monitors:
                     reason = reason.replace(name, training.own_name(name, logged))
                 self._decide(training, fires, reason)
+
+    def _check_metrics(self, training: Training, metrics: Mapping[str, float]) -> None:
+        """Refuse a schedule whose changes are judged by a metric that the first validation, of ``metrics``, lacks.
+
+        A validation for a change may have more than that, so it decides.
+        """
+        checked = checked_metrics(self.stages[self.progress.stage :], measure=self.measure)
+        absent = sorted(checked.keys() - metrics.keys())
+        found = validate(training) if absent and not training.validates_alike else metrics
+        for name in absent:
+            metric_value(found, name, checked, training.group)
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -283,6 +300,11 @@ class RankDriver:
         self._ended_step = 0
         self._loaded = None
         self._differs = None
+
+    def count_anew(self) -> None:
+        """Let the run begin again at step 0 with the present model; the changes that were made stay."""
+        self.progress = replace(self.progress, pending=None, observed_step=None, metrics={})
+        self._ended_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""

@@ -68,6 +68,8 @@ class Training:
 
     # Whether a trainer knows all its schedulers. Any other rate is then one that the program has set by itself.
     knows_schedulers: ClassVar[bool] = False
+    # Whether a validation for a change has the metrics of the run's own validations, and no others.
+    validates_alike: ClassVar[bool] = False
     # Advice in error messages: how the user makes a run validate.
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
@@ -124,6 +126,10 @@ class Training:
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
+
+    def is_new(self, name: str) -> bool:
+        """Whether training has logged the metric ``name`` since triggers have last read it."""
+        return True
 
     def logs_later(self, name: str) -> bool:
         """Whether training has logged nothing yet and may log the metric ``name``: a trigger then waits for it."""

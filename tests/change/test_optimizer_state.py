@@ -393,6 +393,13 @@ def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
     assert torch.tensor(train(net, optimizer, steps)).isfinite().all()
 
 
+def test_prodigy_that_keeps_a_slice_of_its_state_is_refused_in_advance():
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    check_optimizer(Prodigy([parameter], slice_p=11), [parameter], "reset")
+    with pytest.raises(ConfigurationError, match="Prodigy .*slice_p=1, or optimizer_state=.reset"):
+        check_optimizer(Prodigy([parameter], slice_p=11), [parameter], "transport")
+
+
 @pytest.mark.parametrize(("cls", "option"), [(torch.optim.RMSprop, "centered"), (bitsandbytes.optim.AdamW, "is_paged")])
 def test_an_option_that_makes_another_state_is_refused_in_advance(cls, option):
     parameter = nn.Parameter(torch.zeros(2, 3))

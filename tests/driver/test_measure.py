@@ -1,5 +1,7 @@
 """What a change costs is measured directly before and after it, on few data, and the run does not notice."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -12,7 +14,7 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.driver.undo import batches_to_measure
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Rank
 from dynrank.triggers import At, Plateau, Run
 
@@ -29,14 +31,14 @@ def loss_of(module, batches):
 
 
 class Watching(Callback):
-    """Validates by hand directly before and directly after the change, which comes at step 6."""
+    """Validates by hand after step 6, where the change comes before the next batch, and directly after the change."""
 
     def __init__(self, batches):
         self.batches = batches
         self.before = None
         self.event = None
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 6:
             self.before = loss_of(pl_module, self.batches)
 
@@ -118,6 +120,39 @@ def test_a_metric_that_no_validation_logs_is_refused_before_training(regression,
     scheduler = RankScheduler([Stage(when, Rank(1), how=how)], measure=True)
     with pytest.raises(ConfigurationError, match=rf"{named}.*'val/los'; logged: 'val/loss'"):
         fitted(regression, regression[1]()[1], scheduler, Watching([]), num_sanity_val_steps=1)
+
+
+@pytest.mark.parametrize("validated", ["loss", "val/loss"])
+def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(validated):
+    """What a loop reports may lack it, so what it validates for a change decides, once."""
+
+    class Loop(Training):
+        count = 0
+
+        def validate(self):
+            self.count += 1
+            return {validated: 1.0}
+
+    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, alpha=2)
+    driver = RankDriver([Stage(At(step=9), Rank(1), how=How(max_regression=0.1))])
+    loop = Loop(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
+    driver.start(loop, Run(10))
+    with (
+        pytest.raises(ConfigurationError, match="'val/loss'; logged: 'loss'") if validated == "loss" else nullcontext()
+    ):
+        for loop.step in (1, 2):
+            driver.validated(loop, {"loss": 1.0})
+    assert loop.count == 1
+
+
+def test_a_metric_that_no_validation_logs_is_refused_at_the_first_one_of_lightning(regression):
+    make, data, trainer = regression
+    made = trainer(
+        callbacks=[RankScheduler(auto(how=How(check_monitor="val/los")))], max_steps=20, num_sanity_val_steps=0
+    )
+    with pytest.raises(ConfigurationError, match=r"'val/los'; logged: 'val/loss'"):
+        made.fit(make(), *data())
+    assert made.global_step == 10
 
 
 class Logging(Callback):

@@ -1,7 +1,7 @@
 """What Lightning's callbacks call the best so far, in a run whose ranks fall: only what comes after the last cut."""
 
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -45,9 +45,9 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
 def forget_scores_of(trainer: Trainer, names: Collection[str]) -> None:
     """Forget every score by the metrics ``names``.
 
-    Call it when the first validation after a cut begins, with the names of metrics of the one before the cut. Until
-    then Lightning keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them
-    for those of the changed model.
+    Call it after a cut, when a validation begins or an epoch ends, with the names of those that are older than the cut.
+    Lightning keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them for
+    those of the changed model.
     """
     forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs if config.monitor in names])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -66,11 +66,12 @@ def _begin_anew(callback: Callback) -> None:
         callback.wait_count = 0
 
 
-def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
+def save_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, float]) -> None:
     """Validate and save once more, after ranks have changed behind the last step.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``scheduler`` is not called in the validation: its schedule has ended.
+    does not. ``scheduler`` is not called in the validation: its schedule has ended. ``logged`` has the metrics of
+    before a resume, too.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
@@ -84,7 +85,7 @@ def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
         finally:
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
     for saver in savers:
-        private.save_now(saver, trainer)
+        private.save_now(saver, trainer, {name: torch.tensor(value) for name, value in logged.items()})
 
 
 def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:

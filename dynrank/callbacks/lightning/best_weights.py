@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dynrank.callbacks.lightning.training import LightningTraining
+from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.undo import validate
@@ -57,6 +58,8 @@ class BestWeights(Checkpoint):
         self._last_validated = 0
         # Whether there was a validation since the last change.
         self._was_validated = False
+        # Whether a validation has logged the metric; otherwise training may.
+        self._is_of_validations = False
 
     @property
     def why_none(self) -> str:
@@ -70,7 +73,10 @@ class BestWeights(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._take(trainer, trainer.callback_metrics)
+            metrics = validation_metrics(trainer)
+            self._is_of_validations |= self.monitor in metrics
+            # Lightning also has the value of an earlier validation, if this one logs none.
+            self._take(trainer, metrics if self._is_of_validations else trainer.callback_metrics)
         self._validated = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,7 +114,10 @@ class BestWeights(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         best = {"monitor": self.monitor, "step": self.step, "value": self.value, "weights": self._weights}
-        return {**best, "last_validated": self._last_validated, "was_validated": self._was_validated}
+        return {**best, "last_validated": self._last_validated} | {
+            "was_validated": self._was_validated,
+            "is_of_validations": self._is_of_validations,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         # Values of another metric, by which a resumed run may judge, cannot be compared.
@@ -118,7 +127,8 @@ class BestWeights(Checkpoint):
         self.value = state_dict["value"]
         self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
-        self._was_validated = state_dict.get("was_validated", False)
+        self._was_validated = state_dict["was_validated"]
+        self._is_of_validations = state_dict["is_of_validations"]
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

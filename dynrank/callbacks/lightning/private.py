@@ -1,6 +1,6 @@
 """The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -9,11 +9,18 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 
 
 def results(trainer: Trainer) -> Any:
     """The logged results of the running loop, with each metric's sum and weight."""
     return trainer._results
+
+
+def epoch_means(trainer: Trainer) -> set[str]:
+    """The metrics of training that Lightning computes at the end of an epoch alone."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {result.meta.forked_name(on_step=False) for result in results.values() if result.meta.on_epoch}
 
 
 @contextmanager
@@ -86,9 +93,12 @@ def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
     callback._save_checkpoint(trainer, path)
 
 
-def save_now(callback: ModelCheckpoint, trainer: Trainer) -> None:
-    """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``."""
-    metrics = callback._monitor_candidates(trainer)
+def save_now(callback: ModelCheckpoint, trainer: Trainer, more: Mapping[str, Tensor] | None = None) -> None:
+    """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``.
+
+    ``more``: further metrics, which the trainer no longer has.
+    """
+    metrics = {**(more or {}), **callback._monitor_candidates(trainer)}
     callback._save_topk_checkpoint(trainer, metrics)
     callback._save_last_checkpoint(trainer, metrics)
 

@@ -1,5 +1,7 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +12,7 @@ from dynrank.callbacks.lightning.best import forget_best, forget_scores_of, save
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
-from dynrank.callbacks.lightning.training import LightningTraining, run_length
+from dynrank.callbacks.lightning.training import LightningTraining, ReadMetrics, run_length
 from dynrank.callbacks.lightning.validations import logged_by_callbacks, validation_metrics
 from dynrank.driver.checks import check_callbacks_metrics, check_validation
 from dynrank.driver.driver import RankDriver
@@ -91,12 +93,13 @@ class RankScheduler(Callback):
         self._first_step = 0
         # The run, from on_train_start to its end.
         self._run: LightningTraining | None = None
-        # The last value of each metric that triggers read; Lightning forgets them when a run is resumed.
+        # The last value of each metric that triggers or callbacks read; Lightning forgets them when a run is resumed.
         self._logged: dict[str, float] = {}
-        # The names of the metrics of the last validation.
-        self._validated: list[str] = []
-        # The same at the last cut, until the next validation.
-        self._of_before: list[str] = []
+        self._read = ReadMetrics()
+        # The metrics whose present values are of before the last cut: of validations, and means over the epoch.
+        self._of_before: set[str] = set()
+        # The epoch in which the last cut was made behind its first step, so its means are of both ranks; -1: none.
+        self._cut_epoch = -1
 
     @property
     def history(self) -> History:
@@ -120,14 +123,17 @@ class RankScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._keep_logged()
-        own = {"stepped": self._stepped, "logged": self._logged, "of_before": self._of_before}
+        own = {"stepped": self._stepped, "logged": self._logged, "cut_epoch": self._cut_epoch}
+        own |= {"of_before": sorted(self._of_before), "read": asdict(self._read)}
         return {**self.driver.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
         self._logged = state_dict["logged"]
-        self._of_before = state_dict["of_before"]
+        self._of_before = {*state_dict["of_before"]}
+        self._cut_epoch = state_dict["cut_epoch"]
+        self._read = ReadMetrics(**state_dict["read"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -136,36 +142,46 @@ class RankScheduler(Callback):
             _check_callbacks(self, trainer)
             check_strategy(trainer)
             call_hooks_of_ended_run(trainer)
+            # So what other callbacks log of a step has the ranks and rates of that step.
+            trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self._run = LightningTraining(trainer, pl_module, self._logged)
+        self._run = LightningTraining(trainer, pl_module, self._logged, self._read)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
+        if trainer.is_last_batch:
+            # A resumed run does not call the end of the epoch whose last step was made.
+            self._read.has_means = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            forget_scores_of(trainer, self._of_before)
-            self._of_before = []
+            forget_scores_of(trainer, self._of_before.intersection(self._read.validated))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
         metrics = validation_metrics(trainer)
-        self._validated = [*metrics]
+        self._read.validated = sorted({*self._read.validated, *metrics})
         to_come = self.driver.stages[self.driver.progress.stage :]
         check_callbacks_metrics(logged_by_callbacks(trainer, pl_module), to_come, measure=self.driver.measure)
         if trainer.sanity_checking:
             check_validation(metrics, self.driver.stages, measure=self.driver.measure)
         else:
-            self.driver.validated(self._training, metrics)
+            self._of_before -= metrics.keys()
+            self._validated(metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
+        self._read.has_means = False
         if not trainer.enable_validation:
-            self.driver.validated(self._training, {})
+            self._validated({})
+        means = self._of_before.difference(self._read.validated)
+        forget_scores_of(trainer, means)
+        if trainer.current_epoch != self._cut_epoch:
+            self._of_before -= means
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:
@@ -193,14 +209,15 @@ class RankScheduler(Callback):
         self.driver.finish(self._training)
         self._keep_logged()
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
-            save_after_end(trainer, self)
+            save_after_end(trainer, self, self._training.logged())
         if self.history:
             warn_of_other_ranks(trainer, pl_module)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
-            self._of_before = self._validated
+            self._of_before = private.epoch_means(trainer).union(self._read.validated)
+            self._cut_epoch = trainer.current_epoch if trainer.fit_loop.batch_idx > 0 else -1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
@@ -216,10 +233,19 @@ class RankScheduler(Callback):
         assert self._run is not None
         return self._run.now()
 
+    def _validated(self, metrics: Mapping[str, float]) -> None:
+        """Pass the metrics of a validation on to the driver."""
+        training = self._training
+        self._read.means = sorted(private.epoch_means(training.trainer).union(self._read.means))
+        self.driver.validated(training, metrics)
+        self._read.has_means = True
+
     def _keep_logged(self) -> None:
         if self._run is not None:
             logged = self._run.logged()
-            self._logged = {name: logged[name] for name in self.driver.observes if name in logged}
+            callbacks = self._run.trainer.callbacks  # type: ignore[attr-defined]
+            read = [*self.driver.observes, *(getattr(callback, "monitor", None) for callback in callbacks)]
+            self._logged = {name: value for name, value in logged.items() if name in read}
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""

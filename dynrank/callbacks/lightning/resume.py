@@ -48,7 +48,9 @@ def call_hooks_of_ended_run(trainer: Trainer) -> None:
         batches = loop.epoch_loop.batch_progress
         if batches.current.ready < loop.max_batches < inf:
             batches.is_last_batch = False
-        if loop.restarting and loop.max_batches and loop.done:
+        # Behind the end of an epoch, Lightning says only with max_steps that the loop is restarting.
+        is_resumed = loop.restarting or trainer.ckpt_path is not None
+        if is_resumed and loop.max_batches and loop.done:
             loop.reset()
             loop.on_run_start()
             if trainer.lightning_module.automatic_optimization:

@@ -1,6 +1,7 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +16,21 @@ from dynrank.driver.training import Training
 from dynrank.triggers import Run
 
 
+@dataclass
+class ReadMetrics:
+    """What triggers have read; lists, because a checkpoint contains them.
+
+    Attributes:
+        validated: the names of all metrics of validations so far.
+        means: the names of all metrics of training so far that are means over the epoch.
+        has_means: whether triggers have read the means of the last epoch.
+    """
+
+    validated: list[str] = field(default_factory=list)
+    means: list[str] = field(default_factory=list)
+    has_means: bool = False
+
+
 class LightningTraining(Training):
     """A run of Lightning's Trainer.
 
@@ -24,16 +40,23 @@ class LightningTraining(Training):
         trainer: the trainer, in ``fit``.
         pl_module: the module that it trains.
         logged_before: the last value of metrics that were logged before a resume, which Lightning forgets.
+        read: what triggers have read; the caller updates it.
     """
 
     validate_by = "give fit() validation data"
+    validates_alike = True
     knows_schedulers = True
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, logged_before: Mapping[str, float] | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        logged_before: Mapping[str, float] | None = None,
+        read: "ReadMetrics | None" = None,
     ) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
         self._logged_before = dict(logged_before or {})
+        self._read = read or ReadMetrics()
         self._first_epoch = trainer.current_epoch
         # An own optimizer_step may set rates, as Lightning's manual shows it.
         self._sets_rates = is_overridden("optimizer_step", pl_module)
@@ -57,6 +80,10 @@ class LightningTraining(Training):
     def logged(self) -> Mapping[str, float]:
         now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         return self._logged_before | now
+
+    def is_new(self, name: str) -> bool:
+        """A metric of validations is new in them alone, a mean over the epoch once after each."""
+        return name not in self._read.validated and not (name in self._read.means and self._read.has_means)
 
     def logs_later(self, name: str) -> bool:
         """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""

@@ -21,12 +21,10 @@ from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
 from dynrank.distributed.accelerated import check_arguments
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.sharding import is_sharded
-from dynrank.driver.checks import checked_metrics, metric_value
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
 from dynrank.driver.reserved import slot_notice
 from dynrank.driver.schedulers import forget_plateau
-from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import load_undamaged
@@ -46,7 +44,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Several processes train under DDP or accelerate's FSDP2. That shards the frozen base, when the Trainer is made, and
     each process has the complete adapters (:func:`dynrank.distributed.sharding.shard_frozen`).
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules observe by default, is
-    ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
+    ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``). They read once what is
+    new at each evaluation of the Trainer, or at each log where the Trainer does not evaluate.
 
     Its state is in each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without that file a
     checkpoint is incomplete. ``train(resume_from_checkpoint=...)`` can resume before, at or after a change.
@@ -122,10 +121,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
+        # The names of those that triggers have not read yet; always the same set.
+        self._new: set[str] = set()
         # Metrics of evaluations that triggers have not read yet, of all data sets.
         self._evaluated: dict[str, float] = {}
-        # Whether an evaluation has shown that the metric of a check exists.
-        self._checked = False
         # {step of a checkpoint: its ranks}
         self._saved: dict[int, list[int]] = {}
         # What every record of the log says of the present ranks; empty before the first step.
@@ -202,8 +201,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         is_zero = self.trainer.is_deepspeed_enabled
         if is_zero:
             save_live(model)
+        # The last training has ended without its event, by an error.
+        is_again = self._run is not None and self._run.trainer is self.trainer
         kind = ZeroTraining if is_zero else TrainerTraining
-        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged)
+        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged, self._new)
         if process_count() > 1 and not (training.ddp or is_zero or is_sharded(model)):
             raise ConfigurationError(
                 "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and "
@@ -213,6 +214,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self._load(state)
         elif self.trainer.model_init is not None and (self._last_model is None or model is not self._last_model()):
             self._begin_anew()
+        elif args.auto_find_batch_size and is_again:
+            # The Trainer begins at step 0 again, with less in a batch, and keeps the model as it is.
+            self.driver.count_anew()
         self._last_model = ref(model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._ranks = {}
@@ -261,7 +265,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     ) -> None:
         if not self.listening:
             return
-        self.logged.update(numeric_metrics(logs))
+        found = numeric_metrics(logs)
+        self.logged.update(found)
+        self._new.update(found)
         more = dict(self._ranks)
         if "learning_rate" in logs and self.driver.lr_factor != 1.0:
             # The Trainer logs the rate of the step that was made, or of the next one, by version.
@@ -282,8 +288,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         metrics: Mapping[str, Any],
         **_: Any,
     ) -> None:
-        if self.listening and state.global_step:
-            self._evaluated |= numeric_metrics(metrics)
+        found = numeric_metrics(metrics)
+        # A program may also evaluate other data, with a prefix of their own.
+        is_read = any(name.startswith("eval_") for name in found) or not found.keys().isdisjoint(self.driver.monitors)
+        if self.listening and state.global_step and is_read:
+            self._evaluated |= found
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -332,23 +341,21 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         return self._run.now(event, steps_uncounted)
 
     def _show_evaluated(self, training: TrainerTraining) -> None:
-        """Pass the evaluations since the last step to the driver together: each event had one data set."""
-        if self._evaluated:
+        """Pass the evaluations since the last step to the driver together: each event had one data set.
+
+        Where the Trainer does not evaluate, triggers read what it logs.
+        """
+        if self._evaluated or (self._new and not training.evaluates):
             metrics = self._evaluated
             self._evaluated = {}
-            checked = checked_metrics(self.driver.stages, measure=self.driver.measure)
-            if not self._checked and checked.keys() - metrics.keys():
-                # The user's function may return more, so only that decides.
-                metrics_of_check = validate(training)
-                for name in checked:
-                    metric_value(metrics_of_check, name, checked, training.group)
-            self._checked = True
             self.driver.validated(training, metrics)
+            self._new.clear()
 
     def _begin_anew(self) -> None:
         """Forget earlier runs."""
         self.driver.reset()
         self.logged.clear()
+        self._new.clear()
         self._evaluated = {}
         self._saved = {}
 
@@ -358,7 +365,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
         state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
-        torch.save(state | {"saved": self._saved}, buffer)
+        torch.save(state | {"new": sorted(self._new), "saved": self._saved}, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
     def _load(self, state: TrainerState) -> None:
@@ -374,5 +381,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.load_state_dict(saved["driver"])
         self.logged.clear()
         self.logged.update(saved["logged"])
+        self._new.clear()
+        self._new.update(saved["new"])
         self._evaluated = dict(saved["evaluated"])
         self._saved = dict(saved["saved"])

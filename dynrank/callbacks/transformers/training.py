@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -29,6 +33,7 @@ class TrainerTraining(Training):
         event: the arguments of the event by which the Trainer has called a callback.
         evaluate: evaluates the present model; None: ``trainer.evaluate``, if the Trainer has an ``eval_dataset``.
         metrics: the last value of every metric, which the caller updates.
+        new: the names of those that triggers have not read yet, which the caller updates, too.
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
@@ -40,6 +45,7 @@ class TrainerTraining(Training):
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
+        new: Collection[str],
     ) -> None:
         super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
@@ -47,6 +53,7 @@ class TrainerTraining(Training):
         self._event = event
         self._evaluate = evaluate
         self._metrics = metrics
+        self._new = new
 
     def now(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
         """The run itself, at its present step, in which the Trainer has called a callback with ``event``.
@@ -73,11 +80,23 @@ class TrainerTraining(Training):
     def logged(self) -> Mapping[str, float]:
         return self._metrics
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the Trainer evaluates by itself."""
+        return bool(self.trainer.args.eval_strategy != IntervalStrategy.NO)
+
+    def is_new(self, name: str) -> bool:
+        return name in self._new
+
     def logs_later(self, name: str) -> bool:
-        """An evaluation may come before the first of the logs, in which training has its ``loss``."""
-        is_of_evaluation = name.startswith(("eval_", "val/"))
+        """An evaluation may come before the first of the logs, in which training has its ``loss``.
+
+        Where the Trainer does not evaluate, the program may do so at any time.
+        """
+        if name.startswith(("eval_", _PREFIX)):
+            return not self.evaluates
         logs = self.trainer.args.logging_strategy != IntervalStrategy.NO
-        return logs and "loss" not in self._metrics and not is_of_evaluation
+        return logs and "loss" not in self._metrics
 
     @property
     def _evaluation(self) -> Callable[[], Mapping[str, Any]] | None:
@@ -167,8 +186,16 @@ def _every(rows: Any, apart: int) -> Any:
 
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``metrics``; eval_loss is val/loss, too."""
-    found = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    found = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
     return found | {f"{_PREFIX}{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
+
+
+def _number(value: Any) -> float | None:
+    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    # numpy's numbers are of Real, too.
+    return float(value) if isinstance(value, Real) else None
 
 
 def run_length(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:

@@ -173,6 +173,72 @@ def test_score_of_before_the_cut_that_is_read_after_it_does_not_count(fit, worse
     assert run(again, ckpt_path=tmp_path / "step=14.ckpt") == expected
 
 
+@pytest.mark.parametrize("step", [7, 12, 17])
+def test_score_of_before_counts_in_no_validation_that_lacks_it(regression, fit, tmp_path, step):
+    """The validations at 5, 20 and 35 log it; Lightning keeps its value in those between."""
+
+    class Seldom(regression[0]):
+        validations = 0
+
+        def on_validation_epoch_end(self):
+            if self.validations % 3 == 0:
+                self.log("score", (0.1, 0.8, 0.7, 0.9)[self.validations // 3])
+            self.validations += 1
+
+    saver, stopper, weights = best(tmp_path), EarlyStopping("score", patience=99), BestWeights("score")
+    fit(RankScheduler(Stage(At(step=step), Rank(2))), saver, stopper, weights, module=Seldom(), max_steps=60)
+    assert (saver.best_model_path, saver.best_model_score) == (str(tmp_path / "step=35.ckpt"), 0.7)
+    assert stopper.best_score == 0.7
+    assert (weights.step, weights.value) == (35, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize(("step", "score", "at"), [(10, 0.2, 25), (13, 0.6, 45)])
+def test_mean_over_an_epoch_counts_from_the_first_one_of_the_new_ranks_alone(
+    fit, regression, tmp_path, step, score, at
+):
+    """An epoch has ten steps. Every fifth step is judged by the mean of the epoch before."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("score", (0.1, 0.2, 0.7, 0.6, 0.9)[self.current_epoch], on_step=False, on_epoch=True)
+            return loss
+
+    every = {"every_n_train_steps": 5, "save_on_train_epoch_end": False}
+    saver = best(tmp_path, **every)
+    cut = RankScheduler(Stage(At(step=step), Rank(2)))
+    fit(cut, saver, module=Logging(), max_epochs=5, max_steps=-1, limit_val_batches=0)
+    assert float(saver.best_model_score) == pytest.approx(score)
+    assert saver.best_model_path == str(tmp_path / f"step={at}.ckpt")
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_epochs": 1, "max_steps": -1}])
+def test_resume_behind_the_last_step_saves_by_a_metric_of_training(fit, regression, tmp_path, monkeypatch, length):
+    """Which Lightning forgets in a resume."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("score", loss, on_step=True)
+            return loss
+
+    def run(**options):
+        saver = best(tmp_path / "best", save_last=True, enable_version_counter=False)
+        fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), saver, module=Logging(), **length, **options)
+        return saver
+
+    def killed(*_):
+        raise ChildProcessError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RankScheduler, "on_train_end", killed)
+        with pytest.raises(ChildProcessError):
+            run()
+    assert ranks_in(Logging, tmp_path / "best" / "last.ckpt") == {6}
+    saver = run(ckpt_path=tmp_path / "best" / "last.ckpt")
+    assert ranks_in(Logging, saver.last_model_path) == ranks_in(Logging, saver.best_model_path) == {2}
+
+
 def test_weights_of_a_validation_that_is_nan_are_never_the_best(fit, regression):
     class Undefined(regression[0]):
         def on_validation_epoch_end(self):

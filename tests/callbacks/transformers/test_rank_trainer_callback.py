@@ -1,11 +1,13 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
+import copy
 import itertools
 import pickle
 import statistics
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -128,17 +130,29 @@ def test_each_model_of_model_init_has_the_whole_schedule_and_takes_the_ranks_of_
         assert_same(again.model, model, start)
 
 
-def test_a_model_whose_ranks_have_changed_does_not_begin_anew(tmp_path):
-    """After an error of memory, auto_find_batch_size trains the same model again, from step 0."""
+@pytest.mark.parametrize("last", [1, 5])
+def test_training_that_begins_again_with_less_in_a_batch_goes_on_with_the_schedule(tmp_path, last):
+    """After an error of memory, auto_find_batch_size trains the same model again from step 0: before or after a cut."""
 
     class Exhausted(TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == 5:
+            self.steps.append(state.global_step)
+            if self.steps == [*range(1, last + 1)]:
                 raise RuntimeError("CUDA out of memory.")
 
-    made = trainer(tmp_path, None, RankTrainerCallback(CUT), model_init=own, auto_find_batch_size=True)
-    made.add_callback(Exhausted())
-    with pytest.raises(ConfigurationError, match="this schedule is at step 5 of another run"):
+    schedule = RankTrainerCallback(CUT)
+    made = trainer(tmp_path, own(), schedule, auto_find_batch_size=True)
+    exhausted = Exhausted()
+    made.add_callback(exhausted)
+    made.train()
+    assert exhausted.steps == [*range(1, last + 1), *range(1, STEPS + 1)]
+    assert [event.step for event in schedule.history] == [CUT.when.step]
+    assert ranks(made.model) == {2}
+    # A second training of the same model is refused as before.
+    with pytest.raises(ConfigurationError, match=f"this schedule is at step {STEPS} of another run"):
         made.train()
 
 
@@ -393,6 +407,61 @@ def test_gap_waits_for_the_first_loss_that_training_logs(train, val, options, st
         made.train()
     assert made.state.global_step == stop
     assert len(schedule.driver.stages[0].when.state_dict()["_gaps"]) == (0 if missed else 3)
+
+
+def observed(schedule, trigger):
+    """Let ``schedule`` note in a list what ``trigger`` observes: (step, value)."""
+    seen = []
+    (stage,) = schedule.driver.stages
+    assert type(stage.when) is trigger
+    observe = stage.when.observe
+    stage.when.observe = lambda step, value: seen.append((step, value)) or observe(step, value)
+    return seen
+
+
+def test_trigger_reads_each_value_that_training_logs_once(tmp_path):
+    """At evaluations, which are more frequent; where there are none, at each log."""
+    for options, steps in (({**EVALUATING, "logging_steps": 5}, [6, 10]), ({"logging_steps": 4}, [4, 8])):
+        schedule = RankTrainerCallback(Stage(Plateau("loss", patience=9), Rank(2)))
+        seen = observed(schedule, Plateau)
+        made = trainer(tmp_path, own(), schedule, **options)
+        with pytest.warns(UserWarning, match="training ended before stage 1"):
+            made.train()
+        losses = [log["loss"] for log in made.state.log_history if "loss" in log]
+        assert seen == list(zip(steps, losses, strict=True))
+    # A metric of evaluations may still come where the Trainer makes none; it is not refused.
+    schedule = RankTrainerCallback(Stage(Plateau("eval_loss"), Rank(2), deadline=0.5))
+    trainer(tmp_path, own(), schedule).train()
+    assert [event.step for event in schedule.history] == [STEPS // 2]
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_evaluation_of_other_data_with_a_prefix_of_its_own_is_none_of_the_trigger_s(first, tmp_path):
+    """It begins before or after the Trainer's own, whose metric it must not repeat."""
+
+    class Other(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step >= first:
+                kept = copy.copy(control)
+                made.evaluate(data(4), metric_key_prefix="train")
+                vars(control).update(vars(kept))
+
+    schedule = RankTrainerCallback(Stage(Plateau("eval_loss", patience=9), Rank(2)))
+    seen = observed(schedule, Plateau)
+    made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4)
+    made.add_callback(Other())
+    with pytest.warns(UserWarning, match="training ended before stage 1"):
+        made.train()
+    losses = [(log["step"], log["eval_loss"]) for log in made.state.log_history if "eval_loss" in log]
+    assert len(losses) >= 2
+    assert seen == losses
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, lambda value: np.array([value])])
+def test_own_evaluation_may_return_what_numpy_and_torch_compute(kind, tmp_path):
+    schedule = RankTrainerCallback(CUT, measure=True, evaluate=lambda: {"val/loss": kind(0.25), "kind": "none"})
+    trainer(tmp_path, own(), schedule).train()
+    assert (schedule.history[0].measured.before, schedule.history[0].measured.metric) == (0.25, "val/loss")
 
 
 @pytest.mark.parametrize(("stages", "measure"), [(auto(0.3, at=0.5), False), (CUT, True)])
