@@ -15,7 +15,7 @@ from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import Inputs, input_files, modelfile, read_inputs, tokenizer_source, with_labels
+from dynrank.adapters.sidecar_files import TOKENIZER_FILE, input_files, modelfile, read_inputs, with_labels
 from dynrank.adapters.stored import read_json
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
@@ -76,8 +76,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
     one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
     common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
-    adapter's folder has precedence. If its inputs.json says that it learned answers, generation_config.json names their
-    ends. ``out`` is written whole or not at all. No code from the model's folder is run.
+    adapter's folder has precedence. If it says what training learned, generation_config.json names the ends of answers.
+    ``out`` is written whole or not at all. No code from the model's folder is run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
@@ -99,7 +99,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     own = input_files(source)
     of_base = input_files(Path(origin))
     merged: PreTrainedModel = merge(on_base(adapter, model))
-    _name_ends(merged, read_inputs(source), tokenizer_source(source, origin), _settings(adapter, model))
+    _name_ends(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
@@ -113,11 +113,13 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     return merged
 
 
-def _name_ends(model: Any, learned: Inputs, tokenizer_at: str, settings: ModelSettings) -> None:
-    """Let a model that generates stop at the end of an answer that training ``learned``, if it says what it learned."""
-    if not learned.form or not model.can_generate():
+def _name_ends(model: Any, source: Path) -> None:
+    """Let a model that generates stop at the end of an answer that training learned, where ``source`` tells it."""
+    learned = read_inputs(source)
+    # An adapter of another program has no inputs of training, and need not have a tokenizer.
+    if not (learned.form and (source / TOKENIZER_FILE).exists() and model.can_generate()):
         return
-    tokenizer = load_tokenizer(tokenizer_at, "--model", settings)
+    tokenizer = load_tokenizer(str(source.resolve()), "--model")
     end = None
     if learned.form == "chat":
         system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
