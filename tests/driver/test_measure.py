@@ -168,6 +168,21 @@ def test_a_metric_that_a_callback_logs_is_refused_at_the_first_validation(regres
     with pytest.raises(ConfigurationError, match=r"'val/score', which a callback logs"):
         made.fit(make(), *data())
     assert made.global_step == (0 if sanity else 4)
+
+    # Also if the module has that hook, but not that metric: it is asked once, before the next step.
+    class Having(make):
+        def on_validation_epoch_end(self):
+            self.log("val/other", 1.0)
+
+    stages = [Stage(At(step=9), Rank(1), how=How(check_monitor="val/score", max_regression=0.1))]
+    made = trainer(
+        callbacks=[RankScheduler(stages), Logging()], max_steps=20, num_sanity_val_steps=sanity, val_check_interval=4
+    )
+    with pytest.raises(ConfigurationError, match=r"'val/score', which a callback logs"):
+        made.fit(Having(), *data())
+    assert made.global_step == (0 if sanity else 4)
+    stages = [Stage(At(step=9), Rank(1), how=How(check_monitor="val/other", max_regression=0.1))]
+    trainer(callbacks=[RankScheduler(stages), Logging()], max_steps=12, val_check_interval=4).fit(Having(), *data())
     # A schedule that does not judge by it takes it.
     scheduler = RankScheduler(Stage(At(step=9), Rank(1), how=How(max_regression=9.0)))
     trainer(callbacks=[scheduler, Logging()], max_steps=12, val_check_interval=4).fit(make(), *data())

@@ -12,7 +12,7 @@ from dynrank.app.tasks import account
 from dynrank.app.tasks.classification import Classification, Classifier
 from dynrank.app.tasks.data import splits
 from dynrank.app.tasks.data.columns import find_columns
-from dynrank.callbacks import BestWeights
+from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.callbacks.lightning import best as lightning_best
 from dynrank.callbacks.transformers import rank_trainer_callback
 from dynrank.driver import driver, learning_rates, schedulers
@@ -85,6 +85,7 @@ FAULTS = {
     "a resumed run forgets who sets the rate": (33, "rates", torch.optim.SGD, "load_state_dict", forgetting),
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", lightning_best, "_begin_anew", nothing),
+    "a score that Lightning keeps counts again": (110, "best", RankScheduler, "on_validation_start", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
     "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
     "a label is in no training text": (154, "data", splits, "with_each_label", lambda numbers, *_: numbers),

@@ -1,6 +1,6 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +14,10 @@ from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_miss
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.callbacks.lightning.training import LightningTraining, ReadMetrics, run_length
 from dynrank.callbacks.lightning.validations import logged_by_callbacks, validation_metrics
-from dynrank.driver.checks import check_callbacks_metrics, check_validation
+from dynrank.driver.checks import check_callbacks_metrics, check_validation, checked_metrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
+from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.rank_map import RankMap
@@ -96,6 +97,9 @@ class RankScheduler(Callback):
         # The last value of each metric that triggers or callbacks read; Lightning forgets them when a run is resumed.
         self._logged: dict[str, float] = {}
         self._read = ReadMetrics()
+        # The metrics of the last validation that module or callbacks may have logged, and whether one was asked for.
+        self._shared: set[str] = set()
+        self._has_asked = False
         # The metrics whose present values are of before the last cut: of validations, and means over the epoch.
         self._of_before: set[str] = set()
         # The epoch in which the last cut was made behind its first step, so its means are of both ranks; -1: none.
@@ -165,8 +169,8 @@ class RankScheduler(Callback):
             return
         metrics = validation_metrics(trainer)
         self._read.validated = sorted({*self._read.validated, *metrics})
-        to_come = self.driver.stages[self.driver.progress.stage :]
-        check_callbacks_metrics(logged_by_callbacks(trainer, pl_module), to_come, measure=self.driver.measure)
+        of_callbacks, self._shared = logged_by_callbacks(trainer, pl_module)
+        self._check_callbacks_metrics(of_callbacks)
         if trainer.sanity_checking:
             check_validation(metrics, self.driver.stages, measure=self.driver.measure)
         else:
@@ -190,6 +194,7 @@ class RankScheduler(Callback):
             between_steps = self._stepped
             self._stepped = False
         if between_steps:
+            self._ask_for_shared()
             self.driver.advance(self._training)
 
     def on_train_batch_end(
@@ -232,6 +237,20 @@ class RankScheduler(Callback):
         """The run at its present step."""
         assert self._run is not None
         return self._run.now()
+
+    def _check_callbacks_metrics(self, names: Collection[str]) -> None:
+        to_come = self.driver.stages[self.driver.progress.stage :]
+        check_callbacks_metrics(names, to_come, measure=self.driver.measure)
+
+    def _ask_for_shared(self) -> None:
+        """Refuse a metric that only callbacks log, in a hook that the module has, too, if it shall judge a change.
+
+        One validation as for a change decides, the first time that there is such a metric.
+        """
+        to_come = self.driver.stages[self.driver.progress.stage :]
+        if not self._has_asked and self._shared & checked_metrics(to_come, measure=self.driver.measure).keys():
+            self._has_asked = True
+            self._check_callbacks_metrics(self._shared - validate(self._training).keys())
 
     def _validated(self, metrics: Mapping[str, float]) -> None:
         """Pass the metrics of a validation on to the driver."""

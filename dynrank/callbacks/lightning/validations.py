@@ -64,19 +64,32 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
     return found
 
 
-def logged_by_callbacks(trainer: Trainer, pl_module: LightningModule) -> set[str]:
-    """The metrics of the validation that ends now which were logged in hooks that the module does not have.
+def logged_by_callbacks(trainer: Trainer, pl_module: LightningModule) -> tuple[set[str], set[str]]:
+    """The metrics of the validation that ends now which callbacks have logged, and those which callbacks may have.
 
-    Those of one of several data loaders are left out: Lightning gives them other names.
+    What is logged in a hook that the module does not have is of callbacks; if it has the hook, and a callback has it,
+    too, nobody knows. Metrics of one of several data loaders are left out: Lightning gives them other names.
     """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     own: set[str] = set()
     others: set[str] = set()
+    shared: set[str] = set()
     for result in private.results(trainer).values():
         # Of several loaders it is "validation_step.0".
         hook = result.meta.fx.partition(".")[0]
-        names = own if is_overridden(hook, pl_module) or result.meta.dataloader_idx is not None else others
+        if result.meta.dataloader_idx is not None:
+            names = own
+        elif not is_overridden(hook, pl_module):
+            names = others
+        else:
+            names = shared if any(_has(callback, hook) for callback in callbacks) else own
         names.add(result.meta.name)
-    return others - own
+    return others - own - shared, shared - own
+
+
+def _has(callback: Callback, hook: str) -> bool:
+    """Whether the callback has a hook of its own; ``validation_step`` is of modules alone."""
+    return hook in vars(Callback) and is_overridden(hook, callback)
 
 
 def run_validation(trainer: Trainer) -> None:

@@ -44,6 +44,8 @@ class Case:
         patience: validations without a new best after which the run stops.
         keep: whether the best may be one of before a cut.
         resume: the step of the checkpoint from which the run goes on; None: it is not interrupted.
+        every: the first validation of so many logs the metric; Lightning keeps its value in the others.
+        first: whether dynrank's callbacks are the first of the list.
     """
 
     seed: int
@@ -54,6 +56,12 @@ class Case:
     patience: int
     keep: bool
     resume: int | None = None
+    every: int = 1
+    first: bool = True
+
+    def logs(self, step):
+        """Whether the validation after this step has the metric."""
+        return (step - 1) % self.every == 0
 
 
 def make_case(seed):
@@ -65,7 +73,13 @@ def make_case(seed):
     changes = {step: draw.choice(["cut", "cut", "balance", "grow"]) for step in steps}
     mode = draw.choice(["min", "max"])
     case = Case(seed, driver, values, mode, changes, draw.choice([2, 3, 99]), draw.random() < 0.2)
-    return replace(case, resume=draw.choice([None, draw.randrange(1, TOTAL)]))
+    case = replace(case, resume=draw.choice([None, draw.randrange(1, TOTAL)]))
+    if driver != "lightning":
+        return case
+    every = draw.choice([1, 2, 3])
+    # A resumed run knows no value of before, which Lightning takes for an error of the user's.
+    resume = case.resume and (case.resume // every * every or None)
+    return replace(case, every=every, resume=resume, first=draw.random() < 0.5)
 
 
 # The oracle
@@ -84,9 +98,13 @@ def expected(case):
         # A change is made before the step, so its validation is one of after the change.
         if case.changes.get(step - 1) == "cut" and not case.keep:
             best = None
+            step_of_best = None
             waited = 0
         value = case.values[step - 1]
-        if best is None or better(case, value, best):
+        if not case.logs(step):
+            # To EarlyStopping it is one more that is not better, unless nothing is known of these ranks.
+            waited += best is not None
+        elif best is None or better(case, value, best):
             best = value
             step_of_best = step
             waited = 0
@@ -105,25 +123,26 @@ def best_of_these_ranks(case, last):
         return None
     start = max((step for step in case.changes if step <= last), default=0)
     # After a change behind the last step the weights are validated once more.
-    steps = range(start + 1, last + 1) or [last]
-    return (min if case.mode == "min" else max)(steps, key=lambda step: case.values[step - 1])
+    steps = [step for step in range(start + 1, last + 1) or [last] if case.logs(step)]
+    return (min if case.mode == "min" else max)(steps, key=lambda step: case.values[step - 1], default=None)
 
 
 # Lightning
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, values):
+    def __init__(self, case):
         super().__init__()
         torch.manual_seed(0)
         self.net = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4, dtype=torch.float64).to(torch.float64)
-        self.values = values
+        self.case = case
 
     def training_step(self, batch, batch_idx):
         return self.net(torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(2, 8)).square().mean()
 
     def validation_step(self, batch, batch_idx):
-        self.log("score", self.values[self.global_step - 1], batch_size=1)
+        if self.case.logs(self.global_step):
+            self.log("score", self.case.values[self.global_step - 1], batch_size=1)
 
     def configure_optimizers(self):
         return torch.optim.SGD(dynrank.adapter_parameters(self.net), lr=0.1)
@@ -182,11 +201,15 @@ def in_lightning(case):
             stopping = EarlyStopping("score", mode=case.mode, patience=case.patience, **options_of("check"))
             weights = BestWeights("score", case.mode)
             ranks = RankScheduler(stages_of(case), keep_best_before=case.keep)
-            trainer = lightning.Trainer(callbacks=[*callbacks, ranks, saver, stopping, weights], **QUIET)
+            others = [saver, stopping, weights]
+            ordered = [ranks, *others] if case.first else [*others, ranks]
+            trainer = lightning.Trainer(callbacks=[*callbacks, *ordered], **QUIET)
             loaders = DataLoader(range(4)), DataLoader(range(1))
-            trainer.fit(Module(case.values), *loaders, **options)
+            trainer.fit(Module(case), *loaders, **options)
+            best = Path(saver.best_model_path).stem
             return {
-                "ModelCheckpoint": (Path(saver.best_model_path).stem, f"step={step_of_best}"),
+                # Where nothing is known of the present ranks, any file of theirs will do.
+                "ModelCheckpoint": (best, best if step_of_best is None else f"step={step_of_best}"),
                 "EarlyStopping": (trainer.global_step, last),
                 "BestWeights": (weights.step, best_of_these_ranks(case, last)),
             }
