@@ -15,10 +15,11 @@ from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import input_files, modelfile, read_inputs, with_labels
+from dynrank.adapters.sidecar_files import TOKENIZER_FILE, input_files, modelfile, read_inputs, with_labels
 from dynrank.adapters.stored import read_json
+from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
-from dynrank.app.models.pretrained import load_by_name, load_weights, read_config
+from dynrank.app.models.pretrained import load_by_name, load_tokenizer, load_weights, read_config
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge
@@ -75,7 +76,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
     one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
     common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
-    adapter's folder has precedence. ``out`` is written whole or not at all. No code from the model's folder is run.
+    adapter's folder has precedence. If it says what training learned, generation_config.json names the ends of answers.
+    ``out`` is written whole or not at all. No code from the model's folder is run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
@@ -97,6 +99,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     own = input_files(source)
     of_base = input_files(Path(origin))
     merged: PreTrainedModel = merge(on_base(adapter, model))
+    _name_ends(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
@@ -108,6 +111,23 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
         if text is not None:
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     return merged
+
+
+def _name_ends(model: Any, source: Path) -> None:
+    """Let a model that generates stop at the end of an answer that training learned, where ``source`` tells it."""
+    learned = read_inputs(source)
+    # An adapter of another program has no inputs of training, and need not have a tokenizer.
+    if not (learned.form and (source / TOKENIZER_FILE).exists() and model.can_generate()):
+        return
+    tokenizer = load_tokenizer(str(source.resolve()), "--model")
+    end = None
+    if learned.form == "chat":
+        system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
+        end = end_of_turn_of(tokenizer, [*system, {"role": "user", "content": "A question."}])
+    own = model.generation_config.eos_token_id
+    ends = end_tokens(model, tokenizer, end) or []
+    if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
+        model.generation_config.eos_token_id = ends
 
 
 def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:

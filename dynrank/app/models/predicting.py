@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.app.models.base_model import base_source, on_base
-from dynrank.app.models.pretrained import end_tokens, load_tokenizer, positions
-from dynrank.errors import ConfigurationError, shown
+from dynrank.app.models.generating import end_of_turn_of, greedy_texts, rendered
+from dynrank.app.models.pretrained import load_tokenizer, positions
+from dynrank.errors import ConfigurationError
 
 # Rows as dynrank.app.tasks.data.rows makes them: with text, with prompt, or with messages.
 Rows = Sequence[Mapping[str, Any]]
@@ -65,22 +65,13 @@ class Answerer:
             found.append([(names[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)])
         return found
 
-    @torch.no_grad()
     def texts(self, rows: Rows) -> list[str]:
         """The text that greedy decoding generates for each row of a batch."""
         self.tokenizer.padding_side = "left"
         inputs = self._prompts(rows, padding=True, return_tensors="pt").to(self.model.device)
-        made = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_tokens(self.model, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        # Only a decoder repeats the prompt.
-        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        texts = self.tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+        tokens = inputs["input_ids"], inputs["attention_mask"]
+        end = end_of_turn_of(self.tokenizer, self._turns(rows[0])) if "messages" in rows[0] else None
+        texts = greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, end_of_turn=end)
         return [text.strip() for text in texts]
 
     @property
@@ -95,18 +86,18 @@ class Answerer:
 
     def _prompts(self, rows: Rows, **options: Any) -> Any:
         chats = "messages" in rows[0]
-        prompts = [self._chat(row["messages"]) if chats else row.get("prompt", row.get("text")) for row in rows]
+        prompts = [
+            rendered(self.tokenizer, self._turns(row), ask=True) if chats else row.get("prompt", row.get("text"))
+            for row in rows
+        ]
         return self.tokenizer(prompts, add_special_tokens=not chats, **options)
 
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for an answer to a chat, in the format of the tokenizer's template."""
+    def _turns(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+        """The messages of a chat, which begin with the system prompt, if there is one."""
+        messages: Sequence[Mapping[str, str]] = row["messages"]
         if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        try:
-            prompt: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ConfigurationError(f"the chat template refuses {shown(messages)}: {error}; correct it") from error
-        return prompt
+            return [{"role": "system", "content": self.system}, *messages]
+        return messages
 
 
 def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]:

@@ -177,13 +177,6 @@ def _first_position(table: nn.Embedding) -> int:
     return own if own or table.padding_idx is None else table.padding_idx + 1
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """The tokens that end an answer: the tokenizer's end, and the model's own, as of a turn in Gemma's chats."""
-    own = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    return sorted(found) or None
-
-
 def load_causal_lm(
     name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
 ) -> nn.Module:

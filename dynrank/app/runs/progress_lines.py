@@ -25,9 +25,12 @@ class ProgressLines(Callback):
         # When training began, the last line was printed and the last batch ended; the steps made before, in this run.
         self._begun = self._last = self._batch_ended = 0.0
         self._first_step = self._seen_step = 0
+        # Seconds of training batches alone.
+        self._trained = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = self._last = self._batch_ended = time.monotonic()
+        self._trained = 0.0
         self._first_step = self._seen_step = trainer.global_step
         steps = trainer.estimated_stepping_batches
         of_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
@@ -37,6 +40,7 @@ class ProgressLines(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._trained += time.monotonic() - self._batch_ended
         step = trainer.global_step
         # With gradient accumulation several batches make one step.
         if step != self._seen_step and step - self._first_step == _FIRST:
@@ -66,13 +70,19 @@ class ProgressLines(Callback):
         self._last = time.monotonic()
         values = trainer.callback_metrics
         facts = [f"{name} {float(values[name]):.4g}" for name in metrics if name in values]
-        said = "; ".join(filter(None, (", ".join(facts), f"{self._left(trainer)} left")))
+        left = self._left(trainer)
+        said = "; ".join(filter(None, (", ".join(facts), left and f"{left} left")))
         _say(trainer, f"step {trainer.global_step:,}", said)
 
     def _left(self, trainer: Trainer) -> str:
+        """The time left; "" while a slow first step, or a validation soon after it, would be taken for the rule."""
         made = trainer.global_step - self._first_step
         left = trainer.estimated_stepping_batches - trainer.global_step
-        return duration((time.monotonic() - self._begun) / made * left) if made else "all"
+        if made >= _FIRST:
+            return duration((time.monotonic() - self._begun) / made * left)
+        if self._trained < _PAUSE / 2:
+            return ""
+        return duration(self._trained / made * left) if made else "all"
 
 
 def duration(seconds: float) -> str:

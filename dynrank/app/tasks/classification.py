@@ -215,9 +215,9 @@ class Classifier(AdapterModule):
         quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
         classifier: Any = load_classifier(model, len(labels), settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
-        if several:
-            # This problem type makes probabilities sigmoids.
-            classifier.config.problem_type = "multi_label_classification"
+        # The base's own may be another. By this, programs make probabilities of logits: by sigmoids or by softmax.
+        kind_of_labels = "multi_label_classification" if several else "single_label_classification"
+        classifier.config.problem_type = kind_of_labels
         super().__init__(classifier, lora, optimizer, quality)
         names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
         self.save_hyperparameters(*names)

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
+from dynrank.app.models.generating import end_of_turn_of, greedy_texts
 from dynrank.app.models.names import ModelSettings
-from dynrank.app.models.pretrained import end_tokens, load_causal_lm, load_tokenizer
+from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
 from dynrank.app.tasks.loader import spread
@@ -168,7 +169,8 @@ class LanguageModeling(TextTask):
             check_template(self.tokenizer, self.model)
         if not on_meta:
             # The rows are checked before the weights are loaded, so that faults are reported early.
-            _ = self.rows
+            first = self.rows["train"][0]
+            written["end_of_turn"] = end_of_turn_of(self.tokenizer, first["messages"]) if self.form == "chat" else None
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
     @property
@@ -223,7 +225,7 @@ class LanguageModel(AdapterModule):
 
     The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
     store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
-    :class:`AdapterModule`.
+    :class:`AdapterModule`, and ``end_of_turn``, the token that ends an answer in chats.
     """
 
     def __init__(
@@ -235,6 +237,7 @@ class LanguageModel(AdapterModule):
         max_new_tokens: int = 64,
         indented: bool = False,
         settings: Mapping[str, Any] | None = None,
+        end_of_turn: str | None = None,
         on_meta: bool = False,
     ) -> None:
         lora = dict(lora)
@@ -243,11 +246,13 @@ class LanguageModel(AdapterModule):
         quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings")
+        names = ("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "end_of_turn")
+        self.save_hyperparameters(*names)
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name = model
         self.max_new_tokens = max_new_tokens
         self.indented = indented
+        self.end_of_turn = end_of_turn
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -269,7 +274,6 @@ class LanguageModel(AdapterModule):
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
-    @torch.no_grad()
     def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
         """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
 
@@ -277,19 +281,16 @@ class LanguageModel(AdapterModule):
             input_ids: int64 (batch, length), padded on the left.
             attention_mask: (batch, length).
         """
-        writer: Any = self.model
-        made = writer.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_tokens(writer, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
+        return greedy_texts(
+            self.model,
+            self.tokenizer,
+            input_ids,
+            attention_mask,
+            self.max_new_tokens,
+            end_of_turn=self.end_of_turn,
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
-            synced_gpus=self.device_mesh is not None,
+            synced=self.device_mesh is not None,
         )
-        texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return texts
 
 
 def _indented(text: str) -> str:

@@ -169,9 +169,15 @@ class TextTask(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache in one process before the others read it."""
-        self.setup("fit")
+        self._make_examples()
 
     def setup(self, stage: str) -> None:
+        self._make_examples()
+        # A test comes after the whole training, and what it refuses is known now.
+        if stage == "fit" and self.trainer and self.trainer.limit_test_batches != 0:
+            self.test_dataloader()
+
+    def _make_examples(self) -> None:
         if not self.examples:
             examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
             most = self.positions

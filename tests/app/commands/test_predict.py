@@ -24,9 +24,11 @@ from transformers import (
 
 import dynrank
 from dynrank.adapters.base import base_of
+from dynrank.adapters.load import start_from
 from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_files
 from dynrank.app.commands import cli
 from dynrank.app.commands.keep import kept_cells
+from dynrank.app.console import one_line
 from dynrank.app.models.predicting import Answerer
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.data.source import Source
@@ -316,6 +318,76 @@ def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, laun
     # Texts are first turns of a chat, without --chat.
     code, printed, _ = launch(cli.main, "predict", chatty, "who\nare you", *options)
     assert printed.rstrip("\n") == "".join(c if c.isprintable() else repr(c)[1:-1] for c in learned)
+
+
+def greedy(model, tokenizer, prompt, count=12):
+    """The most probable token again and again."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[0, start:].tolist()
+
+
+def test_a_chat_ends_where_its_template_ends_a_turn(tiny_llama, launch, tmp_path):
+    """As ChatML's <|im_end|> in base models whose files name <|endoftext|>: in commands, tests of a run, a merge."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    folder = adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), base, Inputs("chat"))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    prompt = "<|user|>who are you|<|assistant|>"
+    tokens = greedy(model, tokenizer, prompt)
+    # One of the tokens that it writes becomes the end of a turn.
+    texts = tokenizer.convert_ids_to_tokens(tokens)
+    place, end = next(
+        (i, t) for i, t in enumerate(texts) if i and t.isalpha() and t not in prompt and t not in texts[:i]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", f"{{{{ '{end}' if m.role == 'assistant' else '|' }}}}")
+    for at in (base, folder):
+        tokenizer.save_pretrained(at)
+    expected = tokenizer.decode(tokens[:place])
+    command = ["predict", folder, "who are you", "--max-new-tokens", 12]
+    by_run = launch(cli.main, *command)
+    # Adapters of other programs say nothing of their training.
+    (folder / "inputs.json").rename(tmp_path / "inputs.json")
+    by_user = launch(cli.main, *command, "--chat")
+    (tmp_path / "inputs.json").rename(folder / "inputs.json")
+    for code, printed, said in (by_run, by_user):
+        assert (code, printed.rstrip("\n")) == (0, one_line(expected.strip())), said
+    talk = [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "ok"}]
+    data = dict.fromkeys(["train", "val", "test"], [{"messages": talk}] * 8)
+    module = LanguageModeling(str(base), data, form="chat", max_new_tokens=12).module({"rank": 2, "alpha": 8}, {})
+    start_from(module.model.eval(), dynrank.read_adapter(folder))
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert module.continuations(ids, torch.ones_like(ids)) == [expected]
+    code, _, said = launch(cli.main, "merge", folder, "--out", "merged")
+    assert code == 0, said
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+    made = merged.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert made.tolist() == tokens[: place + 1]
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 4.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])
+def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, tiny_llama, launch, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    GenerationConfig(eos_token_id=0, **settings).save_pretrained(base)
+    folder = adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), base, Inputs("completion"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    tokens = greedy(model, tokenizer, "def first", count=24)
+    ids = tokenizer("def first", return_tensors="pt")
+    own = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    assert own != tokens
+    expected = tokenizer.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens).strip()
+    code, printed, said = launch(cli.main, "predict", folder, "def first", "--max-new-tokens", 24)
+    assert (code, printed.rstrip("\n")) == (0, one_line(expected)), said
+    assert launch(cli.main, "merge", folder, "--out", "merged")[0] == 0
+    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert settings.items() <= kept.items()
 
 
 def test_an_encoder_decoder_answers_as_in_peft(tiny_llama, launch, tmp_path):

@@ -24,6 +24,7 @@ SMALL = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "tr
 SMALL += ["schedule=after_convergence", "schedule.shared=false"]
 ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
 ROWS += [f"c number {i},so-so" for i in range(30)]
+PAIRS = [("a number", "bad"), ("b number", "ok")]
 TEXTS = ["a number 3", "something else entirely, and longer", "c"]
 
 
@@ -109,6 +110,41 @@ def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(c
     assert len({*printed.splitlines()}) > 1
 
 
+@pytest.mark.parametrize(
+    ("of_base", "several"),
+    [("multi_label_classification", False), ("regression", False), ("single_label_classification", True)],
+)
+def test_probabilities_are_those_of_the_task_whatever_the_base_was_trained_for(
+    of_base, several, tiny_bert, launch, tmp_path
+):
+    """Softmax where each text has one label, sigmoids where it has a list: by the command, PEFT and transformers."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    config = json.loads((base / "config.json").read_text()) | {"problem_type": of_base}
+    if of_base == "regression":
+        # A model with one output.
+        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    (base / "config.json").write_text(json.dumps(config))
+    rows = [{"text": f"{word} {i}", "label": [label] if several else label} for i in range(20) for word, label in PAIRS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = ["task=classification", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}"]
+    folder = made(tmp_path / "run", *own, "optimizer.head_lr=0.1")
+    trained = Classifier.load_from_checkpoint(folder.parent / "checkpoints" / "last.ckpt").model.eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    logits = trained(**inputs).logits[0].detach().double()
+    expected = dict(zip(["bad", "ok"], (logits.sigmoid() if several else logits.softmax(-1)).tolist(), strict=True))
+    code, printed, said = launch(cli.main, "predict", folder, TEXTS[0])
+    assert code == 0, said
+    assert probabilities(printed.splitlines()[-1]) == pytest.approx(expected, abs=1e-4)
+    merge_adapter(folder, None, tmp_path / "merged")
+    for model in (card(folder)["model"], str(tmp_path / "merged")):
+        answers = pipeline("text-classification", model=model, tokenizer=str(folder))(TEXTS[0], top_k=None)
+        assert {cell["label"]: cell["score"] for cell in answers} == pytest.approx(expected, abs=1e-4)
+    # A file of csv cannot hold several labels of a text.
+    code, _, said = launch(cli.main, "predict", folder, TEXTS[0], "--out", "answers.csv")
+    assert (code != 0) == several, said
+
+
 def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):
     (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
     code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)
@@ -120,7 +156,8 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
             ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
             made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
             text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-            assert line == text.strip().replace("\n", "\\n")
+            shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in text.strip()]
+            assert line == "".join(shown)
 
 
 def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):

@@ -10,20 +10,23 @@ from dynrank.app.runs import progress_lines
 
 @pytest.fixture
 def printed(fit, regression, monkeypatch):
-    """Trains with batches of so many seconds; returns (times of all lines, their texts, what was validated, end)."""
+    """Trains with batches of so many seconds; returns (times of all lines, their texts, what was validated, end).
 
-    def run(seconds, **options):
+    The first batch takes ``first`` seconds more, and each validation ``validation`` seconds more.
+    """
+
+    def run(seconds, first=0, validation=0, **options):
         clock = SimpleNamespace(now=0.0)
         lines = []
         validated = []
 
         class Slow(regression[0]):
             def training_step(self, batch, batch_idx):
-                clock.now += seconds
+                clock.now += seconds + (first if clock.now == 0 else 0)
                 return super().training_step(batch, batch_idx)
 
             def validation_step(self, batch, batch_idx):
-                clock.now += seconds
+                clock.now += seconds + validation
                 super().validation_step(batch, batch_idx)
 
             def on_validation_end(self):
@@ -60,3 +63,20 @@ def test_time_that_is_left_is_that_of_the_steps_to_come(printed):
         "length           24 steps, 2.4 epochs of 10 steps (trainer.max_epochs, trainer.max_steps)"
     ]
     assert [text for text in texts if text.startswith("time left")] == ["time left        84 s, by the first 10 steps"]
+
+
+@pytest.mark.parametrize(("first", "validation"), [(20, 0), (0, 50)])
+def test_no_time_is_reckoned_from_a_slow_first_step_or_a_validation_after_it(first, validation, printed):
+    """As in a run that was resumed just before a validation."""
+    _, texts, *_ = printed(1, first=first, validation=validation, val_check_interval=1)
+    steps = {int(found[1]): text for text in texts if (found := re.match(r"step (\d+)", text))}
+    assert len(steps) == 24
+    assert all(text.endswith("left") == (step >= 10) for step, text in steps.items())
+
+
+def test_slow_steps_say_the_time_of_the_training_steps_to_come(printed):
+    _, texts, *_ = printed(40, validation=1000, val_check_interval=2)
+    assert [text for text in texts if text.startswith("step 1 ")] == ["step 1           15 min left"]
+    of_second = [text for text in texts if text.startswith("step 2 ")]
+    assert any("val/loss" in text for text in of_second)
+    assert all(text.endswith("15 min left") for text in of_second)

@@ -17,6 +17,8 @@ from tables import rows
 import dynrank
 from dynrank.app import train
 from dynrank.app.runs import job
+from dynrank.digest import digest
+from dynrank.errors import ConfigurationError
 
 STEPS = 72
 DROP = 24
@@ -151,6 +153,42 @@ def test_a_checkpoint_of_something_else_is_refused(overrides, parts, named, laun
     assert code == 2
     assert re.search(rf"other.ckpt.*{named}.*set ckpt_path", said, re.DOTALL), said
     assert not Path("run").exists()
+
+
+@pytest.fixture(scope="module")
+def sorted_texts(tiny_bert, tmp_path_factory):
+    """(overrides of a run on texts of the labels a and b, or whatever else is given; the checkpoint of such a run)."""
+    folder = tmp_path_factory.mktemp("sorted")
+
+    def overrides(*labels):
+        file = folder / f"{digest(labels)}.jsonl"
+        texts = ({"text": f"{place} {i}", "label": label} for place, label in enumerate(labels) for i in range(20))
+        file.write_text("\n".join(map(json.dumps, texts)))
+        own = ["task=classification", f"task.model={tiny_bert}", f"data.train={file}", "trainer.max_steps=1"]
+        return ["debug=smoke", *own, "plots=false", "trainer.enable_progress_bar=false"]
+
+    job.run(dynrank.compose(overrides("a", "b")), folder / "run")
+    return overrides, folder / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("labels", "stored", "named"),
+    [
+        (("a", "z"), {}, r"other classes: it alone has \['b'\], and the run alone has \['z'\]"),
+        (("a", "b", "c"), {}, r"it alone has \[\], and the run alone has \['c'\]"),
+        (("a", "b"), {"labels": ["b", "a"]}, r"the order \['b', 'a'\] there, and \['a', 'b'\] in the run"),
+        ((["a"], ["b"]), {}, "one label for each text, and the data have a list of labels"),
+    ],
+)
+def test_a_checkpoint_of_other_classes_is_refused(labels, stored, named, sorted_texts, tmp_path):
+    """Also where the head has their number, so that its weights would be loaded for them."""
+    overrides, file = sorted_texts
+    checkpoint = torch.load(file)
+    checkpoint["hyper_parameters"] |= stored
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    job.build(dynrank.compose([*overrides("a", "b"), f"ckpt_path={file}"]))
+    with pytest.raises(ConfigurationError, match=rf"other.ckpt.*{named}; set ckpt_path or data"):
+        job.build(dynrank.compose([*overrides(*labels), f"ckpt_path={tmp_path / 'other.ckpt'}"]))
 
 
 class Trap:

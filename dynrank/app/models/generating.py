@@ -1,0 +1,105 @@
+"""Answers that a language model generates greedily, and the tokens that end them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dynrank.errors import ConfigurationError, shown
+
+# What begins an answer; a base's other settings of generation change it.
+_BEGINNING = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_ANSWER = "An answer of the assistant."
+
+
+@torch.no_grad()
+def greedy_texts(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: int,
+    *,
+    end_of_turn: str | None = None,
+    synced: bool = False,
+) -> list[str]:
+    """The most probable token again and again after each prompt, up to an end or ``max_new_tokens``, as texts.
+
+    Beams, penalties and whatever else the base's files say of generation are left out.
+
+    Args:
+        model: a transformers model that generates.
+        tokenizer: its tokenizer.
+        input_ids: int64 (batch, length), padded on the left.
+        attention_mask: (batch, length).
+        max_new_tokens: the largest number of tokens of an answer.
+        end_of_turn: a token that also ends an answer, see :func:`end_of_turn_of`.
+        synced: whether all processes need the same number of forwards.
+    """
+    ends = end_tokens(model, tokenizer, end_of_turn)
+    with _plain_generation(model):
+        made = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=synced,
+        )
+    # Only a decoder repeats the prompt.
+    start = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
+    texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+    return texts
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Within the block, ``model`` has no settings of generation but the tokens that begin an answer.
+
+    What ``generate`` is not given, it takes from the model's settings, also if it gets settings as a whole.
+    """
+    of_base = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(of_base, name, None) for name in _BEGINNING})
+    try:
+        yield
+    finally:
+        model.generation_config = of_base
+
+
+def end_tokens(model: Any, tokenizer: Any, end_of_turn: str | None = None) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's end, the model's own, and ``end_of_turn`` in chats."""
+    own = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if end_of_turn is not None:
+        found.add(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return sorted(found) or None
+
+
+def end_of_turn_of(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str | None:
+    """The special token by which the chat template ends an answer to the first question of ``messages``.
+
+    Training on chats learns it as the end. It need not be the tokenizer's end, nor one that the model's files name:
+    ``<|im_end|>`` in many base models that have a template for chats. None if no special token follows an answer.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
+    text = rendered(tokenizer, [*messages[: first + 1], {"role": "assistant", "content": _ANSWER}])
+    _, answer, after = text.rpartition(_ANSWER)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(after, add_special_tokens=False)["input_ids"])
+    return next((token for token in tokens if token in special), None) if answer else None
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
+    """A chat in the format of the tokenizer's template; with ``ask``, up to where the next answer begins."""
+    turns = [dict(message) for message in messages]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    except TemplateError as error:
+        raise ConfigurationError(f"the chat template refuses {shown(turns)}: {error}; correct it") from error
+    return text
