@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, ConfusionMatrix, F1Score, Precision, Recall
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels
+from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels, stored_problem_type
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.account import ClassResult, class_results
@@ -76,6 +76,7 @@ class Classification(TextTask):
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.labels_before: list[str] = []
+        self.kind_before: str | None = None
         self.nameless: Path | None = None
 
     def go_on_from(self, adapter: Path) -> None:
@@ -84,6 +85,7 @@ class Classification(TextTask):
         Of a head whose classes nobody names, as in adapters of other programs, labels must be the numbers.
         """
         self.labels_before = stored_labels(adapter)
+        self.kind_before = stored_problem_type(adapter)
         self.nameless = adapter if read_adapter(adapter).others and not self.labels_before else None
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
@@ -138,6 +140,13 @@ class Classification(TextTask):
 
     def _labels_as_before(self, trained: set[str], every: set[str]) -> list[str]:
         before = self.labels_before
+        kind = problem_type(several=self.several)
+        if self.kind_before not in (None, kind):
+            raise ConfigurationError(
+                f"the adapter lora.from was trained for {self.kind_before}, and the texts have "
+                f"{'lists of labels' if self.several else 'one label each'} ({kind}); set data to rows of that kind, "
+                "or train without lora.from"
+            )
         new = sorted(every - {*before})
         if new:
             raise ConfigurationError(
@@ -181,6 +190,11 @@ def _make_examples(
     return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut}
 
 
+def problem_type(*, several: bool) -> str:
+    """Transformers' name of the kind of labels, by which programs make probabilities: by sigmoids or by softmax."""
+    return "multi_label_classification" if several else "single_label_classification"
+
+
 class Classifier(AdapterModule):
     """Sequence classification with LoRA on the body, and a new head.
 
@@ -215,9 +229,8 @@ class Classifier(AdapterModule):
         quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
         classifier: Any = load_classifier(model, len(labels), settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
-        # The base's own may be another. By this, programs make probabilities of logits: by sigmoids or by softmax.
-        kind_of_labels = "multi_label_classification" if several else "single_label_classification"
-        classifier.config.problem_type = kind_of_labels
+        # The base's own may be another.
+        classifier.config.problem_type = problem_type(several=several)
         super().__init__(classifier, lora, optimizer, quality)
         names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
         self.save_hyperparameters(*names)

@@ -253,6 +253,8 @@ def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loade
     monkeypatch.setattr("dynrank.app.tasks.classification.Classifier", never)
     with pytest.raises(ConfigurationError, match=r"has no class for the labels \['c', 'd'\]"):
         build(dynrank.compose([*rows_of("a", "c", "d"), f"lora.from={tmp_path / 'run'}"]))
+    with pytest.raises(ConfigurationError, match=r"trained for single_label_classification, .* lists of labels"):
+        build(dynrank.compose([*rows_of("a", "b", several=True), f"lora.from={tmp_path / 'run'}"]))
 
 
 def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
