@@ -113,8 +113,12 @@ class BestWeights(Checkpoint):
                 trained[name].copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        best = {"monitor": self.monitor, "step": self.step, "value": self.value, "weights": self._weights}
-        return {**best, "last_validated": self._last_validated} | {
+        return {
+            "monitor": self.monitor,
+            "step": self.step,
+            "value": self.value,
+            "weights": self._weights,
+            "last_validated": self._last_validated,
             "was_validated": self._was_validated,
             "is_of_validations": self._is_of_validations,
         }

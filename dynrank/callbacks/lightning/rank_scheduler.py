@@ -244,8 +244,10 @@ class RankScheduler(Callback):
 
         One validation as for a change decides, the first time that there is such a metric.
         """
+        if not self._shared or self._has_asked:
+            return
         to_come = self.driver.stages[self.driver.progress.stage :]
-        if not self._has_asked and self._shared & checked_metrics(to_come, measure=self.driver.measure).keys():
+        if not self._shared.isdisjoint(checked_metrics(to_come, measure=self.driver.measure)):
             self._has_asked = True
             self._check_callbacks_metrics(self._shared - validate(self._training).keys())
 

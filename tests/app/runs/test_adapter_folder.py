@@ -15,7 +15,7 @@ import dynrank
 from dynrank.app.commands import cli
 from dynrank.app.models.base_model import merge_adapter
 from dynrank.app.runs.job import run
-from dynrank.app.runs.report.page import template, write_report
+from dynrank.app.runs.report.page import template, write_card, write_report
 from dynrank.app.runs.summary import read_summary
 from dynrank.app.tasks.classification import Classifier
 from dynrank.app.tasks.language_modeling import LanguageModel
@@ -158,6 +158,23 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
             text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
             shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in text.strip()]
             assert line == "".join(shown)
+
+
+def test_card_of_a_chat_asks_in_the_format_of_chats(writer, launch, tmp_path, capsys):
+    folder = shutil.copytree(writer, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    (folder / "inputs.json").write_text(json.dumps({"form": "chat", "system": 'Be "kind".'}))
+    model = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model
+    write_card(folder, model, read_summary(writer.parent), 4, None)
+    assert launch(cli.main, "merge", folder, "--out", folder / "merged")[0] == 0
+    capsys.readouterr()
+    assert card(folder)["chat"] == [
+        {"role": "system", "content": 'Be "kind".'},
+        {"role": "user", "content": "a question"},
+    ]
+    assert "'role': 'assistant'" in capsys.readouterr().out
 
 
 def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):

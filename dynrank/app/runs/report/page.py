@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dynrank import __version__
-from dynrank.adapters.sidecar_files import label_names
+from dynrank.adapters.sidecar_files import label_names, read_inputs
 from dynrank.app.console import one_line
 from dynrank.app.runs.command import command
 from dynrank.app.runs.report.record import RunRecord, read_run
@@ -70,6 +70,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: 
         on_hub=bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists(),
         kind=type(model).__name__,
         labels=label_names(model),
+        learned=read_inputs(folder),
         ranks=ranks,
         slot=slot_rank(max(layers.values())),
         summary=summary,
