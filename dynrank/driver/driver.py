@@ -28,7 +28,7 @@ What happens at a change:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
@@ -161,6 +161,12 @@ class RankDriver:
         return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
     @property
+    def next_observed(self) -> Collection[str]:
+        """Names of the metrics that the trigger of the next stage reads; none if that has no trigger or is decided."""
+        trigger = self._next_trigger
+        return () if trigger is None else trigger.monitors
+
+    @property
     def observes(self) -> list[str]:
         """Names of the metrics that the triggers of the stages to come read."""
         return sorted(observed_metrics(self.stages[self.progress.stage :]))
@@ -254,6 +260,7 @@ class RankDriver:
             values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
             is_new = any(name in metrics for name in trigger.monitors) or all(map(training.is_new, trigger.monitors))
             if is_new and not waiting:
+                training.has_read(trigger.monitors)
                 fires = trigger.observe(training.step, *values)
                 reason = trigger.reason
                 for name in trigger.monitors:

@@ -131,6 +131,9 @@ class Training:
         """Whether training has logged the metric ``name`` since triggers have last read it."""
         return True
 
+    def has_read(self, names: Collection[str]) -> None:
+        """Take note that a trigger has read the metrics ``names``."""
+
     def logs_later(self, name: str) -> bool:
         """Whether training has logged nothing yet and may log the metric ``name``: a trigger then waits for it."""
         return False

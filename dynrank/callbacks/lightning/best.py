@@ -45,13 +45,32 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
 def forget_scores_of(trainer: Trainer, names: Collection[str]) -> None:
     """Forget every score by the metrics ``names``.
 
-    Call it after a cut, when a validation begins or an epoch ends, with the names of those that are older than the cut.
-    Lightning keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them for
-    those of the changed model.
+    Call it when a validation after a cut begins, with the names of those that no validation has logged since. Lightning
+    keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them for those of
+    the changed model.
     """
     forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs if config.monitor in names])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(callback, "monitor", None) in names:
+            _begin_anew(callback)
+
+
+def forget_means(trainer: Trainer, validated: Collection[str]) -> None:
+    """Forget every score by a mean over the epoch.
+
+    Call it when an epoch after a cut ends, before others read its mean: until the end of the first whole epoch, means
+    are of steps before the cut, too. ``validated`` are the metrics of validations.
+    """
+    pure = private.step_values(trainer).union(validated)
+    # Who reads these after each step has their values.
+    forked = private.forked_metrics(trainer)
+    for config in trainer.lr_scheduler_configs:
+        if config.monitor not in pure and not (config.monitor in forked and config.interval == "step"):
+            forget_plateau([config.scheduler])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        at_steps = isinstance(callback, ModelCheckpoint) and private.saves_at_steps(callback)
+        if monitor is not None and monitor not in pure and not (monitor in forked and at_steps):
             _begin_anew(callback)
 
 

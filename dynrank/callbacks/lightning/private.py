@@ -19,8 +19,26 @@ def results(trainer: Trainer) -> Any:
 
 def epoch_means(trainer: Trainer) -> set[str]:
     """The metrics of training that Lightning computes at the end of an epoch alone."""
-    results = trainer.fit_loop.epoch_loop._results
-    return {result.meta.forked_name(on_step=False) for result in results.values() if result.meta.on_epoch}
+    return {meta.forked_name(on_step=False) for meta in _logged_in_training(trainer) if meta.on_epoch}
+
+
+def step_values(trainer: Trainer) -> set[str]:
+    """The metrics of training that have the value of the last step also at the end of an epoch."""
+    return {meta.name for meta in _logged_in_training(trainer) if not meta.on_epoch}
+
+
+def forked_metrics(trainer: Trainer) -> set[str]:
+    """The metrics of training that have the value of a step, and at the end of an epoch the mean over it."""
+    return {meta.name for meta in _logged_in_training(trainer) if meta.forked}
+
+
+def _logged_in_training(trainer: Trainer) -> list[Any]:
+    return [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
+
+
+def saves_at_steps(callback: ModelCheckpoint) -> bool:
+    """Whether a ModelCheckpoint is called for after every n steps."""
+    return callback._every_n_train_steps > 0
 
 
 @contextmanager

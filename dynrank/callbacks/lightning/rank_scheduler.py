@@ -8,7 +8,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.best import forget_best, forget_scores_of, save_after_end, warn_of_other_ranks
+from dynrank.callbacks.lightning.best import (
+    forget_best,
+    forget_means,
+    forget_scores_of,
+    save_after_end,
+    warn_of_other_ranks,
+)
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
@@ -100,10 +106,12 @@ class RankScheduler(Callback):
         # The metrics of the last validation that module or callbacks may have logged, and whether one was asked for.
         self._shared: set[str] = set()
         self._has_asked = False
-        # The metrics whose present values are of before the last cut: of validations, and means over the epoch.
+        # The metrics of validations whose present values are of before the last cut.
         self._of_before: set[str] = set()
-        # The epoch in which the last cut was made behind its first step, so its means are of both ranks; -1: none.
-        self._cut_epoch = -1
+        # The last epoch with steps before the last cut; None: that is over, and so are the means over it.
+        self._cut_epoch: int | None = None
+        # The present batch.
+        self._batch = 0
 
     @property
     def history(self) -> History:
@@ -159,7 +167,7 @@ class RankScheduler(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            forget_scores_of(trainer, self._of_before.intersection(self._read.validated))
+            forget_scores_of(trainer, self._of_before)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -179,20 +187,26 @@ class RankScheduler(Callback):
         self._read.has_means = False
         if not trainer.enable_validation:
             self._validated({})
-        means = self._of_before.difference(self._read.validated)
-        forget_scores_of(trainer, means)
-        if trainer.current_epoch != self._cut_epoch:
-            self._of_before -= means
+        if self._cut_epoch is not None:
+            forget_means(trainer, self._read.validated)
+            if trainer.current_epoch > self._cut_epoch:
+                self._cut_epoch = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch = 0
+        # Others log the rate of the epoch now. Gradients are never pending between two epochs.
+        if pl_module.automatic_optimization:
+            self._advance()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch_idx
         if pl_module.automatic_optimization:
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
             between_steps = self._stepped
             self._stepped = False
         if between_steps:
-            self._ask_for_shared()
-            self.driver.advance(self._training)
+            self._advance()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -216,10 +230,13 @@ class RankScheduler(Callback):
             warn_of_other_ranks(trainer, pl_module)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        if not event.undone:
+            # The present means are of the model before.
+            self._read.has_means = True
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
-            self._of_before = private.epoch_means(trainer).union(self._read.validated)
-            self._cut_epoch = trainer.current_epoch if trainer.fit_loop.batch_idx > 0 else -1
+            self._of_before = {*self._read.validated}
+            self._cut_epoch = trainer.current_epoch if self._batch > 0 else trainer.current_epoch - 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
@@ -234,6 +251,11 @@ class RankScheduler(Callback):
         """The run at its present step."""
         assert self._run is not None
         return self._run.now()
+
+    def _advance(self) -> None:
+        """Make the change that is due."""
+        self._ask_for_shared()
+        self.driver.advance(self._training)
 
     def _check_callbacks_metrics(self, names: Collection[str]) -> None:
         to_come = self.driver.stages[self.driver.progress.stage :]
@@ -256,7 +278,6 @@ class RankScheduler(Callback):
         training = self._training
         self._read.means = sorted(private.epoch_means(training.trainer).union(self._read.means))
         self.driver.validated(training, metrics)
-        self._read.has_means = True
 
     def _keep_logged(self) -> None:
         if self._run is not None:

@@ -1,6 +1,6 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,9 @@ class LightningTraining(Training):
     def is_new(self, name: str) -> bool:
         """A metric of validations is new in them alone, a mean over the epoch once after each."""
         return name not in self._read.validated and not (name in self._read.means and self._read.has_means)
+
+    def has_read(self, names: Collection[str]) -> None:
+        self._read.has_means |= not set(names).isdisjoint(self._read.means)
 
     def logs_later(self, name: str) -> bool:
         """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""

@@ -322,6 +322,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         assert self._run is not None
         model = self._run.model
         if not event.undone:
+            self._new.clear()
             self._log_ranks(self._run)
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
@@ -343,13 +344,15 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def _show_evaluated(self, training: TrainerTraining) -> None:
         """Pass the evaluations since the last step to the driver together: each event had one data set.
 
-        Where the Trainer does not evaluate, triggers read what it logs.
+        Where the Trainer does not evaluate, a trigger reads what is logged, once all of that is known: the program may
+        evaluate by itself, later.
         """
-        if self._evaluated or (self._new and not training.evaluates):
+        names = self.driver.next_observed
+        is_logged = not training.evaluates and bool(names) and self._new.issuperset(names)
+        if self._evaluated or is_logged:
             metrics = self._evaluated
             self._evaluated = {}
             self.driver.validated(training, metrics)
-            self._new.clear()
 
     def _begin_anew(self) -> None:
         """Forget earlier runs."""

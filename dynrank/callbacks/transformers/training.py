@@ -33,7 +33,7 @@ class TrainerTraining(Training):
         event: the arguments of the event by which the Trainer has called a callback.
         evaluate: evaluates the present model; None: ``trainer.evaluate``, if the Trainer has an ``eval_dataset``.
         metrics: the last value of every metric, which the caller updates.
-        new: the names of those that triggers have not read yet, which the caller updates, too.
+        new: the names of those that triggers have not read yet, to which the caller adds.
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
@@ -45,7 +45,7 @@ class TrainerTraining(Training):
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
-        new: Collection[str],
+        new: set[str],
     ) -> None:
         super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
@@ -88,15 +88,14 @@ class TrainerTraining(Training):
     def is_new(self, name: str) -> bool:
         return name in self._new
 
-    def logs_later(self, name: str) -> bool:
-        """An evaluation may come before the first of the logs, in which training has its ``loss``.
+    def has_read(self, names: Collection[str]) -> None:
+        self._new.difference_update(names)
 
-        Where the Trainer does not evaluate, the program may do so at any time.
-        """
-        if name.startswith(("eval_", _PREFIX)):
-            return not self.evaluates
+    def logs_later(self, name: str) -> bool:
+        """An evaluation may come before the first of the logs, in which training has its ``loss``."""
+        is_of_evaluation = name.startswith(("eval_", _PREFIX))
         logs = self.trainer.args.logging_strategy != IntervalStrategy.NO
-        return logs and "loss" not in self._metrics
+        return logs and "loss" not in self._metrics and not is_of_evaluation
 
     @property
     def _evaluation(self) -> Callable[[], Mapping[str, Any]] | None:

@@ -6,7 +6,7 @@ alone (:mod:`dynrank.layers.padded`), and written back with zeros behind them. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ class ZeroTraining(TrainerTraining):
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
-        new: Collection[str],
+        new: set[str],
     ) -> None:
         super().__init__(trainer, event, evaluate, metrics, new)
         engine: Any = trainer.model_wrapped
