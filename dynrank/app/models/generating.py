@@ -34,7 +34,7 @@ def greedy_texts(
     Args:
         model: a transformers model that generates.
         tokenizer: its tokenizer.
-        input_ids: int64 (batch, length), padded on the left.
+        input_ids: int64 (batch, length), padded on the left, for an encoder-decoder on the right.
         attention_mask: (batch, length).
         max_new_tokens: the largest number of tokens of an answer.
         end_of_turn: a token that also ends an answer, see :func:`end_of_turn_of`.

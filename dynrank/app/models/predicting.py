@@ -67,7 +67,8 @@ class Answerer:
 
     def texts(self, rows: Rows) -> list[str]:
         """The text that greedy decoding generates for each row of a batch."""
-        self.tokenizer.padding_side = "left"
+        # An answer goes on from a decoder's prompt. An encoder may count positions from the begin of its row.
+        self.tokenizer.padding_side = "right" if self.model.config.is_encoder_decoder else "left"
         inputs = self._prompts(rows, padding=True, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"], inputs["attention_mask"]
         end = end_of_turn_of(self.tokenizer, self._turns(rows[0])) if "messages" in rows[0] else None

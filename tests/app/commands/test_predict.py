@@ -13,13 +13,14 @@ from peft import PeftModel
 from trained import updated
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
-    T5ForConditionalGeneration,
 )
 
 import dynrank
@@ -390,18 +391,33 @@ def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, tiny_
     assert settings.items() <= kept.items()
 
 
-def test_an_encoder_decoder_answers_as_in_peft(tiny_llama, launch, tmp_path):
+SIZES = {"vocab_size": 600, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0}
+T5 = T5Config(**SIZES, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+# Its positions are absolute. No token is forced to end an answer.
+BART = BartConfig(
+    **SIZES,
+    **{f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+    **{f"{part}_ffn_dim": 24 for part in ("encoder", "decoder")},
+    init_std=0.3,
+    tie_word_embeddings=False,
+    forced_eos_token_id=None,
+)
+
+
+@pytest.mark.parametrize("config", [T5, BART], ids=lambda config: config.model_type)
+def test_an_encoder_decoder_answers_each_of_a_batch_as_peft_alone(config, tiny_llama, launch, tmp_path):
+    cls = AutoModelForSeq2SeqLM
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
-    config = T5Config(vocab_size=600, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    torch.manual_seed(0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
-    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    cls.from_config(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
     dynrank.save_adapter(updated(dynrank.add_lora(model, rank=2, alpha=8)), tmp_path / "adapter")
     # No file can have so long a name.
-    prompt = "who are you " * 30
-    expected = written(tmp_path / "adapter", prompt, T5ForConditionalGeneration)
-    assert expected
-    assert launch(cli.main, "predict", "adapter", prompt, "--max-new-tokens", 12)[:2] == (0, expected + "\n")
+    prompts = ["who are you " * 30, "remove a tree", "copy the file"]
+    expected = [one_line(written(tmp_path / "adapter", prompt, cls)) for prompt in prompts]
+    assert len({*expected}) == 3
+    code, printed, said = launch(cli.main, "predict", "adapter", *prompts, "--max-new-tokens", 12)
+    assert (code, printed.splitlines()) == (0, expected), said
 
 
 @pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
