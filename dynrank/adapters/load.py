@@ -118,7 +118,8 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
     refuse_faults(f"the adapter {adapter.source!r} does not fit the task", faults, "folder")
     for name, layer in layers.items():
         lora_B, lora_A = adapter.factors(name)
-        layer.set_factors(lora_A, lora_B)
+        # A file may hold fewer bits than training needs.
+        layer.set_factors(lora_A.to(layer.lora_A), lora_B.to(layer.lora_B))
         layer.scaling = adapter.layers[name].scaling
     for name, value in heads.items():
         module, leaf = places[name]

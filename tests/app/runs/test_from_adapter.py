@@ -7,7 +7,7 @@ import shutil
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trained import updated
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -79,6 +79,17 @@ def test_a_run_writes_float8_and_another_goes_on_from_it_with_the_scaling_that_i
     )
     with pytest.raises(ConfigurationError, match="export_dtype must be 'float32', 'bfloat16' or 'float8_e4m3fn'"):
         build(dynrank.compose([*task, "export_dtype=float16"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_run_trains_an_adapter_of_two_bytes_in_float32(dtype, task, theirs, tiny_llama, tmp_path):
+    file = shutil.copytree(theirs, tmp_path / "half") / "adapter_model.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
+    model = build(dynrank.compose([*task, f"lora.from={file.parent}"])).module.model.eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), file.parent).eval()
+    with torch.no_grad():
+        assert (model(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
 
 
 def test_a_run_of_no_step_tests_the_adapter_as_it_lies(task, theirs, tmp_path):
