@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 from os.path import exists, isdir, isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.app.commands.keep import kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
-from dynrank.app.models.predicting import Answerer
+from dynrank.app.models.predicting import Answerer, Prompts
 from dynrank.app.tasks.data.columns import (
     COLUMNS,
     Columns,
@@ -51,6 +51,8 @@ _SHOWN = 3
 _TOGETHER = 8
 _KINDS = (".csv", ".parquet", ".jsonl")
 
+T = TypeVar("T")
+
 
 def predict(
     source: Path,
@@ -79,7 +81,7 @@ def predict(
     forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
     system = learned.system if system is None else system
     inputs = replace(learned, system=system)
-    options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
+    sizes: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         asking = _asking(texts, columns)
@@ -91,12 +93,13 @@ def predict(
         adapter = read_adapter(source)
         if not forms and table is not None:
             _refuse_in_every_form(table, adapter.config.task_type, inputs, columns)
-        answerer = Answerer(adapter, model, system=system, **options)
-        rows, form, where = asked or ask(None if answerer.writes else "classification")
-    if form == "chat" and not (answerer.writes and answerer.tokenizer.chat_template):
-        raise ConfigurationError(
-            "chats (--chat, --system) need a model that generates text, and a tokenizer with a chat template"
-        )
+        prompts = Prompts(adapter, model, system)
+        accept = partial(_accepted, prompts, skip=skip_unusable)
+        asked = accept(*asked) if asked else None
+        answerer = Answerer(adapter, model, prompts, **sizes)
+        rows, form, where = asked or accept(*ask(None if answerer.writes else "classification"))
+    if form == "chat" and not answerer.writes:
+        raise ConfigurationError("chats (--chat, --system) need a model that generates text")
     if (form == "classification") == answerer.writes:
         raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
     if answerer.writes:
@@ -195,11 +198,21 @@ def _refuse_in_every_form(table: Source, task_type: str | None, learned: Inputs,
     _columns(table, form_of(table.sample, _WRITTEN, columns, table.where), learned, columns)
 
 
-def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
-    """The rows whose prompts leave positions of the model for an answer; with ``skip`` others are left out.
+def _accepted(
+    prompts: Prompts, rows: datasets.Dataset, form: str, where: str, *, skip: bool
+) -> tuple[datasets.Dataset, str, str]:
+    """(the rows, without the chats that the chat template refuses, ``form``, ``where``); see :func:`_usable`."""
+    if form != "chat":
+        return rows, form, where
+    if not prompts.tokenizer.chat_template:
+        raise ConfigurationError("chats (--chat, --system) need a tokenizer with a chat template")
+    refusals = _of_each(rows, prompts.refusals)
+    faults = [None if why is None else f"is refused by the chat template: {why}" for why in refusals]
+    return _usable(rows, where, faults, "rows that the chat template refuses", skip=skip), form, where
 
-    All rows are checked before the first is answered.
-    """
+
+def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
+    """The rows whose prompts leave positions of the model for an answer; see :func:`_usable`."""
     longest = answerer.longest
     if longest == inf:
         return rows
@@ -208,20 +221,36 @@ def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *,
         raise ConfigurationError(
             f"--max-new-tokens must be at most {answerer.positions}, which the model reads, got {new}"
         )
+    fault = (
+        f"has a prompt of more than {longest} tokens, the model reads {answerer.positions}, and the answer may need "
+        f"{new} (--max-new-tokens)"
+    )
+    faults = [fault if length > longest else None for length in _of_each(rows, answerer.lengths)]
+    return _usable(rows, where, faults, f"rows whose prompts have more than {longest} tokens", skip=skip)
+
+
+def _of_each(rows: datasets.Dataset, find: Callable[[list[Any]], list[T]]) -> list[T]:
+    """What ``find`` finds for each of many rows."""
     parts = (rows.select(range(start, min(start + 1000, len(rows)))) for start in range(0, len(rows), 1000))
-    lengths = [length for part in parts for length in answerer.lengths(part.to_list())]
-    kept = [i for i, length in enumerate(lengths) if length <= longest]
-    left_out = len(rows) - len(kept)
-    if left_out and not (skip and kept):
-        fault = (
-            f"has a prompt of more than {longest} tokens, the model reads {answerer.positions}, and the answer may need"
-        )
-        places = rows["place"]
-        faults = [(places[i], f"{fault} {new} (--max-new-tokens)") for i, n in enumerate(lengths) if n > longest]
-        refuse(where, faults)
-    if left_out:
-        print_facts({"left out": f"{left_out:,} rows whose prompts have more than {longest} tokens"})
-    return rows.select(kept) if left_out else rows
+    return [found for part in parts for found in find(part.to_list())]
+
+
+def _usable(
+    rows: datasets.Dataset, where: str, faults: Sequence[str | None], left_out: str, *, skip: bool
+) -> datasets.Dataset:
+    """The rows without a fault, if ``skip`` leaves the others out; otherwise one error lists them.
+
+    ``left_out`` says what they are.
+    """
+    kept = [i for i, fault in enumerate(faults) if fault is None]
+    count = len(rows) - len(kept)
+    if not count:
+        return rows
+    if not (skip and kept):
+        places = zip(rows["place"], faults, strict=True)
+        refuse(where, [(place, fault) for place, fault in places if fault is not None])
+    print_facts({"left out": f"{count:,} {left_out}"})
+    return rows.select(kept)
 
 
 def _is_file(text: str) -> bool:

@@ -97,9 +97,22 @@ def end_of_turn_of(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
     """A chat in the format of the tokenizer's template; with ``ask``, up to where the next answer begins."""
-    turns = [dict(message) for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        return _by_template(tokenizer, messages, ask)
     except TemplateError as error:
-        raise ConfigurationError(f"the chat template refuses {shown(turns)}: {error}; correct it") from error
+        raise ConfigurationError(f"the chat template refuses {shown([*messages])}: {error}; correct it") from error
+
+
+def refusal(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str | None:
+    """Why the tokenizer's template refuses to ask the last question of a chat; None if it does not refuse."""
+    try:
+        _by_template(tokenizer, messages, ask=True)
+    except TemplateError as error:
+        return str(error)
+    return None
+
+
+def _by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], ask: bool) -> str:
+    turns = [dict(message) for message in messages]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
     return text

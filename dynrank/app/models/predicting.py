@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.app.models.base_model import base_source, on_base
-from dynrank.app.models.generating import end_of_turn_of, greedy_texts, rendered
+from dynrank.app.models.generating import end_of_turn_of, greedy_texts, refusal, rendered
 from dynrank.app.models.pretrained import load_tokenizer, positions
 from dynrank.errors import ConfigurationError
 
@@ -19,13 +19,51 @@ from dynrank.errors import ConfigurationError
 Rows = Sequence[Mapping[str, Any]]
 
 
-class Answerer:
-    """A stored adapter on its base model, with its tokenizer, ready to answer.
+class Prompts:
+    """How rows become what a stored adapter is asked; its model is not needed for that.
 
     Args:
         adapter: the adapter.
         base: name of the base model; None: as the adapter names it.
         system: system prompt of chats that have none.
+
+    Attributes:
+        tokenizer: the tokenizer in the adapter's folder, otherwise the base's.
+    """
+
+    def __init__(self, adapter: Adapter, base: str | None, system: str | None) -> None:
+        place = tokenizer_source(Path(adapter.source), base_source(adapter, base))
+        self.tokenizer = load_tokenizer(place, "--model")
+        self.system = system
+
+    def refusals(self, chats: Rows) -> list[str | None]:
+        """For each chat why the tokenizer's template refuses it; None if it does not refuse."""
+        return [refusal(self.tokenizer, self.turns(row)) for row in chats]
+
+    def tokens(self, rows: Rows, **options: Any) -> Any:
+        """What the tokenizer makes of the prompts of rows by ``options``."""
+        chats = "messages" in rows[0]
+        prompts = [
+            rendered(self.tokenizer, self.turns(row), ask=True) if chats else row.get("prompt", row.get("text"))
+            for row in rows
+        ]
+        return self.tokenizer(prompts, add_special_tokens=not chats, **options)
+
+    def turns(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+        """The messages of a chat, which begin with the system prompt, if there is one."""
+        messages: Sequence[Mapping[str, str]] = row["messages"]
+        if self.system is not None and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+
+class Answerer:
+    """A stored adapter on its base model, ready to answer.
+
+    Args:
+        adapter: the adapter.
+        base: name of the base model; None: as the adapter names it.
+        prompts: how rows are asked.
         max_length: number of tokens after which a classifier's text is cut; None: as many as the model reads.
         max_new_tokens: largest number of tokens to generate for a row.
 
@@ -36,13 +74,13 @@ class Answerer:
     """
 
     def __init__(
-        self, adapter: Adapter, base: str | None, *, system: str | None, max_length: int | None, max_new_tokens: int
+        self, adapter: Adapter, base: str | None, prompts: Prompts, *, max_length: int | None, max_new_tokens: int
     ) -> None:
-        self.model, tokenizer_at = answering(adapter, base)
-        self.tokenizer = load_tokenizer(tokenizer_at, "--model")
+        self.model = answering(adapter, base)
+        self.prompts = prompts
+        self.tokenizer = prompts.tokenizer
         # Decoders classify by the last token that is not padding.
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.system = system
         self.positions = positions(self.model)
         self.max_length = max_length
         if self.positions < inf:
@@ -69,9 +107,9 @@ class Answerer:
         """The text that greedy decoding generates for each row of a batch."""
         # An answer goes on from a decoder's prompt. An encoder may count positions from the begin of its row.
         self.tokenizer.padding_side = "right" if self.model.config.is_encoder_decoder else "left"
-        inputs = self._prompts(rows, padding=True, return_tensors="pt").to(self.model.device)
+        inputs = self.prompts.tokens(rows, padding=True, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"], inputs["attention_mask"]
-        end = end_of_turn_of(self.tokenizer, self._turns(rows[0])) if "messages" in rows[0] else None
+        end = end_of_turn_of(self.tokenizer, self.prompts.turns(rows[0])) if "messages" in rows[0] else None
         texts = greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, end_of_turn=end)
         return [text.strip() for text in texts]
 
@@ -83,31 +121,15 @@ class Answerer:
 
     def lengths(self, rows: Rows) -> list[int]:
         """The number of tokens of each row's prompt."""
-        return [len(ids) for ids in self._prompts(rows, verbose=False)["input_ids"]]
-
-    def _prompts(self, rows: Rows, **options: Any) -> Any:
-        chats = "messages" in rows[0]
-        prompts = [
-            rendered(self.tokenizer, self._turns(row), ask=True) if chats else row.get("prompt", row.get("text"))
-            for row in rows
-        ]
-        return self.tokenizer(prompts, add_special_tokens=not chats, **options)
-
-    def _turns(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
-        """The messages of a chat, which begin with the system prompt, if there is one."""
-        messages: Sequence[Mapping[str, str]] = row["messages"]
-        if self.system is not None and messages[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *messages]
-        return messages
+        return [len(ids) for ids in self.prompts.tokens(rows, verbose=False)["input_ids"]]
 
 
-def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]:
-    """(the base model with ``adapter``, ready to answer; the folder or name of its tokenizer).
+def answering(adapter: Adapter, base: str | None) -> PreTrainedModel:
+    """The base model with ``adapter``, ready to answer.
 
-    ``base`` is the name of the base model; None: as the adapter names it. A tokenizer and label names in the adapter's
-    folder have precedence over the base's.
+    ``base`` is the name of the base model; None: as the adapter names it. Label names in the adapter's folder have
+    precedence over the base's.
     """
-    origin = base_source(adapter, base)
     model = on_base(adapter, base).eval()
     # The one output of a reward model or a regression is a number, and no class.
     of_number = model.config.num_labels == 1 and model.config.problem_type != "multi_label_classification"
@@ -117,4 +139,4 @@ def answering(adapter: Adapter, base: str | None) -> tuple[PreTrainedModel, str]
             f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__} "
             f"with {model.config.num_labels} outputs"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,7 +30,7 @@ from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_fi
 from dynrank.app.commands import cli
 from dynrank.app.commands.keep import kept_cells
 from dynrank.app.console import one_line
-from dynrank.app.models.predicting import Answerer
+from dynrank.app.models.predicting import Answerer, Prompts
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.data.source import Source
 from dynrank.app.tasks.language_modeling import LanguageModeling
@@ -510,11 +510,9 @@ def asked(classifier, launch, tmp_path, monkeypatch):
         several = False
         longest = float("inf")
 
-        def __init__(self, adapter, base, *, system, **_):
+        def __init__(self, adapter, base, prompts, **_):
             form = json.loads((tmp_path / "adapter" / "inputs.json").read_text())["form"]
             self.writes = form != "classification"
-            self.tokenizer = AutoTokenizer.from_pretrained(classifier)
-            self.tokenizer.chat_template = TEMPLATE
 
         def labels(self, batch):
             rows.extend(batch)
@@ -528,6 +526,7 @@ def asked(classifier, launch, tmp_path, monkeypatch):
 
     def ask(inputs, row, *options):
         shutil.copytree(classifier, tmp_path / "adapter", dirs_exist_ok=True)
+        (tmp_path / "adapter" / "chat_template.jinja").write_text(TEMPLATE)
         write_sidecar_files(tmp_path / "adapter", torch.nn.Linear(1, 1), None, inputs)
         rows.clear()
         cells_are_texts = all(isinstance(cell, str) for cell in row.values())
@@ -716,13 +715,54 @@ def test_prompts_that_leave_no_positions_for_an_answer_are_named_before_the_firs
     assert (code, "--max-new-tokens must be at most 32" in said) == (2, True)
 
 
+def test_chats_that_the_template_refuses_are_listed_before_the_model_is_loaded(chatty, launch, tmp_path, monkeypatch):
+    """As templates do that know no system prompt, or only turns that alternate."""
+    folder = shutil.copytree(chatty, tmp_path / "adapter")
+    shutil.copytree(chatty.parent / "base", tmp_path / "base")
+    (folder / "inputs.json").unlink()
+    refusing = (
+        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = refusing + TEMPLATE
+    tokenizer.save_pretrained(folder)
+    user = {"role": "user", "content": "who are you"}
+    talks = [[user], [user, user], [user, {"role": "assistant", "content": "x"}, user], [user, user, user]]
+    write(tmp_path / "rows.jsonl", [{"messages": talk} for talk in talks])
+    message = "rows 2, 4: each is refused by the chat template: roles must alternate; correct these 2, or give --skip-"
+    command = ["predict", folder, "rows.jsonl", "--max-new-tokens", 3, "--out", "out.jsonl"]
+    # The form of rows is not known for adapters of other programs, so the model says first whether it writes.
+    code, _, said = launch(cli.main, *command)
+    assert (code, message in said) == (2, True), said
+    code, _, said = launch(cli.main, *command, "--skip-unusable")
+    assert code == 0, said
+    assert "left out         2 rows that the chat template refuses" in said
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [1, 3]
+
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dynrank.app.commands.predict.Answerer", never)
+    code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--chat")
+    assert (code, message in said) == (2, True), said
+    # No row is left.
+    code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--system", "Be brief.", "--skip-unusable")
+    assert (code, "rows 1, 2, 3, 4: each is refused by" in said) == (2, True), said
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--chat")
+    assert (code, "need a tokenizer with a chat template" in said) == (2, True), said
+
+
 def test_a_text_is_cut_where_the_model_ends_if_training_did_not_cut(classifier, tmp_path):
     shutil.copytree(classifier, tmp_path / "adapter")
     (tmp_path / "adapter" / "inputs.json").unlink()
-    answerer = Answerer(
-        dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=None, max_new_tokens=1
-    )
+    stored = dynrank.read_adapter(tmp_path / "adapter")
+    prompts = Prompts(stored, None, None)
+    answerer = Answerer(stored, None, prompts, max_length=None, max_new_tokens=1)
     answerer.tokenizer.model_max_length = 10**30
-    again = Answerer(dynrank.read_adapter(tmp_path / "adapter"), None, system=None, max_length=600, max_new_tokens=1)
+    again = Answerer(stored, None, prompts, max_length=600, max_new_tokens=1)
     rows = [{"text": "word " * 900}]
     assert answerer.labels(rows) == again.labels(rows)
