@@ -173,9 +173,31 @@ class TextTask(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._make_examples()
-        # A test comes after the whole training, and what it refuses is known now.
-        if stage == "fit" and self.trainer and self.trainer.limit_test_batches != 0:
-            self.test_dataloader()
+        if stage == "fit" and self.trainer:
+            self._refuse_empty(self.trainer, "train", lambda: [self.train_dataloader()])
+            self._refuse_empty(self.trainer, "val", self.val_dataloader)
+            self._refuse_empty(self.trainer, "test", self.test_dataloader)
+
+    def _refuse_empty(self, trainer: Any, split: str, loaders: Callable[[], Sequence[DataLoader[Any]]]) -> None:
+        """Refuse a share of the batches of ``split`` that leaves none of one of its loaders; Lightning would, too."""
+        limit = getattr(trainer, f"limit_{split}_batches")
+        is_share = isinstance(limit, float) and 0 < limit < 1
+        # A test comes after the whole training, and what its loaders refuse is known now.
+        if not is_share and (split != "test" or limit == 0):
+            return
+        whole, *others = loaders()
+        least = min([whole, *others], key=len)
+        if not is_share or int(len(least) * limit) > 0:
+            return
+        name = f"limit_{split}_batches"
+        if split != "test" and trainer.overfit_batches:
+            name = "overfit_batches"
+        prompts = "" if split == "train" or least.collate_fn == self.collate else " (prompts for generation)"
+        raise ConfigurationError(
+            f"trainer.{name}={limit} takes a share of each part of the {split} data, and leaves no batch of one that "
+            f"has {len(least)}{prompts}; set trainer.{name}={max(1, int(len(whole) * limit))}, a number of batches of "
+            "each part, or 1.0"
+        )
 
     def _make_examples(self) -> None:
         if not self.examples:

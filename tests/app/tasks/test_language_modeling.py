@@ -191,9 +191,32 @@ def test_what_a_test_would_refuse_is_refused_before_the_first_step(make, functio
     trainer.fit(task.module(LORA, optimizer), make(max_new_tokens=1, val_generate=0))
     assert trainer.global_step == 1
     task = make(data={**functions, "test": functions["test"][:1]}, val_generate=0, generate=0, max_length=400)
-    task.trainer = SimpleNamespace(global_rank=0, world_size=2, limit_test_batches=1.0, lightning_module=nn.Module())
+    limits = dict.fromkeys((f"limit_{split}_batches" for split in ("train", "val", "test")), 1.0)
+    task.trainer = SimpleNamespace(global_rank=0, world_size=2, lightning_module=nn.Module(), **limits)
     with pytest.raises(ConfigurationError, match="1 examples cannot be divided among 2 processes; set data"):
         task.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "generate", "named"),
+    [
+        # Parts of 2 or 3 batches, and all 6 prompts are one.
+        ({"limit_test_batches": 0.5}, 6, r"that has 1 \(prompts for generation\); set trainer\.limit_test_batches=1, "),
+        ({"limit_test_batches": 0.2}, 0, r"limit_test_batches=0\.2 .* no batch of one that has 2; "),
+        ({"limit_val_batches": 0.3}, 0, r"limit_val_batches=0\.3 .* no batch of one that has 2; "),
+        ({"limit_train_batches": 0.1}, 0, r"limit_train_batches=0\.1 .* no batch of one that has 6; "),
+        ({"overfit_batches": 0.1}, 0, r"trainer\.overfit_batches=0\.1 .* no batch of one that has 6; "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_share_that_leaves_no_batch_is_refused_before_the_first_step(
+    options, generate, named, make, optimizer, regression
+):
+    task = make(val_examples=None, val_generate=0, generate=generate)
+    trainer = regression[2](max_steps=1, **options)
+    with pytest.raises(ConfigurationError, match=named):
+        trainer.fit(task.module(LORA, optimizer), task)
+    assert trainer.global_step == 0
 
 
 def test_generation_leaves_out_prompts_that_leave_no_positions_for_an_answer(
