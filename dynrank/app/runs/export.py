@@ -15,6 +15,7 @@ from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
+from dynrank.app.runs.folder import ADAPTER
 from dynrank.app.runs.metrics import drop_repeated_rows
 from dynrank.app.runs.report.page import write_card, write_report
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
@@ -99,7 +100,7 @@ def export(
     tokenizer = getattr(task, "tokenizer", None)
     inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
-    adapter = folder / "adapter"
+    adapter = folder / ADAPTER
     lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
     if config.export_dtype != "float32":
         print_facts({"adapter's file": f"{config.export_dtype}, rounding changed {lost}"})

@@ -17,6 +17,10 @@ from dynrank.output.whole_file import PART
 METRICS = "metrics.csv"
 HISTORY = "rank_history.csv"
 LOCK = ".lock"
+ADAPTER = "adapter"
+REPORT = "report.html"
+# Every run writes it before any other file.
+CONFIG = Path(".hydra") / "config.yaml"
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -90,6 +94,14 @@ def _make_ready(folder: Path, resumed: bool) -> None:
         raise ConfigurationError(
             f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
             "or ckpt_path=last to resume that run"
+        )
+    # A run that was killed before its first checkpoint has left its tables, and they are replaced.
+    tables = () if (folder / CONFIG).exists() else (METRICS, HISTORY)
+    others = [name for name in (ADAPTER, REPORT, *tables) if (folder / name).exists()]
+    if others:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds {', '.join(others)}, which a run would replace; set hydra.run.dir (of a sweep "
+            "hydra.sweep.dir) to a new folder"
         )
     _empty(folder)
 

@@ -22,7 +22,7 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
-from dynrank.app.runs.folder import checkpoint_of, locked
+from dynrank.app.runs.folder import CONFIG, checkpoint_of, locked
 from dynrank.app.runs.going_on import check_base_name, ranks_from
 from dynrank.app.runs.metrics import go_on
 from dynrank.app.runs.overrides import unknown_key
@@ -115,8 +115,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
 
 
 def _write_config(config: DictConfig, folder: Path) -> None:
-    (folder / ".hydra").mkdir(exist_ok=True)
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    file = folder / CONFIG
+    file.parent.mkdir(exist_ok=True)
+    OmegaConf.save(config, file)
 
 
 @names_keys

@@ -60,14 +60,24 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
 
 
 def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
-    for name in ("metrics.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt"):
+    for name in ("metrics.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt", ".hydra/config.yaml"):
         write(tmp_path / name, "x")
     with run_folder.locked(tmp_path, resumed=False):
-        assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock", ".hydra"}
     write(tmp_path / "checkpoints" / "last.ckpt", "x")
     with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.locked(tmp_path, resumed=False):
         pass
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "adapter/adapter_config.json", "report.html"])
+def test_a_new_run_replaces_no_files_of_somebody_else(name, tmp_path):
+    write(tmp_path / name, "mine")
+    held = name.partition("/")[0]
+    refused = pytest.raises(ConfigurationError, match=rf"holds {held}, which a run would replace; .*hydra\.run\.dir")
+    with refused, run_folder.locked(tmp_path, resumed=False):
+        pass
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_refusal_keeps_the_checkpoint_that_was_written_before_it(tmp_path):

@@ -16,6 +16,7 @@ from dynrank import __version__
 from dynrank.adapters.sidecar_files import label_names, read_inputs
 from dynrank.app.console import one_line
 from dynrank.app.runs.command import command
+from dynrank.app.runs.folder import REPORT
 from dynrank.app.runs.report.record import RunRecord, read_run
 from dynrank.app.runs.summary import Summary, read_summary
 from dynrank.errors import ConfigurationError
@@ -38,7 +39,7 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     run = read_run(folder)
     results = _results(run.summary)
     rivals = [_results(read_summary(other)) for other in against]
-    file = folder / "report.html"
+    file = folder / REPORT
     try:
         page = template("page.html.jinja").render(
             run=run,

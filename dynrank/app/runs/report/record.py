@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dynrank.adapters.squeeze import LayerSpectrum, inspect
 from dynrank.app.runs.command import read_overrides
-from dynrank.app.runs.folder import HISTORY, METRICS
+from dynrank.app.runs.folder import CONFIG, HISTORY, METRICS
 from dynrank.app.runs.summary import Summary, read_summary
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import span
@@ -142,7 +142,7 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     summary = read_summary(folder)
     try:
-        config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
+        config = (folder / CONFIG).read_text(encoding="utf-8")
         history = _changes(folder / HISTORY, summary)
         metrics = read_metrics(folder / METRICS)
     except OSError as error:
