@@ -1,5 +1,6 @@
 """Columns of the user's file that come along beside the answers: ``dynrank predict --keep``."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,18 @@ def kept_cells(
                 f"{table.where} has values of several types in the column {column!r}: {error} (--keep)"
             ) from error
     return datasets.Dataset(pa.table(found))
+
+
+def as_cells_of_csv(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with their lists and mappings as JSON, because a cell of csv is a text."""
+    table = rows.data.table
+    for i, name in enumerate(table.column_names):
+        column = table.column(name)
+        if pa.types.is_nested(column.type):
+            cells = column.to_pylist()
+            texts = [None if cell is None else json.dumps(cell, ensure_ascii=False, default=str) for cell in cells]
+            table = table.set_column(i, name, pa.array(texts, pa.string()))
+    return datasets.Dataset(table)
 
 
 def _array(cells: list[Any]) -> pa.Array:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
-from dynrank.app.commands.keep import kept_cells, kept_columns
+from dynrank.app.commands.keep import as_cells_of_csv, kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer, Prompts
 from dynrank.app.tasks.data.columns import (
@@ -114,6 +114,8 @@ def predict(
     if out.suffix == ".csv" and answerer.several:
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
     beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
+    if beside is not None and out.suffix == ".csv":
+        beside = as_cells_of_csv(beside)
     how = (str(source.resolve()), model, system, batch_size, max_new_tokens)
     key = digest((*how, _state_of(source), asdict(learned), rows._fingerprint))
     _write(rows, out, key, answerer, batch_size, beside)

@@ -184,6 +184,19 @@ def test_a_column_that_cannot_come_along_is_refused_before_an_answer(
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_lists_and_mappings_that_are_kept_are_json_in_csv(classifier, launch, tmp_path):
+    cells = [{"tags": ["ä", 'b"'], "meta": {"n": [1]}}, {"tags": [], "meta": {"n": []}}, {"tags": None, "meta": None}]
+    lines = (json.dumps({**row, **cell}) for row, cell in zip(ROWS, cells, strict=False))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    options = ["--keep", "tags", "--keep", "meta", "--out", "out.csv"]
+    code, _, said = launch(cli.main, "predict", classifier, "rows.jsonl", *options)
+    assert code == 0, said
+    found = pd.read_csv("out.csv", dtype=str, keep_default_na=False)
+    back = [{name: json.loads(row[name] or "null") for name in ("tags", "meta")} for row in found.to_dict("records")]
+    assert back == cells
+    assert "ä" in found["tags"][0]
+
+
 def test_ids_without_a_sign_come_along(tmp_path):
     """As hashes are; pyarrow alone takes no int from 2**63 on."""
     ids = [2**63 + 5, 2**64 - 1, 7]
