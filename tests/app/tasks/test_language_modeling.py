@@ -167,6 +167,8 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
         ({"max_length": 8}, r"8 tokens.*task\.max_length"),
         ({"max_new_tokens": 1, "val_generate": 0}, r"no test example .* task\.max_new_tokens"),
         ({"form": "text"}, r"set task\.measures=\[perplexity\]"),
+        ({"generate": 0, "val_generate": 0}, r"'parses'\] measures texts .* set task\.generate"),
+        ({"measures": ["accuracy"]}, r"task\.generate=6, .* nothing of task\.measures=\['accuracy'\]"),
         ({"form": "chat", "packed": True}, r"task\.packed must go with task=text, got task\.form=chat"),
     ],
 )
@@ -190,7 +192,8 @@ def test_what_a_test_would_refuse_is_refused_before_the_first_step(make, functio
     trainer = regression[2](max_steps=1, limit_test_batches=0)
     trainer.fit(task.module(LORA, optimizer), make(max_new_tokens=1, val_generate=0))
     assert trainer.global_step == 1
-    task = make(data={**functions, "test": functions["test"][:1]}, val_generate=0, generate=0, max_length=400)
+    one = {**functions, "test": functions["test"][:1]}
+    task = make(data=one, measures=[], val_generate=0, generate=0, max_length=400)
     limits = dict.fromkeys((f"limit_{split}_batches" for split in ("train", "val", "test")), 1.0)
     task.trainer = SimpleNamespace(global_rank=0, world_size=2, lightning_module=nn.Module(), **limits)
     with pytest.raises(ConfigurationError, match="1 examples cannot be divided among 2 processes; set data"):
@@ -212,7 +215,7 @@ def test_what_a_test_would_refuse_is_refused_before_the_first_step(make, functio
 def test_a_share_that_leaves_no_batch_is_refused_before_the_first_step(
     options, generate, named, make, optimizer, regression
 ):
-    task = make(val_examples=None, val_generate=0, generate=generate)
+    task = make(val_examples=None, val_generate=0, generate=generate, measures=["bleu"] if generate else [])
     trainer = regression[2](max_steps=1, **options)
     with pytest.raises(ConfigurationError, match=named):
         trainer.fit(task.module(LORA, optimizer), task)
