@@ -184,7 +184,9 @@ class RankScheduler(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
-        self._read.has_means = False
+        # Of an epoch that only ends after a resume, Lightning knows no means.
+        if trainer.global_step > self._first_step:
+            self._read.has_means = False
         if not trainer.enable_validation:
             self._validated({})
         if self._cut_epoch is not None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from pathlib import Path
 
 import lightning
 import pytest
@@ -210,6 +211,33 @@ def test_mean_over_an_epoch_counts_from_the_first_one_of_the_new_ranks_alone(
     fit(cut, saver, module=Logging(), max_epochs=5, max_steps=-1, limit_val_batches=0)
     assert float(saver.best_model_score) == pytest.approx(score)
     assert saver.best_model_path == str(tmp_path / f"step={at}.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["forked", "end"])
+def test_mean_that_has_the_name_of_a_step_or_comes_at_the_end_counts_from_the_first_whole_epoch(
+    fit, regression, tmp_path, kind
+):
+    """Lightning has both under one name, and a hook at the end of an epoch logs after those of callbacks."""
+    scores = (0.1, 0.2, 0.7, 0.6, 0.9) if kind == "forked" else (0.1, 0.7, 0.6, 0.8, 0.9)
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if kind == "forked":
+                self.log("score", scores[self.current_epoch], on_step=True, on_epoch=True)
+            return loss
+
+        def on_train_epoch_end(self):
+            if kind == "end":
+                self.log("score", scores[self.current_epoch])
+
+    saver, stopper = best(tmp_path), EarlyStopping("score", patience=99, check_on_train_epoch_end=True)
+    options = {"max_epochs": 5, "max_steps": -1, "limit_val_batches": 0}
+    cut = RankScheduler(Stage(At(step=13 if kind == "forked" else 3), Rank(2)))
+    fit(cut, saver, stopper, module=Logging(), saved=tmp_path / "all", **options)
+    at = scores.index(0.6) + 1
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == (f"step={10 * at}", pytest.approx(0.6))
+    assert float(stopper.best_score) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_epochs": 1, "max_steps": -1}])

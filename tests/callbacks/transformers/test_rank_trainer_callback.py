@@ -415,7 +415,7 @@ def observed(schedule, trigger):
     (stage,) = schedule.driver.stages
     assert type(stage.when) is trigger
     observe = stage.when.observe
-    stage.when.observe = lambda step, value: seen.append((step, value)) or observe(step, value)
+    stage.when.observe = lambda step, *values: seen.append((step, *values)) or observe(step, *values)
     return seen
 
 
@@ -433,6 +433,36 @@ def test_trigger_reads_each_value_that_training_logs_once(tmp_path):
     schedule = RankTrainerCallback(Stage(Plateau("eval_loss"), Rank(2), deadline=0.5))
     trainer(tmp_path, own(), schedule).train()
     assert [event.step for event in schedule.history] == [STEPS // 2]
+
+
+@pytest.mark.parametrize("kind", ["evaluates", "logs"])
+def test_metric_that_the_program_measures_by_itself_is_read_when_it_comes(kind, tmp_path):
+    """The Trainer does not evaluate, and its first logs come before the first of these metrics."""
+
+    class Measuring(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step in (3, 7):
+                kept = copy.copy(control)
+                if kind == "logs":
+                    made.log({"val/loss": 10.0 * state.global_step})
+                else:
+                    made.evaluate(data(4), metric_key_prefix="dev")
+                vars(control).update(vars(kept))
+
+    trigger = Plateau("dev_loss", patience=9) if kind == "evaluates" else Gap("loss", "val/loss", window=9)
+    schedule = RankTrainerCallback(Stage(trigger, Rank(2)))
+    seen = observed(schedule, type(trigger))
+    made = trainer(tmp_path, own(), schedule, logging_steps=2)
+    made.add_callback(Measuring())
+    with pytest.warns(UserWarning, match="training ended before stage 1"):
+        made.train()
+    logs = made.state.log_history
+    if kind == "evaluates":
+        assert seen == [(log["step"], log["dev_loss"]) for log in logs if "dev_loss" in log]
+    else:
+        losses = {log["step"]: log["loss"] for log in logs if "loss" in log}
+        assert seen == [(3, losses[2], 30.0), (7, losses[6], 70.0)]
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("first", [1, 5])
