@@ -156,17 +156,6 @@ class LanguageModeling(TextTask):
             raise ConfigurationError(
                 "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
             )
-        of_texts = [name for name in self.measures if name in OF_TEXTS]
-        if of_texts and not (val_generate or generate):
-            raise ConfigurationError(
-                f"task.measures={of_texts} measures texts that the model generates, and it generates none; set "
-                "task.generate (for the test) or task.val_generate to a number of examples, or task.measures"
-            )
-        if (val_generate or generate) and not of_texts:
-            raise ConfigurationError(
-                f"task.generate={generate}, task.val_generate={val_generate} generate texts that nothing of "
-                f"task.measures={self.measures} measures; add one of {[*OF_TEXTS]}, or set both to 0"
-            )
 
     @property
     def metrics(self) -> tuple[str, ...]:
