@@ -248,17 +248,22 @@ class RankDriver:
         is_known = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
+        # A checkpoint of one process may bring these to all.
+        for name in sorted(self._checked.keys() & metrics.keys()):
+            self.progress.metrics[name] = metric_value(metrics, name, self._checked, training.group)
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             logged = {**training.logged(), **self.progress.metrics}
-            waiting = {name for name in trigger.monitors if name not in logged and training.logs_later(name)}
+            of_training = [name for name in trigger.monitors if name not in metrics]
+            waiting = {name for name in of_training if name not in logged and training.logs_later(name)}
+            waiting.update(name for name in of_training if training.is_of_before(name))
             observed = observed_metrics(self.stages)
             group = training.group
             values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
-            is_new = any(name in metrics for name in trigger.monitors) or all(map(training.is_new, trigger.monitors))
+            is_new = len(of_training) < len(trigger.monitors) or all(map(training.is_new, of_training))
             if is_new and not waiting:
                 training.has_read(trigger.monitors)
                 fires = trigger.observe(training.step, *values)
@@ -267,12 +272,17 @@ class RankDriver:
                     reason = reason.replace(name, training.own_name(name, logged))
                 self._decide(training, fires, reason)
 
+    @property
+    def _checked(self) -> dict[str, str]:
+        """The metrics by which changes to come are judged, and what names them."""
+        return checked_metrics(self.stages[self.progress.stage :], measure=self.measure)
+
     def _check_metrics(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Refuse a schedule whose changes are judged by a metric that the first validation, of ``metrics``, lacks.
 
         A validation for a change may have more than that, so it decides.
         """
-        checked = checked_metrics(self.stages[self.progress.stage :], measure=self.measure)
+        checked = self._checked
         absent = sorted(checked.keys() - metrics.keys())
         found = validate(training) if absent and not training.validates_alike else metrics
         for name in absent:

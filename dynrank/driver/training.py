@@ -131,6 +131,10 @@ class Training:
         """Whether training has logged the metric ``name`` since triggers have last read it."""
         return True
 
+    def is_of_before(self, name: str) -> bool:
+        """Whether what training has last logged as ``name`` is of before the last change: a trigger waits for more."""
+        return False
+
     def has_read(self, names: Collection[str]) -> None:
         """Take note that a trigger has read the metrics ``names``."""
 

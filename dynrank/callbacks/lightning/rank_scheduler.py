@@ -187,6 +187,8 @@ class RankScheduler(Callback):
         # Of an epoch that only ends after a resume, Lightning knows no means.
         if trainer.global_step > self._first_step:
             self._read.has_means = False
+            if self._read.changed_in is not None and trainer.current_epoch > self._read.changed_in:
+                self._read.changed_in = None
         if not trainer.enable_validation:
             self._validated({})
         if self._cut_epoch is not None:
@@ -233,12 +235,11 @@ class RankScheduler(Callback):
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
-            # The present means are of the model before.
-            self._read.has_means = True
+            self._read.changed_in = trainer.current_epoch if self._batch > 0 else trainer.current_epoch - 1
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
             self._of_before = {*self._read.validated}
-            self._cut_epoch = trainer.current_epoch if self._batch > 0 else trainer.current_epoch - 1
+            self._cut_epoch = self._read.changed_in
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
@@ -278,7 +279,11 @@ class RankScheduler(Callback):
     def _validated(self, metrics: Mapping[str, float]) -> None:
         """Pass the metrics of a validation on to the driver."""
         training = self._training
-        self._read.means = sorted(private.epoch_means(training.trainer).union(self._read.means))
+        means = private.epoch_means(training.trainer)
+        if not training.validates:
+            # Triggers read at the end of an epoch, where these are means, too.
+            means |= private.forked_metrics(training.trainer)
+        self._read.means = sorted(means.union(self._read.means))
         self.driver.validated(training, metrics)
 
     def _keep_logged(self) -> None:

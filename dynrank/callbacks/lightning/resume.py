@@ -19,10 +19,12 @@ def run_missed_validation(trainer: Trainer) -> None:
 
 
 def is_due(trainer: Trainer) -> bool:
-    """Whether a validation is due after the present training batch."""
+    """Whether a validation is due after the training batch behind which a run is resumed."""
     every_n_epochs = trainer.check_val_every_n_epoch
     every_n_batches = trainer.val_check_batch
-    if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
+    # Behind the last batch of an epoch, a resumed run is in the next one.
+    epochs = trainer.current_epoch + (not trainer.is_last_batch)
+    if not trainer.enable_validation or (every_n_epochs is not None and epochs % every_n_epochs):
         return False
     if every_n_batches is None or every_n_batches == inf:
         return trainer.is_last_batch

@@ -24,11 +24,13 @@ class ReadMetrics:
         validated: the names of all metrics of validations so far.
         means: the names of all metrics of training so far that are means over the epoch.
         has_means: whether triggers have read the means of the last epoch.
+        changed_in: the last epoch with steps before the last change; None: means over it are no longer the last.
     """
 
     validated: list[str] = field(default_factory=list)
     means: list[str] = field(default_factory=list)
     has_means: bool = False
+    changed_in: int | None = None
 
 
 class LightningTraining(Training):
@@ -85,6 +87,10 @@ class LightningTraining(Training):
     def is_new(self, name: str) -> bool:
         """A metric of validations is new in them alone, a mean over the epoch once after each."""
         return name not in self._read.validated and not (name in self._read.means and self._read.has_means)
+
+    def is_of_before(self, name: str) -> bool:
+        """A mean over an epoch is, until the first epoch after the change has ended."""
+        return name in self._read.means and self._read.changed_in is not None
 
     def has_read(self, names: Collection[str]) -> None:
         self._read.has_means |= not set(names).isdisjoint(self._read.means)

@@ -121,8 +121,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
-        # The names of those that triggers have not read yet; always the same set.
+        # The names of those that triggers have not read yet, and of those of before the last change; always these sets.
         self._new: set[str] = set()
+        self._old: set[str] = set()
+        # The step of the Trainer's last log of its own, and whether the next one is a mean over steps before a change.
+        self._logged_at = 0
+        self._mixes = False
         # Metrics of evaluations that triggers have not read yet, of all data sets.
         self._evaluated: dict[str, float] = {}
         # {step of a checkpoint: its ranks}
@@ -204,7 +208,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         # The last training has ended without its event, by an error.
         is_again = self._run is not None and self._run.trainer is self.trainer
         kind = ZeroTraining if is_zero else TrainerTraining
-        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged, self._new)
+        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged, self._new, self._old)
         if process_count() > 1 and not (training.ddp or is_zero or is_sharded(model)):
             raise ConfigurationError(
                 "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and "
@@ -267,7 +271,15 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             return
         found = numeric_metrics(logs)
         self.logged.update(found)
-        self._new.update(found)
+        # The Trainer's loss, and what TRL logs with it, are means over the steps since the last one.
+        if "loss" in found and self._mixes:
+            self._old.update(found)
+        else:
+            self._new.update(found)
+            self._old.difference_update(found)
+        if "loss" in found:
+            self._logged_at = state.global_step
+            self._mixes = False
         more = dict(self._ranks)
         if "learning_rate" in logs and self.driver.lr_factor != 1.0:
             # The Trainer logs the rate of the step that was made, or of the next one, by version.
@@ -323,6 +335,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         model = self._run.model
         if not event.undone:
             self._new.clear()
+            self._old.update(self.logged)
+            self._mixes = self._logged_at != state.global_step
             self._log_ranks(self._run)
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
@@ -359,6 +373,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.reset()
         self.logged.clear()
         self._new.clear()
+        self._old.clear()
+        self._logged_at = 0
+        self._mixes = False
         self._evaluated = {}
         self._saved = {}
 
@@ -367,8 +384,17 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def state(self) -> dict[str, Any]:
         """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
-        state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
-        torch.save(state | {"new": sorted(self._new), "saved": self._saved}, buffer)
+        state: dict[str, Any] = {
+            "driver": self.driver.state_dict(),
+            "logged": self.logged,
+            "new": sorted(self._new),
+            "old": sorted(self._old),
+            "logged_at": self._logged_at,
+            "mixes": self._mixes,
+            "evaluated": self._evaluated,
+            "saved": self._saved,
+        }
+        torch.save(state, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
     def _load(self, state: TrainerState) -> None:
@@ -386,5 +412,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.logged.update(saved["logged"])
         self._new.clear()
         self._new.update(saved["new"])
+        self._old.clear()
+        self._old.update(saved["old"])
+        self._logged_at = saved["logged_at"]
+        self._mixes = saved["mixes"]
         self._evaluated = dict(saved["evaluated"])
         self._saved = dict(saved["saved"])

@@ -34,6 +34,7 @@ class TrainerTraining(Training):
         evaluate: evaluates the present model; None: ``trainer.evaluate``, if the Trainer has an ``eval_dataset``.
         metrics: the last value of every metric, which the caller updates.
         new: the names of those that triggers have not read yet, to which the caller adds.
+        old: the names of those that were last logged before the last change, which the caller updates.
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
@@ -46,6 +47,7 @@ class TrainerTraining(Training):
         evaluate: Callable[[], Mapping[str, Any]] | None,
         metrics: Mapping[str, float],
         new: set[str],
+        old: Collection[str],
     ) -> None:
         super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
@@ -54,6 +56,7 @@ class TrainerTraining(Training):
         self._evaluate = evaluate
         self._metrics = metrics
         self._new = new
+        self._old = old
 
     def now(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
         """The run itself, at its present step, in which the Trainer has called a callback with ``event``.
@@ -87,6 +90,9 @@ class TrainerTraining(Training):
 
     def is_new(self, name: str) -> bool:
         return name in self._new
+
+    def is_of_before(self, name: str) -> bool:
+        return name in self._old
 
     def has_read(self, names: Collection[str]) -> None:
         self._new.difference_update(names)

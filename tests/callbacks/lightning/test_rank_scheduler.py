@@ -152,6 +152,43 @@ def test_means_over_an_epoch_are_observed_once_each_also_in_a_resumed_run(regres
         assert steps[0] < later <= steps[0] + 10, step
 
 
+@pytest.mark.parametrize(("step", "first"), [(10, 25), (13, 35)])
+def test_trigger_reads_a_mean_once_a_whole_epoch_has_the_ranks_of_after(regression, fit, step, first):
+    """Before that a gap between it and the validation says nothing of the model. An epoch has ten steps."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", float(self.current_epoch), on_step=False, on_epoch=True)
+            return loss
+
+    scheduler = RankScheduler([*at(step, Rank(3)), Stage(Gap(window=9), Rank(2))])
+    gap = scheduler.driver.stages[1].when
+    seen = []
+    observe = gap.observe
+    gap.observe = lambda at_step, train, val: seen.append((at_step, train)) or observe(at_step, train, val)
+    with pytest.warns(UserWarning, match="ended before stage 2"):
+        fit(scheduler, module=Logging(), max_steps=40)
+    # The mean that is known then is of the epoch before.
+    assert seen == [(now, (now - 1) // 10 - 1.0) for now in range(first, 41, 5)]
+
+
+def test_run_that_validates_every_second_epoch_resumes_from_the_end_of_any(fit, assert_same, tmp_path):
+    options = {"max_steps": 60, "val_check_interval": 1.0, "check_val_every_n_epoch": 2}
+
+    def run(**more):
+        scheduler = RankScheduler(Stage(Plateau(patience=1, min_delta=0.99, warmup_steps=0), Rank(3)))
+        module, _ = fit(scheduler, **options, **more)
+        return module, [event.step for event in scheduler.history]
+
+    whole, steps = run(saved=tmp_path)
+    assert steps == [40]
+    for step in (10, 20, 30, 40):
+        resumed, found = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert found == steps, step
+        assert_same(resumed, whole, step)
+
+
 def test_metric_that_some_validations_lack_is_observed_in_the_others(regression, fit):
     """Lightning keeps its last value."""
 

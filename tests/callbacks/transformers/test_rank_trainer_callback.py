@@ -412,8 +412,7 @@ def test_gap_waits_for_the_first_loss_that_training_logs(train, val, options, st
 def observed(schedule, trigger):
     """Let ``schedule`` note in a list what ``trigger`` observes: (step, value)."""
     seen = []
-    (stage,) = schedule.driver.stages
-    assert type(stage.when) is trigger
+    (stage,) = [stage for stage in schedule.driver.stages if type(stage.when) is trigger]
     observe = stage.when.observe
     stage.when.observe = lambda step, *values: seen.append((step, *values)) or observe(step, *values)
     return seen
@@ -433,6 +432,19 @@ def test_trigger_reads_each_value_that_training_logs_once(tmp_path):
     schedule = RankTrainerCallback(Stage(Plateau("eval_loss"), Rank(2), deadline=0.5))
     trainer(tmp_path, own(), schedule).train()
     assert [event.step for event in schedule.history] == [STEPS // 2]
+
+
+# Step of the evaluation, and of the last loss; the Trainer also evaluates at the end.
+@pytest.mark.parametrize(("every", "steps"), [(3, [(9, 9), (10, 9)]), (2, [(6, 6), (8, 8), (10, 10)])])
+def test_trigger_reads_no_loss_of_steps_before_a_change(every, steps, tmp_path):
+    """The Trainer logs a mean over the steps since its last log, and the change comes within those, or between them."""
+    schedule = RankTrainerCallback([CUT, Stage(Gap("loss", "eval_loss", window=9), Rank(1))])
+    seen = observed(schedule, Gap)
+    made = trainer(tmp_path, own(), schedule, logging_steps=every, eval_strategy="steps", eval_steps=every)
+    with pytest.warns(UserWarning, match="training ended before stage 2"):
+        made.train()
+    losses = {log["step"]: log["loss"] for log in made.state.log_history if "loss" in log}
+    assert [(step, loss) for step, loss, _ in seen] == [(step, losses[at]) for step, at in steps]
 
 
 @pytest.mark.parametrize("kind", ["evaluates", "logs"])
