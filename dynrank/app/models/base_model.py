@@ -98,6 +98,9 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
     of_base = input_files(Path(origin))
+    if (source / TOKENIZER_FILE).exists():
+        # Files of two tokenizers are none: transformers would read the base's special tokens and template.
+        of_base = [file for file in of_base if file.name.endswith("processor_config.json")]
     merged: PreTrainedModel = merge(on_base(adapter, model))
     _name_ends(merged, source)
     with whole_or_nothing(out) as folder:

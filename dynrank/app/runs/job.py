@@ -147,7 +147,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     # A task of your own need not name its model.
     if before is not None and isinstance(getattr(task, "model", None), str):
         check_base_name(before, task.model)
-    # Only a classifier has classes to keep; a task without data has none of its own.
+    # A task of your own need not take anything over, and a task without data has no classes.
     if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
         task.go_on_from(before)
     with named(keys_of(config, made="lora")):

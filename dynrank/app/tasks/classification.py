@@ -80,10 +80,11 @@ class Classification(TextTask):
         self.nameless: Path | None = None
 
     def go_on_from(self, adapter: Path) -> None:
-        """Keep the classes of the adapter in this folder, in their order, also those that no text has any more.
+        """As for every text; and keep the adapter's classes, in their order, also those that no text has any more.
 
         Of a head whose classes nobody names, as in adapters of other programs, labels must be the numbers.
         """
+        super().go_on_from(adapter)
         self.labels_before = stored_labels(adapter)
         self.kind_before = stored_problem_type(adapter)
         self.nameless = adapter if read_adapter(adapter).others and not self.labels_before else None

@@ -165,6 +165,7 @@ class LanguageModeling(TextTask):
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
         written["settings"] = asdict(self.settings)
+        written["tokenizer"] = None if self.tokenizer_at == self.model else self.tokenizer_at
         if self.form == "chat":
             check_template(self.tokenizer, self.model)
         if not on_meta:
@@ -225,7 +226,8 @@ class LanguageModel(AdapterModule):
 
     The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
     store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
-    :class:`AdapterModule`, and ``end_of_turn``, the token that ends an answer in chats.
+    :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in chats; and ``tokenizer``, the folder or
+    name of the tokenizer (None: the model's).
     """
 
     def __init__(
@@ -238,6 +240,7 @@ class LanguageModel(AdapterModule):
         indented: bool = False,
         settings: Mapping[str, Any] | None = None,
         end_of_turn: str | None = None,
+        tokenizer: str | None = None,
         on_meta: bool = False,
     ) -> None:
         lora = dict(lora)
@@ -247,16 +250,16 @@ class LanguageModel(AdapterModule):
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
         names = ("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "end_of_turn")
-        self.save_hyperparameters(*names)
+        self.save_hyperparameters(*names, "tokenizer")
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
-        self.name = model
+        self.tokenizer_at = tokenizer or model
         self.max_new_tokens = max_new_tokens
         self.indented = indented
         self.end_of_turn = end_of_turn
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.name, settings=self.settings)
+        return load_tokenizer(self.tokenizer_at, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         masked = {key: batch[key] for key in ("input_ids", "attention_mask")}

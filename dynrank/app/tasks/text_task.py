@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dynrank.adapters.sidecar_files import Inputs
+from dynrank.adapters.sidecar_files import Inputs, tokenizer_source
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_tokenizer, positions
 from dynrank.app.tasks.account import SplitAccount, print_account
@@ -76,6 +77,7 @@ class TextTask(LightningDataModule):
         super().__init__()
         self.settings = ModelSettings(**settings or {})
         self.model = model
+        self.tokenizer_at = model
         self.data = data
         self.form = form
         self.batch_size = batch_size
@@ -108,12 +110,17 @@ class TextTask(LightningDataModule):
         system = system_prompt(rows["train"]) if self.form == "chat" else None
         return Inputs(self.form, columns, system, self.max_length)
 
+    def go_on_from(self, adapter: Path) -> None:
+        """Read data as the adapter in this folder was trained: with its own tokenizer, if it has one."""
+        self.tokenizer_at = tokenizer_source(adapter, self.model)
+
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.model, settings=self.settings)
+        tokenizer = load_tokenizer(self.tokenizer_at, settings=self.settings)
         needed = "eos_token" if self.form in ("completion", "text") else "pad_token"
         if getattr(tokenizer, needed) is None:
-            raise ConfigurationError(f"the tokenizer of task.model={self.model} has no {needed}; set task.model")
+            at = f"of task.model={self.model}" if self.tokenizer_at == self.model else f"in {self.tokenizer_at!r}"
+            raise ConfigurationError(f"the tokenizer {at} has no {needed}; set task.model")
         # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
@@ -114,6 +115,26 @@ def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, 
     merged = merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
     assert type(merged).__name__ == cls.__name__
     assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)
+
+
+def test_merged_model_has_the_tokenizer_of_the_adapter_alone(tiny_llama, tmp_path):
+    """Files of the base that the adapter lacks would change its special tokens, and its chat template."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    model = dynrank.add_lora(AutoModelForCausalLM.from_pretrained(base), rank=2)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "of the base"}))
+    (base / "chat_template.jinja").write_text("of the base")
+    (base / "preprocessor_config.json").write_text("{}")
+    merge_adapter(tmp_path / "adapter", str(base), tmp_path / "without")
+    assert (tmp_path / "without" / "chat_template.jinja").read_text() == "of the base"
+    tokenizer.eos_token = end = tokenizer.convert_ids_to_tokens(60)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(base), tmp_path / "out")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (merged.eos_token, merged.chat_template) == (end, tokenizer.chat_template)
+    # What is no tokenizer's is still the base's.
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
 def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from trained import updated
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dynrank
 from dynrank.app.commands.cli import print_ranks
@@ -62,6 +62,22 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     name = next(iter(layers))
     before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
     assert 0 < abs(before - after) < 0.5 * before
+
+
+def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs, tiny_llama, tmp_path):
+    """As TRL leaves it there, with an end of answers or a chat template of the user's."""
+    own = shutil.copytree(theirs, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(60)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(own)
+    for place, expected in ((theirs, AutoTokenizer.from_pretrained(tiny_llama)), (own, tokenizer)):
+        made = build(dynrank.compose([*task, f"lora.from={place}"]))
+        # Its texts are decoded by it, too.
+        for used in (made.task.tokenizer, made.module.tokenizer):
+            assert (used.eos_token_id, used.chat_template) == (expected.eos_token_id, expected.chat_template)
+    run(dynrank.compose([*task, f"lora.from={own}"]), tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == tokenizer.chat_template
 
 
 def test_a_run_writes_float8_and_another_goes_on_from_it_with_the_scaling_that_it_was_trained_with(
