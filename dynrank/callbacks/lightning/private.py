@@ -32,6 +32,16 @@ def forked_metrics(trainer: Trainer) -> set[str]:
     return {meta.name for meta in _logged_in_training(trainer) if meta.forked}
 
 
+def last_logged(trainer: Trainer) -> dict[str, Any]:
+    """{metric of training that has the value of a step: its last value}; another object each time that it is logged."""
+    return {
+        name: result._forward_cache
+        for result in trainer.fit_loop.epoch_loop._results.values()
+        for name in (result.meta.name, result.meta.forked_name(on_step=True))
+        if result.meta.on_step
+    }
+
+
 def _logged_in_training(trainer: Trainer) -> list[Any]:
     return [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
 

@@ -112,6 +112,9 @@ class RankScheduler(Callback):
         self._cut_epoch: int | None = None
         # The present batch.
         self._batch = 0
+        # What was last logged before the last change, by the name of the metric, and whether that has lowered ranks.
+        self._before: dict[str, Any] = {}
+        self._lowered = False
 
     @property
     def history(self) -> History:
@@ -135,8 +138,9 @@ class RankScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._keep_logged()
+        self._note_means()
         own = {"stepped": self._stepped, "logged": self._logged, "cut_epoch": self._cut_epoch}
-        own |= {"of_before": sorted(self._of_before), "read": asdict(self._read)}
+        own |= {"of_before": sorted(self._of_before), "lowered": self._lowered, "read": asdict(self._read)}
         return {**self.driver.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,6 +149,7 @@ class RankScheduler(Callback):
         self._logged = state_dict["logged"]
         self._of_before = {*state_dict["of_before"]}
         self._cut_epoch = state_dict["cut_epoch"]
+        self._lowered = state_dict["lowered"]
         self._read = ReadMetrics(**state_dict["read"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,8 +194,8 @@ class RankScheduler(Callback):
             self._read.has_means = False
             if self._read.changed_in is not None and trainer.current_epoch > self._read.changed_in:
                 self._read.changed_in = None
-        if not trainer.enable_validation:
-            self._validated({})
+        # The module's own hook, which may log, comes after this one.
+        self._read.is_due = not trainer.enable_validation
         if self._cut_epoch is not None:
             forget_means(trainer, self._read.validated)
             if trainer.current_epoch > self._cut_epoch:
@@ -198,6 +203,7 @@ class RankScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch = 0
+        self._read_epoch()
         # Others log the rate of the epoch now. Gradients are never pending between two epochs.
         if pl_module.automatic_optimization:
             self._advance()
@@ -216,6 +222,8 @@ class RankScheduler(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = self._training
+        if self._read.stale:
+            self._forget_stale(trainer)
         if pl_module.automatic_optimization:
             self.driver.end_step(training)
         # Before the step a hook of the module may still set the rate.
@@ -225,6 +233,7 @@ class RankScheduler(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
+        self._read_epoch()
         before = len(self.history)
         self.driver.finish(self._training)
         self._keep_logged()
@@ -236,6 +245,12 @@ class RankScheduler(Callback):
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
             self._read.changed_in = trainer.current_epoch if self._batch > 0 else trainer.current_epoch - 1
+            self._note_means()
+            # Metrics that only some steps log; others are logged before anybody reads them.
+            read = {*self._training.logged()}.intersection(self._names_read(trainer))
+            self._read.stale = sorted(read.difference(self._read.validated, self._read.means))
+            self._before = private.last_logged(trainer)
+            self._lowered = event.lowers and not self.keep_best_before
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
             self._of_before = {*self._read.validated}
@@ -278,19 +293,44 @@ class RankScheduler(Callback):
 
     def _validated(self, metrics: Mapping[str, float]) -> None:
         """Pass the metrics of a validation on to the driver."""
-        training = self._training
-        means = private.epoch_means(training.trainer)
-        if not training.validates:
-            # Triggers read at the end of an epoch, where these are means, too.
-            means |= private.forked_metrics(training.trainer)
-        self._read.means = sorted(means.union(self._read.means))
-        self.driver.validated(training, metrics)
+        self._note_means()
+        self.driver.validated(self._training, metrics)
+
+    def _read_epoch(self) -> None:
+        """Let triggers read the metrics of the epoch that has ended, in a run without validation."""
+        if self._read.is_due:
+            self._read.is_due = False
+            self._validated({})
+
+    def _note_means(self) -> None:
+        """Note which metrics are means over the epoch, also for a run that is resumed."""
+        if self._run is not None:
+            means = private.epoch_means(self._run.trainer)
+            if not self._run.validates:
+                # Triggers read at the end of an epoch, where these are means, too.
+                means |= private.forked_metrics(self._run.trainer)
+            self._read.means = sorted(means.union(self._read.means))
+            self._read.stale = [name for name in self._read.stale if name not in self._read.means]
+
+    def _forget_stale(self, trainer: Trainer) -> None:
+        """Forget the scores of before the last change by metrics that were logged in the step that ends now."""
+        now = private.last_logged(trainer)
+        fresh = [name for name in self._read.stale if name in now and now[name] is not self._before.get(name)]
+        if fresh:
+            self._read.stale = [name for name in self._read.stale if name not in fresh]
+            if self._lowered:
+                forget_scores_of(trainer, fresh)
+
+    def _names_read(self, trainer: Trainer) -> list[str]:
+        """The metrics that triggers to come, other callbacks or schedulers read."""
+        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        monitors += [config.monitor for config in trainer.lr_scheduler_configs]
+        return [*self.driver.observes, *(name for name in monitors if name is not None)]
 
     def _keep_logged(self) -> None:
         if self._run is not None:
             logged = self._run.logged()
-            callbacks = self._run.trainer.callbacks  # type: ignore[attr-defined]
-            read = [*self.driver.observes, *(getattr(callback, "monitor", None) for callback in callbacks)]
+            read = self._names_read(self._run.trainer)
             self._logged = {name: value for name, value in logged.items() if name in read}
 
     def _check_stepped(self, pl_module: LightningModule) -> None:

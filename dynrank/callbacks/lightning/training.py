@@ -25,12 +25,16 @@ class ReadMetrics:
         means: the names of all metrics of training so far that are means over the epoch.
         has_means: whether triggers have read the means of the last epoch.
         changed_in: the last epoch with steps before the last change; None: means over it are no longer the last.
+        stale: the names of those that are not logged in every step, and were not logged since the last change.
+        is_due: whether an epoch has ended, and triggers have not read its metrics.
     """
 
     validated: list[str] = field(default_factory=list)
     means: list[str] = field(default_factory=list)
     has_means: bool = False
     changed_in: int | None = None
+    stale: list[str] = field(default_factory=list)
+    is_due: bool = False
 
 
 class LightningTraining(Training):
@@ -89,8 +93,8 @@ class LightningTraining(Training):
         return name not in self._read.validated and not (name in self._read.means and self._read.has_means)
 
     def is_of_before(self, name: str) -> bool:
-        """A mean over an epoch is, until the first epoch after the change has ended."""
-        return name in self._read.means and self._read.changed_in is not None
+        """A mean over an epoch is, until the first epoch after the change has ended; others, until they are logged."""
+        return name in self._read.stale or (name in self._read.means and self._read.changed_in is not None)
 
     def has_read(self, names: Collection[str]) -> None:
         self._read.has_means |= not set(names).isdisjoint(self._read.means)

@@ -213,6 +213,30 @@ def test_mean_over_an_epoch_counts_from_the_first_one_of_the_new_ranks_alone(
     assert saver.best_model_path == str(tmp_path / f"step={at}.ckpt")
 
 
+def test_value_of_before_counts_no_longer_where_not_every_step_logs_one(fit, regression, tmp_path):
+    """The first step of each epoch, of ten, does; a ModelCheckpoint and a scheduler read it after every fifth."""
+    scores = (0.3, 0.1, 0.8, 0.7, 0.6)
+
+    class Seldom(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 0:
+                self.log("score", scores[self.current_epoch])
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=99)
+            return [optimizer], [{"scheduler": self.plateau, "monitor": "score", "interval": "step", "frequency": 5}]
+
+    saver = best(tmp_path, every_n_train_steps=5, save_on_train_epoch_end=False)
+    module = Seldom()
+    options = {"max_epochs": 5, "max_steps": -1, "limit_val_batches": 0}
+    fit(RankScheduler(Stage(At(step=13), Rank(2))), saver, module=module, **options)
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == ("step=45", pytest.approx(0.6))
+    assert float(module.plateau.best) == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize("kind", ["forked", "end"])
 def test_mean_that_has_the_name_of_a_step_or_comes_at_the_end_counts_from_the_first_whole_epoch(
     fit, regression, tmp_path, kind

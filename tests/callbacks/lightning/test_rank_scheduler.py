@@ -152,6 +152,40 @@ def test_means_over_an_epoch_are_observed_once_each_also_in_a_resumed_run(regres
         assert steps[0] < later <= steps[0] + 10, step
 
 
+@pytest.mark.parametrize(("step", "first"), [(8, 20), (13, 30)])
+@pytest.mark.parametrize("where", ["training_step", "on_train_epoch_end"])
+def test_trigger_reads_the_mean_of_the_epoch_that_has_ended_where_nothing_is_validated(
+    regression, fit, tmp_path, where, step, first
+):
+    """Also in a resumed run, and though the module's hook comes after those of callbacks. An epoch has ten steps."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if where == "training_step":
+                self.log("score", 9.0 - self.current_epoch, on_step=False, on_epoch=True)
+            return loss
+
+        def on_train_epoch_end(self):
+            if where == "on_train_epoch_end":
+                self.log("score", 9.0 - self.current_epoch)
+
+    def run(**options):
+        scheduler = RankScheduler([*at(step, Rank(3)), Stage(Plateau("score", warmup_steps=0), Rank(2))])
+        trigger = scheduler.driver.stages[1].when
+        seen = []
+        observe = trigger.observe
+        trigger.observe = lambda now, score: seen.append((now, score)) or observe(now, score)
+        with pytest.warns(UserWarning, match="ended before stage 2"):
+            fit(scheduler, module=Logging(), limit_val_batches=0, max_epochs=5, max_steps=-1, **options)
+        return seen
+
+    seen = run(saved=tmp_path)
+    assert seen == [(now, 10.0 - now // 10) for now in range(first, 51, 10)]
+    for resumed in (9, 14, 25):
+        assert run(ckpt_path=tmp_path / f"step={resumed}.ckpt") == [row for row in seen if row[0] > resumed], resumed
+
+
 @pytest.mark.parametrize(("step", "first"), [(10, 25), (13, 35)])
 def test_trigger_reads_a_mean_once_a_whole_epoch_has_the_ranks_of_after(regression, fit, step, first):
     """Before that a gap between it and the validation says nothing of the model. An epoch has ten steps."""
@@ -171,6 +205,32 @@ def test_trigger_reads_a_mean_once_a_whole_epoch_has_the_ranks_of_after(regressi
         fit(scheduler, module=Logging(), max_steps=40)
     # The mean that is known then is of the epoch before.
     assert seen == [(now, (now - 1) // 10 - 1.0) for now in range(first, 41, 5)]
+
+
+def test_trigger_waits_for_a_metric_that_not_every_step_logs(regression, fit, tmp_path):
+    """Lightning keeps its value of before the change; a run that is resumed between the two waits, too."""
+
+    class Seldom(regression[0]):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 0:
+                self.log("train/loss", float(self.global_step))
+            return loss
+
+    def run(**options):
+        scheduler = RankScheduler([*at(13, Rank(3)), Stage(Gap(window=9), Rank(2))])
+        gap = scheduler.driver.stages[1].when
+        seen = []
+        observe = gap.observe
+        gap.observe = lambda now, train, val: seen.append((now, train)) or observe(now, train, val)
+        with pytest.warns(UserWarning, match="ended before stage 2"):
+            fit(scheduler, module=Seldom(), max_steps=40, **options)
+        return seen
+
+    seen = run(saved=tmp_path)
+    assert seen == [(25, 20.0), (30, 20.0), (35, 30.0), (40, 30.0)]
+    for step in (12, 14, 16):
+        assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == seen, step
 
 
 def test_run_that_validates_every_second_epoch_resumes_from_the_end_of_any(fit, assert_same, tmp_path):
@@ -410,4 +470,4 @@ def test_a_cut_runs_few_files(fit):
     assert len(scheduler.history) == 1
     print(*sorted(files), sep="\n")
     assert "change/change.py" in files
-    assert len(files) <= 30
+    assert len(files) <= 31
