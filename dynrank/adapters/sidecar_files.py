@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
@@ -22,7 +22,10 @@ LABELS_FILE = "labels.json"
 INPUTS_FILE = "inputs.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 # Patterns of the files in a model's folder that define how its inputs are made.
-_INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
+_INPUT_FILES = (
+    *("*token*", "*vocab*", "merges.txt", "bpe.codes", "emoji.json", "normalizer.json", "*.model", "*.spm"),
+    *("chat_template*", "additional_chat_templates/*", "*processor_config.json"),
+)
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))
@@ -116,23 +119,35 @@ def new_adapter_folder(out: Path, source: Path) -> Iterator[Path]:
     It becomes ``out`` at the end of the block, or is deleted after an error.
     """
     check_free(out, source)
-    own = [source / name for name in (LABELS_FILE, INPUTS_FILE, BASE_FILE)]
-    sidecars = [*input_files(source), *(file for file in own if file.exists())]
+    own = {name: source / name for name in (LABELS_FILE, INPUTS_FILE, BASE_FILE)}
+    sidecars = input_files(source) | {name: file for name, file in own.items() if file.exists()}
     with whole_or_nothing(out) as folder:
-        for file in sidecars:
-            shutil.copyfile(file, folder / file.name)
+        copy_files(sidecars, folder)
         yield folder
 
 
-def input_files(origin: Path) -> list[Path]:
-    """A folder's files that are copied with a model; a snapshot in the hub's cache links to files two folders above."""
-    found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
+def input_files(origin: Path) -> dict[str, Path]:
+    """{name in the folder: file} of a folder's files that are copied with a model.
+
+    A snapshot in the hub's cache links to files two folders above.
+    """
+    paths = [path for pattern in _INPUT_FILES for path in origin.glob(pattern) if path.is_file()]
+    found = {str(path.relative_to(origin)): path for path in paths}
     home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
-    for file in found:
+    for file in found.values():
         # A link of somebody else's folder could lead to a file that its reader would not publish.
         if not file.resolve().is_relative_to(home):
             raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy the file there")
     return found
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files of these names into ``folder``, except those that it has already."""
+    for name, file in files.items():
+        target = folder / name
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def modelfile(base: str, inputs: Inputs, adapter: str | None = "./adapter.gguf") -> str:

@@ -1,6 +1,5 @@
 """The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,15 @@ from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import TOKENIZER_FILE, input_files, modelfile, read_inputs, with_labels
+from dynrank.adapters.sidecar_files import (
+    TOKENIZER_FILE,
+    copy_files,
+    input_files,
+    label_names,
+    modelfile,
+    read_inputs,
+    with_labels,
+)
 from dynrank.adapters.stored import read_json
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
@@ -100,17 +107,17 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     of_base = input_files(Path(origin))
     if (source / TOKENIZER_FILE).exists():
         # Files of two tokenizers are none: transformers would read the base's special tokens and template.
-        of_base = [file for file in of_base if file.name.endswith("processor_config.json")]
+        of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
     merged: PreTrainedModel = merge(on_base(adapter, model))
     _name_ends(merged, source)
+    _name_padding(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
             settings = _settings(adapter, model)
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
-        for file in own + of_base:
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        copy_files(own, folder)
+        copy_files(of_base, folder)
         if text is not None:
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     return merged
@@ -131,6 +138,13 @@ def _name_ends(model: Any, source: Path) -> None:
     ends = end_tokens(model, tokenizer, end) or []
     if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
         model.generation_config.eos_token_id = ends
+
+
+def _name_padding(model: Any, source: Path) -> None:
+    """Let a classifier that reads the last token before the padding know the padding of the adapter's tokenizer."""
+    if label_names(model) and (source / TOKENIZER_FILE).exists():
+        padding = load_tokenizer(str(source.resolve()), "--model").pad_token_id
+        model.config.pad_token_id = model.config.pad_token_id if padding is None else padding
 
 
 def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:

@@ -93,11 +93,18 @@ def read_config(
 
 
 def load_classifier(
-    name: str, num_labels: int, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
+    name: str,
+    num_labels: int,
+    key: str = "task.model",
+    settings: ModelSettings = _PLAIN,
+    *,
+    tokenizer: str | None = None,
+    on_meta: bool = False,
 ) -> nn.Module:
     """A pre-trained sequence classifier with a new head, in float32, for ``num_labels`` classes.
 
-    ``on_meta`` builds it from its config only, without memory for weights; what its files lack is then unknown.
+    ``tokenizer`` is the folder or name of the tokenizer that pads its texts; None: the model's own. ``on_meta`` builds
+    the classifier from its config only, without memory for weights; what its files lack is then unknown.
     """
     config = read_config(name, key, settings, num_labels=num_labels)
     cls = AutoModelForSequenceClassification
@@ -117,7 +124,7 @@ def load_classifier(
         heads += _new_modules(model, missing, f"{key}={name!r}")
     store_on(model, "heads", heads)
     # Decoders classify by the last token before the padding. Without weights any token serves, and no file is needed.
-    model.config.pad_token_id = 0 if on_meta else load_tokenizer(name, key, settings).pad_token_id
+    model.config.pad_token_id = 0 if on_meta else load_tokenizer(tokenizer or name, key, settings).pad_token_id
     # The head is trained, so it needs float32 even if the frozen base has fewer bits.
     for head in head_names(model):
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)

@@ -92,6 +92,7 @@ class Classification(TextTask):
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
         rest["class_weights"] = self.weights
+        rest["tokenizer"] = None if self.tokenizer_at == self.model else self.tokenizer_at
         return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
 
     @property
@@ -200,9 +201,9 @@ class Classifier(AdapterModule):
     """Sequence classification with LoRA on the body, and a new head.
 
     All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
-    are those of :class:`Classification` and :class:`AdapterModule`, and ``labels``, the names of the classes. With
-    ``several``, a text may have several labels, so each class is a separate yes or no. After a test, ``class_results``
-    has the result of each class.
+    are those of :class:`Classification` and :class:`AdapterModule`; ``labels``, the names of the classes; and
+    ``tokenizer``, the folder or name of the tokenizer (None: the model's). With ``several``, a text may have several
+    labels, so each class is a separate yes or no. After a test, ``class_results`` has the result of each class.
     """
 
     class_weights: Tensor | None
@@ -217,6 +218,7 @@ class Classifier(AdapterModule):
         settings: Mapping[str, Any] | None = None,
         several: bool = False,
         class_weights: Sequence[float] | None = None,
+        tokenizer: str | None = None,
         on_meta: bool = False,
     ) -> None:
         labels = list(labels)
@@ -228,13 +230,14 @@ class Classifier(AdapterModule):
         shares: Any = {"accuracy": Accuracy(**kind, average="micro"), "macro_f1": F1Score(**kind, average="macro")}
         splits = ("val", "test", "final/val")
         quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
-        classifier: Any = load_classifier(model, len(labels), settings=ModelSettings(**settings or {}), on_meta=on_meta)
+        options: Any = {"settings": ModelSettings(**settings or {}), "tokenizer": tokenizer, "on_meta": on_meta}
+        classifier: Any = load_classifier(model, len(labels), **options)
         classifier.config.id2label = dict(enumerate(labels))
         # The base's own may be another.
         classifier.config.problem_type = problem_type(several=several)
         super().__init__(classifier, lora, optimizer, quality)
         names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
-        self.save_hyperparameters(*names)
+        self.save_hyperparameters(*names, "tokenizer")
         self.labels = labels
         self.label_smoothing = label_smoothing
         self.several = several

@@ -129,7 +129,10 @@ def test_merged_model_has_the_tokenizer_of_the_adapter_alone(tiny_llama, tmp_pat
     merge_adapter(tmp_path / "adapter", str(base), tmp_path / "without")
     assert (tmp_path / "without" / "chat_template.jinja").read_text() == "of the base"
     tokenizer.eos_token = end = tokenizer.convert_ids_to_tokens(60)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
     tokenizer.save_pretrained(tmp_path / "adapter")
+    dynrank.squeeze(tmp_path / "adapter", tmp_path / "small", rank=1)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").chat_template == tokenizer.chat_template
     merge_adapter(tmp_path / "adapter", str(base), tmp_path / "out")
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (merged.eos_token, merged.chat_template) == (end, tokenizer.chat_template)

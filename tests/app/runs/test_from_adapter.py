@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dynrank
 from dynrank.app.commands.cli import print_ranks
+from dynrank.app.models.base_model import merge_adapter
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
 
@@ -282,6 +283,18 @@ def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loade
         build(dynrank.compose([*rows_of("a", "c", "d"), f"lora.from={tmp_path / 'run'}"]))
     with pytest.raises(ConfigurationError, match=r"trained for single_label_classification, .* lists of labels"):
         build(dynrank.compose([*rows_of("a", "b", several=True), f"lora.from={tmp_path / 'run'}"]))
+
+
+def test_a_classifier_knows_the_padding_of_the_tokenizer_in_the_adapter_s_folder(rows_of, tiny_bert, tmp_path):
+    """Decoders classify by the last token before it, in training and once they are merged."""
+    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(60)
+    tokenizer.save_pretrained(adapter)
+    made = build(dynrank.compose([*rows_of("a", "b"), f"lora.from={tmp_path / 'run'}"]))
+    assert made.task.tokenizer.pad_token_id == made.module.model.config.pad_token_id == 60
+    assert merge_adapter(adapter, str(tiny_bert), tmp_path / "merged").config.pad_token_id == 60
 
 
 def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
