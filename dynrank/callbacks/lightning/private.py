@@ -38,7 +38,8 @@ def last_logged(trainer: Trainer) -> dict[str, Any]:
         name: result._forward_cache
         for result in trainer.fit_loop.epoch_loop._results.values()
         for name in (result.meta.name, result.meta.forked_name(on_step=True))
-        if result.meta.on_step
+        # An epoch resets what its steps have not logged yet.
+        if result.meta.on_step and not result.has_reset
     }
 
 

@@ -204,26 +204,28 @@ class RankScheduler(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch = 0
         self._read_epoch()
-        # Others log the rate of the epoch now. Gradients are never pending between two epochs.
-        if pl_module.automatic_optimization:
-            self._advance()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx
+        # A callback has logged these in the last batch, after this one's hook and before those that save.
+        self._take_as_new(self._logged_anew(trainer))
         if pl_module.automatic_optimization:
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
             between_steps = self._stepped
             self._stepped = False
         if between_steps:
-            self._advance()
+            self._ask_for_shared()
+            self.driver.advance(self._training)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = self._training
-        if self._read.stale:
-            self._forget_stale(trainer)
+        if self._lowered and self._read.stale:
+            # Others have read the value of before in the last batch, and read the present one after this hook.
+            forget_scores_of(trainer, self._read.stale)
+        self._take_as_new(self._logged_anew(trainer))
         if pl_module.automatic_optimization:
             self.driver.end_step(training)
         # Before the step a hook of the module may still set the rate.
@@ -270,11 +272,6 @@ class RankScheduler(Callback):
         assert self._run is not None
         return self._run.now()
 
-    def _advance(self) -> None:
-        """Make the change that is due."""
-        self._ask_for_shared()
-        self.driver.advance(self._training)
-
     def _check_callbacks_metrics(self, names: Collection[str]) -> None:
         to_come = self.driver.stages[self.driver.progress.stage :]
         check_callbacks_metrics(names, to_come, measure=self.driver.measure)
@@ -312,14 +309,13 @@ class RankScheduler(Callback):
             self._read.means = sorted(means.union(self._read.means))
             self._read.stale = [name for name in self._read.stale if name not in self._read.means]
 
-    def _forget_stale(self, trainer: Trainer) -> None:
-        """Forget the scores of before the last change by metrics that were logged in the step that ends now."""
-        now = private.last_logged(trainer)
-        fresh = [name for name in self._read.stale if name in now and now[name] is not self._before.get(name)]
-        if fresh:
-            self._read.stale = [name for name in self._read.stale if name not in fresh]
-            if self._lowered:
-                forget_scores_of(trainer, fresh)
+    def _logged_anew(self, trainer: Trainer) -> list[str]:
+        """Those metrics of before the last change that were logged since."""
+        now = private.last_logged(trainer) if self._read.stale else {}
+        return [name for name in self._read.stale if name in now and now[name] is not self._before.get(name)]
+
+    def _take_as_new(self, names: Collection[str]) -> None:
+        self._read.stale = [name for name in self._read.stale if name not in names]
 
     def _names_read(self, trainer: Trainer) -> list[str]:
         """The metrics that triggers to come, other callbacks or schedulers read."""

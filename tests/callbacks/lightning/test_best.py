@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from trained import ranks
 
+import dynrank
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.callbacks.lightning.best import saved_file
 from dynrank.errors import ConfigurationError
@@ -235,6 +236,36 @@ def test_value_of_before_counts_no_longer_where_not_every_step_logs_one(fit, reg
     fit(RankScheduler(Stage(At(step=13), Rank(2))), saver, module=module, **options)
     assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == ("step=45", pytest.approx(0.6))
     assert float(module.plateau.best) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("step", [10, 13])
+def test_score_that_a_callback_logs_when_a_batch_ends_counts_from_the_first_of_the_new_ranks(fit, tmp_path, step):
+    """Before it is saved, and after RankScheduler's own hook."""
+
+    class Smoothed(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            # After the cut the first is the best.
+            now = trainer.global_step
+            pl_module.log("score", 0.1 * now if now <= step else float(now))
+
+    saver = best(tmp_path, every_n_train_steps=1, save_on_train_epoch_end=False)
+    fit(RankScheduler(Stage(At(step=step), Rank(2))), Smoothed(), saver, max_steps=20)
+    assert Path(saver.best_model_path).stem == f"step={step + 1}"
+
+
+def test_layer_that_is_unfrozen_at_the_begin_of_an_epoch_is_cut_there(fit, regression):
+    class Unfreezing(regression[0]):
+        def on_train_epoch_start(self):
+            _, layer = next(dynrank.lora_layers(self))
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.requires_grad_(self.current_epoch > 0)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(dynrank.adapter_parameters(self), lr=1e-2)
+
+    module = Unfreezing()
+    fit(RankScheduler(Stage(At(step=10), Rank(2))), module=module, max_steps=12)
+    assert ranks(module) == {2}
 
 
 @pytest.mark.parametrize("kind", ["forked", "end"])
