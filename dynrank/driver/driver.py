@@ -47,6 +47,7 @@ from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
+from dynrank.driver.logged import LoggedMetrics
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
@@ -76,6 +77,7 @@ class RankDriver:
         stages: the stages of the schedule.
         rules: the rules of the rank map.
         progress: which stages are over, and what is pending.
+        logged: the last value of each metric; a trainer adds what it logs between validations.
         lr_factor: factor of the adapters' learning rates, the product of those of all changes.
 
     >>> import torch, dynrank
@@ -103,6 +105,7 @@ class RankDriver:
         self.rules = read_rank_map(rank_map, RankBounds)
         self.measure = measure
         self.progress = Progress()
+        self.logged = LoggedMetrics()
         self._run = Run(None)
         # What the rank of each layer may become, from start() on.
         self._bounds: Mapping[str, RankBounds] = {}
@@ -165,11 +168,6 @@ class RankDriver:
         """Names of the metrics that the trigger of the next stage reads; none if that has no trigger or is decided."""
         trigger = self._next_trigger
         return () if trigger is None else trigger.monitors
-
-    @property
-    def observes(self) -> list[str]:
-        """Names of the metrics that the triggers of the stages to come read."""
-        return sorted(observed_metrics(self.stages[self.progress.stage :]))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.checks.check_model`."""
@@ -254,23 +252,33 @@ class RankDriver:
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
+        self.logged.log({**training.logged(), **self.progress.metrics})
         trigger = self._next_trigger
         if trigger is not None and not is_known:
-            logged = {**training.logged(), **self.progress.metrics}
-            of_training = [name for name in trigger.monitors if name not in metrics]
-            waiting = {name for name in of_training if name not in logged and training.logs_later(name)}
-            waiting.update(name for name in of_training if training.is_of_before(name))
-            observed = observed_metrics(self.stages)
-            group = training.group
-            values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
-            is_new = len(of_training) < len(trigger.monitors) or all(map(training.is_new, of_training))
-            if is_new and not waiting:
-                training.has_read(trigger.monitors)
-                fires = trigger.observe(training.step, *values)
-                reason = trigger.reason
-                for name in trigger.monitors:
-                    reason = reason.replace(name, training.own_name(name, logged))
-                self._decide(training, fires, reason)
+            self._observe(training, trigger, metrics)
+        # They are new in this validation alone.
+        self.logged.read(metrics)
+
+    def _observe(self, training: Training, trigger: Trigger, metrics: Mapping[str, float]) -> None:
+        """Let ``trigger`` read what is new; ``metrics`` are those of the validation.
+
+        It waits for metrics of training that are of ranks before the last change, or come later.
+        """
+        logged = self.logged.values()
+        of_training = [name for name in trigger.monitors if name not in metrics]
+        waiting = {name for name in of_training if name not in logged and training.logs_later(name)}
+        waiting.update(name for name in of_training if self.logged.is_of_before(name))
+        observed = observed_metrics(self.stages)
+        group = training.group
+        values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
+        is_new = len(of_training) < len(trigger.monitors) or all(map(self.logged.is_new, of_training))
+        if is_new and not waiting:
+            self.logged.read(trigger.monitors)
+            fires = trigger.observe(training.step, *values)
+            reason = trigger.reason
+            for name in trigger.monitors:
+                reason = reason.replace(name, training.own_name(name, logged))
+            self._decide(training, fires, reason)
 
     @property
     def _checked(self) -> dict[str, str]:
@@ -312,6 +320,7 @@ class RankDriver:
             if isinstance(stage.when, Trigger):
                 stage.when.reset()
         self.progress = Progress()
+        self.logged = LoggedMetrics()
         self.lr_factor = 1.0
         self._importance = None
         self._ended_step = 0
@@ -332,6 +341,7 @@ class RankDriver:
             "rank_map": self._rules_as_texts,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "importance": importance,
+            "logged": self.logged.state_dict(),
             "lr_factor": self.lr_factor,
         }
 
@@ -370,6 +380,7 @@ class RankDriver:
         progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
         self.reset()
         self.progress = progress
+        self.logged.load_state_dict(state["logged"])
         self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
@@ -510,7 +521,7 @@ class RankDriver:
         """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors.
 
         Later triggers begin anew. The event enters the history. After a change that was made and kept, importance
-        forgets the last update, and the adapters' learning rates follow.
+        forgets the last update, what was logged is of before, and the adapters' learning rates follow.
         """
         self.progress.pending = None
         self.progress.stage = index + 1
@@ -527,6 +538,7 @@ class RankDriver:
                 self._importance.forget_last_update()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
+            self.logged.changed(lowers=event.lowers)
             self.lr_factor *= event.lr_factor
             for rates in self._rates:
                 rates.multiply(event.lr_factor)

@@ -127,19 +127,8 @@ class Training:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
-    def is_new(self, name: str) -> bool:
-        """Whether training has logged the metric ``name`` since triggers have last read it."""
-        return True
-
-    def is_of_before(self, name: str) -> bool:
-        """Whether what training has last logged as ``name`` is of before the last change: a trigger waits for more."""
-        return False
-
-    def has_read(self, names: Collection[str]) -> None:
-        """Take note that a trigger has read the metrics ``names``."""
-
     def logs_later(self, name: str) -> bool:
-        """Whether training has logged nothing yet and may log the metric ``name``: a trigger then waits for it."""
+        """Whether training, which has not logged the metric ``name``, may yet do so: a trigger then waits for it."""
         return False
 
     # For a trainer that keeps factors in tensors of its own

@@ -198,25 +198,30 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
     assert loop.model[0].rank == 1
 
 
+def under_schedulefree(driver, loop, steps):
+    """Train as transformers' Trainer does, which calls the optimizer's ``train`` in each step."""
+    optimizer = loop.optimizers[0]
+    driver.start(loop, Run(12))
+    while loop.step < steps:
+        driver.advance(loop)
+        optimizer.train()
+        optimizer.zero_grad()
+        nn.functional.mse_loss(loop.model(X), Y).backward()
+        optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+
+
 @pytest.mark.parametrize(("most", "other"), [(9.0, How()), (0.0, None)], ids=["kept", "undone"])
 def test_validations_that_swap_the_weights_of_an_optimizer_of_schedulefree_change_nothing(most, other):
-    """As transformers' Trainer calls it: ``eval`` in a validation, ``train`` in each step."""
+    """They call the optimizer's ``eval``."""
 
     def factors(*stages):
         loop = Loop(6, schedulefree.AdamWScheduleFree)
         validate = loop.validate
         optimizer = loop.optimizers[0]
         loop.validate = lambda: optimizer.eval() or validate()
-        driver = RankDriver([*stages])
-        driver.start(loop, Run(12))
-        while loop.step < 12:
-            driver.advance(loop)
-            optimizer.train()
-            optimizer.zero_grad()
-            nn.functional.mse_loss(loop.model(X), Y).backward()
-            optimizer.step()
-            loop.step += 1
-            driver.end_step(loop)
+        under_schedulefree(RankDriver([*stages]), loop, 12)
         assert len(loop.validations) == (2 if stages and stages[0].how.max_regression is not None else 0)
         return [*dynrank.adapter_parameters(loop.model)]
 
@@ -230,15 +235,7 @@ def test_change_under_schedulefree_is_not_compared_with_a_validation_of_means():
     loop = Loop(6, partial(schedulefree.AdamWScheduleFree, betas=(0.5, 0.999)))
     optimizer = loop.optimizers[0]
     driver = RankDriver([at(3, Rank(5), max_regression=9.0)])
-    driver.start(loop, Run(12))
-    for _ in range(3):
-        driver.advance(loop)
-        optimizer.train()
-        optimizer.zero_grad()
-        nn.functional.mse_loss(loop.model(X), Y).backward()
-        optimizer.step()
-        loop.step += 1
-        driver.end_step(loop)
+    under_schedulefree(driver, loop, 3)
     expected = loop.validate()["val/loss"]
     optimizer.eval()
     means = loop.validate()

@@ -156,6 +156,12 @@ class LanguageModeling(TextTask):
             raise ConfigurationError(
                 "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
             )
+        of_texts = [name for name in self.measures if name in OF_TEXTS]
+        if of_texts and not (val_generate or generate):
+            raise ConfigurationError(
+                f"task.measures has {', '.join(of_texts)}, which is measured on generated answers, and none would be "
+                "generated; set task.generate, or task.val_generate"
+            )
 
     @property
     def metrics(self) -> tuple[str, ...]:

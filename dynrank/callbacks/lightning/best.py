@@ -43,35 +43,24 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
 
 
 def forget_scores_of(trainer: Trainer, names: Collection[str]) -> None:
-    """Forget every score by the metrics ``names``.
+    """Forget every score by the metrics ``names``, whose last value is of steps before a cut, too.
 
-    Call it when a validation after a cut begins, with the names of those that no validation has logged since. Lightning
-    keeps their values, and a ModelCheckpoint of every n steps, or a scheduler of every epoch, takes them for those of
-    the changed model.
+    Lightning keeps these values, and callbacks and schedulers take them for those of the changed model: a mean over an
+    epoch that the cut has divided, or what neither steps nor validations have logged since. Call this before one of
+    the names is logged anew.
     """
-    forget_plateau([config.scheduler for config in trainer.lr_scheduler_configs if config.monitor in names])
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if getattr(callback, "monitor", None) in names:
-            _begin_anew(callback)
-
-
-def forget_means(trainer: Trainer, validated: Collection[str]) -> None:
-    """Forget every score by a mean over the epoch.
-
-    Call it when an epoch after a cut ends, before others read its mean: until the end of the first whole epoch, means
-    are of steps before the cut, too. ``validated`` are the metrics of validations.
-    """
-    pure = private.step_values(trainer).union(validated)
-    # Who reads these after each step has their values.
-    forked = private.forked_metrics(trainer)
-    for config in trainer.lr_scheduler_configs:
-        if config.monitor not in pure and not (config.monitor in forked and config.interval == "step"):
+    for config in trainer.lr_scheduler_configs if names else ():
+        if _value_read(trainer, config.monitor, at_steps=config.interval == "step") in names:
             forget_plateau([config.scheduler])
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        monitor = getattr(callback, "monitor", None)
+    for callback in trainer.callbacks if names else ():  # type: ignore[attr-defined]
         at_steps = isinstance(callback, ModelCheckpoint) and private.saves_at_steps(callback)
-        if monitor is not None and monitor not in pure and not (monitor in forked and at_steps):
+        if _value_read(trainer, getattr(callback, "monitor", None), at_steps=at_steps) in names:
             _begin_anew(callback)
+
+
+def _value_read(trainer: Trainer, monitor: str | None, *, at_steps: bool) -> str:
+    """The metric that ``monitor`` is for who reads it after steps, or at the end of epochs; "": none."""
+    return private.own_names(trainer, on_step=at_steps).get(monitor or "", monitor or "")
 
 
 def _begin_anew(callback: Callback) -> None:

@@ -17,30 +17,28 @@ def results(trainer: Trainer) -> Any:
     return trainer._results
 
 
-def epoch_means(trainer: Trainer) -> set[str]:
-    """The metrics of training that Lightning computes at the end of an epoch alone."""
-    return {meta.forked_name(on_step=False) for meta in _logged_in_training(trainer) if meta.on_epoch}
-
-
-def step_values(trainer: Trainer) -> set[str]:
-    """The metrics of training that have the value of the last step also at the end of an epoch."""
-    return {meta.name for meta in _logged_in_training(trainer) if not meta.on_epoch}
-
-
-def forked_metrics(trainer: Trainer) -> set[str]:
-    """The metrics of training that have the value of a step, and at the end of an epoch the mean over it."""
-    return {meta.name for meta in _logged_in_training(trainer) if meta.forked}
-
-
-def last_logged(trainer: Trainer) -> dict[str, Any]:
+def step_values(trainer: Trainer) -> dict[str, Any]:
     """{metric of training that has the value of a step: its last value}; another object each time that it is logged."""
     return {
         name: result._forward_cache
         for result in trainer.fit_loop.epoch_loop._results.values()
         for name in (result.meta.name, result.meta.forked_name(on_step=True))
         # An epoch resets what its steps have not logged yet.
-        if result.meta.on_step and not result.has_reset
+        if result.meta.on_step and not result.has_reset and isinstance(result._forward_cache, Tensor)
     }
+
+
+def epoch_means(trainer: Trainer) -> set[str]:
+    """The metrics of training that Lightning computes at the end of an epoch alone."""
+    return {meta.forked_name(on_step=False) for meta in _logged_in_training(trainer) if meta.on_epoch}
+
+
+def own_names(trainer: Trainer, *, on_step: bool) -> dict[str, str]:
+    """{metric of training that has the value of a step, and at the end of an epoch the mean over it: its other name}.
+
+    The other name stands for one of the two alone: for the value of a step, or for the mean.
+    """
+    return {meta.name: meta.forked_name(on_step) for meta in _logged_in_training(trainer) if meta.forked}
 
 
 def _logged_in_training(trainer: Trainer) -> list[Any]:

@@ -1,7 +1,6 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Collection
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +9,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.best import (
     forget_best,
-    forget_means,
     forget_scores_of,
     save_after_end,
     warn_of_other_ranks,
@@ -18,7 +16,7 @@ from dynrank.callbacks.lightning.best import (
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
-from dynrank.callbacks.lightning.training import LightningTraining, ReadMetrics, run_length
+from dynrank.callbacks.lightning.training import LightningTraining, run_length
 from dynrank.callbacks.lightning.validations import logged_by_callbacks, validation_metrics
 from dynrank.driver.checks import check_callbacks_metrics, check_validation, checked_metrics
 from dynrank.driver.driver import RankDriver
@@ -100,21 +98,15 @@ class RankScheduler(Callback):
         self._first_step = 0
         # The run, from on_train_start to its end.
         self._run: LightningTraining | None = None
-        # The last value of each metric that triggers or callbacks read; Lightning forgets them when a run is resumed.
-        self._logged: dict[str, float] = {}
-        self._read = ReadMetrics()
         # The metrics of the last validation that module or callbacks may have logged, and whether one was asked for.
         self._shared: set[str] = set()
         self._has_asked = False
-        # The metrics of validations whose present values are of before the last cut.
-        self._of_before: set[str] = set()
-        # The last epoch with steps before the last cut; None: that is over, and so are the means over it.
-        self._cut_epoch: int | None = None
-        # The present batch.
-        self._batch = 0
-        # What was last logged before the last change, by the name of the metric, and whether that has lowered ranks.
-        self._before: dict[str, Any] = {}
-        self._lowered = False
+        # {metric that steps log: its last value that the driver knows}
+        self._seen: dict[str, Any] = {}
+        # How many changes were made before the first step of the epoch.
+        self._changes_before_epoch = 0
+        # Whether an epoch has ended whose means the driver does not know yet.
+        self._epoch_has_ended = False
 
     @property
     def history(self) -> History:
@@ -137,20 +129,19 @@ class RankScheduler(Callback):
         self.driver.end_step(self._training)
 
     def state_dict(self) -> dict[str, Any]:
-        self._keep_logged()
-        self._note_means()
-        own = {"stepped": self._stepped, "logged": self._logged, "cut_epoch": self._cut_epoch}
-        own |= {"of_before": sorted(self._of_before), "lowered": self._lowered, "read": asdict(self._read)}
+        if self._run is not None:
+            self._log_steps(self._run.trainer)
+            self._log_means(self._run.trainer)
+        own = {"stepped": self._stepped, "logged_in_steps": sorted(self._seen)}
+        own |= {"changes_before_epoch": self._changes_before_epoch, "epoch_has_ended": self._epoch_has_ended}
         return {**self.driver.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
-        self._logged = state_dict["logged"]
-        self._of_before = {*state_dict["of_before"]}
-        self._cut_epoch = state_dict["cut_epoch"]
-        self._lowered = state_dict["lowered"]
-        self._read = ReadMetrics(**state_dict["read"])
+        self._seen = dict.fromkeys(state_dict["logged_in_steps"])
+        self._changes_before_epoch = state_dict["changes_before_epoch"]
+        self._epoch_has_ended = state_dict["epoch_has_ended"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
@@ -165,50 +156,35 @@ class RankScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
-        self._run = LightningTraining(trainer, pl_module, self._logged, self._read)
+        self._run = LightningTraining(trainer, pl_module)
+        # Another fit() of this trainer may have logged these.
+        self._seen |= private.step_values(trainer)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            forget_scores_of(trainer, self._of_before)
+            self._log_steps(trainer)
+            self._forget_scores(trainer, self.driver.logged.of_before_cut())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
         metrics = validation_metrics(trainer)
-        self._read.validated = sorted({*self._read.validated, *metrics})
         of_callbacks, self._shared = logged_by_callbacks(trainer, pl_module)
         self._check_callbacks_metrics(of_callbacks)
         if trainer.sanity_checking:
             check_validation(metrics, self.driver.stages, measure=self.driver.measure)
         else:
-            self._of_before -= metrics.keys()
-            self._validated(metrics)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_stepped(pl_module)
-        # Of an epoch that only ends after a resume, Lightning knows no means.
-        if trainer.global_step > self._first_step:
-            self._read.has_means = False
-            if self._read.changed_in is not None and trainer.current_epoch > self._read.changed_in:
-                self._read.changed_in = None
-        # The module's own hook, which may log, comes after this one.
-        self._read.is_due = not trainer.enable_validation
-        if self._cut_epoch is not None:
-            forget_means(trainer, self._read.validated)
-            if trainer.current_epoch > self._cut_epoch:
-                self._cut_epoch = None
+            self.driver.validated(self._training, metrics)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch = 0
-        self._read_epoch()
+        self._end_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch = batch_idx
-        # A callback has logged these in the last batch, after this one's hook and before those that save.
-        self._take_as_new(self._logged_anew(trainer))
+        # What callbacks have logged after this one's last hook is of before a change that is made here.
+        self._log_steps(trainer)
         if pl_module.automatic_optimization:
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
@@ -217,15 +193,16 @@ class RankScheduler(Callback):
         if between_steps:
             self._ask_for_shared()
             self.driver.advance(self._training)
+        if batch_idx == 0:
+            self._changes_before_epoch = self.driver.logged.changes
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = self._training
-        if self._lowered and self._read.stale:
-            # Others have read the value of before in the last batch, and read the present one after this hook.
-            forget_scores_of(trainer, self._read.stale)
-        self._take_as_new(self._logged_anew(trainer))
+        # Others may have read a value of before when the last batch ended. After this hook they read the present one.
+        self._forget_scores(trainer, self.driver.logged.of_before_cut() & self._seen.keys())
+        self._log_steps(trainer)
         if pl_module.automatic_optimization:
             self.driver.end_step(training)
         # Before the step a hook of the module may still set the rate.
@@ -233,30 +210,25 @@ class RankScheduler(Callback):
         if raised:
             pl_module.log_dict(raised)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_stepped(pl_module)
+        self._log_steps(trainer)
+        self._forget_scores(trainer, self.driver.logged.of_before_cut())
+        self._epoch_has_ended = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
-        self._read_epoch()
+        self._end_epoch(trainer)
         before = len(self.history)
         self.driver.finish(self._training)
-        self._keep_logged()
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
-            save_after_end(trainer, self, self._training.logged())
+            save_after_end(trainer, self, self.driver.logged.values())
         if self.history:
             warn_of_other_ranks(trainer, pl_module)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        if not event.undone:
-            self._read.changed_in = trainer.current_epoch if self._batch > 0 else trainer.current_epoch - 1
-            self._note_means()
-            # Metrics that only some steps log; others are logged before anybody reads them.
-            read = {*self._training.logged()}.intersection(self._names_read(trainer))
-            self._read.stale = sorted(read.difference(self._read.validated, self._read.means))
-            self._before = private.last_logged(trainer)
-            self._lowered = event.lowers and not self.keep_best_before
         if event.lowers and not self.keep_best_before:
             forget_best(trainer, pl_module, event)
-            self._of_before = {*self._read.validated}
-            self._cut_epoch = self._read.changed_in
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
@@ -288,46 +260,40 @@ class RankScheduler(Callback):
             self._has_asked = True
             self._check_callbacks_metrics(self._shared - validate(self._training).keys())
 
-    def _validated(self, metrics: Mapping[str, float]) -> None:
-        """Pass the metrics of a validation on to the driver."""
-        self._note_means()
-        self.driver.validated(self._training, metrics)
+    def _end_epoch(self, trainer: Trainer) -> None:
+        """Take note of the means over an epoch that has ended; in a run without validation triggers read them.
 
-    def _read_epoch(self) -> None:
-        """Let triggers read the metrics of the epoch that has ended, in a run without validation."""
-        if self._read.is_due:
-            self._read.is_due = False
-            self._validated({})
+        The module's own ``on_train_epoch_end``, which may log, comes after that of callbacks.
+        """
+        if self._epoch_has_ended:
+            self._log_means(trainer)
+            self._epoch_has_ended = False
+            if not trainer.enable_validation:
+                self.driver.validated(self._training, {})
 
-    def _note_means(self) -> None:
-        """Note which metrics are means over the epoch, also for a run that is resumed."""
-        if self._run is not None:
-            means = private.epoch_means(self._run.trainer)
-            if not self._run.validates:
+    def _log_steps(self, trainer: Trainer) -> None:
+        """Let the driver know what steps have logged since this was last called."""
+        now = private.step_values(trainer)
+        self.driver.logged.log({name: value for name, value in now.items() if value is not self._seen.get(name)})
+        self._seen |= now
+
+    def _log_means(self, trainer: Trainer) -> None:
+        """Let the driver know the means over the epoch, if one has ended.
+
+        Of an epoch that only ends after a resume, Lightning knows none.
+        """
+        if self._epoch_has_ended and trainer.global_step > self._first_step:
+            names = private.epoch_means(trainer)
+            if not trainer.enable_validation:
                 # Triggers read at the end of an epoch, where these are means, too.
-                means |= private.forked_metrics(self._run.trainer)
-            self._read.means = sorted(means.union(self._read.means))
-            self._read.stale = [name for name in self._read.stale if name not in self._read.means]
+                names.update(private.own_names(trainer, on_step=False))
+            found = {name: value for name, value in trainer.callback_metrics.items() if name in names}
+            self.driver.logged.log(found, self._changes_before_epoch)
 
-    def _logged_anew(self, trainer: Trainer) -> list[str]:
-        """Those metrics of before the last change that were logged since."""
-        now = private.last_logged(trainer) if self._read.stale else {}
-        return [name for name in self._read.stale if name in now and now[name] is not self._before.get(name)]
-
-    def _take_as_new(self, names: Collection[str]) -> None:
-        self._read.stale = [name for name in self._read.stale if name not in names]
-
-    def _names_read(self, trainer: Trainer) -> list[str]:
-        """The metrics that triggers to come, other callbacks or schedulers read."""
-        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        monitors += [config.monitor for config in trainer.lr_scheduler_configs]
-        return [*self.driver.observes, *(name for name in monitors if name is not None)]
-
-    def _keep_logged(self) -> None:
-        if self._run is not None:
-            logged = self._run.logged()
-            read = self._names_read(self._run.trainer)
-            self._logged = {name: value for name, value in logged.items() if name in read}
+    def _forget_scores(self, trainer: Trainer, names: Collection[str]) -> None:
+        """Forget scores by the metrics ``names``, whose last value is of before a cut, unless those may be the best."""
+        if not self.keep_best_before:
+            forget_scores_of(trainer, names)
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""

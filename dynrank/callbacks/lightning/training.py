@@ -1,7 +1,6 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,27 +15,6 @@ from dynrank.driver.training import Training
 from dynrank.triggers import Run
 
 
-@dataclass
-class ReadMetrics:
-    """What triggers have read; lists, because a checkpoint contains them.
-
-    Attributes:
-        validated: the names of all metrics of validations so far.
-        means: the names of all metrics of training so far that are means over the epoch.
-        has_means: whether triggers have read the means of the last epoch.
-        changed_in: the last epoch with steps before the last change; None: means over it are no longer the last.
-        stale: the names of those that are not logged in every step, and were not logged since the last change.
-        is_due: whether an epoch has ended, and triggers have not read its metrics.
-    """
-
-    validated: list[str] = field(default_factory=list)
-    means: list[str] = field(default_factory=list)
-    has_means: bool = False
-    changed_in: int | None = None
-    stale: list[str] = field(default_factory=list)
-    is_due: bool = False
-
-
 class LightningTraining(Training):
     """A run of Lightning's Trainer.
 
@@ -45,24 +23,14 @@ class LightningTraining(Training):
     Args:
         trainer: the trainer, in ``fit``.
         pl_module: the module that it trains.
-        logged_before: the last value of metrics that were logged before a resume, which Lightning forgets.
-        read: what triggers have read; the caller updates it.
     """
 
     validate_by = "give fit() validation data"
     validates_alike = True
     knows_schedulers = True
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        logged_before: Mapping[str, float] | None = None,
-        read: "ReadMetrics | None" = None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
-        self._logged_before = dict(logged_before or {})
-        self._read = read or ReadMetrics()
         # A run that is resumed behind the last step of an epoch has forgotten the means over it.
         self._first_epoch = trainer.current_epoch + trainer.is_last_batch
         # An own optimizer_step may set rates, as Lightning's manual shows it.
@@ -83,21 +51,6 @@ class LightningTraining(Training):
     @property
     def validates(self) -> bool:
         return bool(self.trainer.enable_validation)
-
-    def logged(self) -> Mapping[str, float]:
-        now = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        return self._logged_before | now
-
-    def is_new(self, name: str) -> bool:
-        """A metric of validations is new in them alone, a mean over the epoch once after each."""
-        return name not in self._read.validated and not (name in self._read.means and self._read.has_means)
-
-    def is_of_before(self, name: str) -> bool:
-        """A mean over an epoch is, until the first epoch after the change has ended; others, until they are logged."""
-        return name in self._read.stale or (name in self._read.means and self._read.changed_in is not None)
-
-    def has_read(self, names: Collection[str]) -> None:
-        self._read.has_means |= not set(names).isdisjoint(self._read.means)
 
     def logs_later(self, name: str) -> bool:
         """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""

@@ -117,16 +117,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._last_model: ref[nn.Module] | None = None
         # The run, from the begin of training to its end.
         self._run: TrainerTraining | None = None
-        # The last value of every metric; always the same dict, which the run reads.
-        self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
-        # The names of those that triggers have not read yet, and of those of before the last change; always these sets.
-        self._new: set[str] = set()
-        self._old: set[str] = set()
-        # The step of the Trainer's last log of its own, and whether the next one is a mean over steps before a change.
-        self._logged_at = 0
-        self._mixes = False
+        # How many changes were made before the first step that the next logged loss is of; None: it has no step yet.
+        self._changes_before_loss: int | None = None
         # Metrics of evaluations that triggers have not read yet, of all data sets.
         self._evaluated: dict[str, float] = {}
         # {step of a checkpoint: its ranks}
@@ -208,12 +202,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         # The last training has ended without its event, by an error.
         is_again = self._run is not None and self._run.trainer is self.trainer
         kind = ZeroTraining if is_zero else TrainerTraining
-        training = self._run = kind(self.trainer, kwargs, self.evaluate, self.logged, self._new, self._old)
+        training = self._run = kind(self.trainer, kwargs, self.evaluate)
         if process_count() > 1 and not (training.ddp or is_zero or is_sharded(model)):
             raise ConfigurationError(
                 "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and "
                 "none of the others shards it"
             )
+        self._changes_before_loss = None
         if state.global_step:
             self._load(state)
         elif self.trainer.model_init is not None and (self._last_model is None or model is not self._last_model()):
@@ -240,6 +235,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self._log_ranks(training)
         self._show_evaluated(training)
         self.driver.advance(training)
+        if self._changes_before_loss is None:
+            self._changes_before_loss = self.driver.logged.changes
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,16 +267,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if not self.listening:
             return
         found = numeric_metrics(logs)
-        self.logged.update(found)
-        # The Trainer's loss, and what TRL logs with it, are means over the steps since the last one.
-        if "loss" in found and self._mixes:
-            self._old.update(found)
-        else:
-            self._new.update(found)
-            self._old.difference_update(found)
         if "loss" in found:
-            self._logged_at = state.global_step
-            self._mixes = False
+            # The Trainer's loss, and what TRL logs with it, are means over the steps since the last one.
+            self.driver.logged.log(found, self._changes_before_loss)
+            self._changes_before_loss = None
+        else:
+            self.driver.logged.log(found)
         more = dict(self._ranks)
         if "learning_rate" in logs and self.driver.lr_factor != 1.0:
             # The Trainer logs the rate of the step that was made, or of the next one, by version.
@@ -334,9 +327,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         assert self._run is not None
         model = self._run.model
         if not event.undone:
-            self._new.clear()
-            self._old.update(self.logged)
-            self._mixes = self._logged_at != state.global_step
             self._log_ranks(self._run)
         if state.is_world_process_zero:
             print_table(event.table({name: layer.rank for name, layer in lora_layers(model)}))
@@ -362,7 +352,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         evaluate by itself, later.
         """
         names = self.driver.next_observed
-        is_logged = not training.evaluates and bool(names) and self._new.issuperset(names)
+        is_logged = not training.evaluates and bool(names) and all(map(self.driver.logged.is_new, names))
         if self._evaluated or is_logged:
             metrics = self._evaluated
             self._evaluated = {}
@@ -371,11 +361,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def _begin_anew(self) -> None:
         """Forget earlier runs."""
         self.driver.reset()
-        self.logged.clear()
-        self._new.clear()
-        self._old.clear()
-        self._logged_at = 0
-        self._mixes = False
         self._evaluated = {}
         self._saved = {}
 
@@ -386,11 +371,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         buffer = io.BytesIO()
         state: dict[str, Any] = {
             "driver": self.driver.state_dict(),
-            "logged": self.logged,
-            "new": sorted(self._new),
-            "old": sorted(self._old),
-            "logged_at": self._logged_at,
-            "mixes": self._mixes,
+            "changes_before_loss": self._changes_before_loss,
             "evaluated": self._evaluated,
             "saved": self._saved,
         }
@@ -408,13 +389,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         content = base64.b64decode(stored["attributes"]["saved"])
         saved = load_undamaged(io.BytesIO(content))
         self.driver.load_state_dict(saved["driver"])
-        self.logged.clear()
-        self.logged.update(saved["logged"])
-        self._new.clear()
-        self._new.update(saved["new"])
-        self._old.clear()
-        self._old.update(saved["old"])
-        self._logged_at = saved["logged_at"]
-        self._mixes = saved["mixes"]
+        self._changes_before_loss = saved["changes_before_loss"]
         self._evaluated = dict(saved["evaluated"])
         self._saved = dict(saved["saved"])

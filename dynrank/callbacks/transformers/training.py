@@ -32,9 +32,6 @@ class TrainerTraining(Training):
         trainer: the Trainer, during ``train``.
         event: the arguments of the event by which the Trainer has called a callback.
         evaluate: evaluates the present model; None: ``trainer.evaluate``, if the Trainer has an ``eval_dataset``.
-        metrics: the last value of every metric, which the caller updates.
-        new: the names of those that triggers have not read yet, to which the caller adds.
-        old: the names of those that were last logged before the last change, which the caller updates.
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
@@ -45,18 +42,12 @@ class TrainerTraining(Training):
         trainer: Trainer,
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
-        metrics: Mapping[str, float],
-        new: set[str],
-        old: Collection[str],
     ) -> None:
         super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
         self.trainer = trainer
         self._event = event
         self._evaluate = evaluate
-        self._metrics = metrics
-        self._new = new
-        self._old = old
 
     def now(self, event: Mapping[str, Any], steps_uncounted: int = 0) -> TrainerTraining:
         """The run itself, at its present step, in which the Trainer has called a callback with ``event``.
@@ -80,28 +71,17 @@ class TrainerTraining(Training):
         # A scheduler of the user's own was made with other values.
         return "min_lr" in given if given.keys() & {"min_lr", "min_lr_rate"} else None
 
-    def logged(self) -> Mapping[str, float]:
-        return self._metrics
-
     @property
     def evaluates(self) -> bool:
         """Whether the Trainer evaluates by itself."""
         return bool(self.trainer.args.eval_strategy != IntervalStrategy.NO)
 
-    def is_new(self, name: str) -> bool:
-        return name in self._new
-
-    def is_of_before(self, name: str) -> bool:
-        return name in self._old
-
-    def has_read(self, names: Collection[str]) -> None:
-        self._new.difference_update(names)
-
     def logs_later(self, name: str) -> bool:
         """An evaluation may come before the first of the logs, in which training has its ``loss``."""
         is_of_evaluation = name.startswith(("eval_", _PREFIX))
         logs = self.trainer.args.logging_strategy != IntervalStrategy.NO
-        return logs and "loss" not in self._metrics and not is_of_evaluation
+        has_logged = any("loss" in record for record in self.trainer.state.log_history)
+        return logs and not has_logged and not is_of_evaluation
 
     @property
     def _evaluation(self) -> Callable[[], Mapping[str, Any]] | None:

@@ -6,7 +6,7 @@ alone (:mod:`dynrank.layers.padded`), and written back with zeros behind them. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,8 @@ class ZeroTraining(TrainerTraining):
         trainer: Trainer,
         event: Mapping[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None,
-        metrics: Mapping[str, float],
-        new: set[str],
-        old: Collection[str],
     ) -> None:
-        super().__init__(trainer, event, evaluate, metrics, new, old)
+        super().__init__(trainer, event, evaluate)
         engine: Any = trainer.model_wrapped
         check_config(engine.config)
         check_optimizer(engine, rule_name(engine.optimizer.optimizer))

@@ -167,6 +167,7 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
         ({"max_length": 8}, r"8 tokens.*task\.max_length"),
         ({"max_new_tokens": 1, "val_generate": 0}, r"no test example .* task\.max_new_tokens"),
         ({"form": "text"}, r"set task\.measures=\[perplexity\]"),
+        ({"generate": 0, "val_generate": 0}, r"has bleu, exact_match, parses, .*set task\.generate"),
         ({"form": "chat", "packed": True}, r"task\.packed must go with task=text, got task\.form=chat"),
     ],
 )

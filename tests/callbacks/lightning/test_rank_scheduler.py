@@ -249,14 +249,20 @@ def test_run_that_validates_every_second_epoch_resumes_from_the_end_of_any(fit, 
         assert_same(resumed, whole, step)
 
 
-def test_metric_that_some_validations_lack_is_observed_in_the_others(regression, fit):
-    """Lightning keeps its last value."""
+@pytest.mark.parametrize("where", ["validation", "training"])
+def test_value_is_observed_once_though_lightning_keeps_it(regression, fit, where):
+    """A metric that some validations lack, and one that not every step logs: both get better each time."""
 
     class Seldom(regression[0]):
         validations = 0
 
+        def training_step(self, batch, batch_idx):
+            if where == "training" and batch_idx == 0:
+                self.log("score", 1.0 - 0.1 * self.current_epoch)
+            return super().training_step(batch, batch_idx)
+
         def on_validation_epoch_end(self):
-            if self.validations % 3 == 0:
+            if where == "validation" and self.validations % 3 == 0:
                 self.log("score", 1.0 - 0.1 * self.validations)
             self.validations += 1
 
