@@ -103,7 +103,9 @@ def with_labels(model: Any, folder: Path) -> Any:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
     model.config.id2label = dict(enumerate(found.labels))
     model.config.label2id = {label: index for index, label in enumerate(found.labels)}
-    model.config.problem_type = found.problem_type
+    # A file that somebody has written by hand may name the labels alone. Then the base's kind holds.
+    if found.problem_type is not None:
+        model.config.problem_type = found.problem_type
     return model
 
 

@@ -64,7 +64,11 @@ class LoggedMetrics:
 
     def values(self) -> dict[str, float]:
         """{name: the last value}."""
-        return {name: float(last.value) for name, last in self._last.items()}
+        return {name: self.value(name) for name in self._last}
+
+    def value(self, name: str) -> float:
+        """The last value of ``name``, which was logged."""
+        return float(self._last[name].value)
 
     def is_new(self, name: str) -> bool:
         """Whether ``name`` was logged, is of the present ranks, and no trigger has read it."""

@@ -26,7 +26,13 @@ from dynrank.adapters.sidecar_files import (
 from dynrank.adapters.stored import read_json
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
-from dynrank.app.models.pretrained import load_by_name, load_tokenizer, load_weights, read_config
+from dynrank.app.models.pretrained import (
+    load_by_name,
+    load_tokenizer,
+    load_weights,
+    read_config,
+    set_padding,
+)
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge
@@ -144,7 +150,8 @@ def _name_padding(model: Any, source: Path) -> None:
     """Let a classifier that reads the last token before the padding know the padding of the adapter's tokenizer."""
     if label_names(model) and (source / TOKENIZER_FILE).exists():
         padding = load_tokenizer(str(source.resolve()), "--model").pad_token_id
-        model.config.pad_token_id = model.config.pad_token_id if padding is None else padding
+        if padding is not None:
+            set_padding(model, padding)
 
 
 def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:

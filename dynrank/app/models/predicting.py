@@ -12,7 +12,7 @@ from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.app.models.base_model import base_source, on_base
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts, refusal, rendered
-from dynrank.app.models.pretrained import load_tokenizer, positions
+from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
 from dynrank.errors import ConfigurationError
 
 # Rows as dynrank.app.tasks.data.rows makes them: with text, with prompt, or with messages.
@@ -79,8 +79,7 @@ class Answerer:
         self.model = answering(adapter, base)
         self.prompts = prompts
         self.tokenizer = prompts.tokenizer
-        # Decoders classify by the last token that is not padding.
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        set_padding(self.model, self.tokenizer.pad_token_id)
         self.positions = positions(self.model)
         self.max_length = max_length
         if self.positions < inf:
@@ -110,8 +109,7 @@ class Answerer:
         inputs = self.prompts.tokens(rows, padding=True, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"], inputs["attention_mask"]
         end = end_of_turn_of(self.tokenizer, self.prompts.turns(rows[0])) if "messages" in rows[0] else None
-        texts = greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, end_of_turn=end)
-        return [text.strip() for text in texts]
+        return greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, end_of_turn=end)
 
     @property
     def longest(self) -> float:

@@ -123,12 +123,19 @@ def load_classifier(
         missing = [parameter for parameter in info["missing_keys"] if not parameter.startswith(inside)]
         heads += _new_modules(model, missing, f"{key}={name!r}")
     store_on(model, "heads", heads)
-    # Decoders classify by the last token before the padding. Without weights any token serves, and no file is needed.
-    model.config.pad_token_id = 0 if on_meta else load_tokenizer(tokenizer or name, key, settings).pad_token_id
+    # Without weights any token serves, and no file is needed.
+    set_padding(model, 0 if on_meta else load_tokenizer(tokenizer or name, key, settings).pad_token_id)
     # The head is trained, so it needs float32 even if the frozen base has fewer bits.
     for head in head_names(model):
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
     return cast(nn.Module, model)
+
+
+def set_padding(model: Any, token_id: int | None) -> None:
+    """Let ``model`` know the token that pads texts: decoders classify by the last token before the padding."""
+    # Of a model that also reads images, the part that reads texts has a config of its own.
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = token_id
 
 
 def head_names(model: nn.Module) -> list[str]:

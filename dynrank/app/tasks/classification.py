@@ -132,7 +132,8 @@ class Classification(TextTask):
             raise ConfigurationError(f"{few}{only}; set data")
         found = sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
         if self.nameless is not None and found != [*map(str, range(len(found)))]:
-            example = json.dumps({"labels": found[:9]}, ensure_ascii=False)
+            content = {"labels": found[:9], "problem_type": problem_type(several=self.several)}
+            example = json.dumps(content, ensure_ascii=False)
             raise ConfigurationError(
                 f"the adapter {str(self.nameless)!r} (lora.from) has no names of its classes, so the places of the "
                 f"texts' labels in its head are unknown; write {LABELS_FILE} into its folder, such as {example}, with "

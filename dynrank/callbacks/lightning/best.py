@@ -1,7 +1,7 @@
 """What Lightning's callbacks call the best so far, in a run whose ranks fall: only what comes after the last cut."""
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -42,25 +42,35 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
         )
 
 
-def forget_scores_of(trainer: Trainer, names: Collection[str]) -> None:
-    """Forget every score by the metrics ``names``, whose last value is of steps before a cut, too.
+def forget_scores_of(trainer: Trainer, values: Mapping[str, float | None]) -> None:
+    """Forget every score by one of the metrics ``values``, whose last value is of steps before a cut, too.
 
     Lightning keeps these values, and callbacks and schedulers take them for those of the changed model: a mean over an
-    epoch that the cut has divided, or what neither steps nor validations have logged since. Call this before one of
-    the names is logged anew.
+    epoch that the cut has divided, or what neither steps nor validations have logged since. Call this before a metric
+    is logged anew. If somebody may have read the new value already, give the one of before, {metric: value}: only
+    scores that are this value are forgotten; None: all.
     """
-    for config in trainer.lr_scheduler_configs if names else ():
-        if _value_read(trainer, config.monitor, at_steps=config.interval == "step") in names:
+    for config in trainer.lr_scheduler_configs if values else ():
+        name = _value_read(trainer, config.monitor, of_epoch=config.interval == "epoch")
+        if name in values and values[name] in (None, getattr(config.scheduler, "best", None)):
             forget_plateau([config.scheduler])
-    for callback in trainer.callbacks if names else ():  # type: ignore[attr-defined]
-        at_steps = isinstance(callback, ModelCheckpoint) and private.saves_at_steps(callback)
-        if _value_read(trainer, getattr(callback, "monitor", None), at_steps=at_steps) in names:
+    for callback in trainer.callbacks if values else ():  # type: ignore[attr-defined]
+        of_epoch = private.reads_at_end_of_epoch(callback, trainer)
+        name = _value_read(trainer, getattr(callback, "monitor", None), of_epoch=of_epoch)
+        if name in values and values[name] in (None, _score(callback)):
             _begin_anew(callback)
 
 
-def _value_read(trainer: Trainer, monitor: str | None, *, at_steps: bool) -> str:
-    """The metric that ``monitor`` is for who reads it after steps, or at the end of epochs; "": none."""
-    return private.own_names(trainer, on_step=at_steps).get(monitor or "", monitor or "")
+def _value_read(trainer: Trainer, monitor: str | None, *, of_epoch: bool) -> str:
+    """The metric that ``monitor`` is for who reads it at the end of epochs, or earlier; "": none."""
+    return private.own_names(trainer, on_step=not of_epoch).get(monitor or "", monitor or "")
+
+
+def _score(callback: Callback) -> float | None:
+    """The best score of ``callback`` so far; None: it has none."""
+    if isinstance(callback, ModelCheckpoint):
+        return None if callback.best_model_score is None else float(callback.best_model_score)
+    return float(callback.best_score) if isinstance(callback, EarlyStopping) else None
 
 
 def _begin_anew(callback: Callback) -> None:
@@ -74,12 +84,11 @@ def _begin_anew(callback: Callback) -> None:
         callback.wait_count = 0
 
 
-def save_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, float]) -> None:
+def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
     """Validate and save once more, after ranks have changed behind the last step.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``scheduler`` is not called in the validation: its schedule has ended. ``logged`` has the metrics of
-    before a resume, too.
+    does not. ``scheduler`` is not called in the validation: its schedule has ended.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
@@ -93,7 +102,7 @@ def save_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, f
         finally:
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
     for saver in savers:
-        private.save_now(saver, trainer, {name: torch.tensor(value) for name, value in logged.items()})
+        private.save_now(saver, trainer)
 
 
 def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,12 +1,12 @@
 """The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -45,9 +45,11 @@ def _logged_in_training(trainer: Trainer) -> list[Any]:
     return [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
 
 
-def saves_at_steps(callback: ModelCheckpoint) -> bool:
-    """Whether a ModelCheckpoint is called for after every n steps."""
-    return callback._every_n_train_steps > 0
+def reads_at_end_of_epoch(callback: Callback, trainer: Trainer) -> bool:
+    """Whether a ModelCheckpoint or an EarlyStopping acts when an epoch has ended, not after steps or validations."""
+    if isinstance(callback, ModelCheckpoint):
+        return callback._every_n_epochs > 0 and callback._should_save_on_train_epoch_end(trainer)
+    return isinstance(callback, EarlyStopping) and bool(callback._check_on_train_epoch_end)
 
 
 @contextmanager
@@ -120,12 +122,9 @@ def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
     callback._save_checkpoint(trainer, path)
 
 
-def save_now(callback: ModelCheckpoint, trainer: Trainer, more: Mapping[str, Tensor] | None = None) -> None:
-    """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``.
-
-    ``more``: further metrics, which the trainer no longer has.
-    """
-    metrics = {**(more or {}), **callback._monitor_candidates(trainer)}
+def save_now(callback: ModelCheckpoint, trainer: Trainer) -> None:
+    """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``."""
+    metrics = callback._monitor_candidates(trainer)
     callback._save_topk_checkpoint(trainer, metrics)
     callback._save_last_checkpoint(trainer, metrics)
 

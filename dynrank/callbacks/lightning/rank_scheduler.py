@@ -1,8 +1,9 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
@@ -159,14 +160,20 @@ class RankScheduler(Callback):
         self._run = LightningTraining(trainer, pl_module)
         # Another fit() of this trainer may have logged these.
         self._seen |= private.step_values(trainer)
+        # Lightning forgets them in a resume. A validation that it has left out is judged by them, too.
+        for name, value in self.driver.logged.values().items():
+            trainer.callback_metrics.setdefault(name, torch.tensor(value, device=trainer.strategy.root_device))
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
+            # Nor does it end an epoch behind whose last batch the run is resumed.
+            self._epoch_has_ended |= trainer.is_last_batch
             run_missed_validation(trainer)
+        self._end_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._log_steps(trainer)
-            self._forget_scores(trainer, self.driver.logged.of_before_cut())
+            self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -201,7 +208,7 @@ class RankScheduler(Callback):
     ) -> None:
         training = self._training
         # Others may have read a value of before when the last batch ended. After this hook they read the present one.
-        self._forget_scores(trainer, self.driver.logged.of_before_cut() & self._seen.keys())
+        self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut() & self._seen.keys()))
         self._log_steps(trainer)
         if pl_module.automatic_optimization:
             self.driver.end_step(training)
@@ -213,7 +220,7 @@ class RankScheduler(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         self._log_steps(trainer)
-        self._forget_scores(trainer, self.driver.logged.of_before_cut())
+        self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut()))
         self._epoch_has_ended = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,7 +229,7 @@ class RankScheduler(Callback):
         before = len(self.history)
         self.driver.finish(self._training)
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
-            save_after_end(trainer, self, self.driver.logged.values())
+            save_after_end(trainer, self)
         if self.history:
             warn_of_other_ranks(trainer, pl_module)
 
@@ -274,7 +281,11 @@ class RankScheduler(Callback):
     def _log_steps(self, trainer: Trainer) -> None:
         """Let the driver know what steps have logged since this was last called."""
         now = private.step_values(trainer)
-        self.driver.logged.log({name: value for name, value in now.items() if value is not self._seen.get(name)})
+        new = {name: value for name, value in now.items() if value is not self._seen.get(name)}
+        logged = self.driver.logged
+        # A hook of the module logs after callbacks have read what was there before.
+        self._forget_scores(trainer, {name: logged.value(name) for name in logged.of_before_cut() & new.keys()})
+        logged.log(new)
         self._seen |= now
 
     def _log_means(self, trainer: Trainer) -> None:
@@ -290,10 +301,10 @@ class RankScheduler(Callback):
             found = {name: value for name, value in trainer.callback_metrics.items() if name in names}
             self.driver.logged.log(found, self._changes_before_epoch)
 
-    def _forget_scores(self, trainer: Trainer, names: Collection[str]) -> None:
-        """Forget scores by the metrics ``names``, whose last value is of before a cut, unless those may be the best."""
+    def _forget_scores(self, trainer: Trainer, values: Mapping[str, float | None]) -> None:
+        """As :func:`forget_scores_of`, unless scores of before a cut may be the best."""
         if not self.keep_best_before:
-            forget_scores_of(trainer, names)
+            forget_scores_of(trainer, values)
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""

@@ -228,6 +228,9 @@ def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, t
     config = with_labels(AutoModelForSequenceClassification.from_pretrained(tiny_bert, **options), tmp_path).config
     assert [*config.id2label.values()] == labels
     assert config.problem_type == "multi_label_classification"
+    # As a user writes it, who gives names to the classes of an adapter of another program.
+    (tmp_path / "labels.json").write_text(json.dumps({"labels": labels}))
+    assert with_labels(model, tmp_path).config.problem_type == "multi_label_classification"
 
 
 @pytest.mark.parametrize("command", ["predict", "merge"])
@@ -312,7 +315,7 @@ def written(adapter, prompt, cls=AutoModelForCausalLM):
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     start = 0 if model.config.is_encoder_decoder else ids.shape[1]
-    return tokenizer.decode(made[0, start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(made[0, start:], skip_special_tokens=True)
 
 
 def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, launch, tmp_path):
@@ -370,7 +373,7 @@ def test_a_chat_ends_where_its_template_ends_a_turn(tiny_llama, launch, tmp_path
     by_user = launch(cli.main, *command, "--chat")
     (tmp_path / "inputs.json").rename(folder / "inputs.json")
     for code, printed, said in (by_run, by_user):
-        assert (code, printed.rstrip("\n")) == (0, one_line(expected.strip())), said
+        assert (code, printed.removesuffix("\n")) == (0, one_line(expected)), said
     talk = [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "ok"}]
     data = dict.fromkeys(["train", "val", "test"], [{"messages": talk}] * 8)
     module = LanguageModeling(str(base), data, form="chat", max_new_tokens=12).module({"rank": 2, "alpha": 8}, {})
@@ -396,12 +399,29 @@ def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, tiny_
     ids = tokenizer("def first", return_tensors="pt")
     own = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
     assert own != tokens
-    expected = tokenizer.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens).strip()
+    expected = tokenizer.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens)
     code, printed, said = launch(cli.main, "predict", folder, "def first", "--max-new-tokens", 24)
-    assert (code, printed.rstrip("\n")) == (0, one_line(expected)), said
+    assert (code, printed.removesuffix("\n")) == (0, one_line(expected)), said
     assert launch(cli.main, "merge", folder, "--out", "merged")[0] == 0
     kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert settings.items() <= kept.items()
+
+
+def test_answers_keep_the_blanks_around_them(tiny_llama, launch, tmp_path):
+    """A prompt and its answer together are what was learned, such as indented code."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(base), base, Inputs("completion"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    prompts = [f"def f{i}" for i in range(60)]
+    expected = {prompt: tokenizer.decode(greedy(model, tokenizer, prompt, 1)) for prompt in prompts}
+    assert any(text != text.strip() for text in expected.values())
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    code, _, said = launch(cli.main, "predict", folder, "prompts.txt", "--max-new-tokens", 1, "--out", "out.jsonl")
+    assert code == 0, said
+    assert [json.loads(line)["answer"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        *expected.values()
+    ]
 
 
 SIZES = {"vocab_size": 600, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0}

@@ -150,6 +150,24 @@ def test_all_that_the_files_of_a_base_lack_is_trained_and_stored_with_the_adapte
             assert_close(other.eval()(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_classifier_that_also_reads_images_reads_the_last_token_before_the_padding(tiny_llama, tmp_path):
+    """Its config has a part of its own for texts."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer), "pad_token_id": 7}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), 2).eval()
+    texts = ["def first", "def second(of, two)"]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+        assert_close(model(**batch).logits, torch.stack(alone))
+
+
 def test_a_base_without_a_part_of_a_module_is_refused(tiny_bert, tmp_path):
     """PEFT's format has only whole modules."""
     shutil.copytree(tiny_bert, tmp_path / "bert")

@@ -156,7 +156,7 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
             ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
             made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
             text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-            shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in text.strip()]
+            shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in text]
             assert line == "".join(shown)
 
 

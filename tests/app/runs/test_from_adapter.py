@@ -315,7 +315,8 @@ def test_labels_in_a_head_without_names_are_numbers_or_named_by_the_user(rows_of
     going_on = f"lora.from={tmp_path / 'run'}"
     assert build(dynrank.compose([*rows_of("0", "1"), going_on])).task.labels == ["0", "1"]
     overrides = dynrank.compose([*rows_of("sports", "world"), going_on])
-    with pytest.raises(ConfigurationError, match=r'no names of its classes.*labels.json.*\["sports", "world"\]'):
+    advice = r'no names of its classes.*labels.json.*\{"labels": \["sports", "world"\], "problem_type": "single'
+    with pytest.raises(ConfigurationError, match=advice):
         build(overrides)
     labels.write_text(json.dumps({"labels": ["world", "sports"]}))
     assert build(overrides).task.labels == ["world", "sports"]

@@ -17,7 +17,7 @@ from dynrank.callbacks.lightning.best import saved_file
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
-from dynrank.triggers import At
+from dynrank.triggers import At, Plateau
 
 
 @pytest.fixture
@@ -238,19 +238,101 @@ def test_value_of_before_counts_no_longer_where_not_every_step_logs_one(fit, reg
     assert float(module.plateau.best) == pytest.approx(0.6)
 
 
+def logging_at_the_end_of_batches(module_class, score, by):
+    """(a module, callbacks); ``score(trainer)`` is logged by a callback or by the module, which comes after all."""
+
+    def logs(trainer, pl_module):
+        value = score(trainer)
+        if value is not None:
+            pl_module.log("score", value)
+
+    class Logging(module_class):
+        def on_train_batch_end(self, *_):
+            if by == "module":
+                logs(self.trainer, self)
+
+    class Watching(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if by == "callback":
+                logs(trainer, pl_module)
+
+    return Logging(), [Watching()]
+
+
+@pytest.mark.parametrize("by", ["callback", "module"])
 @pytest.mark.parametrize("step", [10, 13])
-def test_score_that_a_callback_logs_when_a_batch_ends_counts_from_the_first_of_the_new_ranks(fit, tmp_path, step):
-    """Before it is saved, and after RankScheduler's own hook."""
+def test_score_that_is_logged_when_a_batch_ends_counts_from_the_first_of_the_new_ranks(
+    fit, regression, tmp_path, step, by
+):
+    """After RankScheduler's own hook; what the module logs is read after the next batch."""
 
-    class Smoothed(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            # After the cut the first is the best.
-            now = trainer.global_step
-            pl_module.log("score", 0.1 * now if now <= step else float(now))
+    def score(trainer):
+        # After the cut the first is the best, but those of before are better.
+        return 0.1 * trainer.global_step if trainer.global_step <= step else float(trainer.global_step)
 
+    module, callbacks = logging_at_the_end_of_batches(regression[0], score, by)
     saver = best(tmp_path, every_n_train_steps=1, save_on_train_epoch_end=False)
-    fit(RankScheduler(Stage(At(step=step), Rank(2))), Smoothed(), saver, max_steps=20)
-    assert Path(saver.best_model_path).stem == f"step={step + 1}"
+    fit(RankScheduler(Stage(At(step=step), Rank(2))), *callbacks, saver, module=module, max_steps=20)
+    read_at = step + 1 if by == "callback" else step + 2
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == (f"step={read_at}", step + 1)
+
+
+@pytest.mark.parametrize("by", ["callback", "module"])
+def test_score_of_the_last_batch_of_an_epoch_counts_in_that_epoch(fit, regression, tmp_path, by):
+    """An epoch has ten batches, and the next one resets what was logged."""
+    scores = (0.1, 0.9, 0.6, 0.7, 0.8, 0.5)
+
+    def score(trainer):
+        return scores[trainer.current_epoch] if trainer.is_last_batch else None
+
+    module, callbacks = logging_at_the_end_of_batches(regression[0], score, by)
+    saver, stopper = best(tmp_path), EarlyStopping("score", patience=2, check_on_train_epoch_end=True)
+    options = {"max_epochs": 6, "max_steps": -1, "limit_val_batches": 0}
+    cut = RankScheduler(Stage(At(step=12), Rank(2)))
+    _, trainer = fit(cut, *callbacks, saver, stopper, module=module, **options)
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == ("step=30", pytest.approx(0.6))
+    assert trainer.global_step == 50
+
+
+def test_first_score_after_a_cut_counts_also_in_a_resumed_run_and_for_a_trigger(fit, regression, tmp_path):
+    """Every fifth step has one, and is validated."""
+    scores = {5: 0.1, 10: 0.2, 15: 3.0, 20: 5.0, 25: 4.0, 30: 6.0}
+
+    def run(**options):
+        make = regression[0]
+        module, callbacks = logging_at_the_end_of_batches(make, lambda t: scores.get(t.global_step), "callback")
+        stages = [Stage(At(step=10), Rank(4)), Stage(Plateau("score", patience=9, warmup_steps=0), Rank(2))]
+        scheduler = RankScheduler(stages)
+        plateau = scheduler.driver.stages[1].when
+        seen = []
+        observe = plateau.observe
+        plateau.observe = lambda now, value: seen.append((now, value)) or observe(now, value)
+        saver = best(tmp_path / "best", every_n_train_steps=5, enable_version_counter=False)
+        with pytest.warns(UserWarning, match="ended before stage 2"):
+            fit(scheduler, *callbacks, saver, module=module, max_steps=32, **options)
+        return Path(saver.best_model_path).stem, float(saver.best_model_score), seen
+
+    seen = [(now, value) for now, value in scores.items() if now > 10]
+    expected = ("step=15", 3.0)
+    assert run(saved=tmp_path) == (*expected, seen)
+    for step in (14, 15, 16, 20):
+        found = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert found == (*expected, [(now, value) for now, value in seen if now >= step]), step
+
+
+@pytest.mark.parametrize("monitor", ["score", "score_step"])
+def test_score_of_a_step_that_is_also_a_mean_counts_from_the_first_step_of_the_new_ranks(
+    fit, regression, tmp_path, monitor
+):
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            now = self.global_step
+            self.log("score", 0.1 * now if now < 13 else float(now), on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", monitor=monitor, every_n_train_steps=1)
+    fit(RankScheduler(Stage(At(step=13), Rank(2))), saver, module=Logging(), max_steps=32)
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == ("step=14", 13.0)
 
 
 def test_layer_that_is_unfrozen_at_the_begin_of_an_epoch_is_cut_there(fit, regression):

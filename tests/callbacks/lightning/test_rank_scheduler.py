@@ -4,12 +4,14 @@ What does not depend on the trainer is tested in tests/driver.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -247,6 +249,49 @@ def test_run_that_validates_every_second_epoch_resumes_from_the_end_of_any(fit, 
         resumed, found = run(ckpt_path=tmp_path / f"step={step}.ckpt")
         assert found == steps, step
         assert_same(resumed, whole, step)
+
+
+def test_run_without_validation_resumes_from_the_end_of_any_epoch(regression, fit, assert_same, tmp_path):
+    """A trigger reads the value of its last step; Lightning ends no epoch behind whose last batch a run is resumed."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            self.log("score", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    def run(**options):
+        scheduler = RankScheduler(Stage(Plateau("score", patience=2, warmup_steps=0), Rank(3)))
+        module, _ = fit(scheduler, module=Logging(), max_steps=40, limit_val_batches=0, **options)
+        return module, [event.step for event in scheduler.history]
+
+    whole, steps = run(saved=tmp_path)
+    assert steps == [30]
+    for step in (9, 10, 11, 20, 30):
+        resumed, found = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert found == steps, step
+        assert_same(resumed, whole, step)
+
+
+@pytest.mark.parametrize(
+    ("make", "score"),
+    [(partial(ModelCheckpoint, monitor="score"), "best_model_score"), (partial(EarlyStopping, "score"), "best_score")],
+)
+def test_validation_that_is_due_at_a_resume_is_judged_by_a_metric_of_training(regression, fit, tmp_path, make, score):
+    """Which Lightning has forgotten."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            self.log("score", float(self.global_step))
+            return super().training_step(batch, batch_idx)
+
+    def run(**options):
+        judge = make()
+        _, trainer = fit(RankScheduler(at(8, Rank(3))), judge, module=Logging(), max_steps=22, **options)
+        return trainer.global_step, getattr(judge, score)
+
+    whole = run(saved=tmp_path, default_root_dir=tmp_path)
+    for step in (5, 10, 15):
+        assert run(ckpt_path=tmp_path / f"step={step}.ckpt", default_root_dir=tmp_path) == whole, step
 
 
 @pytest.mark.parametrize("where", ["validation", "training"])
