@@ -216,12 +216,11 @@ class RankDriver:
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
         # A loop that calls end_step before it counts the step is one step behind.
-        unmeasured = training.step - self._ended_step
-        if self._steps is not None and unmeasured > 1:
+        if self._steps is not None and self._steps.missed:
             raise ConfigurationError(
                 f"the importance of layers is measured by each step, and end_step was not called for the last "
-                f"{unmeasured}: call driver.end_step(training) after each step, when training.step is raised and "
-                "before zero_grad"
+                f"{self._steps.missed}: call driver.end_step(training) after each step, when training.step is "
+                "raised and before zero_grad"
             )
         self._follow_clock(training)
         if self.progress.pending is None:

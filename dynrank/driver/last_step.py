@@ -24,7 +24,7 @@ class LastStep:
         adapters: the factors of all LoRA layers.
 
     Attributes:
-        made: whether the optimizer has made a step since :meth:`forget`.
+        made: how many steps the optimizer has made since :meth:`forget`.
         scale: what the gradients are still multiplied by after the step (a number on the device of GradScaler's scale);
             None: one. An optimizer with ``fused=True`` unscales gradients itself, except in a step that it leaves out
             because a gradient of any of its parameters, perhaps of a head, is not finite.
@@ -41,7 +41,7 @@ class LastStep:
 
     def forget(self) -> None:
         """Forget the last step."""
-        self.made = False
+        self.made = 0
         self.gradients: dict[int, Tensor] = {}
         self.scale: Tensor | None = None
         # A factor that had a gradient in the step, and the version of this gradient.
@@ -56,6 +56,11 @@ class LastStep:
     def parameters(self) -> list[nn.Parameter]:
         """The optimizer's parameters."""
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether the optimizer has factors of LoRA layers."""
+        return any(id(parameter) in self._adapters for parameter in self.parameters)
 
     @property
     def has_lost_gradients(self) -> bool:
@@ -86,7 +91,7 @@ class LastStep:
         self.gradients = {id(p): p.grad.detach().clone() for p in own if p.grad is not None}
 
     def _after(self, *_: Any) -> None:
-        self.made = True
+        self.made += 1
         # GradScaler lends both to the optimizer for the step; without a scale the gradients were unscaled before it.
         scale = getattr(self._optimizer, "grad_scale", None)
         found_inf = getattr(self._optimizer, "found_inf", None)
@@ -125,6 +130,11 @@ class LastSteps:
         self._importance.end_step(ids, scales, kept)
         for step in made:
             step.forget()
+
+    @property
+    def missed(self) -> int:
+        """How many steps of the adapters were made since :meth:`end_step`, if more than one."""
+        return max((step.made for step in self._steps if step.made > 1 and step.trains_adapters), default=0)
 
     def remove(self) -> None:
         """Watch no longer."""

@@ -24,6 +24,9 @@ from dynrank.layers.finding import adapter_parameters
 class MeasuredSteps(Protocol):
     """What measures the importance of layers in the steps of a run."""
 
+    @property
+    def missed(self) -> int: ...
+
     def end_step(self) -> None: ...
 
     def remove(self) -> None: ...

@@ -42,6 +42,11 @@ class ZeroImportance(ImportanceSums):
         before = self._optimizer.register_step_pre_hook(self._measure)
         self._handles = [before, self._optimizer.register_step_post_hook(self._take_update)]
 
+    @property
+    def missed(self) -> int:
+        """None: the Trainer's callback passes every step on."""
+        return 0
+
     def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
         # DeepSpeed makes its tensors anew for each training.
         return False

@@ -95,6 +95,37 @@ def test_several_optimizers_hold_the_factors_together(regression, manual):
         assert sgd.state[layer.lora_B]["momentum_buffer"].shape == layer.lora_B.shape
 
 
+def test_optimizer_without_adapters_makes_as_many_steps_as_it_likes(regression, fit):
+    """As the critic of a GAN, after the step of the adapters; Lightning counts the steps of both."""
+
+    class Two(regression[0]):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.critic = torch.nn.Linear(12, 1)
+
+        def configure_optimizers(self):
+            own = torch.optim.SGD(self.critic.parameters(), lr=1e-2)
+            return torch.optim.AdamW(dynrank.adapter_parameters(self), lr=1e-2), own
+
+        def training_step(self, batch, batch_idx):
+            adapters, others = self.optimizers()
+            self.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            adapters.step()
+            scheduler.step(self)
+            for _ in range(3):
+                self.manual_backward(self.critic(batch[0]).square().mean())
+                others.step()
+
+    scheduler = RankScheduler(Stage(At(step=16), Budget(share=0.5)))
+    fit(scheduler, module=Two(), max_steps=40)
+    (event,) = scheduler.history
+    assert (event.step, event.lowers) == (16, True)
+    assert all(report.importance for report in event.layers)
+
+
 def test_module_that_never_says_so_is_refused(manual):
     with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
         manual(SCHEDULES["budget"](), told=False)
