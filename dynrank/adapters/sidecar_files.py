@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -31,7 +31,7 @@ _INPUT_FILES = (
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))
 class _Labels:
     labels: list[str]
-    problem_type: str | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))

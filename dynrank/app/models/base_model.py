@@ -175,8 +175,9 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
                 continue
             lacks = _misfits(empty, adapter, shapes)
             if not lacks:
-                given = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
                 cls: Any = type(empty)
+                # Of a model that also reads images, the class for texts has a part of the config.
+                given = {"config": empty.config, "dtype": "auto", "ignore_mismatched_sizes": True}
                 model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
                 absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
                 if not absent:

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from torch.testing import assert_close
+from trained import updated
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -52,6 +53,27 @@ def test_merge_equals_the_adapted_model_and_the_merge_of_peft_in_float64(kind, z
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         assert_close(value, theirs[name], **ROUNDING)
+
+
+def test_adapter_of_the_texts_part_of_a_model_for_images_is_merged_as_by_peft(tmp_path):
+    """The class for texts has a part of the config in the base's folder."""
+    qwen = pytest.importorskip("transformers.models.qwen3_5")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2}
+    linear = {f"linear_{name}": 2 if name.startswith("num") else 8 for name in (
+        "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}  # fmt: skip
+    text = {**sizes, **linear, "num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 4, "vocab_size": 50}
+    config = qwen.Qwen3_5Config(text_config=text, vision_config={"depth": 1, "out_hidden_size": 32})
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    qwen.Qwen3_5ForConditionalGeneration(config).save_pretrained(base)
+    model = updated(dynrank.add_lora(AutoModelForCausalLM.from_pretrained(base), rank=2)).eval()
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    ids = torch.arange(1, 9)[None]
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    merge_adapter(tmp_path / "adapter", str(base), tmp_path / "merged")
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
