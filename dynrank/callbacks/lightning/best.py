@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.resume import metrics_lent
 from dynrank.callbacks.lightning.validations import run_validation
 from dynrank.driver.event import RankEvent
 from dynrank.driver.schedulers import forget_plateau
@@ -47,7 +48,7 @@ def forget_scores_of(trainer: Trainer, values: Mapping[str, float | None]) -> No
 
     Lightning keeps these values, and callbacks and schedulers take them for those of the changed model: a mean over an
     epoch that the cut has divided, or what neither steps nor validations have logged since. Call this before a metric
-    is logged anew. If somebody may have read the new value already, give the one of before, {metric: value}: only
+    is logged anew. If somebody may have read the new value already, give the value of before that differs from it: only
     scores that are this value are forgotten; None: all.
     """
     for config in trainer.lr_scheduler_configs if values else ():
@@ -84,11 +85,12 @@ def _begin_anew(callback: Callback) -> None:
         callback.wait_count = 0
 
 
-def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
+def save_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, float]) -> None:
     """Validate and save once more, after ranks have changed behind the last step.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``scheduler`` is not called in the validation: its schedule has ended.
+    does not. ``scheduler`` is not called in the validation: its schedule has ended. ``logged`` has the metrics of
+    before a resume, too.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
@@ -101,8 +103,9 @@ def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
             run_validation(trainer)
         finally:
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
-    for saver in savers:
-        private.save_now(saver, trainer)
+    with metrics_lent(trainer, logged):
+        for saver in savers:
+            private.save_now(saver, trainer)
 
 
 def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
@@ -160,14 +159,11 @@ class RankScheduler(Callback):
         self._run = LightningTraining(trainer, pl_module)
         # Another fit() of this trainer may have logged these.
         self._seen |= private.step_values(trainer)
-        # Lightning forgets them in a resume. A validation that it has left out is judged by them, too.
-        for name, value in self.driver.logged.values().items():
-            trainer.callback_metrics.setdefault(name, torch.tensor(value, device=trainer.strategy.root_device))
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             # Nor does it end an epoch behind whose last batch the run is resumed.
             self._epoch_has_ended |= trainer.is_last_batch
-            run_missed_validation(trainer)
+            run_missed_validation(trainer, self.driver.logged.values())
         self._end_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +225,7 @@ class RankScheduler(Callback):
         before = len(self.history)
         self.driver.finish(self._training)
         if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
-            save_after_end(trainer, self)
+            save_after_end(trainer, self, self.driver.logged.values())
         if self.history:
             warn_of_other_ranks(trainer, pl_module)
 
@@ -283,8 +279,9 @@ class RankScheduler(Callback):
         now = private.step_values(trainer)
         new = {name: value for name, value in now.items() if value is not self._seen.get(name)}
         logged = self.driver.logged
+        before = {name: logged.value(name) for name in logged.of_before_cut() & new.keys()}
         # A hook of the module logs after callbacks have read what was there before.
-        self._forget_scores(trainer, {name: logged.value(name) for name in logged.of_before_cut() & new.keys()})
+        self._forget_scores(trainer, {name: value for name, value in before.items() if value != float(new[name])})
         logged.log(new)
         self._seen |= now
 

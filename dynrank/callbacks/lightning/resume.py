@@ -1,21 +1,45 @@
 """What Lightning leaves out when it resumes a run: a validation, and the hooks of a run that has made its last step."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 
+import torch
 from lightning.pytorch import Trainer
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.validations import run_validation
 
 
-def run_missed_validation(trainer: Trainer) -> None:
+def run_missed_validation(trainer: Trainer, logged: Mapping[str, float]) -> None:
     """Run the validation that Lightning skips on resume, if one is due; call this from ``on_train_start``.
+
+    Callbacks may judge it by a metric of training; ``logged`` has the values of before the resume.
 
     A ModelCheckpoint of every n steps is written when the batch ends, before the validation that is due after that
     batch; on resume Lightning 2.6 counts this validation as done. A trigger would miss a value of its metric.
     """
     if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and is_due(trainer):
-        run_validation(trainer)
+        with metrics_lent(trainer, logged):
+            run_validation(trainer)
+
+
+@contextmanager
+def metrics_lent(trainer: Trainer, logged: Mapping[str, float]) -> Iterator[None]:
+    """Let callbacks find the values ``logged`` inside the block, which Lightning has forgotten in a resume.
+
+    Afterwards it knows no more than without them: it takes a metric that is there for one that is logged anew.
+    """
+    metrics = trainer.callback_metrics
+    device = trainer.strategy.root_device
+    lent = {name: torch.tensor(value, device=device) for name, value in logged.items() if name not in metrics}
+    metrics.update(lent)
+    try:
+        yield
+    finally:
+        for name, value in lent.items():
+            if metrics.get(name) is value:
+                del metrics[name]
 
 
 def is_due(trainer: Trainer) -> bool:

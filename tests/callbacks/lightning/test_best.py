@@ -277,6 +277,15 @@ def test_score_that_is_logged_when_a_batch_ends_counts_from_the_first_of_the_new
     assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == (f"step={read_at}", step + 1)
 
 
+def test_first_score_after_a_cut_may_be_the_last_before_it(fit, regression, tmp_path):
+    """As accuracies often are."""
+    scores = {4: 0.75, 8: 1.0, 12: 1.0, 16: 0.75, 20: 0.5}
+    module, callbacks = logging_at_the_end_of_batches(regression[0], lambda t: scores.get(t.global_step), "callback")
+    saver = best(tmp_path, mode="max", every_n_train_steps=4, save_on_train_epoch_end=False)
+    fit(RankScheduler(Stage(At(step=9), Rank(2))), *callbacks, saver, module=module, limit_val_batches=0)
+    assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == ("step=12", 1.0)
+
+
 @pytest.mark.parametrize("by", ["callback", "module"])
 def test_score_of_the_last_batch_of_an_epoch_counts_in_that_epoch(fit, regression, tmp_path, by):
     """An epoch has ten batches, and the next one resets what was logged."""
@@ -375,6 +384,23 @@ def test_mean_that_has_the_name_of_a_step_or_comes_at_the_end_counts_from_the_fi
     at = scores.index(0.6) + 1
     assert (Path(saver.best_model_path).stem, float(saver.best_model_score)) == (f"step={10 * at}", pytest.approx(0.6))
     assert float(stopper.best_score) == pytest.approx(0.6)
+
+
+def test_validation_of_a_resumed_run_is_saved_with_its_own_score(fit, regression, tmp_path):
+    """ModelCheckpoint postpones what it saves to a validation that is due, if it does not know the metric yet."""
+
+    class Improving(regression[0]):
+        def on_validation_epoch_end(self):
+            self.log("score", float(self.global_step))
+
+    def run(**options):
+        saver = best(tmp_path / "best", mode="max", every_n_train_steps=20, enable_version_counter=False)
+        every = {"check_val_every_n_epoch": 2, "val_check_interval": 1.0}
+        fit(RankScheduler(Stage(At(step=8), Rank(2))), saver, module=Improving(), max_steps=40, **every, **options)
+        return Path(saver.best_model_path).stem, float(saver.best_model_score)
+
+    assert run(saved=tmp_path) == ("step=40", 40.0)
+    assert run(ckpt_path=tmp_path / "step=25.ckpt") == ("step=40", 40.0)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_epochs": 1, "max_steps": -1}])
