@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from torch import Tensor
 
 from dynrank.adapters.config import adapter_folder
@@ -18,7 +19,7 @@ from dynrank.adapters.load import misfit
 from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
 from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
-from dynrank.adapters.stored import Factors, StoredLayer, refuse_faults
+from dynrank.adapters.stored import Factors, StoredLayer, read_json, refuse_faults
 from dynrank.adapters.write import rewrite_adapter
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages
 from dynrank.layers.finding import modules_by_name
@@ -118,6 +119,8 @@ def export_adapter(
             if name.rpartition(".")[0].removesuffix(".base_layer") not in adapter.layers
         }
         _refuse_misread(to, adapter, others)
+        if to == "vllm":
+            _refuse_part(adapter, str(model or adapter.config.base_model_name_or_path or ""))
         if to in ("gguf", "ollama"):
             return _to_llama_cpp(adapter, out, base_name(adapter, model), dtype, ollama=to == "ollama")
         if dtype is None and adapter.float8:
@@ -195,6 +198,44 @@ def _refuse_misread(to: Server, adapter: Adapter, others: Iterable[str]) -> None
     faults += [f"{name!r} is a parameter of experts or of a router" for name in bare]
     faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
     refuse_faults(f"{server} cannot read this adapter", faults, "to", advice="\nmerge it instead: dynrank merge")
+
+
+class _BaseConfig(BaseModel):
+    """What a model's config.json says of its parts."""
+
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+
+
+def _refuse_part(adapter: Adapter, base: str) -> None:
+    """Refuse an adapter of the language model alone, if that is a part of ``base``, where its layers have other names.
+
+    vLLM serves the whole base, and leaves out such an adapter without a word (its issues 34186 and 48019). Nothing is
+    known of a base that is not on this machine.
+    """
+    file = _config_file(base)
+    config = _BaseConfig() if file is None else read_json(_BaseConfig, file)
+    if config.text_config and any(name.startswith("model.layers.") for name in adapter.layers):
+        raise ConfigurationError(
+            f"vLLM serves {base!r} as {', '.join(config.architectures or ['a whole'])}, whose language model is a part "
+            "with other names, and would leave out all layers of this adapter\nmerge it instead: dynrank merge",
+            "to",
+        )
+
+
+def _config_file(base: str) -> Path | None:
+    """The config.json of a base that is on this machine, in a folder or in the hub's cache."""
+    file = Path(base, "config.json")
+    if file.is_file():
+        return file if base else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json")
+    # Without the package there is no cache; and a path is no name on the hub.
+    except (ImportError, ValueError):
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _one_scaling(adapter: Adapter) -> dict[str, Factors]:

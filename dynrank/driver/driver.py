@@ -212,6 +212,9 @@ class RankDriver:
             if self._loaded is not None:
                 self._importance.load_state_dict(self._loaded)
         self._loaded = None
+        if training.step > 0:
+            # What a resumed loop has brought along was read before, as far as it was.
+            self.logged.log_if_new(training.logged())
 
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
@@ -251,7 +254,8 @@ class RankDriver:
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
-        self.logged.log({**training.logged(), **self.progress.metrics})
+        self.logged.log_if_new(training.logged())
+        self.logged.log(self.progress.metrics)
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             self._observe(training, trigger, metrics)

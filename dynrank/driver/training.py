@@ -127,7 +127,11 @@ class Training:
         """Log the metrics of a validation that was made for a change, if the change was kept."""
 
     def logged(self) -> Mapping[str, float]:
-        """Return the last value of every metric that a trigger may read in addition to those of the validation."""
+        """Return the last value of every metric that a trigger may read in addition to those of the validation.
+
+        Return the objects that were logged. A trigger reads each of them once: the same object again is not new, and is
+        of the ranks that the model had when it was returned first.
+        """
         return {}
 
     def logs_later(self, name: str) -> bool:

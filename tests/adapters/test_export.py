@@ -128,6 +128,21 @@ def test_what_a_server_would_drop_or_misread_is_refused_and_nothing_written(case
     assert {file.name for file in tmp_path.iterdir()} == {"adapter", "base"}
 
 
+def test_vllm_leaves_out_an_adapter_of_the_language_model_that_is_a_part_of_its_base(tmp_path):
+    """As that of Qwen 3.5, which AutoModelForCausalLM loads alone."""
+    save_llama(tmp_path, targets=["q_proj"])
+    file = tmp_path / "base" / "config.json"
+    own = json.loads(file.read_text())
+    whole = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": own}
+    file.write_text(json.dumps(whole))
+    words = r"as Qwen3_5ForConditionalGeneration, whose language model is a part .*dynrank merge"
+    with pytest.raises(ConfigurationError, match=re.compile(words, re.DOTALL)):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "padded", to="padded")
+    # A name on the hub that this machine has not seen.
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", model="some/base")
+
+
 @pytest.mark.parametrize("size", [{"num_attention_heads": 8}, {"hidden_size": 16}])
 def test_a_base_of_other_shapes_is_refused_before_a_file_is_written(size, tmp_path):
     save_llama(tmp_path, targets=["q_proj", "down_proj"], hidden_size=12, head_dim=4)

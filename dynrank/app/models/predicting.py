@@ -129,12 +129,13 @@ def answering(adapter: Adapter, base: str | None) -> PreTrainedModel:
     precedence over the base's.
     """
     model = on_base(adapter, base).eval()
-    # The one output of a reward model or a regression is a number, and no class.
-    of_number = model.config.num_labels == 1 and model.config.problem_type != "multi_label_classification"
-    classifies = type(model).__name__.endswith("ForSequenceClassification") and not of_number
+    # The one output of a reward model is a number, and so are all of a regression: they are no classes.
+    kind = model.config.problem_type
+    of_numbers = kind == "regression" or (model.config.num_labels == 1 and kind != "multi_label_classification")
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and not of_numbers
     if not (classifies or model.can_generate()):
         raise ConfigurationError(
             f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__} "
-            f"with {model.config.num_labels} outputs"
+            f"with {model.config.num_labels} outputs{' of numbers' * of_numbers}"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

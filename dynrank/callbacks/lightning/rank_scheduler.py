@@ -161,8 +161,8 @@ class RankScheduler(Callback):
         self._seen |= private.step_values(trainer)
         self.driver.start(self._run, run_length(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
-            # Nor does it end an epoch behind whose last batch the run is resumed.
-            self._epoch_has_ended |= trainer.is_last_batch
+            if trainer.is_last_batch and not self._epoch_has_ended:
+                self._end_epoch_of_before()
             run_missed_validation(trainer, self.driver.logged.values())
         self._end_epoch(trainer)
 
@@ -273,6 +273,15 @@ class RankScheduler(Callback):
             self._epoch_has_ended = False
             if not trainer.enable_validation:
                 self.driver.validated(self._training, {})
+
+    def _end_epoch_of_before(self) -> None:
+        """End the epoch behind whose last batch the run is resumed: Lightning does not, and forgets the means over it.
+
+        Without validation, triggers take a metric that has the value of a step, too, for the mean.
+        """
+        self._epoch_has_ended = True
+        if not self._training.validates:
+            self.driver.logged.read(name for name in self._seen if f"{name}_step" in self._seen)
 
     def _log_steps(self, trainer: Trainer) -> None:
         """Let the driver know what steps have logged since this was last called."""

@@ -233,6 +233,22 @@ def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, t
     assert with_labels(model, tmp_path).config.problem_type == "multi_label_classification"
 
 
+@pytest.mark.parametrize(("labels", "kind"), [(1, None), (3, "regression")])
+def test_a_model_whose_outputs_are_numbers_does_not_classify(labels, kind, tiny_bert, launch, tmp_path):
+    """As a reward model, and a regression of several scores."""
+    base = tmp_path / "base"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=labels, problem_type=kind, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(base)
+    model.config.name_or_path = str(base)
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2, modules_to_save=["classifier"]), tmp_path / "adapter")
+    code, _, said = launch(cli.main, "predict", tmp_path / "adapter", "a text")
+    assert code == 2
+    assert f"got a BertForSequenceClassification with {labels} outputs of numbers" in said
+
+
 @pytest.mark.parametrize("command", ["predict", "merge"])
 def test_a_base_with_other_weights_is_refused(command, classifier, tiny_bert, launch, tmp_path):
     """Of the same shapes, as an instruct model beside its base."""

@@ -272,6 +272,29 @@ def test_run_without_validation_resumes_from_the_end_of_any_epoch(regression, fi
         assert_same(resumed, whole, step)
 
 
+def test_mean_that_a_resume_has_forgotten_is_not_the_value_of_the_last_step(regression, fit, tmp_path):
+    """Lightning has both under one name; an epoch has ten steps."""
+
+    class Logging(regression[0]):
+        def training_step(self, batch, batch_idx):
+            self.log("score", float(batch_idx == 9) - self.current_epoch, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    def run(**options):
+        scheduler = RankScheduler(Stage(Plateau("score", patience=9, warmup_steps=0), Rank(3)))
+        plateau = scheduler.driver.stages[0].when
+        seen = []
+        observe = plateau.observe
+        plateau.observe = lambda now, value: seen.append((now, pytest.approx(value))) or observe(now, value)
+        with pytest.warns(UserWarning, match="ended before stage 1"):
+            fit(scheduler, module=Logging(), max_steps=40, limit_val_batches=0, **options)
+        return seen
+
+    means = [(10, 0.1), (20, -0.9), (30, -1.9), (40, -2.9)]
+    assert run(saved=tmp_path) == means
+    assert run(ckpt_path=tmp_path / "step=20.ckpt") == means[2:]
+
+
 @pytest.mark.parametrize(
     ("make", "score"),
     [(partial(ModelCheckpoint, monitor="score"), "best_model_score"), (partial(EarlyStopping, "score"), "best_score")],
