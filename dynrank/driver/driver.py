@@ -77,7 +77,7 @@ class RankDriver:
         stages: the stages of the schedule.
         rules: the rules of the rank map.
         progress: which stages are over, and what is pending.
-        logged: the last value of each metric; a trainer adds what it logs between validations.
+        logged: the last value of each metric; a trainer or a loop adds what it logs between validations.
         lr_factor: factor of the adapters' learning rates, the product of those of all changes.
 
     >>> import torch, dynrank
@@ -212,9 +212,6 @@ class RankDriver:
             if self._loaded is not None:
                 self._importance.load_state_dict(self._loaded)
         self._loaded = None
-        if training.step > 0:
-            # What a resumed loop has brought along was read before, as far as it was.
-            self.logged.log_if_new(training.logged())
 
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
@@ -254,8 +251,7 @@ class RankDriver:
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
-        self.logged.log_if_new(training.logged())
-        self.logged.log(self.progress.metrics)
+        self.logged.log({**training.logged(), **self.progress.metrics})
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             self._observe(training, trigger, metrics)

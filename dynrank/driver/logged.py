@@ -14,8 +14,6 @@ class _Value:
     value: Any
     changes: int
     is_read: bool = False
-    # Whether it is of a checkpoint, which has numbers and not the objects that were logged.
-    is_loaded: bool = False
 
 
 class LoggedMetrics:
@@ -52,17 +50,6 @@ class LoggedMetrics:
         """
         made = self.changes if changes is None else changes
         self._last.update({name: _Value(value, made) for name, value in metrics.items()})
-
-    def log_if_new(self, metrics: Mapping[str, Any]) -> None:
-        """As :meth:`log`, of values that may have been taken already: the same object again is not new."""
-        self.log({name: value for name, value in metrics.items() if not self._has(name, value)})
-
-    def _has(self, name: str, value: Any) -> bool:
-        last = self._last.get(name)
-        if last is not None and last.is_loaded and float(last.value) == float(value):
-            last.value = value
-            last.is_loaded = False
-        return last is not None and last.value is value
 
     def read(self, names: Iterable[str]) -> None:
         """Take note that a trigger has read the metrics ``names``."""
@@ -104,7 +91,4 @@ class LoggedMetrics:
         """Load what :meth:`state_dict` returned."""
         self.changes = state["changes"]
         self.last_cut = state["last_cut"]
-        self._last = {
-            name: _Value(value, changes, is_read, is_loaded=True)
-            for name, (value, changes, is_read) in state["last"].items()
-        }
+        self._last = {name: _Value(*row) for name, row in state["last"].items()}

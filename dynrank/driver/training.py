@@ -127,10 +127,11 @@ class Training:
         """Log the metrics of a validation that was made for a change, if the change was kept."""
 
     def logged(self) -> Mapping[str, float]:
-        """Return the last value of every metric that a trigger may read in addition to those of the validation.
+        """Return metrics that a trigger may read in addition to those of the validation, with their present values.
 
-        Return the objects that were logged. A trigger reads each of them once: the same object again is not new, and is
-        of the ranks that the model had when it was returned first.
+        It is called in each validation, and all that it returns counts as new and as of the present ranks. What is
+        logged at other times belongs into ``driver.logged.log({name: value})``, when it is logged: a trigger reads it
+        once, and after a change waits for the next.
         """
         return {}
 
