@@ -119,8 +119,9 @@ def export_adapter(
             if name.rpartition(".")[0].removesuffix(".base_layer") not in adapter.layers
         }
         _refuse_misread(to, adapter, others)
+        revision = None if model else adapter.config.revision or None
         if to == "vllm":
-            _refuse_part(adapter, str(model or adapter.config.base_model_name_or_path or ""))
+            _refuse_part(adapter, str(model or adapter.config.base_model_name_or_path or ""), revision)
         if to in ("gguf", "ollama"):
             return _to_llama_cpp(adapter, out, base_name(adapter, model), dtype, ollama=to == "ollama")
         if dtype is None and adapter.float8:
@@ -129,6 +130,7 @@ def export_adapter(
         factors = _one_scaling(adapter)
         base = model or str(adapter.config.base_model_name_or_path or "BASE")
         name, place, base = (shlex.quote(text) for text in (out.absolute().name, str(out), base))
+        base += f" --revision {shlex.quote(revision)}" if revision else ""
         if to == "vllm":
             rank = slot_rank(rank)
             modules = f"{name}={place}"
@@ -207,13 +209,13 @@ class _BaseConfig(BaseModel):
     text_config: dict[str, Any] | None = None
 
 
-def _refuse_part(adapter: Adapter, base: str) -> None:
+def _refuse_part(adapter: Adapter, base: str, revision: str | None) -> None:
     """Refuse an adapter of the language model alone, if that is a part of ``base``, where its layers have other names.
 
     vLLM serves the whole base, and leaves out such an adapter without a word (its issues 34186 and 48019). Nothing is
     known of a base that is not on this machine.
     """
-    file = _config_file(base)
+    file = _config_file(base, revision)
     config = _BaseConfig() if file is None else read_json(_BaseConfig, file)
     if config.text_config and any(name.startswith("model.layers.") for name in adapter.layers):
         raise ConfigurationError(
@@ -223,15 +225,15 @@ def _refuse_part(adapter: Adapter, base: str) -> None:
         )
 
 
-def _config_file(base: str) -> Path | None:
-    """The config.json of a base that is on this machine, in a folder or in the hub's cache."""
+def _config_file(base: str, revision: str | None) -> Path | None:
+    """The config.json of a base that is on this machine, in a folder or, at a ``revision``, in the hub's cache."""
     file = Path(base, "config.json")
     if file.is_file():
         return file if base else None
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(base, "config.json")
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
     # Without the package there is no cache; and a path is no name on the hub.
     except (ImportError, ValueError):
         return None

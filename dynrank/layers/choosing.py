@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
-from dynrank.layers.finding import modules_by_name
+from dynrank.layers.finding import modules_by_name, parameter_count
 from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.kinds import layer_class
 from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
@@ -143,7 +143,7 @@ def _warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mappin
     }
     others = {name: sum(weight.numel() for weight in module.parameters()) for name, module in skipped.items()}
     if stacks or others:
-        share = sum([*stacks.values(), *others.values()]) / sum(parameter.numel() for parameter in model.parameters())
+        share = sum([*stacks.values(), *others.values()]) / parameter_count(model.parameters())
         kinds = [f"{len(stacks)} parameters that stack layers, such as {next(iter(stacks))!r}"] if stacks else []
         kinds += [f"{len(others)} layers other than x W^T + b, such as {next(iter(others))!r}"] if others else []
         warnings.warn(f"{share:.0%} of the model stays frozen: {' and '.join(kinds)}", stacklevel=2)

@@ -1,7 +1,8 @@
 """The LoRA layers of a model, their parameters, and the plain modules around them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 
 from torch import nn
 
@@ -82,3 +83,9 @@ def tied_weights(model: nn.Module) -> set[int]:
     """Ids of the parameters that have more than one name."""
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {parameter for parameter, count in names.items() if count > 1}
+
+
+def parameter_count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers ``parameters`` have; of those that bitsandbytes has packed, two in a byte, the unpacked ones."""
+    shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in parameters)
+    return sum(prod(shape) for shape in shapes)

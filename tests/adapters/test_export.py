@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import dynrank
@@ -128,7 +129,7 @@ def test_what_a_server_would_drop_or_misread_is_refused_and_nothing_written(case
     assert {file.name for file in tmp_path.iterdir()} == {"adapter", "base"}
 
 
-def test_vllm_leaves_out_an_adapter_of_the_language_model_that_is_a_part_of_its_base(tmp_path):
+def test_vllm_leaves_out_an_adapter_of_the_language_model_that_is_a_part_of_its_base(tmp_path, monkeypatch):
     """As that of Qwen 3.5, which AutoModelForCausalLM loads alone."""
     save_llama(tmp_path, targets=["q_proj"])
     file = tmp_path / "base" / "config.json"
@@ -139,6 +140,19 @@ def test_vllm_leaves_out_an_adapter_of_the_language_model_that_is_a_part_of_its_
     with pytest.raises(ConfigurationError, match=re.compile(words, re.DOTALL)):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "padded", to="padded")
+    # The same base on the hub, at a commit.
+    snapshot = tmp_path / "models--some--base" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    file.rename(snapshot / "config.json")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": "some/base", "revision": snapshot.name}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    with pytest.raises(ConfigurationError, match=re.compile(words, re.DOTALL)):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
+    (snapshot / "config.json").unlink()
+    made = dynrank.export_adapter(tmp_path / "adapter", tmp_path / "at a commit", to="vllm")
+    assert f"vllm serve some/base --revision {snapshot.name} " in made.line
     # A name on the hub that this machine has not seen.
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", model="some/base")
 

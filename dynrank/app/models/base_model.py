@@ -74,11 +74,11 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
     A base with other weights than those by which the adapter knows its base is refused.
     """
     origin = base_source(adapter, given)
-    model = load_adapter(_base_model(origin, adapter, _settings(adapter, given)), adapter)
+    model = load_adapter(_base_model(origin, adapter, base_settings(adapter, given)), adapter)
     return with_labels(model, Path(adapter.source))
 
 
-def _settings(adapter: Adapter, given: str | None) -> ModelSettings:
+def base_settings(adapter: Adapter, given: str | None) -> ModelSettings:
     """How to load the base: at the adapter's revision, unless the user has ``given`` a base."""
     return ModelSettings(revision=None if given else adapter.config.revision or None)
 
@@ -120,7 +120,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
-            settings = _settings(adapter, model)
+            settings = base_settings(adapter, model)
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
         copy_files(own, folder)
         copy_files(of_base, folder)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
-from dynrank.app.models.base_model import base_source, on_base
+from dynrank.app.models.base_model import base_settings, base_source, on_base
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts, refusal, rendered
 from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
 from dynrank.errors import ConfigurationError
@@ -33,7 +33,7 @@ class Prompts:
 
     def __init__(self, adapter: Adapter, base: str | None, system: str | None) -> None:
         place = tokenizer_source(Path(adapter.source), base_source(adapter, base))
-        self.tokenizer = load_tokenizer(place, "--model")
+        self.tokenizer = load_tokenizer(place, "--model", base_settings(adapter, base))
         self.system = system
 
     def refusals(self, chats: Rows) -> list[str | None]:

@@ -21,7 +21,7 @@ from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_sc
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.importance import bytes_held, shares_by_importance
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import adapter_parameters, own_layers
+from dynrank.layers.finding import adapter_parameters, own_layers, parameter_count
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.private import FakeTensorMode
@@ -194,7 +194,7 @@ def _need(
         rank=rank,
         ranks=(min(ranks), max(ranks)),
         parameters=parameters,
-        of=model.num_parameters() - parameters,
+        of=parameter_count(model.parameters()) - parameters,
         weights=weights,
         adapter=adapter,
         optimizer=optimizer,

@@ -22,7 +22,7 @@ from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.app.runs.summary import Summary, print_summary, write_summary
 from dynrank.app.tasks.account import ClassResult, SplitAccount
 from dynrank.callbacks import RankEvent
-from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.finding import adapter_parameters, lora_layers, parameter_count
 
 # Prefix of the metrics that a test measures on training and validation data.
 _FINAL = "final/"
@@ -59,7 +59,7 @@ def summarise(
         parameters={
             "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "total": sum(p.numel() for p in model.parameters()),
+            "total": parameter_count(model.parameters()),
         },
         bytes=held,
         seconds=seconds,

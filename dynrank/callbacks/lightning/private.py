@@ -1,6 +1,6 @@
 """The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -39,6 +39,11 @@ def own_names(trainer: Trainer, *, on_step: bool) -> dict[str, str]:
     The other name stands for one of the two alone: for the value of a step, or for the mean.
     """
     return {meta.name: meta.forked_name(on_step) for meta in _logged_in_training(trainer) if meta.forked}
+
+
+def also_means(names: Collection[str]) -> list[str]:
+    """Those of the metrics ``names`` of steps that at the end of an epoch have the mean over it, by their names alone."""
+    return [name for name in names if f"{name}_step" in names]
 
 
 def _logged_in_training(trainer: Trainer) -> list[Any]:

@@ -281,7 +281,7 @@ class RankScheduler(Callback):
         """
         self._epoch_has_ended = True
         if not self._training.validates:
-            self.driver.logged.read(name for name in self._seen if f"{name}_step" in self._seen)
+            self.driver.logged.read(private.also_means(self._seen))
 
     def _log_steps(self, trainer: Trainer) -> None:
         """Let the driver know what steps have logged since this was last called."""

@@ -21,6 +21,7 @@ from transformers import (
 import dynrank
 from dynrank.app.models.base_model import merge_adapter
 from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.predicting import Prompts
 from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import layer_class
@@ -221,6 +222,7 @@ def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(tiny_ll
     newer = AutoModelForCausalLM.from_pretrained(tiny_llama)
     torch.nn.init.normal_(newer.lm_head.weight)
     newer.save_pretrained(home / "snapshots" / new)
+    (home / "snapshots" / old / "chat_template.jinja").write_text("a template of then")
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(new)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -229,5 +231,8 @@ def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(tiny_ll
     head = model.lm_head.weight.detach().clone()
     dynrank.save_adapter(dynrank.add_lora(model, rank=2, target_modules=["q_proj"]), tmp_path / "adapter")
     assert torch.equal(merge_adapter(tmp_path / "adapter", None, tmp_path / "out").lm_head.weight, head)
+    adapter = dynrank.read_adapter(tmp_path / "adapter")
+    assert Prompts(adapter, None, None).tokenizer.chat_template == "a template of then"
+    assert Prompts(adapter, "org/tiny", None).tokenizer.chat_template is None
     named = merge_adapter(tmp_path / "adapter", "org/tiny", tmp_path / "named")
     assert torch.equal(named.lm_head.weight, newer.lm_head.weight)

@@ -20,7 +20,7 @@ from dynrank.app.runs.job import lora_arguments
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import own_layers
+from dynrank.layers.finding import own_layers, parameter_count
 from dynrank.schedules import early_budget
 from dynrank.triggers import Run
 
@@ -207,6 +207,10 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, tiny_b
     weights = storage_bytes(tensors_of(module.model)) - need.adapter
     real = real_step(module.model, lambda: module.training_step(batch, 0), batch.values(), optimizer)
     assert need.weights == weights
+    # Of weights in four bits, two are in a byte.
+    plain_base = [key for key in options if not key.startswith("model.quantization")]
+    assert need.of == plan_of(*plain_base, "ranks=[4]", "task.batch_size=8", "task.max_length=32")[0].of
+    assert parameter_count(module.model.parameters()) == need.of + need.parameters
     assert counted(need)[1:4] == real[1:4]
     # The loss is of 31 tokens here and of 32 in the plan.
     assert need.activations == pytest.approx(real[4], rel=0.04)
