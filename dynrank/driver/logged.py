@@ -52,8 +52,8 @@ class LoggedMetrics:
         self._last.update({name: _Value(value, made) for name, value in metrics.items()})
 
     def read(self, names: Iterable[str]) -> None:
-        """Take note that a trigger has read the metrics ``names``."""
-        for name in names:
+        """Take note that a trigger has read the metrics ``names``, as far as they were logged."""
+        for name in self._last.keys() & names:
             self._last[name].is_read = True
 
     def changed(self, *, lowers: bool) -> None:

@@ -42,7 +42,7 @@ def own_names(trainer: Trainer, *, on_step: bool) -> dict[str, str]:
 
 
 def also_means(names: Collection[str]) -> list[str]:
-    """Those of the metrics ``names`` of steps that have the mean over an epoch at its end; told by their names alone."""
+    """Those of the metrics ``names`` of steps that have the mean over an epoch at its end, told by their names."""
     return [name for name in names if f"{name}_step" in names]
 
 
