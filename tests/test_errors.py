@@ -252,7 +252,7 @@ PYTHON = re.compile(
     r"|\btrainer\.(?:save_(?:checkpoint|model)|add_callback)\b"
 )
 # Lines of a shell that an export advises.
-OTHER_PROGRAMS = re.compile(r"--(?:lora|model-path|enable-|max-lora-rank|nproc_per_node)[\w-]*")
+OTHER_PROGRAMS = re.compile(r"--(?:lora|model-path|revision|enable-|max-lora-rank|nproc_per_node)[\w-]*")
 
 
 def strings():
