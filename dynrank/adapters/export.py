@@ -120,16 +120,16 @@ def export_adapter(
         }
         _refuse_misread(to, adapter, others)
         revision = None if model else adapter.config.revision or None
-        if to == "vllm":
-            _refuse_part(adapter, str(model or adapter.config.base_model_name_or_path or ""), revision)
+        base = str(model or adapter.config.base_model_name_or_path or "")
+        if to == "vllm" and base:
+            _refuse_part(adapter, base, revision)
         if to in ("gguf", "ollama"):
             return _to_llama_cpp(adapter, out, base_name(adapter, model), dtype, ollama=to == "ollama")
         if dtype is None and adapter.float8:
             dtype = torch.bfloat16
         rank = max(layer.rank for layer in adapter.layers.values())
         factors = _one_scaling(adapter)
-        base = model or str(adapter.config.base_model_name_or_path or "BASE")
-        name, place, base = (shlex.quote(text) for text in (out.absolute().name, str(out), base))
+        name, place, base = (shlex.quote(text) for text in (out.absolute().name, str(out), base or "BASE"))
         base += f" --revision {shlex.quote(revision)}" if revision else ""
         if to == "vllm":
             rank = slot_rank(rank)
@@ -229,7 +229,7 @@ def _config_file(base: str, revision: str | None) -> Path | None:
     """The config.json of a base that is on this machine, in a folder or, at a ``revision``, in the hub's cache."""
     file = Path(base, "config.json")
     if file.is_file():
-        return file if base else None
+        return file
     try:
         from huggingface_hub import try_to_load_from_cache
 

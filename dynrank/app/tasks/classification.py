@@ -92,7 +92,7 @@ class Classification(TextTask):
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
         rest["class_weights"] = self.weights
-        rest["tokenizer"] = None if self.tokenizer_at == self.model else self.tokenizer_at
+        rest["tokenizer"] = self.own_tokenizer
         return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
 
     @property

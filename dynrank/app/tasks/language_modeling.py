@@ -171,7 +171,7 @@ class LanguageModeling(TextTask):
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
         written["settings"] = asdict(self.settings)
-        written["tokenizer"] = None if self.tokenizer_at == self.model else self.tokenizer_at
+        written["tokenizer"] = self.own_tokenizer
         if self.form == "chat":
             check_template(self.tokenizer, self.model)
         if not on_meta:

@@ -77,7 +77,8 @@ class TextTask(LightningDataModule):
         super().__init__()
         self.settings = ModelSettings(**settings or {})
         self.model = model
-        self.tokenizer_at = model
+        # Where the tokenizer of the adapter is from which training goes on; None: it is the base's.
+        self.own_tokenizer: str | None = None
         self.data = data
         self.form = form
         self.batch_size = batch_size
@@ -112,14 +113,15 @@ class TextTask(LightningDataModule):
 
     def go_on_from(self, adapter: Path) -> None:
         """Read data as the adapter in this folder was trained: with its own tokenizer, if it has one."""
-        self.tokenizer_at = tokenizer_source(adapter, self.model)
+        place = tokenizer_source(adapter, self.model)
+        self.own_tokenizer = None if place == self.model else place
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.tokenizer_at, settings=self.settings)
+        tokenizer = load_tokenizer(self.own_tokenizer or self.model, settings=self.settings)
         needed = "eos_token" if self.form in ("completion", "text") else "pad_token"
         if getattr(tokenizer, needed) is None:
-            at = f"of task.model={self.model}" if self.tokenizer_at == self.model else f"in {self.tokenizer_at!r}"
+            at = f"in {self.own_tokenizer!r}" if self.own_tokenizer else f"of task.model={self.model}"
             raise ConfigurationError(f"the tokenizer {at} has no {needed}; set task.model")
         # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)

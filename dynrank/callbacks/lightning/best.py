@@ -1,7 +1,7 @@
 """What Lightning's callbacks call the best so far, in a run whose ranks fall: only what comes after the last cut."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -43,22 +43,22 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
         )
 
 
-def forget_scores_of(trainer: Trainer, values: Mapping[str, float | None]) -> None:
-    """Forget every score by one of the metrics ``values``, whose last value is of steps before a cut, too.
+def forget_scores_of(trainer: Trainer, names: Collection[str], values: Mapping[str, float] | None = None) -> None:
+    """Forget every score by one of the metrics ``names``, whose last value is of steps before a cut, too.
 
     Lightning keeps these values, and callbacks and schedulers take them for those of the changed model: a mean over an
     epoch that the cut has divided, or what neither steps nor validations have logged since. Call this before a metric
-    is logged anew. If somebody may have read the new value already, give the value of before that differs from it: only
-    scores that are this value are forgotten; None: all.
+    is logged anew. If somebody may have read the new value already, give the ``values`` of before, which differ from
+    it: only scores that are these values are forgotten.
     """
-    for config in trainer.lr_scheduler_configs if values else ():
+    for config in trainer.lr_scheduler_configs if names else ():
         name = _value_read(trainer, config.monitor, of_epoch=config.interval == "epoch")
-        if name in values and values[name] in (None, getattr(config.scheduler, "best", None)):
+        if name in names and (values is None or getattr(config.scheduler, "best", None) == values[name]):
             forget_plateau([config.scheduler])
-    for callback in trainer.callbacks if values else ():  # type: ignore[attr-defined]
+    for callback in trainer.callbacks if names else ():  # type: ignore[attr-defined]
         of_epoch = private.reads_at_end_of_epoch(callback, trainer)
         name = _value_read(trainer, getattr(callback, "monitor", None), of_epoch=of_epoch)
-        if name in values and values[name] in (None, _score(callback)):
+        if name in names and (values is None or _score(callback) == values[name]):
             _begin_anew(callback)
 
 

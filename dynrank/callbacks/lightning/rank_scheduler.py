@@ -169,7 +169,7 @@ class RankScheduler(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._log_steps(trainer)
-            self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut()))
+            self._forget_scores(trainer, self.driver.logged.of_before_cut())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -204,7 +204,7 @@ class RankScheduler(Callback):
     ) -> None:
         training = self._training
         # Others may have read a value of before when the last batch ended. After this hook they read the present one.
-        self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut() & self._seen.keys()))
+        self._forget_scores(trainer, self.driver.logged.of_before_cut() & self._seen.keys())
         self._log_steps(trainer)
         if pl_module.automatic_optimization:
             self.driver.end_step(training)
@@ -216,7 +216,7 @@ class RankScheduler(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
         self._log_steps(trainer)
-        self._forget_scores(trainer, dict.fromkeys(self.driver.logged.of_before_cut()))
+        self._forget_scores(trainer, self.driver.logged.of_before_cut())
         self._epoch_has_ended = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -289,8 +289,9 @@ class RankScheduler(Callback):
         new = {name: value for name, value in now.items() if value is not self._seen.get(name)}
         logged = self.driver.logged
         before = {name: logged.value(name) for name in logged.of_before_cut() & new.keys()}
+        differ = {name for name, value in before.items() if value != float(new[name])}
         # A hook of the module logs after callbacks have read what was there before.
-        self._forget_scores(trainer, {name: value for name, value in before.items() if value != float(new[name])})
+        self._forget_scores(trainer, differ, before)
         logged.log(new)
         self._seen |= now
 
@@ -307,10 +308,12 @@ class RankScheduler(Callback):
             found = {name: value for name, value in trainer.callback_metrics.items() if name in names}
             self.driver.logged.log(found, self._changes_before_epoch)
 
-    def _forget_scores(self, trainer: Trainer, values: Mapping[str, float | None]) -> None:
+    def _forget_scores(
+        self, trainer: Trainer, names: Collection[str], values: Mapping[str, float] | None = None
+    ) -> None:
         """As :func:`forget_scores_of`, unless scores of before a cut may be the best."""
         if not self.keep_best_before:
-            forget_scores_of(trainer, values)
+            forget_scores_of(trainer, names, values)
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""
