@@ -15,20 +15,32 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
 
+# The revision on the hub if none is named.
+_MAIN = "main"
 # The name of a model in the path of its snapshot in the hub's cache.
 _SNAPSHOT = re.compile(r"models--.*--(?P<name>[^/]+)/snapshots/[^/]+/?$")
 
 
-def check_base_name(adapter: Path, model: str) -> None:
+def check_base_name(adapter: Path, model: str, revision: str | None) -> None:
     """Refuse the adapter in a folder if it names another base than ``model``, the run's ``task.model``.
 
-    An adapter that knows the weights of its base is compared by these, when they are loaded.
+    On the hub it must not name another revision, either; ``revision`` is the run's. An adapter that knows the weights
+    of its base is compared by these, when they are loaded.
     """
-    base = str(read_json(AdapterConfig, adapter / CONFIG_FILE).base_model_name_or_path or "")
-    if base and not read_base(adapter).fingerprints and not _same(base, model):
+    if read_base(adapter).fingerprints:
+        return
+    config = read_json(AdapterConfig, adapter / CONFIG_FILE)
+    base = str(config.base_model_name_or_path or "")
+    if base and not _same(base, model):
         raise ConfigurationError(
             f"the adapter {str(adapter)!r} (lora.from) names the base {base!r}, and the run has task.model={model}; "
             f"set task.model to that base, or if both are the same model, write the second name into {CONFIG_FILE}"
+        )
+    trained_on = config.revision or revision or _MAIN
+    if trained_on != (revision or _MAIN) and not Path(model_source(model)).exists():
+        raise ConfigurationError(
+            f"the adapter {str(adapter)!r} (lora.from) was trained on revision {trained_on!r} of its base, and the run "
+            f"has model.revision={revision or 'null'}; set model.revision={trained_on}"
         )
 
 

@@ -146,7 +146,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     before = None if adapter is None else Path(adapter.source)
     # A task of your own need not name its model.
     if before is not None and isinstance(getattr(task, "model", None), str):
-        check_base_name(before, task.model)
+        check_base_name(before, task.model, config.model.revision)
     # A task of your own need not take anything over, and a task without data has no classes.
     if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
         task.go_on_from(before)

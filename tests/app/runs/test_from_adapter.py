@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import dynrank
 from dynrank.app.commands.cli import print_ranks
 from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.runs.going_on import check_base_name
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
 
@@ -203,6 +204,23 @@ def test_an_adapter_of_another_program_knows_its_base_by_its_name(task, theirs, 
     for name in (config["base_model_name_or_path"], "org/another"):
         with pytest.raises(ConfigurationError, match=f"names the base {name!r}, .* task.model={other}; set task.model"):
             build(named(name))
+
+
+@pytest.mark.parametrize(("named", "given"), [("v1", None), ("v1", "main"), ("main", "v1")])
+def test_an_adapter_of_another_program_names_the_revision_of_its_base(named, given, theirs, tmp_path):
+    copy = shutil.copytree(theirs, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "org/tiny", "revision": named}
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=f"revision '{named}' of .* set model.revision={named}"):
+        check_base_name(copy, "org/tiny", given)
+    check_base_name(copy, "org/tiny", named)
+    # A folder has one revision.
+    (tmp_path / "tiny").mkdir()
+    check_base_name(copy, str(tmp_path / "tiny"), given)
+    # Without a name it is of the main branch of then.
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"revision": None}))
+    check_base_name(copy, "org/tiny", given)
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
