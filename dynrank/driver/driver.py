@@ -52,7 +52,8 @@ from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import MeasuredSteps, Training
-from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure, validate
+from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
+from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError, described, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map

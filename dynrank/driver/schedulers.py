@@ -25,6 +25,8 @@ def forget_plateau(schedulers: Sequence[Any]) -> None:
         if hasattr(scheduler, "num_bad_epochs"):
             scheduler.best = inf if scheduler.mode == "min" else -inf
             scheduler.num_bad_epochs = 0
+            if hasattr(scheduler, "cooldown_counter"):
+                scheduler.cooldown_counter = 0
 
 
 def shown_rate(scheduler: Any, index: int) -> float | None:
@@ -38,6 +40,17 @@ def _inner(scheduler: Any) -> Any:
     return getattr(scheduler, "scheduler", scheduler)
 
 
+def with_inner(schedulers: Sequence[Any]) -> list[Any]:
+    """The ``schedulers``, without accelerate's wrappers, and those inside them."""
+    found: list[Any] = []
+    waiting = [_inner(scheduler) for scheduler in schedulers]
+    while waiting:
+        scheduler = waiting.pop()
+        found.append(scheduler)
+        waiting += schedulers_in(scheduler)
+    return found
+
+
 def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
     """The schedulers of ``optimizer``, with those inside them; none if the rates that they compute are not known here.
 
@@ -46,12 +59,7 @@ def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
     """
     own = [_inner(scheduler) for scheduler in schedulers]
     own = [s for s in own if stepping_optimizer(s.optimizer) is stepping_optimizer(optimizer)]
-    found: list[Any] = []
-    waiting = [*own]
-    while waiting:
-        scheduler = waiting.pop()
-        found.append(scheduler)
-        waiting += schedulers_in(scheduler)
+    found = with_inner(own)
     together = len(own) > 1 or any(isinstance(s, ChainedScheduler) and len(schedulers_in(s)) > 1 for s in found)
     if together and any(getattr(s, "eta_min", 0.0) for s in found):
         return []

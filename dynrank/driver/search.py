@@ -13,7 +13,8 @@ from dynrank.driver.due import DueStage
 from dynrank.driver.event import UNDONE, Measured, RankEvent
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.training import Training
-from dynrank.driver.undo import RegressionTest, Undo, validate
+from dynrank.driver.undo import RegressionTest, Undo
+from dynrank.driver.validation import validate
 from dynrank.targets import Budget
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -157,9 +157,9 @@ class Training:
         assert isinstance(importance, Importance)
         return LastSteps(importance, self.optimizers, adapter_parameters(self.model))
 
-    def buffers(self) -> Iterable[Tensor]:
-        """Tensors that a validation might change, and that are no parameters."""
-        return self.model.buffers()
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules that a validation runs, and whose attributes it might change."""
+        return self.model.modules()
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import isfinite
-from typing import Any
-
-import numpy as np
-import torch
-from torch.optim import Optimizer
 
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.snapshot import Snapshot
@@ -18,6 +11,7 @@ from dynrank.driver.checks import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
 from dynrank.driver.in_processes import apply_change
 from dynrank.driver.training import Training
+from dynrank.driver.validation import groups_of_schedulefree, validate
 from dynrank.schedules import How
 from dynrank.triggers import Run
 
@@ -79,7 +73,7 @@ class RegressionTest:
         self._how = how
         self._batches = batches
         self.observed: list[Mapping[str, float]] = []
-        swaps = bool(_groups_of_schedulefree(training.optimizers))
+        swaps = bool(groups_of_schedulefree(training.optimizers))
         metrics = self._validate() if validated is None or swaps else validated
         self._name = training.own_name(how.check_monitor, metrics)
         self.before = self.value(metrics)
@@ -128,46 +122,3 @@ def batches_to_measure(training: Training, changes: int, run: Run) -> int | None
     if changes <= _FEW:
         most = max(most, _SMALL // changes)
     return most if there > most else None
-
-
-def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
-    """Validate for a change, and restore the random generators, the model's buffers and the trained weights afterwards.
-
-    So all validations for one change draw the same random numbers, and shuffled data come in the same order. About
-    ``most`` batches are taken; None: all.
-    """
-    of_python = random.getstate()
-    of_numpy = np.random.get_state()
-    buffers = [(buffer, buffer.clone()) for buffer in training.buffers() if buffer.device.type != "meta"]
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), _weights_of_training(training.optimizers):
-            return training.validate() if most is None else training.validate_share(most)
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-
-
-@contextmanager
-def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Restore the weights at the start of the block, if an optimizer of schedulefree has swapped them in it.
-
-    Its ``eval`` puts means into the parameters for a validation. A change that is then made would put factors of the
-    weights of training in their place, and its ``train`` would take these for means.
-    """
-    groups = _groups_of_schedulefree(optimizers)
-    before = [(group["train_mode"], [weight.detach().clone() for weight in group["params"]]) for group in groups]
-    try:
-        yield
-    finally:
-        for group, (mode, weights) in zip(groups, before, strict=True):
-            if group["train_mode"] != mode:
-                group["train_mode"] = mode
-                for parameter, weight in zip(group["params"], weights, strict=True):
-                    parameter.detach().copy_(weight)
-
-
-def _groups_of_schedulefree(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups if "train_mode" in group]

@@ -40,14 +40,14 @@ def data(count=16):
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer(folder, model, callback, dataset=None, evaluated=None, model_init=None, **options):
+def trainer(folder, model, callback, dataset=None, evaluated=None, model_init=None, kind=Trainer, **options):
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
     defaults |= {"seed": 0, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
     dataset = dataset or data()
     sets = {"train_dataset": dataset, "eval_dataset": evaluated or dataset}
     callbacks = [callback] if callback else []
-    return Trainer(model, arguments, **sets, model_init=model_init, callbacks=callbacks)
+    return kind(model, arguments, **sets, model_init=model_init, callbacks=callbacks)
 
 
 class Hearing(TrainerCallback):

@@ -25,7 +25,8 @@ class ResumableLoader(DataLoader[Any]):
     processes. Lightning saves and restores it.
 
     Examples are sorted by their ``lengths`` within ``CHUNK`` batches, which saves padding. ``batch_size`` counts the
-    examples of one process, and ``share`` is (number of this process, number of processes).
+    examples of one process, and ``share`` is (number of this process, number of processes). ``overfit`` is the
+    ``overfit_batches`` of Lightning's Trainer: if it is not 0, every epoch has the same batches.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ResumableLoader(DataLoader[Any]):
         collate_fn: Any,
         *,
         share: tuple[int, int] = (0, 1),
+        overfit: float = 0,
     ) -> None:
         if len(lengths) < batch_size * share[1]:
             raise ConfigurationError(
@@ -44,6 +46,8 @@ class ResumableLoader(DataLoader[Any]):
                 f"{share[1]} processes"
             )
         self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
+        if overfit:
+            self.stream.different = overfit if isinstance(overfit, int) else int(len(self.stream) * overfit)
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:
@@ -61,6 +65,8 @@ class _SeededBatches(Sampler[list[int]]):
         self.seed = seed
         self.own = slice(share[0], None, share[1])
         self.given = 0
+        # After so many batches the same ones come again; None: never.
+        self.different: int | None = None
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
@@ -71,11 +77,12 @@ class _SeededBatches(Sampler[list[int]]):
         chunk = -1
         batches = list[list[int]]()
         while self.given < end:
-            if self.given // CHUNK != chunk:
-                chunk = self.given // CHUNK
+            number = self.given % self.different if self.different else self.given
+            if number // CHUNK != chunk:
+                chunk = number // CHUNK
                 batches = self._draw(chunk)
             self.given += 1
-            yield batches[(self.given - 1) % CHUNK][self.own]
+            yield batches[number % CHUNK][self.own]
 
     def _draw(self, chunk: int) -> list[list[int]]:
         # The same number with every interpreter, which hash() is not.

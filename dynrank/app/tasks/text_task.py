@@ -225,7 +225,9 @@ class TextTask(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]
         lengths = _lengths(examples)
-        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, share=self.share)
+        trainer: Any = self.trainer
+        rest: Any = {"share": self.share, "overfit": 0 if trainer is None else trainer.overfit_batches}
+        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, **rest)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [self.evaluation(spread(self.examples["val"], self.val_examples))]

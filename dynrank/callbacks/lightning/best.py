@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.resume import metrics_lent
-from dynrank.callbacks.lightning.validations import run_validation
+from dynrank.callbacks.lightning.validations import run_validation, silent
 from dynrank.driver.event import RankEvent
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.layers.finding import lora_layers
@@ -85,27 +85,29 @@ def _begin_anew(callback: Callback) -> None:
         callback.wait_count = 0
 
 
-def save_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, float]) -> None:
-    """Validate and save once more, after ranks have changed behind the last step.
+def validate_after_end(trainer: Trainer, scheduler: Callback) -> None:
+    """Validate once more, if the run is validated: ranks have changed behind the last step.
+
+    ``scheduler`` is not called: its schedule has ended. ModelCheckpoints, which would save at the end of this
+    validation, if at all, wait for :func:`save_after_end`.
+    """
+    if trainer.enable_validation:
+        with silent([*_savers(trainer), scheduler], "on_"):
+            run_validation(trainer)
+
+
+def save_after_end(trainer: Trainer, logged: Mapping[str, float]) -> None:
+    """Save once more, after ranks have changed behind the last step.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``scheduler`` is not called in the validation: its schedule has ended. ``logged`` has the metrics of
-    before a resume, too.
+    does not. ``logged`` has the metrics of before a resume, too.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
-    if trainer.fast_dev_run or not savers:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    if trainer.enable_validation and any(saver.monitor is not None for saver in savers):
-        # They would save at the end of this validation, if at all, and then once more.
-        trainer.callbacks = [c for c in callbacks if c not in [*savers, scheduler]]  # type: ignore[attr-defined]
-        try:
-            run_validation(trainer)
-        finally:
-            trainer.callbacks = callbacks  # type: ignore[attr-defined]
     with metrics_lent(trainer, logged):
-        for saver in savers:
-            private.save_now(saver, trainer)
+        for saver in _savers(trainer):
+            if saver.save_last or saver.save_top_k > 0 or (saver.save_top_k and saver.monitor):
+                private.save_now(saver, trainer)
 
 
 def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:

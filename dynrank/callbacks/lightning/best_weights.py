@@ -16,7 +16,7 @@ from dynrank.callbacks.lightning.training import LightningTraining
 from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
-from dynrank.driver.undo import validate
+from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError
 
 

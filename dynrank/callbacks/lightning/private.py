@@ -58,16 +58,15 @@ def reads_at_end_of_epoch(callback: Callback, trainer: Trainer) -> bool:
 
 
 @contextmanager
-def nothing_logged(trainer: Trainer) -> Iterator[None]:
-    """Log nothing inside the block, and restore the trainer's metrics afterwards."""
+def metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """Restore the trainer's metrics after the block."""
     connector = trainer._logger_connector
-    shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+    before = {name: dict(getattr(connector, name)) for name in names}
     try:
-        connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
         yield
     finally:
-        vars(connector).pop("log_metrics", None)
-        vars(connector).update(shown)
+        vars(connector).update(before)
 
 
 @contextmanager
@@ -79,10 +78,18 @@ def first_batch_kept(trainer: Trainer) -> Iterator[None]:
     connector._first_loop_iter = first_batch
 
 
+def is_sequential(trainer: Trainer) -> bool:
+    """Whether a validation takes its data loaders one after the other, not a batch of each at a time."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    return loop._combined_loader is not None and loop._is_sequential
+
+
 @contextmanager
 def fewer_batches(trainer: Trainer, most: int | None) -> Iterator[None]:
-    """Let validations inside the block take about ``most`` batches, at equal distances; None: all."""
+    """Let validations in the block take about ``most`` batches of sequential loaders, at equal distances; None: all."""
     loop = trainer.fit_loop.epoch_loop.val_loop
+    # If the loaders are to be made anew in this epoch, now: otherwise they would come from inside the block.
+    loop.setup_data()
     loaders = loop._combined_loader
     counts = loop._max_batches
     if most is not None and loaders is not None:

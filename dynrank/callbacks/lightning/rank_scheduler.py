@@ -11,6 +11,7 @@ from dynrank.callbacks.lightning.best import (
     forget_best,
     forget_scores_of,
     save_after_end,
+    validate_after_end,
     warn_of_other_ranks,
 )
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
@@ -21,7 +22,7 @@ from dynrank.callbacks.lightning.validations import logged_by_callbacks, validat
 from dynrank.driver.checks import check_callbacks_metrics, check_validation, checked_metrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
-from dynrank.driver.undo import validate
+from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.rank_map import RankMap
@@ -224,8 +225,10 @@ class RankScheduler(Callback):
         self._end_epoch(trainer)
         before = len(self.history)
         self.driver.finish(self._training)
-        if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
-            save_after_end(trainer, self, self.driver.logged.values())
+        if any(not event.undone for event in self.history[before:]):
+            validate_after_end(trainer, self)
+            if not self.keep_best_before:
+                save_after_end(trainer, self.driver.logged.values())
         if self.history:
             warn_of_other_ranks(trainer, pl_module)
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.validations import validate_silently
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
@@ -59,7 +60,7 @@ class LightningTraining(Training):
     @property
     def validation_batches(self) -> int | None:
         batches = sum(self.trainer.num_val_batches)
-        return int(batches) if 0 < batches < float("inf") else None
+        return int(batches) if 0 < batches < float("inf") and private.is_sequential(self.trainer) else None
 
     def validate(self) -> Mapping[str, float]:
         """Validate for the metrics only."""

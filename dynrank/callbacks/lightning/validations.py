@@ -1,9 +1,10 @@
 """Validations inside ``fit`` when Lightning would not run them, and the metrics of a validation."""
 
-import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dynrank.callbacks.lightning import private
@@ -26,27 +27,57 @@ def validate_silently(trainer: Trainer, most: int | None = None) -> dict[str, fl
     Call this between two batches of ``fit``. No callback is called, loggers get nothing, and the trainer's metrics do
     not change. About ``most`` batches are taken, at equal distances; None: all.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics()
-    bars = [_without_hooks(callback) for callback in callbacks if isinstance(callback, ProgressBar)]
-    trainer.callbacks = [*bars, metrics]  # type: ignore[attr-defined]
-    try:
-        with private.nothing_logged(trainer), private.fewer_batches(trainer, most):
-            run_validation(trainer)
-    finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    before = progress.state_dict()
+    with (
+        silent(trainer.callbacks, "on_"),  # type: ignore[attr-defined]
+        silent(trainer.loggers, "log_"),
+        private.metrics_kept(trainer),
+        private.fewer_batches(trainer, most),
+        also_called(trainer, metrics),
+    ):
+        run_validation(trainer)
+    progress.load_state_dict(before)
     return metrics.logged
 
 
-def _without_hooks(bar: ProgressBar) -> ProgressBar:
-    """A copy whose hooks do nothing.
+@contextmanager
+def silent(objects: Iterable[Any], prefix: str) -> Iterator[None]:
+    """Let the methods of ``objects`` whose names begin with ``prefix`` do nothing inside the block.
 
-    The thread that draws a RichProgressBar asks the trainer for a bar of its class.
+    The objects stay where they are: a module may ask the trainer for its checkpoint callback, or a logger for its
+    folder, and the thread that draws a RichProgressBar asks for the bar.
     """
-    hooks = {name: lambda *_, **__: None for name in vars(Callback) if name.startswith("on_")}
-    copied = copy.copy(bar)
-    copied.__class__ = type(type(bar).__name__, (type(bar),), hooks)
-    return copied
+    before = []
+    for owner in objects:
+        own = vars(owner)
+        names = [name for name in dir(type(owner)) if name.startswith(prefix) and callable(getattr(type(owner), name))]
+        before.append((own, names, {name: own[name] for name in names if name in own}))
+        own.update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        # An object may be there twice.
+        for own, names, present in reversed(before):
+            for name in names:
+                del own[name]
+            own.update(present)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+@contextmanager
+def also_called(trainer: Trainer, callback: Callback) -> Iterator[None]:
+    """Let the trainer call ``callback``, too, inside the block."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(callback)
+    try:
+        yield
+    finally:
+        callbacks.remove(callback)
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:

@@ -77,7 +77,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
             stage's How) into the event. Of a long ``trainer.eval_dataset`` every n-th row is taken, so that this costs
-            under 2% of the run.
+            under 2% of the run. All rows are evaluated if you give ``evaluate``, the Trainer is of a class with its own
+            ``evaluate`` or ``get_eval_dataloader``, or the data are streamed.
         rank_map: what the rank of single layers may become, as in :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
 
@@ -116,9 +116,12 @@ class TrainerTraining(Training):
 
     @property
     def validation_batches(self) -> int | None:
-        """Of all the Trainer's evaluation sets; None if one of them has no length."""
+        """Of all the Trainer's evaluation sets; None if one of them has no numbered rows, or others are evaluated."""
         sets = self._evaluation_sets()
-        if not sets or not all(map(has_length, sets.values())):
+        own = (self.trainer.evaluate, self.trainer.get_eval_dataloader)
+        if self._evaluate is not None or not all(map(_is_of_transformers, own)):
+            return None
+        if not sets or not all(has_length(rows) and not isinstance(rows, IterableDataset) for rows in sets.values()):
             return None
         size = int(self.trainer.args.eval_batch_size) * process_count()
         return sum(-(-len(rows) // size) for rows in sets.values())
@@ -161,6 +164,11 @@ class TrainerTraining(Training):
             hook = getattr(callback, "on_rank_change", None)
             if hook is not None:
                 hook(trainer.args, trainer.state, trainer.control, event=event, **self._event)
+
+
+def _is_of_transformers(method: Callable[..., Any]) -> bool:
+    """Whether nobody has written another method in a derived class, or put another function in its place."""
+    return hasattr(method, "__func__") and str(method.__module__).startswith("transformers.")
 
 
 def _every(rows: Any, apart: int) -> Any:

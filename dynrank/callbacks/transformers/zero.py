@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from dynrank.callbacks.transformers.training import TrainerTraining
@@ -123,8 +123,8 @@ class ZeroTraining(TrainerTraining):
         assert isinstance(importance, ZeroImportance)
         return importance
 
-    def buffers(self) -> Iterable[Tensor]:
-        return self._trained.buffers()
+    def modules(self) -> Iterable[nn.Module]:
+        return self._trained.modules()
 
 
 def _check_layers(model: nn.Module) -> None:

@@ -92,6 +92,19 @@ def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_pat
         assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items()), file
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_best_before": True}])
+def test_cut_behind_the_last_step_is_validated_also_where_nothing_is_saved_by_a_metric(
+    fit, worsening, regression, options
+):
+    """So a search of hyperparameters that returns ``trainer.callback_metrics`` judges the model that there is."""
+    scheduler = RankScheduler(Stage(At(fraction=1.0), Rank(2)), **options)
+    module, trainer = fit(scheduler, module=worsening())
+    logged = dict(trainer.callback_metrics)
+    assert float(logged["score"]) == 5
+    (metrics,) = trainer.validate(module, regression[1]()[1], verbose=False)
+    assert float(logged["val/loss"]) == metrics["val/loss"]
+
+
 def test_checkpoint_that_another_thread_still_writes_has_no_ranks_yet(regression, tmp_path):
     """As that of AsyncCheckpointIO, at a change or at the end of a run."""
     file = tmp_path / "last.ckpt"
@@ -447,7 +460,7 @@ def test_best_weights_that_there_cannot_be_are_spoken_of(fit):
         best.restore(module)
     # A validation before the change is none after it.
     late = BestWeights("val/loss")
-    module, _ = fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), late)
+    module, _ = fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), late, limit_val_batches=0)
     with pytest.warns(UserWarning, match="training was not validated after the last change of ranks"):
         late.restore(module)
     with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import statistics
+from functools import wraps
 from types import SimpleNamespace
 
 import datasets
@@ -27,8 +28,9 @@ from small_trainer import (
     wrapped,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import IterableDataset
 from trained import ranks
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
@@ -558,17 +560,27 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(ass
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one set", "two sets"])
-def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_path, several):
+def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_path, several, monkeypatch):
     asked = []
     losses = []
+    name = "eval_a_loss" if several else "eval_loss"
+    evaluate = Trainer.evaluate
 
-    def evaluate():
-        sets = made.eval_dataset if several else {"": made.eval_dataset}
-        asked.append({name: len(rows) for name, rows in sets.items()})
-        losses.append(made.evaluate()["eval_a_loss" if several else "eval_loss"])
-        return {"eval_loss": losses[-1]}
+    # It is still a function of transformers.
+    @wraps(evaluate)
+    def watched(self, **named):
+        found = evaluate(self, **named)
+        # For each of several sets it calls itself.
+        if not named:
+            sets = self.eval_dataset if several else {"": self.eval_dataset}
+            asked.append({key: len(part) for key, part in sets.items()})
+            losses.append(found[name])
+        return found
 
-    schedule = RankTrainerCallback([Stage(At(step=4), Rank(1))], evaluate=evaluate, measure=True)
+    monkeypatch.setattr(Trainer, "evaluate", watched)
+    monitor = name if several else "val/loss"
+    stage = Stage(At(step=4), Rank(1), how=How(check_monitor=monitor))
+    schedule = RankTrainerCallback([stage], measure=True)
     given = {"a": data(), "b": data(8)} if several else data()
     workers = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
     made = trainer(tmp_path, own(), schedule, evaluated=given, max_steps=6, per_device_eval_batch_size=1, **workers)
@@ -580,8 +592,40 @@ def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_pat
     assert asked == asked[:1] * 2
     assert 0 < sum(asked[0].values()) <= 4 + several < 16
     measured = schedule.history[0].measured
-    assert (measured.metric, measured.before, measured.after, measured.all_data) == ("eval_loss", *losses, False)
+    assert (measured.metric, measured.before, measured.after, measured.all_data) == (name, *losses, False)
     assert losses[0] != losses[1]
+
+
+class Streamed(IterableDataset):
+    """Rows that can be read in order alone, and their number, as webdataset's."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+
+class OwnRows(Trainer):
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(data())
+
+
+@pytest.mark.parametrize("who", ["a function", "a class", "a stream"])
+def test_cost_of_a_change_is_measured_on_all_rows_where_others_may_be_evaluated(tmp_path, who):
+    own_function = {"evaluate": lambda: made.evaluate(data())} if who == "a function" else {}
+    schedule = RankTrainerCallback([Stage(At(step=4), Rank(1))], measure=True, **own_function)
+    options = {"evaluated": Streamed(data()) if who == "a stream" else data(), "max_steps": 6}
+    kind = {"kind": OwnRows} if who == "a class" else {}
+    made = trainer(tmp_path, own(), schedule, per_device_eval_batch_size=1, **options, **kind)
+    made.train()
+    measured = schedule.history[0].measured
+    assert measured.all_data
+    # The weights are those after the change, as training goes on.
+    assert measured.before != measured.after
 
 
 class Taken(TrainerCallback):
