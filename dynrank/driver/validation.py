@@ -61,10 +61,15 @@ def attributes_kept(objects: Iterable[Any]) -> Iterator[None]:
     """
     before = []
     for owner in objects:
-        names = [name for name in vars(owner) if not (isinstance(owner, nn.Module) and name in _PARTS)]
+        # A scheduler of the user's own class may have slots.
+        attributes = getattr(owner, "__dict__", {})
         of_metric = hasattr(owner, "add_state")
-        kept = {name: _back(vars(owner)[name], copied=of_metric or name == "_buffers") for name in names}
-        before.append((vars(owner), kept))
+        kept = {
+            name: _back(value, copied=of_metric or name == "_buffers")
+            for name, value in attributes.items()
+            if name not in _PARTS
+        }
+        before.append((attributes, kept))
     try:
         yield
     finally:
