@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dynrank.change.resize import resize as resize
     from dynrank.driver.driver import RankDriver as RankDriver
     from dynrank.driver.training import Training as Training
+    from dynrank.driver.validation import validating_change as validating_change
     from dynrank.errors import ConfigurationError as ConfigurationError
     from dynrank.layers.finding import adapter_parameters as adapter_parameters
     from dynrank.layers.finding import lora_layers as lora_layers
@@ -48,6 +49,7 @@ _HOMES = {
     "save_adapter": "dynrank.adapters.save",
     "squeeze": "dynrank.adapters.squeeze",
     "swap_adapter": "dynrank.adapters.load",
+    "validating_change": "dynrank.driver.validation",
 }
 __all__ = [*_HOMES, "plot"]
 

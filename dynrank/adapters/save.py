@@ -40,8 +40,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
 
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that have parameters with requires_grad
-            are saved whole (PEFT's ``modules_to_save``). If get_peft_model has returned the model, its active adapter
-            is saved as save_pretrained would.
+            are saved whole (PEFT's ``modules_to_save``), with their buffers; a BatchNorm whose running statistics move
+            belongs to them. If get_peft_model has returned the model, its active adapter is saved as save_pretrained
+            would.
         path: folder to write to; made if missing.
         dtype: torch.float32, torch.bfloat16 or torch.float8_e4m3fn; None: as in the model. PEFT loads all three. In
             float8 the factors of a layer are balanced and multiplied by a power of two, which its alpha undoes, and
@@ -51,7 +52,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
         How far the stored updates are from the model's; None without a ``dtype``.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or a value is not finite in float32.
+        ConfigurationError: if the model has no LoRA layers, a weight or bias under one of them is trained, or a value
+            is not finite in float32.
         OSError: if the files cannot be written; earlier files are kept.
 
     >>> import tempfile, torch, dynrank
@@ -85,6 +87,18 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
             )
         values = model.get_submodule(head).state_dict()
         whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
+    stored_elsewhere = {id(value) for head in heads for value in model.get_submodule(head).parameters()}
+    lost = [
+        f"{name}.{leaf}"
+        for name, layer in layers.items()
+        for leaf in layer.trained_in_base()
+        if id(layer.base.get_parameter(leaf)) not in stored_elsewhere
+    ]
+    if lost:
+        raise ConfigurationError(
+            f"{lost[0]!r} and {len(lost) - 1} other parameters of layers with LoRA are trained, and an adapter cannot "
+            "store them; freeze them before training, leave the layers out of target_modules, or save the state_dict"
+        )
     factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
     _check_finite(factors | whole)
     stored = {} if dtype is None else _stored(layers, dtype)

@@ -158,7 +158,7 @@ class Training:
         return LastSteps(importance, self.optimizers, adapter_parameters(self.model))
 
     def modules(self) -> Iterable[nn.Module]:
-        """The modules that a validation runs, and whose attributes it might change."""
+        """The modules that a validation runs."""
         return self.model.modules()
 
     def tell(self, event: RankEvent) -> None:

@@ -1,4 +1,4 @@
-"""Validations for a change of ranks, after which the run is as it was before."""
+"""Validations for a change of ranks, and what they leave as it was."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from numbers import Number
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,74 +19,83 @@ from torch.optim import Optimizer
 from dynrank.driver.schedulers import with_inner
 from dynrank.driver.training import Training
 
-# Types of the attributes that a validation may change and that are put back.
-_VALUES = (Number, str, tuple, list, dict, set, deque, Tensor, type(None))
-# Attributes in which torch keeps a module's parts, which are not values; buffers are put back.
-_PARTS = vars(nn.Module()).keys() - {"_buffers", "training"}
+
+class _Validation:
+    """A validation for a change, as long as it runs."""
+
+
+# Weak, so that Ctrl-C at any line leaves none behind.
+_running: WeakSet[_Validation] = WeakSet()
+
+
+def validating_change() -> bool:
+    """Whether the present validation is one for a change of ranks: before it, after it, or of a cut that is tried.
+
+    A module, or a function of metrics, that keeps something of its validations can leave these out.
+
+    >>> validating_change()
+    False
+    """
+    return bool(_running)
 
 
 def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
-    """Validate for a change, and restore afterwards what a validation may change; about ``most`` batches; None: all.
+    """Validate for a change; about ``most`` batches are taken; None: all.
 
-    These are the random generators, the trained weights, the attributes of the model's modules
-    (:func:`attributes_kept`), the rates of the optimizers, and the state of the schedulers. So all validations for one
-    change draw the same random numbers, and shuffled data come in the same order.
+    Restored afterwards are the random generators, the trained weights, buffers, the states of torchmetrics' metrics,
+    the settings of the optimizers (rates) and the states of the schedulers. So all validations for one change draw the
+    same random numbers, and shuffled data come in the same order.
     """
     of_python = random.getstate()
     of_numpy = np.random.get_state()
-    schedulers = with_inner(training.present_schedulers() or ())
     groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
     settings = [_back({name: value for name, value in group.items() if name != "params"}) for group in groups]
+    modules = [*training.modules()]
+    buffers = [_back(buffer) for module in modules for buffer in module.buffers(recurse=False)]
+    metrics = [module for module in modules if is_metric(module)]
+    running = _Validation()
     try:
+        _running.add(running)
         with (
             torch.random.fork_rng(range(torch.cuda.device_count())),
             _weights_of_training(training.optimizers),
-            attributes_kept([*training.modules(), *schedulers]),
+            attributes_kept([*metrics, *with_inner(training.present_schedulers() or ())]),
         ):
             return training.validate() if most is None else training.validate_share(most)
     finally:
+        _running.discard(running)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        for group, back in zip(groups, settings, strict=True):
-            group.update(back())
+        for back in buffers:
+            back()
+        for group, of_group in zip(groups, settings, strict=True):
+            group.update(of_group())
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether ``module`` is a metric of torchmetrics, also of a derived class, a collection, or a tracker of them."""
+    return any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__)
 
 
 @contextmanager
 def attributes_kept(objects: Iterable[Any]) -> Iterator[None]:
-    """Restore the attributes of ``objects`` after the block: numbers, texts, containers, and buffers of modules.
-
-    So a best score, a list of scores, or a count that a module keeps does not know of the block. Tensors that are
-    changed in place are restored in buffers and in the states of torchmetrics' metrics, which are small; elsewhere the
-    name gets the tensor again that it had. Objects of other classes keep what happens to them.
-    """
-    before = []
-    for owner in objects:
-        # A scheduler of the user's own class may have slots.
-        attributes = getattr(owner, "__dict__", {})
-        of_metric = hasattr(owner, "add_state")
-        kept = {
-            name: _back(value, copied=of_metric or name == "_buffers")
-            for name, value in attributes.items()
-            if name not in _PARTS
-        }
-        before.append((attributes, kept))
+    """Restore the attributes of ``objects`` after the block, with the contents of tensors, lists, sets and dicts."""
+    # A scheduler of the user's own class may have slots.
+    places = [getattr(owner, "__dict__", {}) for owner in objects]
+    backs = [_back(attributes) for attributes in places]
     try:
         yield
     finally:
-        for attributes, kept in before:
-            for name in [*attributes]:
-                if name in kept and isinstance(attributes[name], _VALUES):
-                    attributes[name] = kept[name]()
-                elif name not in kept and name not in _PARTS and isinstance(attributes[name], _VALUES):
-                    del attributes[name]
+        for back in backs:
+            back()
 
 
-def _back(value: Any, *, copied: bool = True) -> Callable[[], Any]:
-    """What returns ``value`` with the contents that it has now; of a tensor only if it is ``copied``."""
-    if isinstance(value, Tensor) and copied and value.device.type != "meta":
+def _back(value: Any) -> Callable[[], Any]:
+    """What returns ``value`` with the contents that it has now."""
+    if isinstance(value, Tensor) and not value.is_meta:
         return partial(_filled, value, value.detach().clone())
     if isinstance(value, dict):
-        return partial(_refilled_dict, value, {key: _back(part, copied=copied) for key, part in value.items()})
+        return partial(_refilled_dict, value, {key: _back(part) for key, part in value.items()})
     if isinstance(value, list | deque | set):
         return partial(_refilled, value, copy(value))
     return partial(_same, value)
@@ -97,11 +106,19 @@ def _same(value: Any) -> Any:
 
 
 def _filled(tensor: Tensor, before: Tensor) -> Tensor:
-    if not torch.equal(tensor, before):
+    if not is_equal(tensor, before):
         # What a validation has made is an inference tensor.
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(before)
     return tensor
+
+
+def is_equal(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both have the same values, NaN included; sparse and nested ones, which nothing changes, are equal."""
+    if tensor.layout is not torch.strided or tensor.is_nested or torch.equal(tensor, other):
+        return True
+    has_nan = tensor.is_floating_point() and tensor.element_size() > 1
+    return has_nan and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _refilled_dict(value: Any, parts: Mapping[Any, Callable[[], Any]]) -> Any:

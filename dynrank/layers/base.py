@@ -200,6 +200,10 @@ class LoRALayer(nn.Module, OfFactors):
     def alpha(self) -> float:
         return self.scaling * self.rank
 
+    def trained_in_base(self) -> list[str]:
+        """Names of the base's own parameters that somebody has unfrozen, such as its bias."""
+        return [name for name, value in self.base.named_parameters(recurse=False) if value.requires_grad]
+
     @property
     def module(self) -> nn.Module:
         """The module whose input and output are those of the layer: itself."""

@@ -29,14 +29,19 @@ class LoRALinear(LoRALayer):
 
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
         the backward. This formula runs under ``torch.compile``, which can fuse plain operations; under ``torch.func``,
-        whose transforms the op does not support; and if the base has hooks, which only its own call runs.
+        whose transforms the op does not support; if the base has hooks, which only its own call runs; and if its weight
+        or bias is trained, whose gradients the op does not compute.
         """
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
+    def _needs_own_call(self) -> bool:
+        """Whether only the base's own call does all that is wanted of it."""
+        return has_hooks(self.base) or bool(self.trained_in_base())
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "reference" or torch.compiler.is_compiling() or in_transform() or has_hooks(self.base):
+        if self.backend == "reference" or torch.compiler.is_compiling() or in_transform() or self._needs_own_call():
             return self.reference(x)
         return lora_linear(
             x,

@@ -1,7 +1,7 @@
 """A validation for a change leaves no trace in the program that is validated."""
 
 import csv
-from collections import Counter, deque
+from collections import deque
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, Metric, MetricCollection, MetricTracker
 
+import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.driver.schedulers import with_inner
-from dynrank.driver.validation import attributes_kept
+from dynrank.driver.training import Training
+from dynrank.driver.validation import attributes_kept, is_metric, validate
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
@@ -23,69 +25,95 @@ from dynrank.triggers import At
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Keeping(nn.Module):
-    """Keeps of its calls what modules keep."""
+class Metrics(nn.Module):
+    """Metrics of torchmetrics, and one of the user's."""
+
+    class Own(Metric):
+        full_state_update = False
+
+        def __init__(self):
+            super().__init__()
+            self.add_state("total", torch.zeros(()), "sum")
+            self.calls = 0
+            self.window = deque(maxlen=2)
+
+        def update(self, x):
+            self.total += x.sum()
+            self.calls += 1
+            self.window.append(float(x.max()))
+
+        def compute(self):
+            return self.total + 100 * self.calls + sum(self.window)
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("in_place", torch.zeros(2))
-        self.register_buffer("replaced", torch.zeros(()))
         self.best = MaxMetric()
-        self.metrics = MetricCollection({"mean": MeanMetric(), "all": CatMetric()})
-        self.count = 0
-        self.last = None
-        self.curve = []
-        self.curves = {"a": [], "b": {"c": 1}}
-        self.names = set()
-        self.window = deque(maxlen=2)
-        self.words = Counter()
-        self.scorer = None
-        self.alias = self.curve
+        self.group = MetricCollection({"mean": MeanMetric(), "all": CatMetric(), "own": self.Own()})
+        self.tracker = MetricTracker(MeanMetric(), maximize=False)
 
     def forward(self, x):
-        self.in_place += x
-        self.replaced = self.replaced + x.sum()
-        self.best.update(x.max())
-        self.metrics.update(x)
-        self.count += 1
-        self.last = x
-        self.curve.append(self.count)
-        self.curves["a"].append(self.count)
-        self.curves["b"]["c"] = self.count
-        self.curves[self.count] = x
-        self.names.add(self.count)
-        self.window.append(self.count)
-        self.words.update(["word"])
-        self.new = self.count
-        if self.scorer is None:
-            self.scorer = nn.Linear
-        return x
+        self.tracker.increment()
+        for metric in (self.best, self.group, self.tracker):
+            metric.update(x)
 
-    def kept(self):
-        values = [self.in_place, self.replaced, self.best.compute(), *self.metrics.compute().values(), self.last]
-        plain = [self.count, self.curve, self.alias, self.curves, self.names, list(self.window), self.words]
-        return str([*values, *plain, hasattr(self, "new"), list(self.state_dict().items())])
+    def found(self):
+        tracked = [self.tracker.best_metric(return_step=True), self.tracker.n_steps] if len(self.tracker) > 1 else []
+        return str([self.best.compute(), self.group.compute(), tracked, len(self.tracker)])
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])
 @pytest.mark.parametrize("inference", [False, True])
-def test_attributes_are_as_if_nothing_had_been_called(calls, inference):
-    module, other = Keeping(), Keeping()
+def test_metrics_are_as_if_nothing_had_been_validated(calls, inference):
+    metrics, other = Metrics(), Metrics()
     for i in range(calls):
-        for each in (module, other):
+        for each in (metrics, other):
             each(torch.full((2,), float(i)))
-    curve = module.curve
-    with attributes_kept(module.modules()), torch.inference_mode(inference):
+            each.found()
+    with attributes_kept([part for part in metrics.modules() if is_metric(part)]), torch.inference_mode(inference):
         for x in (5.0, 6.0):
-            module(torch.full((2,), x))
-        assert calls == 0 or module.kept() != other.kept()
-    assert module.kept() == other.kept()
-    # Who holds the list sees it, too; an object that was made for good stays.
-    assert module.curve is curve
-    assert module.scorer is nn.Linear
-    for each in (module, other):
-        each(torch.full((2,), 2.0))
-    assert module.kept() == other.kept()
+            metrics(torch.full((2,), x))
+        assert metrics.found() != other.found()
+    for last in (0.5, 7.0):
+        assert metrics.found() == other.found()
+        for each in (metrics, other):
+            each(torch.full((2,), last))
+
+
+class Graph(Training):
+    """A loop that validates a module with buffers: one of a graph, one with NaN that is expanded, one that changes."""
+
+    def validate(self):
+        assert dynrank.validating_change()
+        self.model(torch.ones(1, 4))
+        return {"val/loss": 1.0}
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+        self.register_buffer("expanded", torch.tensor(float("nan")).expand(3))
+        self.register_buffer("seen", torch.zeros(4))
+        self.size = 0
+        self.cached = None
+
+    def forward(self, x):
+        self.seen += x.sum(0)
+        # What belongs together stays together.
+        if self.size != len(x):
+            self.size = len(x)
+            self.cached = [len(x)]
+        return self.lin(x @ self.adjacency)
+
+
+def test_buffers_are_as_before_and_what_a_layer_caches_stays():
+    model = dynrank.add_lora(Buffered(), rank=2, target_modules=["lin"])
+    loop = Graph(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+    assert validate(loop) == {"val/loss": 1.0}
+    assert not dynrank.validating_change()
+    assert model.seen.tolist() == [0.0] * 4
+    assert (model.size, model.cached) == (1, [1])
 
 
 class Recording(Callback):
@@ -124,8 +152,9 @@ def of_lightning(make, folder):
         def on_validation_epoch_end(self):
             self.best.update(self.mean.compute())
             self.log("val/best", self.best.compute())
-            self.curve.append(float(self.mean.compute()))
-            self.logger.log_metrics({"own": self.curve[-1]}, step=self.global_step)
+            if not dynrank.validating_change():
+                self.curve.append(float(self.mean.compute()))
+            self.logger.log_metrics({"own": float(self.mean.compute())}, step=self.global_step)
             assert folder in self.trainer.checkpoint_callback.dirpath
             assert self.logger.log_dir
             if not self.trainer.sanity_checking:
@@ -164,19 +193,22 @@ def test_a_run_whose_change_is_undone_is_the_run_without_it(fit, regression, tmp
 
 
 def test_measurements_see_the_data_of_the_epoch_and_so_does_the_run(regression):
-    """Where Lightning makes the loaders anew in each epoch."""
+    """Where Lightning makes the loaders anew in each epoch; each batch has its number, and hooks find the data."""
     make, data, trainer = regression
     seen = []
 
     class Changing(make):
         def val_dataloader(self):
             batches = [(x + self.trainer.current_epoch, y) for x, y in DataLoader(data()[1].dataset, batch_size=4)]
-            return DataLoader([(x, y, self.trainer.current_epoch) for x, y in batches], batch_size=None)
+            self.epoch = self.trainer.current_epoch
+            return DataLoader([(x, y, self.epoch, i) for i, (x, y) in enumerate(batches)], batch_size=None)
 
         def on_validation_epoch_start(self):
+            assert len(self.trainer.val_dataloaders.dataset) == 20
             seen.append([])
 
         def validation_step(self, batch, batch_idx):
+            assert [self.epoch, batch_idx] == batch[2:]
             seen[-1].append(batch[2])
             super().validation_step(batch[:2], batch_idx)
 

@@ -25,7 +25,7 @@ SETTINGS = {
 def layers(base_dtype, adapter_dtype, std):
     """One LoRA layer of PEFT, of dynrank, and the same values in float64."""
     torch.manual_seed(0)
-    base = nn.Linear(D, D).to(base_dtype)
+    base = nn.Linear(D, D).to(base_dtype).requires_grad_(False)
     lora_A = (torch.randn(RANK, D) / D**0.5).to(adapter_dtype)
     lora_B = (torch.randn(D, RANK) * std).to(adapter_dtype)
     theirs = nn.Sequential(copy.deepcopy(base))

@@ -42,13 +42,26 @@ def kind(request):
 
 
 def adapt(base, **options):
-    return updated(layer_class(base)(copy.deepcopy(base), rank=RANK, scaling=SCALING, **options))
+    # As a model has it; a base that is trained is computed by the plain formula.
+    return updated(layer_class(base)(copy.deepcopy(base).requires_grad_(False), rank=RANK, scaling=SCALING, **options))
 
 
 def dense_delta(base, lora_A, lora_B):
     """The update in the base's weight's shape, written out anew."""
     product = SCALING * lora_B @ lora_A
     return product.T if isinstance(base, Conv1D | nn.Embedding) else product.reshape(base.weight.shape)
+
+
+def test_base_that_is_unfrozen_gets_its_gradients(kind):
+    base, x = kind
+    layer = adapt(base)
+    layer.base.requires_grad_(True)
+    merged = copy.deepcopy(base).double()
+    merged.weight.data += dense_delta(base, layer.lora_A, layer.lora_B).detach().double()
+    layer(x).square().sum().backward()
+    merged(x.double() if x.is_floating_point() else x).square().sum().backward()
+    for name, parameter in layer.base.named_parameters():
+        assert_close(parameter.grad.double(), merged.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
 
 
 def in_float64(module, x):

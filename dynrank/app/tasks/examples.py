@@ -17,7 +17,7 @@ _TEXT = datasets.Value("string")
 # learned: a flag for each token. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
-    | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER}
+    | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
 )
 # The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,7 +26,9 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Example(NamedTuple):
     """Tokens, a flag for each whether it is learned, and whether a text that was too long begins with them.
 
-    If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included.
+    If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included, and the
+    ``opening``: what a chat template puts before the answer into the turn that is learned, as an empty block of
+    thoughts.
     """
 
     input_ids: list[int]
@@ -34,6 +36,7 @@ class Example(NamedTuple):
     prompt: str = ""
     answer: str = ""
     prompt_length: int = 0
+    opening: str = ""
     cut: bool = False
 
 
@@ -71,7 +74,16 @@ def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[Example
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         end = len(learned) - learned[::-1].index(True)
         prompt_length = end - learned[:end][::-1].index(False)
-        yield Example(ids, learned, messages[last - 1]["content"], messages[last]["content"], prompt_length)
+        prompt, answer = (messages[i]["content"] for i in (last - 1, last))
+        opening = _opening(tokenizer.decode(ids[prompt_length:end], skip_special_tokens=True), answer)
+        yield Example(ids, learned, prompt, answer, prompt_length, opening)
+
+
+def _opening(turn: str, answer: str) -> str:
+    """What stands before ``answer`` in the text of its turn; "" if that is blank, or the answer is not in the turn."""
+    text = answer.strip()
+    before = turn[: turn.rfind(text)] if text and text in turn else ""
+    return before if before.strip() else ""
 
 
 def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:

@@ -215,7 +215,7 @@ class LanguageModeling(TextTask):
         return [self.evaluation(spread(short, count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer")}
+        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer", "opening")}
         prompts = [torch.tensor(example["input_ids"][: example["prompt_length"]]) for example in examples]
         return {**self._padded(prompts, "left"), **texts}
 
@@ -278,6 +278,7 @@ class LanguageModel(AdapterModule):
             super().evaluate(batch, split)
             return
         texts = self.continuations(batch["input_ids"], batch["attention_mask"])
+        texts = [text.removeprefix(opening) for text, opening in zip(texts, batch["openings"], strict=True)]
         texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])

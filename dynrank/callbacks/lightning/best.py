@@ -85,22 +85,22 @@ def _begin_anew(callback: Callback) -> None:
         callback.wait_count = 0
 
 
-def validate_after_end(trainer: Trainer, scheduler: Callback) -> None:
+def validate_after_end(trainer: Trainer, scheduler: Callback, logged: Mapping[str, float]) -> None:
     """Validate once more, if the run is validated: ranks have changed behind the last step.
 
     ``scheduler`` is not called: its schedule has ended. ModelCheckpoints, which would save at the end of this
-    validation, if at all, wait for :func:`save_after_end`.
+    validation, if at all, wait for :func:`save_after_end`. ``logged`` has the metrics of before a resume, too.
     """
     if trainer.enable_validation:
-        with silent([*_savers(trainer), scheduler], "on_"):
+        with silent([*_savers(trainer), scheduler], "on_"), metrics_lent(trainer, logged):
             run_validation(trainer)
 
 
 def save_after_end(trainer: Trainer, logged: Mapping[str, float]) -> None:
-    """Save once more, after ranks have changed behind the last step.
+    """Save once more, after ranks have changed behind the last step; the arguments are those of the validation.
 
     Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
-    does not. ``logged`` has the metrics of before a resume, too.
+    does not.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

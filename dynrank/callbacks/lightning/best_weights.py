@@ -16,16 +16,17 @@ from dynrank.callbacks.lightning.training import LightningTraining
 from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
-from dynrank.driver.validation import validate
+from dynrank.driver.validation import is_equal, validate
 from dynrank.errors import ConfigurationError
 
 
 class BestWeights(Checkpoint):
     """Keeps the trained weights of the best validation since the last change of ranks.
 
-    A change that is kept forgets them, because they have other ranks. They are part of each checkpoint, so a resumed
-    run ends with the same ones. Validations that check or measure a change, or are NaN, do not count. If no validation
-    came after the last step, one is made, which nothing logs. In several processes the mean of their metrics decides.
+    Buffers that training changes, as the running statistics of BatchNorm, are kept with them. A change that is kept
+    forgets them, because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same
+    ones. Validations that check or measure a change, or are NaN, do not count. If no validation came after the last
+    step, one is made, which nothing logs. In several processes the mean of their metrics decides.
 
     Args:
         monitor: a metric that validations log.
@@ -60,6 +61,8 @@ class BestWeights(Checkpoint):
         self._was_validated = False
         # Whether a validation has logged the metric; otherwise training may.
         self._is_of_validations = False
+        # Copies of the buffers when training started.
+        self._first_buffers: dict[str, Tensor] = {}
 
     @property
     def why_none(self) -> str:
@@ -68,8 +71,21 @@ class BestWeights(Checkpoint):
             return f"every validation after the last change of ranks had NaN or nothing as {self.monitor!r}"
         return "training was not validated after the last change of ranks"
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_buffers = {name: buffer.detach().cpu().clone() for name, buffer in pl_module.named_buffers()}
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = {name: weight.detach().cpu().clone() for name, weight in _trained(pl_module).items()}
+        kept = _trained(pl_module) | self._changed_buffers(pl_module)
+        self._validated = {name: value.detach().cpu().clone() for name, value in kept.items()}
+
+    def _changed_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers that have changed in training: others, such as masks, would make checkpoints large."""
+        found = {}
+        for name, buffer in module.named_buffers():
+            before = self._first_buffers.get(name)
+            if before is None or before.shape != buffer.shape or not is_equal(buffer.cpu(), before):
+                found[name] = buffer
+        return found
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -107,10 +123,10 @@ class BestWeights(Checkpoint):
         """Put the best weights into ``module``; warns if there are none."""
         if self.step is None:
             rank_zero_warn(f"{self.why_none}, so no weights are restored (BestWeights)")
-        trained = _trained(module)
+        present = _trained(module) | dict(module.named_buffers())
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                trained[name].copy_(weight)
+            for name, value in self._weights.items():
+                present[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -135,5 +151,5 @@ class BestWeights(Checkpoint):
         self._is_of_validations = state_dict["is_of_validations"]
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def _trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

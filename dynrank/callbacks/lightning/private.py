@@ -1,8 +1,7 @@
 """The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -91,31 +90,30 @@ def fewer_batches(trainer: Trainer, most: int | None) -> Iterator[None]:
     # If the loaders are to be made anew in this epoch, now: otherwise they would come from inside the block.
     loop.setup_data()
     loaders = loop._combined_loader
-    counts = loop._max_batches
     if most is not None and loaders is not None:
-        every = -(-int(sum(counts)) // most)
-        few = [_Every(loader, every, int(count)) for loader, count in zip(loaders.flattened, counts, strict=True)]
-        loop._combined_loader = CombinedLoader(few, "sequential")
-        loop._max_batches = [len(loader) for loader in few]
+        every = -(-int(sum(loop._max_batches)) // most)
+        loop._combined_loader = _Share(loaders, [int(count) for count in loop._max_batches], every)
     try:
         yield
     finally:
         loop._combined_loader = loaders
-        loop._max_batches = counts
 
 
-class _Every:
-    """Every n-th batch of a data loader, from the middle of the first n on."""
+class _Share(CombinedLoader):
+    """Every n-th batch of each of some sequential loaders, from the middle of the first n on, with its own number."""
 
-    def __init__(self, loader: Any, every: int, count: int) -> None:
-        self._loader = loader
-        self._chosen = range(min(every // 2, count - 1), count, every)
+    def __init__(self, loaders: CombinedLoader, counts: Sequence[int], every: int) -> None:
+        super().__init__(loaders.iterables, "sequential")
+        self._chosen = [range(max(0, min(every // 2, count - 1)), count, every) for count in counts]
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return sum(map(len, self._chosen))
 
-    def __iter__(self) -> Iterator[Any]:
-        return islice(self._loader, self._chosen.start, self._chosen.stop, self._chosen.step)
+    def __next__(self) -> Any:
+        while True:
+            batch, number, loader = super().__next__()
+            if number in self._chosen[loader]:
+                return batch, number, loader
 
 
 def log_step(trainer: Trainer) -> None:

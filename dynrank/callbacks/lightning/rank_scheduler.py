@@ -226,7 +226,7 @@ class RankScheduler(Callback):
         before = len(self.history)
         self.driver.finish(self._training)
         if any(not event.undone for event in self.history[before:]):
-            validate_after_end(trainer, self)
+            validate_after_end(trainer, self, self.driver.logged.values())
             if not self.keep_best_before:
                 save_after_end(trainer, self.driver.logged.values())
         if self.history:

@@ -174,7 +174,17 @@ def _is_of_transformers(method: Callable[..., Any]) -> bool:
 def _every(rows: Any, apart: int) -> Any:
     """Each of the rows that are ``apart``; a Dataset of Hugging Face stays one, because the Trainer prepares it."""
     chosen = range(0, len(rows), apart)
-    return rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+    return rows.select(chosen) if hasattr(rows, "select") else _Rows(rows, chosen)
+
+
+class _Rows(Subset[Any]):
+    """Some rows, with the further attributes of all of them, such as ``classes``."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks before there is a dataset.
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -87,6 +87,24 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
     assert any(learned)
 
 
+# As Qwen 3's: thoughts before the last answer, which the prompt for an answer does not have.
+THINKING = PLAIN.replace(
+    "{{ m.content }}", "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '' }}{{ m.content }}"
+)
+
+
+@pytest.mark.parametrize("answer", ["x\ny", "  return", "think"])
+@pytest.mark.parametrize(("template", "opening"), [(THINKING, "<think>\n\n</think>\n\n"), (PLAIN, "")])
+def test_a_written_answer_is_judged_without_what_the_template_puts_before_it(template, opening, answer, chatty):
+    tokenizer = load_tokenizer(str(chatty(template)))
+    rows = {"messages": [turns("question", answer)]}
+    made = make_examples(rows, tokenizer=tokenizer, max_length=100, form="chat", packed=False)
+    written = tokenizer.decode(made["input_ids"][0][made["prompt_length"][0] :], skip_special_tokens=True)
+    (found,) = made["opening"]
+    assert found.rstrip(" ") == opening
+    assert written.removeprefix(found).strip() == answer.strip()
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

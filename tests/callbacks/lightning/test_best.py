@@ -92,6 +92,56 @@ def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_pat
         assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items()), file
 
 
+class Normalized(lightning.LightningModule):
+    """Its best weights belong to running statistics of then."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 6))
+        self.register_buffer("mask", torch.ones(1000))
+        self.net = dynrank.add_lora(net, rank=6, target_modules=["0", "2"])
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        # It becomes worse and worse.
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-3, maximize=True)
+
+
+def test_best_weights_are_restored_with_the_statistics_of_batchnorm(fit, regression, tmp_path):
+    best = BestWeights("val/loss")
+    module, trainer = fit(best, module=Normalized())
+    assert best.step < 20
+    assert "mask" not in best.state_dict()["weights"]
+    best.restore(module)
+    (metrics,) = trainer.validate(module, regression[1]()[1], verbose=False)
+    assert metrics["val/loss"] == pytest.approx(best.value, rel=1e-6)
+
+
+def test_validation_behind_the_last_step_finds_the_metrics_of_before_a_resume(fit, regression, tmp_path):
+    """EarlyStopping judges it by a metric of training, which Lightning has forgotten."""
+    make, *_ = regression
+
+    class Logging(make):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss)
+            return loss
+
+    def callbacks():
+        return RankScheduler(Stage(At(fraction=1.0), Rank(2))), EarlyStopping("train/loss", patience=99)
+
+    options = {"max_epochs": 2, "max_steps": -1}
+    whole, _ = fit(*callbacks(), module=Logging(), saved=tmp_path, **options)
+    module, _ = fit(*callbacks(), module=Logging(), ckpt_path=tmp_path / "step=20.ckpt", **options)
+    assert ranks(whole) == ranks(module) == {2}
+
+
 @pytest.mark.parametrize("options", [{}, {"keep_best_before": True}])
 def test_cut_behind_the_last_step_is_validated_also_where_nothing_is_saved_by_a_metric(
     fit, worsening, regression, options
