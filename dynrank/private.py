@@ -29,6 +29,12 @@ def version_of(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """(name, buffer) of the buffers of ``module`` itself that its state dict has; others are caches."""
+    left_out = module._non_persistent_buffers_set
+    return [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if name not in left_out]
+
+
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")

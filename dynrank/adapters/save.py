@@ -80,25 +80,8 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
     heads = trained_heads(model, layers)
     whole = dict[str, Tensor]()
     for head in heads:
-        if any(name.startswith(f"{head}." if head else "") for name in layers):
-            raise ConfigurationError(
-                f"{head or 'the model'!r} has LoRA layers and a trainable parameter of its own, which PEFT's format "
-                "cannot store; freeze the parameter before save_adapter, or save it yourself"
-            )
         values = model.get_submodule(head).state_dict()
         whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
-    stored_elsewhere = {id(value) for head in heads for value in model.get_submodule(head).parameters()}
-    lost = [
-        f"{name}.{leaf}"
-        for name, layer in layers.items()
-        for leaf in layer.trained_in_base()
-        if id(layer.base.get_parameter(leaf)) not in stored_elsewhere
-    ]
-    if lost:
-        raise ConfigurationError(
-            f"{lost[0]!r} and {len(lost) - 1} other parameters of layers with LoRA are trained, and an adapter cannot "
-            "store them; freeze them before training, leave the layers out of target_modules, or save the state_dict"
-        )
     factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
     _check_finite(factors | whole)
     stored = {} if dtype is None else _stored(layers, dtype)
@@ -224,11 +207,26 @@ def _to_peft(layer: LoRALayer, factors: LoRALayer | Rounded) -> dict[str, Tensor
 
 
 def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Modules outside the LoRA layers that directly own a trainable parameter, without those inside of another."""
+    """Modules outside the LoRA layers that directly own a trainable parameter, without those inside of another.
+
+    Refuses what PEFT's format cannot store: a trained parameter beside LoRA layers, or under one.
+    """
+    lost = [f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.trained_in_base()]
+    if lost:
+        raise ConfigurationError(
+            f"{lost[0]!r} and {len(lost) - 1} other parameters of layers with LoRA are trained, and an adapter cannot "
+            "store them; freeze them before training, leave the layers out of target_modules, or save the state_dict"
+        )
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     heads = [
         name
         for name, module in named_modules(model)
         if id(module) not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
+    for head in heads:
+        if any(name.startswith(f"{head}." if head else "") for name in layers):
+            raise ConfigurationError(
+                f"{head or 'the model'!r} has LoRA layers and a trainable parameter of its own, which PEFT's format "
+                "cannot store; freeze the parameter before save_adapter, or save it yourself"
+            )
     return [name for name in heads if not any(name.startswith(f"{head}.") for head in heads)]

@@ -11,9 +11,10 @@ What happens at a change:
    values or importance if the target reads them), and computes new factors and optimizer state. They are broadcast to
    the others. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced, so
    a stage that changes no rank is a change, too.
-4. With ``max_regression`` the weights are validated before the change, unless the run has just done so, and after it. A
-   search (``auto``) instead validates once before its first cut, and once for each cut that it tries and undoes. With
-   ``measure``, if that costs little, they are validated before the change and after step 6.
+4. With ``max_regression`` the weights are validated before the change and after it. So they are if the run has just
+   validated them: it may have had other data, and has drawn other random numbers. A search (``auto``) instead validates
+   once before its first cut, and once for each cut that it tries and undoes. With ``measure``, if that costs little,
+   they are validated before the change and after step 6.
 5. The change is applied by assignments, while DDP is paused and Ctrl-C waits. Without a check Ctrl-C then
    comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit for bit, and
    its stage is over: it is not tried again. Ctrl-C or an error before that decision undoes it, too, and the stage
@@ -245,14 +246,10 @@ class RankDriver:
         # A resumed loop may report the same validation twice.
         is_known = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
-        self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
-        # A checkpoint of one process may bring these to all.
-        for name in sorted(self._checked.keys() & metrics.keys()):
-            self.progress.metrics[name] = metric_value(metrics, name, self._checked, training.group)
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
-        self.logged.log({**training.logged(), **self.progress.metrics})
+        self.logged.log({**training.logged(), **{name: float(metric) for name, metric in metrics.items()}})
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             self._observe(training, trigger, metrics)
@@ -329,7 +326,7 @@ class RankDriver:
 
     def count_anew(self) -> None:
         """Let the run begin again at step 0 with the present model; the changes that were made stay."""
-        self.progress = replace(self.progress, pending=None, observed_step=None, metrics={})
+        self.progress = replace(self.progress, pending=None, observed_step=None)
         self._ended_step = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -494,7 +491,7 @@ class RankDriver:
         change = self._compute(training, due)
         if not change.reports:
             return None
-        test = self._validate_before(training, due.stage)
+        test = RegressionTest(training, due.stage.how)
         with uninterrupted():
             apply_change(training, change)
         measured = test.measure()
@@ -505,17 +502,10 @@ class RankDriver:
         test.record()
         return due.event(training.step, change.reports, due.reason, measured)
 
-    def _validate_before(self, training: Training, stage: Stage) -> RegressionTest:
-        """The test of a change that is about to be made; the run may have validated these weights already."""
-        is_validated = self.progress.observed_step == training.step and stage.how.check_monitor in self.progress.metrics
-        return RegressionTest(training, stage.how, self.progress.metrics if is_validated else None)
-
     def _validate_before_if_measured(self, training: Training, stage: Stage) -> RegressionTest | None:
-        """As :meth:`_validate_before`, of a change that nothing checks; None: not wanted, or it would take too long."""
+        """The measurement of a change that nothing checks; None: not wanted, or it would take too long."""
         batches = batches_to_measure(training, len(self.stages), self._run) if self.measure else 0
-        if batches is None:
-            return self._validate_before(training, stage)
-        return RegressionTest(training, stage.how, None, batches) if batches else None
+        return None if batches == 0 else RegressionTest(training, stage.how, batches)
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
         """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors.
@@ -536,8 +526,6 @@ class RankDriver:
         if event is not None and not event.undone:
             if self._importance is not None:
                 self._importance.forget_last_update()
-            # These metrics belong to the weights before the change.
-            self.progress.metrics = {}
             self.logged.changed(lowers=event.lowers)
             self.lr_factor *= event.lr_factor
             for rates in self._rates:

@@ -24,11 +24,9 @@ class Progress:
         pending: the decided change that is not yet made; None if nothing is decided.
         history: every change, and every attempt that was undone.
         observed_step: step of the last validation.
-        metrics: metrics of that validation; empty after a change, because they describe the weights before it.
     """
 
     stage: int = 0
     pending: Decision | None = None
     history: list[RankEvent] = field(default_factory=list)
     observed_step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)

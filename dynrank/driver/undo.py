@@ -11,7 +11,7 @@ from dynrank.driver.checks import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
 from dynrank.driver.in_processes import apply_change
 from dynrank.driver.training import Training
-from dynrank.driver.validation import groups_of_schedulefree, validate
+from dynrank.driver.validation import validate
 from dynrank.schedules import How
 from dynrank.triggers import Run
 
@@ -56,8 +56,6 @@ class RegressionTest:
     Args:
         training: the run before the change.
         how: names the metric, and the largest relative worsening.
-        validated: metrics of these weights; None: they are validated here. So they are under schedulefree, too: a
-            callback may have put means into the parameters for the run's own validation, and here none is called.
         batches: about how many batches a validation takes; None: all.
 
     Attributes:
@@ -66,15 +64,12 @@ class RegressionTest:
         observed: metrics of the validations of all data that were made for this test: before the change, and after it.
     """
 
-    def __init__(
-        self, training: Training, how: How, validated: Mapping[str, float] | None, batches: int | None = None
-    ) -> None:
+    def __init__(self, training: Training, how: How, batches: int | None = None) -> None:
         self._training = training
         self._how = how
         self._batches = batches
         self.observed: list[Mapping[str, float]] = []
-        swaps = bool(groups_of_schedulefree(training.optimizers))
-        metrics = self._validate() if validated is None or swaps else validated
+        metrics = self._validate()
         self._name = training.own_name(how.check_monitor, metrics)
         self.before = self.value(metrics)
         self.most = (how.max_regression or 0.0) * abs(self.before)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from dynrank.driver.schedulers import with_inner
 from dynrank.driver.training import Training
+from dynrank.private import persistent_buffers
 
 
 class _Validation:
@@ -42,16 +43,18 @@ def validating_change() -> bool:
 def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
     """Validate for a change; about ``most`` batches are taken; None: all.
 
-    Restored afterwards are the random generators, the trained weights, buffers, the states of torchmetrics' metrics,
-    the settings of the optimizers (rates) and the states of the schedulers. So all validations for one change draw the
-    same random numbers, and shuffled data come in the same order.
+    Restored afterwards are the random generators, the trained weights, the mode of training, buffers that a state dict
+    has (others are caches), the states of torchmetrics' metrics, the settings of the optimizers (rates) and the states
+    of the schedulers. So all validations for one change draw the same random numbers, and shuffled data come in the
+    same order.
     """
     of_python = random.getstate()
     of_numpy = np.random.get_state()
     groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
     settings = [_back({name: value for name, value in group.items() if name != "params"}) for group in groups]
     modules = [*training.modules()]
-    buffers = [_back(buffer) for module in modules for buffer in module.buffers(recurse=False)]
+    modes = [module.training for module in modules]
+    buffers = [(module, name, _back(buffer)) for module in modules for name, buffer in persistent_buffers(module)]
     metrics = [module for module in modules if is_metric(module)]
     running = _Validation()
     try:
@@ -66,8 +69,10 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
         _running.discard(running)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        for back in buffers:
-            back()
+        for module, name, back in buffers:
+            setattr(module, name, back())
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
         for group, of_group in zip(groups, settings, strict=True):
             group.update(of_group())
 
@@ -114,11 +119,10 @@ def _filled(tensor: Tensor, before: Tensor) -> Tensor:
 
 
 def is_equal(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both have the same values, NaN included; sparse and nested ones, which nothing changes, are equal."""
-    if tensor.layout is not torch.strided or tensor.is_nested or torch.equal(tensor, other):
+    """Whether both have the same bits; those without a plain memory (sparse, nested, quantized) count as equal."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return True
-    has_nan = tensor.is_floating_point() and tensor.element_size() > 1
-    return has_nan and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(*(value.detach().contiguous().view(-1).view(torch.uint8) for value in (tensor, other)))
 
 
 def _refilled_dict(value: Any, parts: Mapping[Any, Callable[[], Any]]) -> Any:
@@ -145,7 +149,7 @@ def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
     Its ``eval`` puts means into the parameters for a validation. A change that is then made would put factors of the
     weights of training in their place, and its ``train`` would take these for means.
     """
-    groups = groups_of_schedulefree(optimizers)
+    groups = _groups_of_schedulefree(optimizers)
     before = [(group["train_mode"], [weight.detach().clone() for weight in group["params"]]) for group in groups]
     try:
         yield
@@ -157,6 +161,6 @@ def _weights_of_training(optimizers: Iterable[Optimizer]) -> Iterator[None]:
                     parameter.detach().copy_(weight)
 
 
-def groups_of_schedulefree(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+def _groups_of_schedulefree(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     """The param groups of optimizers of schedulefree, which keep other weights for validations."""
     return [group for optimizer in optimizers for group in optimizer.param_groups if "train_mode" in group]

@@ -145,15 +145,26 @@ def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(validat
     assert loop.count == 1
 
 
-def test_a_metric_that_judges_a_change_is_kept_as_the_mean_over_processes(monkeypatch):
-    """A loop saves the checkpoint of one process, and all processes resume from it."""
-    monkeypatch.setattr("dynrank.driver.checks.mean_over_processes", lambda value, _: value + 1.0)
+class Elsewhere(Training):
+    """A change is validated on other data than the run, and with noise."""
+
+    def validate(self):
+        return {"val/loss": float(torch.rand(()))}
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_before_and_after_are_of_the_same_data_and_random_numbers_also_behind_a_validation(measure):
     model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, alpha=2)
-    driver = RankDriver([Stage(At(step=9), Rank(1))], measure=True)
-    loop = Counted(model, [torch.optim.SGD(model.parameters(), lr=0.1)], step=5)
+    stage = Stage(Plateau(patience=1), Rank(1), how=How(max_regression=None if measure else 0.0))
+    driver = RankDriver(stage, measure=measure)
+    loop = Elsewhere(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
     driver.start(loop, Run(10))
-    driver.validated(loop, {"val/loss": 1.0, "other": 1.0})
-    assert driver.state_dict()["metrics"] == {"val/loss": 2.0, "other": 1.0}
+    for loop.step in (1, 2):
+        driver.validated(loop, {"val/loss": 0.001})
+    driver.advance(loop)
+    (event,) = driver.history
+    assert event.measured.before == event.measured.after > 0.001
+    assert not event.undone
 
 
 def test_a_metric_that_no_validation_logs_is_refused_at_the_first_one_of_lightning(regression):

@@ -84,6 +84,8 @@ class Graph(Training):
 
     def validate(self):
         assert dynrank.validating_change()
+        # As PyTorch's tutorials do, and leave the model so.
+        self.model.eval()
         self.model(torch.ones(1, 4))
         return {"val/loss": 1.0}
 
@@ -95,25 +97,35 @@ class Buffered(nn.Module):
         self.register_buffer("adjacency", torch.eye(4).to_sparse())
         self.register_buffer("expanded", torch.tensor(float("nan")).expand(3))
         self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("best", torch.tensor(torch.inf))
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+        self.drop = nn.Dropout(0.5)
         self.size = 0
         self.cached = None
 
     def forward(self, x):
         self.seen += x.sum(0)
+        self.best = torch.minimum(self.best, x.min())
         # What belongs together stays together.
         if self.size != len(x):
             self.size = len(x)
             self.cached = [len(x)]
-        return self.lin(x @ self.adjacency)
+            self.cache = torch.zeros(len(x))
+        return self.drop(self.lin(x @ self.adjacency))
 
 
 def test_buffers_are_as_before_and_what_a_layer_caches_stays():
     model = dynrank.add_lora(Buffered(), rank=2, target_modules=["lin"])
     loop = Graph(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+    # Somebody has frozen the statistics of one layer.
+    model.lin.eval()
+    modes = [module.training for module in model.modules()]
     assert validate(loop) == {"val/loss": 1.0}
     assert not dynrank.validating_change()
+    assert [module.training for module in model.modules()] == modes
     assert model.seen.tolist() == [0.0] * 4
-    assert (model.size, model.cached) == (1, [1])
+    assert model.best == torch.inf
+    assert (model.size, model.cached, len(model.cache)) == (1, [1], 1)
 
 
 class Recording(Callback):

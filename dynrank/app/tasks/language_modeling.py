@@ -49,10 +49,10 @@ def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
     return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
 
 
-def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether the first lines of ``text`` and the answer that are not blank are equal, without outer spaces."""
-    written, right = (next((line.strip() for line in t.split("\n") if line.strip()), "") for t in (text, answers[0]))
-    return written == right
+def first_lines(text: str, answers: Sequence[str], prompt: str) -> bool:
+    """Whether ``text`` begins with the lines of the answer; blank lines and outer spaces do not count."""
+    written, right = ([line.rstrip() for line in t.strip().split("\n") if line.strip()] for t in (text, answers[0]))
+    return written[: max(1, len(right))] == right
 
 
 def python(text: str, answers: Sequence[str], prompt: str) -> bool:
@@ -77,7 +77,7 @@ Metrics = dict[str, Callable[[], Metric]]
 OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
 OF_TEXTS: Metrics = {
     "bleu": SacreBLEUScore,
-    "exact_match": partial(Share, first_line),
+    "exact_match": partial(Share, first_lines),
     "parses": partial(Share, python),
 }
 

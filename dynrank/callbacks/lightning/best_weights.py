@@ -18,6 +18,7 @@ from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.validation import is_equal, validate
 from dynrank.errors import ConfigurationError
+from dynrank.private import persistent_buffers
 
 
 class BestWeights(Checkpoint):
@@ -72,7 +73,7 @@ class BestWeights(Checkpoint):
         return "training was not validated after the last change of ranks"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_buffers = {name: buffer.detach().cpu().clone() for name, buffer in pl_module.named_buffers()}
+        self._first_buffers = {name: buffer.detach().cpu().clone() for name, buffer in _buffers(pl_module).items()}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         kept = _trained(pl_module) | self._changed_buffers(pl_module)
@@ -81,7 +82,7 @@ class BestWeights(Checkpoint):
     def _changed_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """The buffers that have changed in training: others, such as masks, would make checkpoints large."""
         found = {}
-        for name, buffer in module.named_buffers():
+        for name, buffer in _buffers(module).items():
             before = self._first_buffers.get(name)
             if before is None or before.shape != buffer.shape or not is_equal(buffer.cpu(), before):
                 found[name] = buffer
@@ -123,7 +124,7 @@ class BestWeights(Checkpoint):
         """Put the best weights into ``module``; warns if there are none."""
         if self.step is None:
             rank_zero_warn(f"{self.why_none}, so no weights are restored (BestWeights)")
-        present = _trained(module) | dict(module.named_buffers())
+        present = _trained(module) | _buffers(module)
         with torch.no_grad():
             for name, value in self._weights.items():
                 present[name].copy_(value)
@@ -149,6 +150,12 @@ class BestWeights(Checkpoint):
         self._last_validated = state_dict["last_validated"]
         self._was_validated = state_dict["was_validated"]
         self._is_of_validations = state_dict["is_of_validations"]
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that a state dict has."""
+    owners = dict(module.named_modules())
+    return {f"{owner}.{name}".lstrip("."): b for owner, of in owners.items() for name, b in persistent_buffers(of)}
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dynrank.adapters.save import save_adapter
+from dynrank.adapters.save import save_adapter, trained_heads
 from dynrank.distributed.accelerated import fsdp_plugin
 from dynrank.distributed.sharding import shard_frozen, take_saved_ranks
 from dynrank.driver.learning_rates import mark
@@ -56,6 +56,11 @@ def prepare_model(model: nn.Module) -> None:
     if fsdp_plugin() is not None:
         # accelerate does not shard a model again that is sharded when it is prepared.
         shard_frozen(model)
+
+
+def check_storable(model: nn.Module) -> None:
+    """Refuse, before training, trained parameters that the adapter in a checkpoint could not have."""
+    trained_heads(model, own_layers(model))
 
 
 def prepare_checkpoints(model: nn.Module) -> None:

@@ -14,7 +14,12 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from dynrank.callbacks.transformers.best import forget_best, ranks_of, warn_of_other_ranks
-from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints, prepare_trainer
+from dynrank.callbacks.transformers.checkpoints import (
+    check_storable,
+    is_prepared,
+    prepare_checkpoints,
+    prepare_trainer,
+)
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, numeric_metrics, run_length
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
@@ -197,6 +202,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
         model = kwargs["model"]
         prepare_checkpoints(model)
+        check_storable(model)
         is_zero = self.trainer.is_deepspeed_enabled
         if is_zero:
             save_live(model)
@@ -306,9 +312,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         training = self._training(kwargs)
         self._show_evaluated(training)
         if args.load_best_model_at_end:
-            # The loaded weights may be others, of other ranks; the metrics belong to the last ones.
             training.best_is_loaded()
-            self.driver.progress.metrics = {}
         self.driver.finish(training)
         self.listening = False
         if self.history:

@@ -12,7 +12,7 @@ from trained import updated
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynrank.app.models.pretrained import load_tokenizer
-from dynrank.app.tasks.language_modeling import LanguageModeling, parsed
+from dynrank.app.tasks.language_modeling import LanguageModeling, first_lines, parsed
 from dynrank.errors import ConfigurationError
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
@@ -108,6 +108,24 @@ def test_continuation_is_the_most_probable_token_again_and_again(task, module):
             ids = torch.cat([ids, module.model(input_ids=ids[None]).logits[0, -1].argmax()[None]])
         assert text == module.tokenizer.decode(ids[start:], skip_special_tokens=True)
     assert len(set(written)) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "equal"),
+    [
+        ("red", "red", True),
+        ("  red \n\nblue", "\nred", True),
+        ('{\n "a": 1\n}', '{\n "a": 1\n}', True),
+        ('{\n\n "a": 1\n} \nMore', '\n{\n "a": 1\n}\n', True),
+        ('{\n "a": 2\n}', '{\n "a": 1\n}', False),
+        ('{\n"a": 1\n}', '{\n "a": 1\n}', False),
+        ("{", '{\n "a": 1\n}', False),
+        ("red", "", False),
+        ("", "", True),
+    ],
+)
+def test_exact_match_is_of_all_lines_of_the_answer(text, answer, equal):
+    assert first_lines(text, [answer], "") == equal
 
 
 GOOD = {"bleu": 1.0, "exact_match": 1.0, "parses": 1.0}

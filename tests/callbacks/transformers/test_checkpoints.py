@@ -42,6 +42,15 @@ def test_checkpoint_made_without_the_callback_is_refused(finished, tmp_path):
         trainer(tmp_path, own(), RankTrainerCallback(SHRINK_AND_GROW)).train(resume_from_checkpoint=str(file.parent))
 
 
+def test_weight_under_lora_that_no_checkpoint_could_have_as_an_adapter_is_refused_before_training(tmp_path):
+    model = own()
+    made = trainer(tmp_path, model, RankTrainerCallback(SHRINK_AND_GROW))
+    next(layer for _, layer in dynrank.lora_layers(model)).base.weight.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"q_proj\.weight' and 0 other parameters of layers with LoRA are"):
+        made.train()
+    assert made.state.global_step == 0
+
+
 def test_model_of_add_lora_is_saved_for_peft_too(finished, tmp_path):
     """In every checkpoint, and by ``save_model``; at the ranks that it has then."""
     folder, made = finished

@@ -125,11 +125,11 @@ def find_columns(
     known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
     used = {name for theirs in names.values() for name in each(theirs)}
     unused = [name for name in columns if name.lower() in known and name not in used]
-    turns = [
-        turn for row in sample for turn in _list(row.get(str(names.get("messages", "")))) if isinstance(turn, Mapping)
-    ]
     taken = {key for pair in KEYS_OF_A_TURN for key in pair}
-    more = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None and key not in taken)
+    for chats in [name for ours in ("messages", "prompt", "answer") for name in each(names.get(ours, ()))]:
+        turns = [turn for row in sample for turn in _list(row.get(chats)) if isinstance(turn, Mapping)]
+        keys = [key for turn in turns for key, value in turn.items() if value is not None and key not in taken]
+        unused += [f"{chats}.{key}" for key in dict.fromkeys(keys)]
     label = str(names.get("label", ""))
     lists = [row[label] for row in sample if isinstance(row.get(label), list | tuple)]
     if _are_flags(lists):
@@ -142,7 +142,7 @@ def find_columns(
     return Columns(
         form,
         names,
-        unused=[*unused, *(f"{names['messages']}.{key}" for key in more)],
+        unused=unused,
         several=bool(lists),
         classes=[*kind.names, None] if isinstance(kind, datasets.ClassLabel) else None,
         asked=asked,

@@ -62,6 +62,9 @@ def test_columns_that_are_known_and_not_used_are_named():
     assert find_columns([row], {"text": ["premise", "hypothesis"]}, "classification", "").unused == []
     row = {"messages": [{**turn, "weight": 1} for turn in TURNS]}
     assert find_columns([row], {}, "chat", "").unused == ["messages.weight"]
+    asked = {"prompt": [{"role": "user", "content": "q", "name": "me"}]}
+    row = {**asked, "completion": [{"role": "assistant", "content": "a", "reasoning_content": "because"}]}
+    assert find_columns([row], {}, "chat", "").unused == ["prompt.name", "completion.reasoning_content"]
 
 
 TEXT = {"text": "x", "label": "a"}
