@@ -119,8 +119,6 @@ def expected(case):
 
 def best_of_these_ranks(case, last):
     """The step of the best validation since the last change of any kind, in a run of ``last`` steps; None: no one."""
-    if last in case.changes and case.keep:
-        return None
     start = max((step for step in case.changes if step <= last), default=0)
     # After a change behind the last step the weights are validated once more.
     steps = [step for step in range(start + 1, last + 1) or [last] if case.logs(step)]
