@@ -111,14 +111,14 @@ def _same(value: Any) -> Any:
 
 
 def _filled(tensor: Tensor, before: Tensor) -> Tensor:
-    if not is_equal(tensor, before):
+    if not _is_equal(tensor, before):
         # What a validation has made is an inference tensor.
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(before)
     return tensor
 
 
-def is_equal(tensor: Tensor, other: Tensor) -> bool:
+def _is_equal(tensor: Tensor, other: Tensor) -> bool:
     """Whether both have the same bits; those without a plain memory (sparse, nested, quantized) count as equal."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return True

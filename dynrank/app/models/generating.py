@@ -25,6 +25,7 @@ def greedy_texts(
     max_new_tokens: int,
     *,
     end_of_turn: str | None = None,
+    is_turn: bool = False,
     synced: bool = False,
 ) -> list[str]:
     """The most probable token again and again after each prompt, up to an end or ``max_new_tokens``, as texts.
@@ -38,6 +39,8 @@ def greedy_texts(
         attention_mask: (batch, length).
         max_new_tokens: the largest number of tokens of an answer.
         end_of_turn: a token that also ends an answer, see :func:`end_of_turn_of`.
+        is_turn: whether the texts are turns of chats, before which a template puts what it likes; others go on from
+            the prompt, with the blank before their first word.
         synced: whether all processes need the same number of forwards.
     """
     ends = end_tokens(model, tokenizer, end_of_turn)
@@ -54,7 +57,13 @@ def greedy_texts(
     # Only a decoder repeats the prompt.
     start = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
     texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
-    return texts
+    if is_turn or not start:
+        return texts
+    # Some tokenizers take the blank before the first word of a text away, and here it is not the first.
+    prompts = tokenizer.batch_decode(made[:, :start], skip_special_tokens=True)
+    whole = tokenizer.batch_decode(made, skip_special_tokens=True)
+    found = zip(whole, prompts, texts, strict=True)
+    return [both[len(prompt) :] if both.startswith(prompt) else text for both, prompt, text in found]
 
 
 @contextmanager

@@ -108,8 +108,10 @@ class Answerer:
         self.tokenizer.padding_side = "right" if self.model.config.is_encoder_decoder else "left"
         inputs = self.prompts.tokens(rows, padding=True, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"], inputs["attention_mask"]
-        end = end_of_turn_of(self.tokenizer, self.prompts.turns(rows[0])) if "messages" in rows[0] else None
-        return greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, end_of_turn=end)
+        is_turn = "messages" in rows[0]
+        end = end_of_turn_of(self.tokenizer, self.prompts.turns(rows[0])) if is_turn else None
+        options: Any = {"end_of_turn": end, "is_turn": is_turn}
+        return greedy_texts(self.model, self.tokenizer, *tokens, self.max_new_tokens, **options)
 
     @property
     def longest(self) -> float:

@@ -19,6 +19,8 @@ FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
     | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
 )
+# A word by which it is seen whether a tokenizer puts a blank before a text.
+_WORD = "x"
 # The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -60,10 +62,26 @@ def make_examples(
 
 def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[Example]:
     prompts = tokenizer(rows["prompt"])["input_ids"]
-    answers = tokenizer(rows["answer"], add_special_tokens=False)["input_ids"]
+    answers = _continuing(rows["answer"], tokenizer)
     for text, wanted, prompt, answer in zip(rows["prompt"], rows["answer"], prompts, answers, strict=True):
         learned = [False] * len(prompt) + [True] * (len(answer) + 1)
         yield Example([*prompt, *answer, tokenizer.eos_token_id], learned, text, wanted, len(prompt))
+
+
+def _continuing(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts that go on after another text.
+
+    Some tokenizers (Llama 2, Mistral) put a blank before the first word of a text. Here a line break stands before it,
+    whose tokens are taken away again.
+    """
+    alone: list[list[int]] = tokenizer([*texts], add_special_tokens=False)["input_ids"]
+    word = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(word + word) == _WORD + _WORD:
+        return alone
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    after = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
+    pairs = zip(alone, after, strict=True)
+    return [ids[len(line) :] if line and ids[: len(line)] == line else own for own, ids in pairs]
 
 
 def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[Example]:

@@ -217,7 +217,7 @@ class LanguageModeling(TextTask):
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer", "opening")}
         prompts = [torch.tensor(example["input_ids"][: example["prompt_length"]]) for example in examples]
-        return {**self._padded(prompts, "left"), **texts}
+        return {**self._padded(prompts, "left"), **texts, "is_turn": self.form == "chat"}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
         masks = [torch.ones_like(row) for row in rows]
@@ -277,19 +277,20 @@ class LanguageModel(AdapterModule):
         if "answers" not in batch:
             super().evaluate(batch, split)
             return
-        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
+        texts = self.continuations(batch["input_ids"], batch["attention_mask"], is_turn=batch["is_turn"])
         texts = [text.removeprefix(opening) for text, opening in zip(texts, batch["openings"], strict=True)]
         texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
-    def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
+    def continuations(self, input_ids: Tensor, attention_mask: Tensor, *, is_turn: bool = False) -> list[str]:
         """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
 
         Args:
             input_ids: int64 (batch, length), padded on the left.
             attention_mask: (batch, length).
+            is_turn: whether they are turns of chats.
         """
         return greedy_texts(
             self.model,
@@ -298,6 +299,7 @@ class LanguageModel(AdapterModule):
             attention_mask,
             self.max_new_tokens,
             end_of_turn=self.end_of_turn,
+            is_turn=is_turn,
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced=self.device_mesh is not None,
         )

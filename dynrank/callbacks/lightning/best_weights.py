@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dynrank.callbacks.lightning.training import LightningTraining
 from dynrank.callbacks.lightning.validations import validation_metrics
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
-from dynrank.driver.validation import is_equal, validate
+from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError
 from dynrank.private import persistent_buffers
 
@@ -24,7 +25,7 @@ from dynrank.private import persistent_buffers
 class BestWeights(Checkpoint):
     """Keeps the trained weights of the best validation since the last change of ranks.
 
-    Buffers that training changes, as the running statistics of BatchNorm, are kept with them. A change that is kept
+    Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept
     forgets them, because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same
     ones. Validations that check or measure a change, or are NaN, do not count. If no validation came after the last
     step, one is made, which nothing logs. In several processes the mean of their metrics decides.
@@ -62,8 +63,8 @@ class BestWeights(Checkpoint):
         self._was_validated = False
         # Whether a validation has logged the metric; otherwise training may.
         self._is_of_validations = False
-        # Copies of the buffers when training started.
-        self._first_buffers: dict[str, Tensor] = {}
+        # The parameters of which ``_weights`` has the value in the best validation.
+        self._kept: set[int] = set()
 
     @property
     def why_none(self) -> str:
@@ -73,20 +74,22 @@ class BestWeights(Checkpoint):
         return "training was not validated after the last change of ranks"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_buffers = {name: buffer.detach().cpu().clone() for name, buffer in _buffers(pl_module).items()}
+        parameters = dict(pl_module.named_parameters())
+        self._kept = {id(parameters[name]) for name in self._weights.keys() & parameters.keys()}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # A parameter that was frozen in the best validation, and is not any more, has its value of then.
+        if self.step is not None and any(
+            parameter.requires_grad and id(parameter) not in self._kept
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ):
+            trained = _trained(pl_module)
+            self._weights = _copied(trained) | self._weights
+            self._kept = {*map(id, trained.values())}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kept = _trained(pl_module) | self._changed_buffers(pl_module)
-        self._validated = {name: value.detach().cpu().clone() for name, value in kept.items()}
-
-    def _changed_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        """The buffers that have changed in training: others, such as masks, would make checkpoints large."""
-        found = {}
-        for name, buffer in _buffers(module).items():
-            before = self._first_buffers.get(name)
-            if before is None or before.shape != buffer.shape or not is_equal(buffer.cpu(), before):
-                found[name] = buffer
-        return found
+        self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -113,6 +116,7 @@ class BestWeights(Checkpoint):
             self.step = trainer.global_step
             self.value = value
             self._weights = self._validated
+            self._kept = {*map(id, _trained(trainer.lightning_module).values())}
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
@@ -124,7 +128,7 @@ class BestWeights(Checkpoint):
         """Put the best weights into ``module``; warns if there are none."""
         if self.step is None:
             rank_zero_warn(f"{self.why_none}, so no weights are restored (BestWeights)")
-        present = _trained(module) | _buffers(module)
+        present: dict[str, Tensor] = dict(module.named_parameters()) | _buffers(module)
         with torch.no_grad():
             for name, value in self._weights.items():
                 present[name].copy_(value)
@@ -150,6 +154,10 @@ class BestWeights(Checkpoint):
         self._last_validated = state_dict["last_validated"]
         self._was_validated = state_dict["was_validated"]
         self._is_of_validations = state_dict["is_of_validations"]
+
+
+def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in values.items()}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ from itertools import chain
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
+from dynrank.app.models.generating import greedy_texts
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs import job
 from dynrank.app.tasks.classification import Classification
@@ -103,6 +105,44 @@ def test_a_written_answer_is_judged_without_what_the_template_puts_before_it(tem
     (found,) = made["opening"]
     assert found.rstrip(" ") == opening
     assert written.removeprefix(found).strip() == answer.strip()
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """A tokenizer as Llama 2's: a blank before the first word of a text, which decoding takes away again."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    sequence = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(sequence)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["return x if y else z f(x) y = x"] * 9, trainer)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("answer", ["x)", " if x else y", "\n    return x", "y"])
+def test_prompt_and_answer_are_learned_as_one_text(answer, metaspace, tiny_llama):
+    for tokenizer in (metaspace, load_tokenizer(str(tiny_llama))):
+        rows = {"prompt": ["y = f("], "answer": [answer]}
+        made = make_examples(rows, tokenizer=tokenizer, max_length=100, form="completion", packed=False)
+        (ids,) = made["input_ids"]
+        assert tokenizer.decode(ids[:-1]) == f"y = f({answer}"
+        prompt = ids[: made["prompt_length"][0] or made["learned"][0].index(True)]
+        assert prompt == tokenizer("y = f(")["input_ids"]
+
+
+def test_the_blank_before_the_first_word_of_an_answer_is_kept(metaspace):
+    class Writing:
+        generation_config = hf.GenerationConfig()
+        config = hf.LlamaConfig()
+
+        def generate(self, input_ids, **_):
+            more = metaspace(" if x", add_special_tokens=False)["input_ids"]
+            return torch.cat([input_ids, torch.tensor([more])], 1)
+
+    ids = torch.tensor([metaspace("y = x")["input_ids"]])
+    for is_turn, text in ((False, " if x"), (True, "if x")):
+        assert greedy_texts(Writing(), metaspace, ids, torch.ones_like(ids), 9, is_turn=is_turn)[0].startswith(text)
 
 
 @pytest.mark.parametrize(

@@ -99,26 +99,46 @@ class Normalized(lightning.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 6))
-        self.register_buffer("mask", torch.ones(1000))
+        self.register_buffer("temperature", torch.ones(()))
         self.net = dynrank.add_lora(net, rank=6, target_modules=["0", "2"])
 
     def training_step(self, batch, batch_idx):
-        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return torch.nn.functional.mse_loss(self.net(batch[0]) * self.temperature, batch[1])
+
+    def on_train_batch_start(self, batch, batch_idx):
+        # Both change for the first time after the best validation.
+        if self.global_step == 12:
+            self.temperature += 1
+            self.net[1].requires_grad_(True)
+            self.net[2].lora_A.requires_grad_(True)
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self):
+        self.net[2].lora_A.requires_grad_(False)
         # It becomes worse and worse.
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-3, maximize=True)
+        return torch.optim.SGD(self.parameters(), lr=1e-2, maximize=True)
 
 
-def test_best_weights_are_restored_with_the_statistics_of_batchnorm(fit, regression, tmp_path):
+@pytest.mark.parametrize("resumed", [None, 11, 13, 22])
+def test_best_weights_are_restored_with_what_changes_only_after_them(fit, regression, tmp_path, resumed):
+    """The statistics of BatchNorm, a buffer, and parameters that are unfrozen."""
     best = BestWeights("val/loss")
-    module, trainer = fit(best, module=Normalized())
-    assert best.step < 20
-    assert "mask" not in best.state_dict()["weights"]
+    module, trainer = fit(best, module=Normalized(), saved=tmp_path)
+    if resumed:
+        best = BestWeights("val/loss")
+        checkpoint = tmp_path / f"step={resumed}.ckpt"
+        other = Normalized()
+        # As the run had them when it was killed.
+        for layer in (other.net[1], other.net[2].lora_A) if resumed > 12 else ():
+            layer.requires_grad_(True)
+        module, trainer = fit(best, module=other, ckpt_path=checkpoint)
+    assert best.step == 5
+    trained = module.net[1].weight.detach().clone()
+    module.freeze()
     best.restore(module)
+    assert not torch.equal(trained, module.net[1].weight)
     (metrics,) = trainer.validate(module, regression[1]()[1], verbose=False)
     assert metrics["val/loss"] == pytest.approx(best.value, rel=1e-6)
 

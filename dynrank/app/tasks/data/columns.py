@@ -151,6 +151,7 @@ def find_columns(
             for ours in _optional(form, names, given)
             if ours not in names
             for name in optional.get(ours, ())
+            if name not in used
         ],
     )
 

@@ -121,6 +121,11 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         if isinstance(made, str):
             return made
         # In TRL's format, prompt and answer are lists of turns.
+        if made.get("input") and isinstance(made["prompt"], list):
+            fault = _fault(made["input"], "input")
+            if fault:
+                return fault
+            made = _with_input(made)
         parts = [("user", made["prompt"]), *([] if columns.asked else [("assistant", made["answer"])])]
         turns = [turn for role, part in parts for turn in (part if isinstance(part, list) else [_turn(role, part)])]
     if not isinstance(turns, list | tuple) or not turns:
@@ -150,6 +155,13 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     return (
         {"messages": messages} if columns.asked or "assistant" in roles else "is a chat without a turn of the assistant"
     )
+
+
+def _with_input(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its input in a new line of the prompt's last turn, as :func:`_completed` adds it to a text."""
+    *before, last = row["prompt"] or [{}]
+    key = next((key for _, key in KEYS_OF_A_TURN if isinstance(last, Mapping) and isinstance(last.get(key), str)), None)
+    return row if key is None else {**row, "prompt": [*before, {**last, key: f"{last[key]}\n{row['input']}"}]}
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:
