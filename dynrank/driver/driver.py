@@ -215,6 +215,17 @@ class RankDriver:
                 self._importance.load_state_dict(self._loaded)
         self._loaded = None
 
+    def epoch_begins(self, epoch: int, step: int, length: int | None) -> None:
+        """Correct the times in epochs of stages to come, because epochs may differ in length.
+
+        ``epoch`` is the number of epochs that have ended, ``step`` that of optimizer steps, and ``length`` the number
+        of steps in the epoch that begins now; None: unknown.
+        """
+        for index in range(self.progress.stage, len(self.stages)):
+            when = self.stages[index].when
+            if length is not None and isinstance(when, At) and when.epoch is not None:
+                self._planned[index] = step + max(0, when.epoch - epoch) * length
+
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
         # A loop that calls end_step before it counts the step is one step behind.
@@ -416,8 +427,10 @@ class RankDriver:
         first = self.progress.stage if self.progress.pending is None else self.progress.pending.stage + 1
         for index in reversed(range(first, len(self.stages))):
             stage = self.stages[index]
-            planned = self._planned[index]
-            if (planned is not None and planned <= training.step) or (ended and stage.when == At(fraction=1.0)):
+            # The run may be longer than it was thought to be.
+            is_last = stage.when == At(fraction=1.0)
+            planned = None if is_last else self._planned[index]
+            if (planned is not None and planned <= training.step) or (ended and is_last):
                 is_time = isinstance(stage.when, At)
                 reason = stage.when.reason if is_time else f"deadline at {stage.deadline:.3g} of the run"
                 self.progress.pending = Decision(index, reason)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import datasets
@@ -139,8 +139,27 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
             f"the chat template refuses {shown(turns)}: {error}; correct this chat, or set data"
         ) from error
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in made["offset_mapping"]]
-    return made["input_ids"], [any(first <= start < end for first, end in places) for start in starts]
+    offsets = made["offset_mapping"]
+    if any(start < first < stop for start, stop in offsets for first, _ in places):
+        return _in_parts(tokenizer, text, places)
+    return made["input_ids"], [any(first <= start < end for first, end in places) for start, _ in offsets]
+
+
+def _in_parts(tokenizer: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """As :func:`tokens_of_chat`, with tokens of their own for each of the turns at ``places``.
+
+    So it has to be where a token would contain the end of the prompt (a blank) and the begin of the answer: who asks
+    has the prompt alone.
+    """
+    borders = [0, *chain(*places), len(text)]
+    ids: list[int] = []
+    learned: list[bool] = []
+    for number, (start, end) in enumerate(pairwise(borders)):
+        part = [text[start:end]]
+        own = _continuing(part, tokenizer) if start else tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids += own[0]
+        learned += [number % 2 == 1] * len(own[0])
+    return ids, learned
 
 
 def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:

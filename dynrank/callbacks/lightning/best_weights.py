@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.callbacks.lightning.training import LightningTraining
-from dynrank.callbacks.lightning.validations import validation_metrics
+from dynrank.callbacks.lightning.private import metrics_kept
+from dynrank.callbacks.lightning.validations import run_validation, silent, validation_metrics
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
-from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError
 from dynrank.private import persistent_buffers
 
@@ -89,7 +88,14 @@ class BestWeights(Checkpoint):
             self._kept = {*map(id, trained.values())}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
+        self._validated = {}
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # Not earlier: hooks of the validation's start may put an average of the weights into the module.
+        if not self._validated:
+            self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -102,8 +108,9 @@ class BestWeights(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without an earlier validation the weights of the last step are the only ones.
         if self.step is not None and self._last_validated < trainer.global_step:
-            self.on_validation_start(trainer, pl_module)
-            self._take(trainer, validate(LightningTraining(trainer, pl_module)))
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            with silent(others, "on_"), silent(trainer.loggers, "log_"), metrics_kept(trainer):
+                run_validation(trainer)
 
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""

@@ -17,7 +17,7 @@ from dynrank.callbacks.lightning.best import (
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import call_hooks_of_ended_run, run_missed_validation
 from dynrank.callbacks.lightning.strategies import check_strategy
-from dynrank.callbacks.lightning.training import LightningTraining, run_length
+from dynrank.callbacks.lightning.training import LightningTraining, run_length, steps_per_epoch
 from dynrank.callbacks.lightning.validations import logged_by_callbacks, validation_metrics
 from dynrank.driver.checks import check_callbacks_metrics, check_validation, checked_metrics
 from dynrank.driver.driver import RankDriver
@@ -185,6 +185,7 @@ class RankScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_epoch(trainer)
+        self.driver.epoch_begins(trainer.current_epoch, trainer.global_step, steps_per_epoch(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # What callbacks have logged after this one's last hook is of before a change that is made here.

@@ -87,14 +87,27 @@ class LightningTraining(Training):
 
 def run_length(trainer: Trainer, pl_module: LightningModule) -> Run:
     """The length of the run; call it after the data are loaded."""
-    # Under manual optimization only the module knows how many steps an epoch has. Lightning's own estimate takes the
-    # number of batches in a step for constant.
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-    if varies or not pl_module.automatic_optimization:
+    if not _steps_are_known(trainer, pl_module):
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     total = trainer.estimated_stepping_batches
-    batches = trainer.num_training_batches
-    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
     # Lightning returns -1 if an epoch has unknown length.
-    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)
+    return Run(int(total) if 0 <= total < float("inf") else None, steps_per_epoch(trainer, pl_module))
+
+
+def steps_per_epoch(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    """The number of optimizer steps in the present epoch; None if it is unknown."""
+    batches = trainer.num_training_batches
+    if batches == float("inf") or not _steps_are_known(trainer, pl_module):
+        return None
+    return max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+
+
+def _steps_are_known(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether all steps have the same number of batches.
+
+    Under manual optimization only the module knows how many steps an epoch has. Lightning's own estimate takes the
+    number of batches in a step for constant.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    return not varies and pl_module.automatic_optimization

@@ -131,6 +131,34 @@ def test_prompt_and_answer_are_learned_as_one_text(answer, metaspace, tiny_llama
         assert prompt == tokenizer("y = f(")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
+def test_an_answer_is_learned_whole_where_a_token_would_contain_the_end_of_the_prompt(kind, metaspace):
+    """As ``" x"`` is one behind ``"Assistant: "``."""
+    tokenizer = metaspace
+    if kind == "byte level":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["</s>"])
+        made.train_from_iterator(["return x if y else z f(x) y = x"] * 9, trainer)
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    before = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'y: ' if m.role == 'user' else 'z: ' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}z: {% endif %}"
+    )
+    try:
+        chat = turns("f", "x if y", "g", "else z")
+        ids, learned = tokens_of_chat(tokenizer, chat)
+        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
+    finally:
+        tokenizer.chat_template = before
+    assert tokenizer.decode(ids) == "y: f</s>z: x if y</s>y: g</s>z: else z</s>"
+    assert ids[: learned.index(True)] == (asked if isinstance(asked, list) else asked["input_ids"])
+    assert tokenizer.decode([i for i, own in zip(ids, learned, strict=True) if own]) == "x if y</s>else z</s>"
+
+
 def test_the_blank_before_the_first_word_of_an_answer_is_kept(metaspace):
     class Writing:
         generation_config = hf.GenerationConfig()

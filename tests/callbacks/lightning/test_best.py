@@ -143,6 +143,36 @@ def test_best_weights_are_restored_with_what_changes_only_after_them(fit, regres
     assert metrics["val/loss"] == pytest.approx(best.value, rel=1e-6)
 
 
+@pytest.mark.parametrize("interval", [5, 30])
+def test_best_weights_are_those_that_were_validated_also_where_hooks_put_an_average_in_place(fit, regression, interval):
+    """Of a module's own, as of schedulefree's optimizers."""
+    make, data, _ = regression
+
+    class Averaging(make):
+        def on_train_start(self):
+            self.mean = [p.detach().clone() for p in self.parameters()]
+
+        def on_train_batch_end(self, *_):
+            for mean, value in zip(self.mean, self.parameters(), strict=True):
+                mean.lerp_(value.detach(), 0.1)
+
+        def swap(self):
+            for mean, value in zip(self.mean, self.parameters(), strict=True):
+                kept = value.detach().clone()
+                value.data.copy_(mean)
+                mean.copy_(kept)
+
+        on_validation_start = on_validation_end = lambda self: self.swap() if hasattr(self, "mean") else None
+
+    best = BestWeights("val/loss")
+    module, trainer = fit(best, module=Averaging(), val_check_interval=interval if interval < 10 else None)
+    assert best.step is not None
+    best.restore(module)
+    del module.mean
+    (metrics,) = trainer.validate(module, data()[1], verbose=False)
+    assert metrics["val/loss"] == pytest.approx(best.value, rel=1e-6)
+
+
 def test_validation_behind_the_last_step_finds_the_metrics_of_before_a_resume(fit, regression, tmp_path):
     """EarlyStopping judges it by a metric of training, which Lightning has forgotten."""
     make, *_ = regression

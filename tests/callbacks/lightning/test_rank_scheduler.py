@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 from trained import ranks
 
 import dynrank
@@ -541,3 +541,19 @@ def test_a_cut_runs_few_files(fit):
     print(*sorted(files), sep="\n")
     assert "change/change.py" in files
     assert len(files) <= 31
+
+
+@pytest.mark.parametrize("lengths", [(2, 4, 6, 8), (8, 6, 4, 2)])
+@pytest.mark.parametrize(("at", "epoch"), [(At(epoch=2), 2), (At(epoch=3), 3), (At(fraction=1.0), 4)])
+def test_epochs_may_differ_in_length(regression, lengths, at, epoch):
+    """Where Lightning makes the loader anew in each; what is due after the last step waits for it."""
+    make, data, trainer = regression
+
+    class Curriculum(make):
+        def train_dataloader(self):
+            rows = Subset(data()[1].dataset, range(8 * lengths[self.trainer.current_epoch]))
+            return DataLoader(rows, batch_size=8)
+
+    scheduler = RankScheduler(Stage(at, Rank(2)))
+    trainer(callbacks=[scheduler], max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Curriculum())
+    assert [event.step for event in scheduler.history] == [sum(lengths[:epoch])]
