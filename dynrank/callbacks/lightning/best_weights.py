@@ -24,10 +24,10 @@ from dynrank.private import persistent_buffers
 class BestWeights(Checkpoint):
     """Keeps the trained weights of the best validation since the last change of ranks.
 
-    Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept
-    forgets them, because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same
-    ones. Validations that check or measure a change, or are NaN, do not count. If no validation came after the last
-    step, one is made, which nothing logs. In several processes the mean of their metrics decides.
+    Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept forgets them,
+    because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same ones.
+    Validations that check or measure a change, or are NaN, do not count. If no validation came after the last step, one
+    is made, which nothing logs. In several processes the mean of their metrics decides.
 
     Args:
         monitor: a metric that validations log.
