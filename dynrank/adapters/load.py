@@ -238,7 +238,7 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
             value.is_floating_point() and value.dtype not in FLOATS.values()
         ):
             faults.append(f"{target!r} is {current.dtype} in the model and {value.dtype} in the adapter")
-        elif id(current) in tied and whole:
+        elif whole and id(current) in tied and not _is_in_all(current, value, adapter, places):
             faults.append(f"{target!r} is tied to another weight in the model, but is a separate copy in the adapter")
         elif whole and owner in adapter.layers:
             faults.append(f"{owner!r} is both adapted and saved whole in the adapter")
@@ -253,6 +253,15 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
                 f"{target!r} of the base model has other values in the adapter: it was trained on another base"
             )
     return heads, faults
+
+
+def _is_in_all(weight: Tensor, value: Tensor, adapter: Adapter, places: Places) -> bool:
+    """Whether the adapter has the same ``value`` by each name that the tied ``weight`` has in the model.
+
+    So :func:`dynrank.save_adapter` writes a tied weight that was unfrozen.
+    """
+    keys = [adapter.others.get(name) for name, (module, leaf) in places.items() if getattr(module, leaf) is weight]
+    return all(key is not None and torch.equal(adapter.tensor(key), value) for key in keys)
 
 
 def _kept_values(places: Places, heads: dict[str, Tensor]) -> list[str]:

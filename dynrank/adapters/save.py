@@ -211,11 +211,16 @@ def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str
 
     Refuses what PEFT's format cannot store: a trained parameter beside LoRA layers, or under one.
     """
-    lost = [f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.trained_in_base()]
+    lost = dict[str, None]()
+    for name, layer in layers.items():
+        # A bare parameter with LoRA has its owner's name, and so have the parameters beside it.
+        owner = name.rpartition(".")[0] if isinstance(layer, LoRAParameter) else name
+        lost |= dict.fromkeys(f"{owner}.{leaf}" for leaf in layer.trained_in_base())
     if lost:
         raise ConfigurationError(
-            f"{lost[0]!r} and {len(lost) - 1} other parameters of layers with LoRA are trained, and an adapter cannot "
-            "store them; freeze them before training, leave the layers out of target_modules, or save the state_dict"
+            f"{next(iter(lost))!r} and {len(lost) - 1} other parameters of layers with LoRA are trained, and an "
+            "adapter cannot store them; freeze them before training, leave the layers out of target_modules, or save "
+            "the state_dict"
         )
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     heads = [

@@ -17,16 +17,17 @@ from dynrank.private import schedulers_in
 
 # The rates in a param group by which torch's schedulers compute the present one.
 _BASES = ("initial_lr", "max_lr", "min_lr")
+# What a scheduler that waits for a better metric counts; the last two are of transformers' GreedyLR.
+_COUNTS = {"num_bad_epochs", "cooldown_counter", "num_good_epochs", "warmup_counter"}
 
 
 def forget_plateau(schedulers: Sequence[Any]) -> None:
     """Let schedulers that wait for a better metric, such as ReduceLROnPlateau, wait anew: ranks have fallen."""
     for scheduler in map(_inner, schedulers):
-        if hasattr(scheduler, "num_bad_epochs"):
+        if hasattr(scheduler, "num_bad_epochs") and hasattr(scheduler, "mode"):
             scheduler.best = inf if scheduler.mode == "min" else -inf
-            scheduler.num_bad_epochs = 0
-            if hasattr(scheduler, "cooldown_counter"):
-                scheduler.cooldown_counter = 0
+            for count in _COUNTS & vars(scheduler).keys():
+                setattr(scheduler, count, 0)
 
 
 def shown_rate(scheduler: Any, index: int) -> float | None:

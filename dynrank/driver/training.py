@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -160,6 +161,10 @@ class Training:
     def modules(self) -> Iterable[nn.Module]:
         """The modules that a validation runs."""
         return self.model.modules()
+
+    def generators(self) -> Iterable[torch.Generator]:
+        """The generators of random numbers from which a validation draws, beside those of Python, numpy and torch."""
+        return ()
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -43,13 +43,14 @@ def validating_change() -> bool:
 def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
     """Validate for a change; about ``most`` batches are taken; None: all.
 
-    Restored afterwards are the random generators, the trained weights, the mode of training, buffers that a state dict
-    has (others are caches), the states of torchmetrics' metrics, the settings of the optimizers (rates) and the states
-    of the schedulers. So all validations for one change draw the same random numbers, and shuffled data come in the
-    same order.
+    Restored afterwards are the random generators (those of ``training``, too), the trained weights, the mode of
+    training, buffers that a state dict has (others are caches), the states of torchmetrics' metrics, the settings of
+    the optimizers (rates) and the states of the schedulers. So all validations for one change draw the same random
+    numbers, and shuffled data come in the same order.
     """
     of_python = random.getstate()
     of_numpy = np.random.get_state()
+    others = [(generator, generator.get_state()) for generator in training.generators()]
     groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
     settings = [_back({name: value for name, value in group.items() if name != "params"}) for group in groups]
     modules = [*training.modules()]
@@ -69,6 +70,8 @@ def validate(training: Training, most: int | None = None) -> Mapping[str, float]
         _running.discard(running)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+        for generator, state in others:
+            generator.set_state(state)
         for module, name, back in buffers:
             setattr(module, name, back())
         for module, mode in zip(modules, modes, strict=True):

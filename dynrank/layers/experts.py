@@ -59,6 +59,10 @@ class LoRAParameter(LoRALayer):
     # The class that replaces the parameter's owner.
     around: type[LoRAOwner]
 
+    def trained_in_base(self) -> list[str]:
+        """Names of all parameters of the owner that somebody has unfrozen, such as the biases of its experts."""
+        return [name for name, value in self.base.owner.named_parameters() if value.requires_grad]
+
     def _put_weight(self, weight: nn.Parameter) -> None:
         setattr(self.base.owner, self.base.leaf, weight)
 

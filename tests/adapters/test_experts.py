@@ -38,6 +38,16 @@ def trained(model):
     return model
 
 
+@pytest.mark.parametrize("leaf", ["down_proj_bias", "down_proj"])
+def test_what_is_trained_beside_lora_in_experts_is_refused(leaf, tiny_moe, tmp_path):
+    """PEFT would leave it out in silence."""
+    model = dynrank.add_lora(tiny_moe("GptOss"), rank=2, target_modules=["gate_up_proj"])
+    getattr(model.model.layers[1].mlp.experts.base, leaf).requires_grad_(True)
+    named = rf"'model\.layers\.1\.mlp\.experts\.{leaf}' and 0 other parameters of layers with LoRA are trained"
+    with pytest.raises(ConfigurationError, match=named):
+        dynrank.save_adapter(model, tmp_path / "adapter")
+
+
 def test_layers_that_peft_takes_for_experts_are_named(tiny_moe, tmp_path):
     """Its dense layers have the names that its experts had in transformers 4, and PEFT computes something else."""
     model = updated(

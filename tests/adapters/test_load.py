@@ -5,7 +5,9 @@ import weakref
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import dynrank
 from dynrank.adapters.base import base_of
@@ -120,6 +122,19 @@ def test_load_refuses_a_copy_of_a_tied_weight_and_a_model_with_lora_layers(zoo, 
     zoo.by_peft("gpt2", tmp_path, target_modules=["c_attn"], modules_to_save=["lm_head"])
     zoo.assert_refused(zoo.plain("gpt2"), tmp_path, "lm_head.weight' is tied")
     zoo.assert_refused(zoo.adapted("gpt2"), tmp_path, "LoRA layers already")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_tied_weight_that_was_unfrozen_comes_back_under_both_names(dtype, zoo, tmp_path):
+    """PEFT has two copies then, of the same values."""
+    model = dynrank.add_lora(zoo.plain("gpt2"), rank=3, target_modules=["c_attn"])
+    model.get_input_embeddings().requires_grad_(True)
+    dynrank.save_adapter(zoo.trained(model), tmp_path, dtype=dtype)
+    loaded = dynrank.load_adapter(zoo.plain("gpt2"), tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert_close(zoo.outputs(loaded), zoo.outputs(PeftModel.from_pretrained(zoo.plain("gpt2"), tmp_path).eval()))
+    zoo.edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1.0))
+    zoo.assert_refused(zoo.plain("gpt2"), tmp_path, "weight' is tied")
 
 
 # --- one adapter in the place of another, between two calls of the model

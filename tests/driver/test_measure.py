@@ -55,16 +55,20 @@ def fitted(regression, loader, scheduler, watching, **options):
     return module
 
 
-# The last of three batches is a smaller one.
-@pytest.mark.parametrize("batch_size", [30, 4], ids=["whole data", "a share"])
-def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size):
+# The last of three batches is a smaller one. In the last run no validation comes before the change.
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [(30, {}), (4, {}), (4, {"check_val_every_n_epoch": 2})],
+    ids=["whole data", "a share", "the first validation"],
+)
+def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size, options):
     data = regression[1]()[1].dataset
     loader = DataLoader(data, batch_size=batch_size)
     # Of 20 batches, a change in a run of 20 steps takes four at equal distances.
     batches = [batch for i, batch in enumerate(loader) if batch_size == 30 or i % 5 == 2]
     watching = Watching(batches)
     scheduler = RankScheduler([Stage(At(step=6), Rank(1))], measure=True)
-    module = fitted(regression, loader, scheduler, watching)
+    module = fitted(regression, loader, scheduler, watching, **options)
     measured = watching.event.measured
     assert scheduler.history[0].measured == measured
     assert (measured.metric, measured.all_data) == ("val/loss", batch_size == 30)
@@ -73,7 +77,7 @@ def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size):
     assert watching.event.cost in watching.event.reason_and_cost
     assert f"{measured.before:.4g} → {measured.after:.4g}" in watching.event.cost
     # Nothing else differs from a run without.
-    other = fitted(regression, loader, RankScheduler([Stage(At(step=6), Rank(1))]), Watching(batches))
+    other = fitted(regression, loader, RankScheduler([Stage(At(step=6), Rank(1))]), Watching(batches), **options)
     assert all(torch.equal(one, two) for one, two in zip(module.parameters(), other.parameters(), strict=True))
 
 

@@ -234,6 +234,33 @@ def test_measurements_see_the_data_of_the_epoch_and_so_does_the_run(regression):
         assert seen == [[0] * 20, [1] * count, [1] * count, [1] * 20, [2] * 20]
 
 
+def test_loaders_with_one_generator_of_their_own_go_on_as_if_nothing_had_been_validated(regression):
+    """As PyTorch's page on reproducibility makes them; both validations for a change have the same rows."""
+    make, data, trainer = regression
+    rows = data()[1].dataset
+    trained = []
+    for stages in ([], [Stage(At(step=13), Rank(1), how=How(max_regression=0.0))]):
+        trained.append([])
+        validated = []
+
+        class Seeing(make):
+            def training_step(self, batch, batch_idx, seen=trained[-1]):
+                seen.append(batch[0].tolist())
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch, batch_idx, seen=validated):
+                if dynrank.validating_change():
+                    seen.append(batch[0].tolist())
+                super().validation_step(batch, batch_idx)
+
+        generator = torch.Generator().manual_seed(0)
+        loaders = [DataLoader(rows, batch_size=8, shuffle=True, generator=generator) for _ in range(2)]
+        trainer(callbacks=[RankScheduler(stages)], max_epochs=3, limit_val_batches=2).fit(Seeing(), *loaders)
+        assert validated[:2] == validated[2:]
+        assert len(validated) == 4 * len(stages)
+    assert trained[0] == trained[1]
+
+
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
 def test_measurements_take_all_of_loaders_that_are_read_together(regression, mode):
     make, data, trainer = regression

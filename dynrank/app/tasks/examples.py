@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 
 import datasets
@@ -138,28 +138,24 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
         raise ConfigurationError(
             f"the chat template refuses {shown(turns)}: {error}; correct this chat, or set data"
         ) from error
+    ids, offsets = _tokens_with_places(tokenizer, text)
+    last, end = places[-1]
+    if any(start < last < stop for start, stop in offsets):
+        # A token would contain the end of the prompt (a blank) and the begin of the answer. Who asks has the prompt
+        # alone, in which the earlier answers are one text with the rest.
+        ids, offsets = _tokens_with_places(tokenizer, text[:last])
+        for start, stop in ((last, end), (end, len(text))):
+            own = _continuing([text[start:stop]], tokenizer)[0]
+            ids += own
+            offsets += [(start, stop)] * len(own)
+    # A token that contains the begin of an earlier answer is learned, too. Some tokens have no characters.
+    return ids, [any(start < end and first < max(stop, start + 1) for first, end in places) for start, stop in offsets]
+
+
+def _tokens_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of ``text``, and for each its (start, end) in it."""
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = made["offset_mapping"]
-    if any(start < first < stop for start, stop in offsets for first, _ in places):
-        return _in_parts(tokenizer, text, places)
-    return made["input_ids"], [any(first <= start < end for first, end in places) for start, _ in offsets]
-
-
-def _in_parts(tokenizer: Any, text: str, places: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """As :func:`tokens_of_chat`, with tokens of their own for each of the turns at ``places``.
-
-    So it has to be where a token would contain the end of the prompt (a blank) and the begin of the answer: who asks
-    has the prompt alone.
-    """
-    borders = [0, *chain(*places), len(text)]
-    ids: list[int] = []
-    learned: list[bool] = []
-    for number, (start, end) in enumerate(pairwise(borders)):
-        part = [text[start:end]]
-        own = _continuing(part, tokenizer) if start else tokenizer(part, add_special_tokens=False)["input_ids"]
-        ids += own[0]
-        learned += [number % 2 == 1] * len(own[0])
-    return ids, learned
+    return made["input_ids"], made["offset_mapping"]
 
 
 def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:

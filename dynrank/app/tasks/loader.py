@@ -47,7 +47,8 @@ class ResumableLoader(DataLoader[Any]):
             )
         self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
         if overfit:
-            self.stream.different = overfit if isinstance(overfit, int) else int(len(self.stream) * overfit)
+            batches = overfit if isinstance(overfit, int) else int(len(self.stream) * overfit)
+            self.stream.different = min(batches, len(self.stream))
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:

@@ -83,13 +83,19 @@ def is_sequential(trainer: Trainer) -> bool:
     return loop._combined_loader is not None and loop._is_sequential
 
 
+def validation_loaders(trainer: Trainer) -> CombinedLoader | None:
+    """The data loaders of a validation now, which are made if there are none, or are due to be made anew."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    return loop._combined_loader
+
+
 @contextmanager
 def fewer_batches(trainer: Trainer, most: int | None) -> Iterator[None]:
     """Let validations in the block take about ``most`` batches of sequential loaders, at equal distances; None: all."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    # If the loaders are to be made anew in this epoch, now: otherwise they would come from inside the block.
-    loop.setup_data()
-    loaders = loop._combined_loader
+    # Loaders that were made inside the block would not come back after it.
+    loaders = validation_loaders(trainer)
     if most is not None and loaders is not None:
         every = -(-int(sum(loop._max_batches)) // most)
         loop._combined_loader = _Share(loaders, [int(count) for count in loop._max_batches], every)

@@ -161,6 +161,10 @@ class RankScheduler(Callback):
         # Another fit() of this trainer may have logged these.
         self._seen |= private.step_values(trainer)
         self.driver.start(self._run, run_length(trainer, pl_module))
+        # An epoch in which a run is resumed does not begin anew.
+        batches = 0 if trainer.is_last_batch else trainer.fit_loop.batch_idx + 1
+        begin = trainer.global_step - batches // trainer.accumulate_grad_batches
+        self.driver.epoch_begins(trainer.current_epoch, begin, steps_per_epoch(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:
             if trainer.is_last_batch and not self._epoch_has_ended:
                 self._end_epoch_of_before()

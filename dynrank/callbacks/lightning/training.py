@@ -1,15 +1,16 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.validations import validate_silently
+from dynrank.callbacks.lightning.validations import generators_of, validate_silently
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
@@ -59,8 +60,14 @@ class LightningTraining(Training):
 
     @property
     def validation_batches(self) -> int | None:
+        # Where no validation came yet, Lightning has no numbers of batches.
+        private.validation_loaders(self.trainer)
         batches = sum(self.trainer.num_val_batches)
         return int(batches) if 0 < batches < float("inf") and private.is_sequential(self.trainer) else None
+
+    def generators(self) -> Iterable[torch.Generator]:
+        loaders = private.validation_loaders(self.trainer)
+        return () if loaders is None else generators_of(loaders.flattened)
 
     def validate(self) -> Mapping[str, float]:
         """Validate for the metrics only."""

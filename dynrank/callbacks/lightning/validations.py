@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -78,6 +79,23 @@ def also_called(trainer: Trainer, callback: Callback) -> Iterator[None]:
         yield
     finally:
         callbacks.remove(callback)
+
+
+def generators_of(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """The generators from which data ``loaders`` draw their order and the seeds of their workers.
+
+    A loader without one draws from torch's own.
+    """
+    found = dict[int, torch.Generator]()
+    waiting = [*loaders]
+    while waiting:
+        owner = waiting.pop()
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        parts = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+        waiting += [part for part in parts if part is not None]
+    return [*found.values()]
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:

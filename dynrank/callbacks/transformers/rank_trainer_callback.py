@@ -125,6 +125,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._run: TrainerTraining | None = None
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
+        # Whether a step has begun: before it, ``eval_on_start`` evaluates again what the checkpoint has evaluated.
+        self._has_begun = False
         # How many changes were made before the first step that the next logged loss is of; None: it has no step yet.
         self._changes_before_loss: int | None = None
         # Metrics of evaluations that triggers have not read yet, of all data sets.
@@ -232,10 +234,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if state.global_step:
             self._saved[state.global_step] = ranks_of(training.model)
         self.listening = True
+        self._has_begun = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._has_begun = True
         training = self._training(kwargs)
         # Not earlier, because the callbacks that write logs begin after this one.
         if not self._ranks:
@@ -273,7 +277,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     ) -> None:
         if not self.listening:
             return
-        found = numeric_metrics(logs)
+        found = numeric_metrics(logs) if self._has_begun else {}
         if "loss" in found:
             # The Trainer's loss, and what TRL logs with it, are means over the steps since the last one.
             self.driver.logged.log(found, self._changes_before_loss)
@@ -303,7 +307,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         found = numeric_metrics(metrics)
         # A program may also evaluate other data, with a prefix of their own.
         is_read = any(name.startswith("eval_") for name in found) or not found.keys().isdisjoint(self.driver.monitors)
-        if self.listening and state.global_step and is_read:
+        if self.listening and self._has_begun and state.global_step and is_read:
             self._evaluated |= found
 
     def on_train_end(

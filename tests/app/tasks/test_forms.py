@@ -151,12 +151,17 @@ def test_an_answer_is_learned_whole_where_a_token_would_contain_the_end_of_the_p
     try:
         chat = turns("f", "x if y", "g", "else z")
         ids, learned = tokens_of_chat(tokenizer, chat)
-        asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)
+        asked = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, tokenize=False)
     finally:
         tokenizer.chat_template = before
+    prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == "y: f</s>z: x if y</s>y: g</s>z: else z</s>"
-    assert ids[: learned.index(True)] == (asked if isinstance(asked, list) else asked["input_ids"])
-    assert tokenizer.decode([i for i, own in zip(ids, learned, strict=True) if own]) == "x if y</s>else z</s>"
+    # Who asks has the earlier answer in the prompt, there with a token that contains the blank before it.
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(ids[len(prompt) :]) == "else z</s>"
+    assert all(learned[len(prompt) :])
+    assert not learned[len(prompt) - 1]
+    assert tokenizer.decode([i for i, own in zip(ids, learned, strict=True) if own]).strip() == "x if y</s>else z</s>"
 
 
 def test_the_blank_before_the_first_word_of_an_answer_is_kept(metaspace):

@@ -34,7 +34,7 @@ def test_loader_resumes_at_any_batch(given):
     assert stream(second, 10) == stream(loader(), given + 10)[given:]
 
 
-@pytest.mark.parametrize(("overfit", "different"), [(2, 2), (0.5, 3)])
+@pytest.mark.parametrize(("overfit", "different"), [(2, 2), (0.5, 3), (9, 6)])
 def test_every_epoch_has_the_same_batches_if_the_trainer_overfits_batches(overfit, different):
     """Lightning takes so many of each epoch (``limit_train_batches``)."""
     data = TensorDataset(torch.arange(50))

@@ -543,17 +543,37 @@ def test_a_cut_runs_few_files(fit):
     assert len(files) <= 31
 
 
-@pytest.mark.parametrize("lengths", [(2, 4, 6, 8), (8, 6, 4, 2)])
-@pytest.mark.parametrize(("at", "epoch"), [(At(epoch=2), 2), (At(epoch=3), 3), (At(fraction=1.0), 4)])
-def test_epochs_may_differ_in_length(regression, lengths, at, epoch):
-    """Where Lightning makes the loader anew in each; what is due after the last step waits for it."""
+@pytest.fixture
+def curriculum(regression):
+    """Runs ``fit`` with epochs of so many steps, where Lightning makes the loader anew in each."""
     make, data, trainer = regression
 
-    class Curriculum(make):
-        def train_dataloader(self):
-            rows = Subset(data()[1].dataset, range(8 * lengths[self.trainer.current_epoch]))
-            return DataLoader(rows, batch_size=8)
+    def run(lengths, *callbacks, ckpt_path=None):
+        class Curriculum(make):
+            def train_dataloader(self):
+                rows = Subset(data()[1].dataset, range(8 * lengths[self.trainer.current_epoch]))
+                return DataLoader(rows, batch_size=8)
 
+        options = {"max_epochs": len(lengths), "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        trainer(callbacks=[*callbacks], **options).fit(Curriculum(), ckpt_path=ckpt_path)
+
+    return run
+
+
+@pytest.mark.parametrize("lengths", [(2, 4, 6, 8), (8, 6, 4, 2)])
+@pytest.mark.parametrize(("at", "epoch"), [(At(epoch=2), 2), (At(epoch=3), 3), (At(fraction=1.0), 4)])
+def test_epochs_may_differ_in_length(curriculum, lengths, at, epoch):
+    """What is due after the last step waits for it."""
     scheduler = RankScheduler(Stage(at, Rank(2)))
-    trainer(callbacks=[scheduler], max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Curriculum())
+    curriculum(lengths, scheduler)
     assert [event.step for event in scheduler.history] == [sum(lengths[:epoch])]
+
+
+def test_a_run_that_resumes_within_a_shorter_epoch_knows_when_the_next_one_begins(curriculum, tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    lengths = (8, 4, 4, 4)
+    for start in (None, 5, 8, 9, 11, 12):
+        scheduler = RankScheduler(Stage(At(epoch=2), Rank(2)))
+        path = None if start is None else tmp_path / f"step={start}.ckpt"
+        curriculum(lengths, scheduler, *([] if start else [saver]), ckpt_path=path)
+        assert [event.step for event in scheduler.history] == [12], start

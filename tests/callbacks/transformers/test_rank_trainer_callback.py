@@ -59,6 +59,7 @@ TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
 SETS = {"evaluated": {"a": data(4), "b": data(8)}}
 STREAM = datasets.IterableDataset.from_generator(lambda: iter(data(4 * STEPS)))
 
+ON_START = {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}
 
 # For each: the model, the stages, options of the Trainer, and the changes.
 RUNS = {
@@ -67,6 +68,8 @@ RUNS = {
     "a head tied to the embedding": (tied, SHRINK_AND_GROW, {}, [(4, 4, 2), (7, 2, 3)]),
     # At step 4 one evaluation of both sets is still to come, and at 6 the change is decided and not made.
     "a plateau": (own, [Stage(Plateau("eval_b_loss", min_delta=0.9), Rank(2))], EVALUATING | SETS, [(6, 4, 2)]),
+    # A resumed run evaluates once more.
+    "evaluated on start": (own, [Stage(Plateau(min_delta=0.9, patience=2), Rank(2))], ON_START, [(9, 4, 2)]),
     # ``max_steps`` alone tells the length of the run.
     "streamed data": (own, [Stage(At(fraction=0.3), Rank(2))], {"dataset": STREAM}, [(3, 4, 2)]),
 }
