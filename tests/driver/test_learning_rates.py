@@ -12,11 +12,13 @@ from torch import nn
 from torch.optim import lr_scheduler as lr
 from transformers import (
     Adafactor,
+    GreedyLR,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_polynomial_decay_schedule_with_warmup,
 )
 
 from dynrank.driver.learning_rates import LearningRates, check_groups, factor_of_change, warn_of_low_rate
+from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
@@ -52,6 +54,26 @@ def plateau(optimizer):
     scheduler = lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=1e-3)
     step, scheduler.step = scheduler.step, lambda: step(1.0)
     return scheduler
+
+
+@pytest.mark.parametrize("options", [{"patience": 2}, {"patience": 0, "cooldown": 2, "warmup": 2}])
+@pytest.mark.parametrize("before", [[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("after", [[5.0, 4.0, 3.0], [5.0, 6.0, 7.0]])
+def test_a_scheduler_that_waits_for_a_metric_counts_from_nothing_after_a_cut(before, after, options):
+    """Also one that raises the rate after good values, which has counted some."""
+    found = []
+    for earlier in (before, []):
+        scheduler = GreedyLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5), **options)
+        for value in earlier:
+            scheduler.step(value)
+        forget_plateau([scheduler])
+        scheduler.optimizer.param_groups[0]["lr"] = 0.5
+        rates = []
+        for value in after:
+            scheduler.step(value)
+            rates.append(scheduler.optimizer.param_groups[0]["lr"])
+        found.append(rates)
+    assert found[0] == found[1]
 
 
 def in_turn(optimizer, **options):
