@@ -57,7 +57,7 @@ def plateau(optimizer):
 
 
 @pytest.mark.parametrize("options", [{"patience": 2}, {"patience": 0, "cooldown": 2, "warmup": 2}])
-@pytest.mark.parametrize("before", [[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("before", [[9.0, 8.0], [1.0, 2.0]])
 @pytest.mark.parametrize("after", [[5.0, 4.0, 3.0], [5.0, 6.0, 7.0]])
 def test_a_scheduler_that_waits_for_a_metric_counts_from_nothing_after_a_cut(before, after, options):
     """Also one that raises the rate after good values, which has counted some."""
