@@ -7,6 +7,7 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch.optim.lr_scheduler import SequentialLR
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_copy_ = torch._foreach_copy_
@@ -74,7 +76,12 @@ def in_transform() -> bool:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of ``module`` runs hooks of its own."""
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return bool(hooks)
+    return bool(hooks) or has_device_hook(module)
+
+
+def has_device_hook(module: torch.nn.Module) -> bool:
+    """Whether accelerate moves inputs, or weights, between memories in each call of ``module`` (``device_map``)."""
+    return "_hf_hook" in vars(module)
 
 
 def is_fabrics(module: Any) -> bool:
@@ -87,3 +94,10 @@ def is_fabrics(module: Any) -> bool:
 def schedulers_in(scheduler: Any) -> list[Any]:
     """The schedulers that torch's SequentialLR or ChainedScheduler holds; none for others."""
     return list(getattr(scheduler, "_schedulers", ()))
+
+
+def part_in_turn(scheduler: Any) -> Any | None:
+    """The scheduler in torch's SequentialLR whose turn it is; None for others."""
+    if not isinstance(scheduler, SequentialLR):
+        return None
+    return scheduler._schedulers[bisect_right(scheduler._milestones, scheduler.last_epoch)]

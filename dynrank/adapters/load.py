@@ -14,7 +14,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
 from dynrank.layers.finding import modules_by_name, own_layers, plain_modules, tied_weights
-from dynrank.layers.kinds import layer_class
+from dynrank.layers.kinds import OFFLOADED, is_offloaded, layer_class
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import check_dtype, make_layer, place_layers, trained_whole
 from dynrank.output.console import shape_of_update
@@ -208,6 +208,8 @@ def misfit(name: str, base: nn.Module, stored: StoredLayer) -> str | None:
     kind = layer_class(base)
     if kind is None:
         return f"{name!r} is a {type(base).__name__}, which cannot have LoRA"
+    if is_offloaded(base):
+        return f"{name!r} cannot have LoRA: {OFFLOADED}"
     ours = (kind.num_products_of(base), *kind.shape_of(base))
     if ours == (stored.experts, *stored.shape):
         return None

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler
 
 from dynrank.distributed.wrappers import stepping_optimizer
-from dynrank.private import schedulers_in
+from dynrank.private import part_in_turn, schedulers_in
 
 # The rates in a param group by which torch's schedulers compute the present one.
 _BASES = ("initial_lr", "max_lr", "min_lr")
@@ -52,6 +52,16 @@ def with_inner(schedulers: Sequence[Any]) -> list[Any]:
     return found
 
 
+def _waiting(schedulers: Sequence[Any]) -> set[int]:
+    """Ids of the parts of SequentialLR whose turn it is not, with those inside them; they may show the present rate."""
+    found: list[Any] = []
+    for scheduler in schedulers:
+        in_turn = part_in_turn(scheduler)
+        if in_turn is not None:
+            found += [part for part in schedulers_in(scheduler) if part is not in_turn]
+    return {*map(id, with_inner(found))}
+
+
 def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
     """The schedulers of ``optimizer``, with those inside them; none if the rates that they compute are not known here.
 
@@ -77,7 +87,8 @@ def multiply(
     if ratio == 1.0:
         return
     now = float(group["lr"])
-    present = [s for s in schedulers if shown_rate(s, index) == now]
+    waiting = _waiting(schedulers)
+    present = [s for s in schedulers if id(s) not in waiting and shown_rate(s, index) == now]
     # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
     floor = next((s.eta_min for s in present if hasattr(s, "eta_min")), 0.0)
     base = float(group.get("initial_lr", now))

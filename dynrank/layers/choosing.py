@@ -13,7 +13,7 @@ from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name, parameter_count
 from dynrank.layers.foreign import class_if_imported
-from dynrank.layers.kinds import layer_class
+from dynrank.layers.kinds import OFFLOADED, is_offloaded, layer_class
 from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
 
 PRESETS = ("attention", "all-linear")
@@ -61,6 +61,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
             reason = outside[name]
         elif id(modules[name]) in alone:
             reason = "torch.compile has wrapped this module alone and would still call it; compile the model afterwards"
+        elif is_offloaded(modules[name]):
+            reason = OFFLOADED
         elif layer_class(modules[name]) is None:
             kind = type(modules[name]).__name__
             reason = f"{kind} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts, or computes its weight"

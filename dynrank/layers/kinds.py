@@ -13,7 +13,7 @@ from dynrank.layers.base import LoRALayer, whole_shape
 from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
-from dynrank.private import has_hooks, in_transform
+from dynrank.private import has_device_hook, has_hooks, in_transform
 
 
 class LoRALinear(LoRALayer):
@@ -162,6 +162,16 @@ LAYERS: tuple[type[LoRALayer], ...] = (
     LoRAExpertStack,
     LoRARouterWeight,
 )
+
+
+OFFLOADED = "accelerate keeps its weight elsewhere between calls (device_map); load the model whole into one memory"
+
+
+def is_offloaded(base: nn.Module) -> bool:
+    """Whether accelerate brings the weight of ``base`` for each call alone, from another memory or a disk."""
+    called = base.owner if isinstance(base, BareParameter) else base
+    weight = getattr(base, "weight", None)
+    return has_device_hook(called) and isinstance(weight, Tensor) and weight.is_meta
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:

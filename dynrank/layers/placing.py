@@ -1,5 +1,7 @@
 """Putting LoRA layers into a model, and merging them into their bases."""
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -132,6 +134,7 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
 
     Existing LoRA layers are replaced by the new layer of their base, or by the base itself.
     """
+    _warn_of_shared(model, layers)
     model.requires_grad_(False)
     new = {id(module.base): module for module in stand_ins(layers.values())}
     old = [module for module in model.modules() if isinstance(module, LoRALayer | LoRAOwner)]
@@ -146,6 +149,17 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
                 trained_whole(module).add(leaf)
     store_on(model, "adapted", True)
     follow_base(model)
+
+
+def _warn_of_shared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    shared = [name for name, layer in layers.items() if places[id(layer.base)] > 1]
+    if shared:
+        warnings.warn(
+            f"{shared[0]!r} and {len(shared) - 1} other layers stand in several places of the model, and get LoRA in "
+            "all of them. PEFT 0.21 adapts the first place alone, so there the same adapter computes something else",
+            stacklevel=4,
+        )
 
 
 def trained_whole(module: nn.Module) -> set[str]:

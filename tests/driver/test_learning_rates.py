@@ -76,8 +76,8 @@ def test_a_scheduler_that_waits_for_a_metric_counts_from_nothing_after_a_cut(bef
     assert found[0] == found[1]
 
 
-def in_turn(optimizer, **options):
-    parts = lr.LinearLR(optimizer, 0.1, total_iters=4), lr.CosineAnnealingLR(optimizer, 14, **options)
+def in_turn(optimizer, first=lr.LinearLR, **options):
+    parts = first(optimizer, 0.1, total_iters=4), lr.CosineAnnealingLR(optimizer, 14, **options)
     return lr.SequentialLR(optimizer, [*parts], [4])
 
 
@@ -103,6 +103,7 @@ SCHEDULERS = {
     "Plateau": lambda o, f: plateau(o),
     "Sequential": lambda o, f: in_turn(o),
     "Sequential to a floor": lambda o, f: in_turn(o, eta_min=0.1),
+    "Constant below a later floor": lambda o, f: in_turn(o, lr.ConstantLR, eta_min=0.1),
     "Chained": lambda o, f: lr.ChainedScheduler([lr.LinearLR(o, 0.1, total_iters=9), lr.ExponentialLR(o, 0.9)]),
 }
 

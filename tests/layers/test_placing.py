@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 from trained import updated
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dynrank
+from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LoRALinear
 from dynrank.rank_map import RankBounds
@@ -58,6 +62,44 @@ def test_rank_that_is_too_high_for_a_layer_is_lowered_only_beside_a_preset(net, 
     layers = dict(dynrank.lora_layers(moe))
     assert layers["model.layers.0.mlp.gate.weight"].rank == moe.config.num_experts < 8
     assert layers["model.layers.0.self_attn.q_proj"].rank == 8
+
+
+def test_a_base_that_accelerate_has_offloaded_is_refused_and_one_that_it_only_moves_is_called(tiny_llama, tmp_path):
+    """The device hook doubles the input here, so a layer that leaves it out is seen."""
+    dynrank.save_adapter(dynrank.add_lora(load_causal_lm(str(tiny_llama)), rank=2), tmp_path)
+    offloaded = cpu_offload(load_causal_lm(str(tiny_llama)), torch.device("cpu"))
+    said = r"'model\.layers\.0\.\S*_proj' cannot have LoRA: accelerate keeps its weight elsewhere"
+    with pytest.raises(ConfigurationError, match=said):
+        dynrank.add_lora(offloaded, rank=2)
+    with pytest.raises(ConfigurationError, match=said):
+        dynrank.load_adapter(offloaded, tmp_path)
+    assert not [*dynrank.lora_layers(offloaded)]
+
+    class Doubling(ModelHook):
+        def pre_forward(self, module, x):
+            return (2 * x,), {}
+
+    net = nn.Sequential(nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    add_hook_to_module(net[0], Doubling())
+    expected = net(x)
+    assert_close(dynrank.add_lora(net, rank=2)(x), expected)
+
+
+def test_a_layer_in_several_places_is_named_because_peft_adapts_the_first_one_alone(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Linear(4, 4)] * 3)
+
+    with pytest.warns(UserWarning, match="'0' and 0 other layers stand in several places .* PEFT"):
+        model = updated(dynrank.add_lora(net(), rank=2))
+    assert [model[i] is model[0] for i in range(3)] == [True] * 3
+    dynrank.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="several places"):
+        loaded = dynrank.load_adapter(net(), tmp_path)
+    assert_close(loaded(x), model(x))
+    assert not torch.allclose(PeftModel.from_pretrained(net(), tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("in_a_file", [False, True])

@@ -42,6 +42,10 @@ def nothing(*_, **__):
     pass
 
 
+def of_none(_):
+    return ()
+
+
 def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
     """As it was: torch weighs the smoothed mass by the class that receives it, and divides by the batch's weights."""
     if not self.several:
@@ -78,11 +82,12 @@ def by_usual_names(*args, trained, **options):
 FAULTS = {
     "rates of the program lose the factor": (32, "rates", LearningRates, "_notice", LearningRates._leave),
     "a head's rate in a shared tensor is raised": (24, "rates", schedulers, "_as", in_place),
-    "limits are raised": (141, "rates", schedulers, "keep_limit", nothing),
-    "base rates are not raised": (4, "rates", schedulers, "multiply_bases", nothing),
+    "limits are raised": (309, "rates", schedulers, "keep_limit", nothing),
+    "base rates are not raised": (1, "rates", schedulers, "multiply_bases", nothing),
     "rates are not raised in the step": (3, "rates", LearningRates, "_change", nothing),
-    "a plateau goes on waiting": (68, "rates", driver, "forget_plateau", nothing),
-    "a resumed run forgets who sets the rate": (33, "rates", torch.optim.SGD, "load_state_dict", forgetting),
+    "a plateau goes on waiting": (12, "rates", driver, "forget_plateau", nothing),
+    "a part of a SequentialLR acts before its turn": (178, "rates", schedulers, "_waiting", of_none),
+    "a resumed run forgets who sets the rate": (126, "rates", torch.optim.SGD, "load_state_dict", forgetting),
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", lightning_best, "_begin_anew", nothing),
     "a score that Lightning keeps counts again": (110, "best", RankScheduler, "on_validation_start", nothing),

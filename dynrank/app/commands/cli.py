@@ -116,12 +116,14 @@ def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> Non
 
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
+    from dynrank.app.keys import keys_of
     from dynrank.app.runs.job import build
     from dynrank.driver.checks import depends_on_data, final_ranks
+    from dynrank.driver.reserved import slot_notice
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
     from dynrank.output.ranks import ranks
-    from dynrank.output.slots import slot_line
+    from dynrank.output.slots import average, slot_line
 
     job = build(config, on_meta=True)
     model: Any = job.module.model
@@ -151,7 +153,10 @@ def print_ranks(config: DictConfig) -> None:
         )
     table.add_section()
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", f"{end:,}", "")
-    table.caption = f"at the end, {about}{slot_line(final)}"
+    # Where the run decides which layers get more than others, a line says how high one can become.
+    notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
+    said = f"about rank {average(final):.1f} on average; {notice}" if notice else f"{about}{slot_line(final)}"
+    table.caption = f"at the end, {said}"
     print_table(table)
 
 

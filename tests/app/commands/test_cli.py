@@ -68,6 +68,25 @@ def test_ranks_shows_what_to_expect_where_the_data_decide(table):
     assert 16 * 42_240 - 1_920 < int(total[7].replace(",", "")) <= 16 * 42_240
 
 
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (
+            ["early_budget", "schedule.final_rank=8"],
+            "rank 8.* on average; a server .* up to 32; schedule.highest=16 limits it",
+        ),
+        (
+            ["after_convergence", "schedule.shared=false"],
+            "at the end, highest rank 16, average 16.0: a server's slot has 16",
+        ),
+    ],
+)
+def test_ranks_says_how_high_a_servers_slot_can_become(schedule, said, monkeypatch, capsys):
+    monkeypatch.setattr(console, "table_console", lambda: Console(width=250))
+    print_ranks(dynrank.compose([f"schedule={schedule[0]}", *schedule[1:]]))
+    assert re.search(said, capsys.readouterr().out)
+
+
 def test_ranks_counts_the_parameters_of_all_experts(table, tiny_moe, tiny_llama, tmp_path):
     tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)

@@ -36,8 +36,8 @@ SIGN_ONLY = {"betas": (0.0, 0.0), "eps": 1e-30, "weight_decay": 0.0}
 BEST = math.inf
 
 
-def in_turn(optimizer, _):
-    parts = lr.LinearLR(optimizer, 0.2, total_iters=3), lr.CosineAnnealingLR(optimizer, 12, eta_min=0.01)
+def in_turn(optimizer, first, lowest=0.01):
+    parts = first(optimizer, 0.2, total_iters=3), lr.CosineAnnealingLR(optimizer, 12, eta_min=lowest)
     return lr.SequentialLR(optimizer, [*parts], [3])
 
 
@@ -67,7 +67,8 @@ SCHEDULERS = {
     "OneCycle": lambda o, rates: lr.OneCycleLR(o, [*rates], total_steps=TOTAL + 1, cycle_momentum=False),
     "Exponential": lambda o, _: lr.ExponentialLR(o, 0.9),
     "Linear": lambda o, _: lr.LinearLR(o, 0.3, total_iters=5),
-    "Sequential": in_turn,
+    "Sequential": lambda o, _: in_turn(o, lr.LinearLR),
+    "Sequential, constant": lambda o, _: in_turn(o, lr.ConstantLR, 0.05),
     "Chained": lambda o, _: chained(o, lr.ExponentialLR(o, 0.9)),
     "Chained to a limit": lambda o, _: chained(o, lr.CosineAnnealingLR(o, 15, eta_min=0.02)),
     "Cyclic": cyclic,

@@ -246,11 +246,15 @@ def _are_turns(sample: Sample, column: Theirs) -> bool:
 
 
 def _are_flags(lists: Sequence[Sequence[Any]]) -> bool:
-    """Whether lists of labels are vectors with a flag for each class; as labels, no number would stand in one twice."""
+    """Whether lists of labels are vectors with a flag for each class.
+
+    As labels, no number would stand in a list twice, and the same two would stand in one order.
+    """
+    vectors = [[*flags] for flags in lists]
     return (
-        len({len(flags) for flags in lists}) == 1
-        and all(flag in (0, 1) for flags in lists for flag in flags)
-        and any(len({*flags}) < len(flags) for flags in lists)
+        len({*map(len, vectors)}) == 1
+        and all(flag in (0, 1) for vector in vectors for flag in vector)
+        and (any(len({*vector}) < len(vector) for vector in vectors) or ([0, 1] in vectors and [1, 0] in vectors))
     )
 
 

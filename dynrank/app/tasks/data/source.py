@@ -122,7 +122,25 @@ def _csv(path: Path) -> Iterator[Numbered]:
         heading = next(filter(str.strip, file), "")
     delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", heading).count)
     advice = f"a text that holds {delimiter!r} belongs in quotes"
-    return _table(path, advice, delimiter=delimiter, newlines_in_values=True)
+    last: tuple[int, dict[str, str]] | None = None
+    for number, row in _table(path, advice, delimiter=delimiter, newlines_in_values=True):
+        if isinstance(row, str):
+            yield number, row
+            continue
+        if last is not None:
+            yield last
+        last = number, row
+    if last is not None:
+        number, cells = last
+        # To pyarrow the end of the file closes a quoted text, too.
+        is_open = "\n" in next(reversed(cells.values())) and not _ends_with_quote(path)
+        yield number, "has a quote that nothing closes, so all that follows is in its text" if is_open else cells
+
+
+def _ends_with_quote(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _BLOCK))
+        return file.read().rstrip().endswith(b'"')
 
 
 def _tsv(path: Path) -> Iterator[Numbered]:
@@ -137,7 +155,7 @@ def _unquoted(cell: str) -> str:
     return whole[1].replace('""', '"') if whole else cell
 
 
-def _table(path: Path, advice: str, **options: Any) -> Iterator[Numbered]:
+def _table(path: Path, advice: str, **options: Any) -> Iterator[tuple[int, dict[str, str] | str]]:
     """Rows of cells, which are all texts; the heading is row 1."""
     faults: dict[int, str] = {}
 

@@ -152,6 +152,10 @@ def test_a_vector_with_a_flag_for_each_class_is_no_list_of_labels(flag, tmp_path
         ConfigurationError, match=r"vectors of 0 and 1 in its column 'label', such as \[.*list of the lab"
     ):
         checked(write(tmp_path / "flags.jsonl", rows))
+    # Of two classes, one for each text.
+    one_hot = [{**row, "label": [flag(i % 2), flag(1 - i % 2)]} for i, row in enumerate(rows)]
+    with pytest.raises(ConfigurationError, match="vectors of 0 and 1"):
+        checked(write(tmp_path / "two.jsonl", one_hot))
     # Numbers of the labels, of which a row has two.
     for row, i in zip(rows, range(60), strict=True):
         row["label"] = [i % 2, 2 + i % 3]
@@ -367,6 +371,23 @@ def test_unusable_rows_are_left_out_and_counted_on_request(tmp_path):
     assert found.unusable == {"train": 3}
     with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
         read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
+
+
+@pytest.mark.parametrize("ending", ["\n", "", "\r\n"])
+def test_a_quote_that_nothing_closes_is_named_and_one_of_many_lines_is_not(ending, tmp_path):
+    lines = [f'{row["label"]},"{row["text"]}"' for row in ROWS]
+    file = tmp_path / "a.csv"
+    file.write_bytes(
+        (ending or "\n").join(["label,text", *lines, 'odd,"of\ntwo ""lines"""  ']).encode() + ending.encode()
+    )
+    assert column(checked(str(file)), "text")[0].startswith('of\ntwo "lines"')
+    lines[20] = 'odd,"so it begins'
+    lines[21:] = [f"{row['label']},{row['text'].replace(',', ';')}" for row in ROWS[21:]]
+    file.write_bytes((ending or "\n").join(["label,text", *lines]).encode() + ending.encode())
+    with pytest.raises(
+        ConfigurationError, match=r": row 22 has a quote that nothing closes, so all that follows is in it"
+    ):
+        checked(str(file))
 
 
 def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
