@@ -68,7 +68,7 @@ SCHEDULERS = {
     "Exponential": lambda o, _: lr.ExponentialLR(o, 0.9),
     "Linear": lambda o, _: lr.LinearLR(o, 0.3, total_iters=5),
     "Sequential": lambda o, _: in_turn(o, lr.LinearLR),
-    "Sequential, constant": lambda o, _: in_turn(o, lr.ConstantLR, 0.05),
+    "Sequential, constant": lambda o, _: in_turn(o, lr.ConstantLR, 0.03),
     "Chained": lambda o, _: chained(o, lr.ExponentialLR(o, 0.9)),
     "Chained to a limit": lambda o, _: chained(o, lr.CosineAnnealingLR(o, 15, eta_min=0.02)),
     "Cyclic": cyclic,
