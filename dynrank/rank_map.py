@@ -18,6 +18,8 @@ from dynrank.errors import ConfigurationError, Count, Positive, checked, shown
 
 T = TypeVar("T")
 
+# What PEFT puts before the names of a model that it has wrapped; its own patterns match names without it.
+PREFIX = "base_model.model."
 # Errors of re.compile.
 EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
 # In the name of a module around a layer.
@@ -139,8 +141,9 @@ def first_matches(pattern: Mapping[str, T], names: Iterable[str], *, kinds: bool
     matches = {}
     for name in names:
         kind = kind_of(name) if kinds else None
+        inside = name.rpartition(PREFIX)[2]
         for key, expression, value in expressions:
-            if key == kind or expression.match(name):
+            if key == kind or expression.match(inside) or expression.match(name):
                 matches[name] = value
                 break
     return matches

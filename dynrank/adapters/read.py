@@ -38,9 +38,9 @@ from dynrank.adapters.stored import (
     stored_tensor,
 )
 from dynrank.errors import ConfigurationError, read_as
+from dynrank.rank_map import PREFIX
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 # In the metadata of the file: {layer: exponent of the power of two by which its factors were multiplied}, as JSON.
 POWERS = "dynrank.powers"
 _Power = Annotated[int, Field(strict=True, ge=-MOST_POWER, le=MOST_POWER)]

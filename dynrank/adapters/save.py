@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
 from dynrank.adapters.precision import Rounded, Rounding, check_file_dtype, head_in, in_dtype, rounding
-from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, open_adapter, wrapper_names
+from dynrank.adapters.read import WEIGHTS_FILE, open_adapter, wrapper_names
 from dynrank.adapters.write import rewrite_adapter, write_adapter
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
@@ -26,7 +26,7 @@ from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.private import source_of, stacked_as
-from dynrank.rank_map import peft_ranks
+from dynrank.rank_map import PREFIX, peft_ranks
 
 # The names that PEFT takes for experts in checkpoints of transformers 4, by the family that others are stacked as.
 _TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}

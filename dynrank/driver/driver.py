@@ -43,7 +43,7 @@ from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
-from dynrank.driver.due import DueStage
+from dynrank.driver.due import DueStage, keeps_rank
 from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
@@ -56,6 +56,7 @@ from dynrank.driver.training import MeasuredSteps, Training
 from dynrank.driver.undo import RegressionTest, Undo, batches_to_measure
 from dynrank.driver.validation import validate
 from dynrank.errors import ConfigurationError, described, read_as
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map
 from dynrank.schedules import Schedule, Stage
@@ -456,11 +457,8 @@ class RankDriver:
         # The same in all processes, because gradients are; process 0 decides all the same.
         importance = self._importance.of_layers() if self._importance is not None else {}
         # The importance of an update needs the gradients of the step after it.
-        if "importance" in stage.to.needs and not importance and training.step >= 2:
-            training.warn(
-                f"the change of rank at step {training.step} shares ranks by importance, and nothing is known of any "
-                "layer, so all layers count alike: no gradients of the adapters were there when a step ended"
-            )
+        if "importance" in stage.to.needs and training.step >= 2:
+            self._warn_of_unknown(training, layers)
         last = index == len(self.stages) - 1
         due = DueStage(stage, last, decided.reason, layers, self._bounds, directions, importance)
         event = None
@@ -494,6 +492,23 @@ class RankDriver:
             if event is not None and history and history[-1] is event:
                 training.tell(event)
         return event
+
+    def _warn_of_unknown(self, training: Training, layers: Mapping[str, RankedLayer]) -> None:
+        """Warn if there is no importance of some of the ``layers`` that share ranks by it, or of any."""
+        assert self._importance is not None
+        free = {name for name, layer in layers.items() if not keeps_rank(layer, self._bounds[name])}
+        unknown = [name for name in self._importance.unmeasured() if name in free]
+        if unknown and len(unknown) == len(free):
+            training.warn(
+                f"the change of rank at step {training.step} shares ranks by importance, and nothing is known of any "
+                "layer, so all layers count alike: no gradients of the adapters were there when a step ended"
+            )
+        elif unknown:
+            training.warn(
+                f"{unknown[0]!r} and {len(unknown) - 1} other layers had no gradients before the change of rank at "
+                f"step {training.step}, so they count as unimportant. If a module reads their weights without calling "
+                "them, their LoRA does nothing: leave them out of target_modules"
+            )
 
     def _compute(self, training: Training, due: DueStage) -> Change:
         """The change to the ranks that the stage's target gives for the present state of the layers; not yet made."""

@@ -94,6 +94,10 @@ class ImportanceSums:
             found[name] = LayerImportance(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
         return found
 
+    def unmeasured(self) -> list[str]:
+        """The layers that have never had an update and a gradient after it."""
+        return [name for name, count in zip(self._names, self._steps.tolist(), strict=True) if not count]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
         return {"sums": self._sums.clone(), "squares": self._squares.clone(), "steps": self._steps.clone()}

@@ -50,7 +50,8 @@ class Training:
             adapters' rate (``lr_factor``), the rates of torch's schedulers, which logs show, are then multiplied.
             Where none is named, the rate is raised inside each step of the optimizer, and the rates that the loop sets,
             and logs, are those without the factor. ReduceLROnPlateau starts anew after a cut. The list may be replaced
-            during the run.
+            during the run. A scheduler that is made after a change begins at the rate that it finds, with the factor;
+            one with a rate of its own (SWALR, OneCycleLR) keeps that rate, so name it from the start.
 
     A class that validates, for schedules that read a metric:
 

@@ -19,6 +19,8 @@ from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
 PRESETS = ("attention", "all-linear")
 # Their forward passes the children's weights to a fused function and does not call the children.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# What the attention of WavLM passes to such a function.
+_OF_WAVLM = ["q_proj", "k_proj", "v_proj", "out_proj"]
 # Kernels of state-space layers (Mamba) read the weights of these on CUDA; on other devices the layers are called.
 _OF_MAMBA = ["x_proj", "dt_proj", "out_proj"]
 # The names of the new heads of transformers' ...ForSequenceClassification.
@@ -91,6 +93,8 @@ def _past_forward(module: nn.Module) -> list[str]:
     """Names of the modules in ``module`` whose weights it reads without calling them, at least on some device."""
     if isinstance(module, _PAST_CHILDREN):
         return [child for child, _ in module.named_modules() if child]
+    if isinstance(module, class_if_imported("transformers.models.wavlm.modeling_wavlm.WavLMAttention")):
+        return _OF_WAVLM
     # Gated delta nets have A_log, too, but call all their layers.
     return _OF_MAMBA if hasattr(module, "A_log") and hasattr(module, "in_proj") else []
 

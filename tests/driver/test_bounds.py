@@ -88,6 +88,15 @@ def rules_of(rank_map):
 # A rule and a layer
 
 
+def test_a_key_that_begins_at_the_first_letter_of_a_name_is_of_the_model_that_peft_has_wrapped():
+    first = f"^{NAMES[0]}"
+    model = wrapped(**{first: 3})
+    assert ranks_of(model)[:2] == [3, 8]
+    for key in (first, f"^base_model.model.{NAMES[0]}"):
+        bounds = bounds_of(dict(dynrank.lora_layers(model)), rules_of({key: {"pinned": True}}))
+        assert [bound.pinned for bound in bounds.values()] == [True] + [False] * (len(NAMES) - 1)
+
+
 def test_the_schedules_rule_goes_before_the_layers_own_as_a_whole():
     model = own(o_proj={"rank": 6, "final_rank": 2}, mlp={"pinned": True})
     layers = dict(dynrank.lora_layers(model))

@@ -387,6 +387,7 @@ def test_step_takes_no_operation_where_no_stage_asks_for_importance(target):
     assert operations_in_a_step(8, target) == 0
 
 
+@pytest.mark.filterwarnings("ignore:'idle' and 0 other layers had no gradients")
 def test_importance_is_measured_until_the_last_stage_that_asks_for_it():
     model = model_of()
     shared = Stage(At(step=10), Budget(share=0.8))
@@ -614,6 +615,32 @@ def test_change_that_knows_nothing_of_any_layer_warns():
         training.step += 1
         driver.end_step(training)
     with pytest.warns(match="at step 3 shares ranks by importance, and nothing is known"):
+        driver.advance(training)
+
+
+def test_layers_that_no_step_has_reached_are_named_at_the_change():
+    """As those whose weights a module reads past them; a pinned one has no part in the change."""
+
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read, self.pinned = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x):
+            return self.called(nn.functional.linear(x, self.read.weight))
+
+    model = dynrank.add_lora(Past(), rank=4, rank_map={"pinned": {"pinned": True}})
+    driver = RankDriver(Stage(At(step=3), Budget(share=0.5)))
+    training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
+    driver.start(training, Run(total_steps=20))
+    for step in range(3):
+        driver.advance(training)
+        training.optimizers[0].zero_grad()
+        model(X[step]).square().mean().backward()
+        training.optimizers[0].step()
+        training.step += 1
+        driver.end_step(training)
+    with pytest.warns(match="'read' and 0 other layers had no gradients before the change of rank at step 3"):
         driver.advance(training)
 
 

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from torch.nn.utils import prune
 
+import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.choosing import target_names
 
@@ -102,6 +103,21 @@ def test_children_with_bypassed_forward_are_skipped_or_refused_by_name():
             target_names(model, [name])
     with pytest.raises(ConfigurationError, match="its parent reads the weight"):
         target_names(fused["layer"], r"self_attn\.out_proj")
+
+
+def test_every_layer_of_wavlm_that_gets_lora_gets_gradients():
+    """Its attention passes the weights of its layers to a function of torch."""
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    config = hf.WavLMConfig(**TINY, **ENCODER, **convolutions, **positions, classifier_proj_size=8)
+    model = hf.WavLMForSequenceClassification(config)
+    with pytest.raises(ConfigurationError, match="q_proj' cannot have LoRA: its parent reads the weight past"):
+        target_names(model, ["q_proj"])
+    dynrank.add_lora(model, rank=2)
+    model(torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
+    names = [name.rpartition(".")[2] for name, layer in dynrank.lora_layers(model) if layer.lora_B.grad is not None]
+    assert len(names) == len([*dynrank.lora_layers(model)])
+    assert {"intermediate_dense", "output_dense", "gru_rel_pos_linear"} <= {*names}
 
 
 class OwnForward(nn.Linear):
