@@ -159,7 +159,7 @@ def squeeze(
         rank: highest rank of every layer.
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
-            directions with the largest squared singular values of the update (scaling included) are kept.
+            directions with the most energy of the update (scaling included) for a parameter are kept.
         dtype: dtype of the new files, see :func:`dynrank.save_adapter`; "nf4": codes of 4 bits (arXiv:2305.14314) with
             a least-squares scale for each 64, about a seventh of float32, which change the update by about 12%. All of
             dynrank reads them as they lie; others read them after a squeeze to torch.float32. None: as stored.

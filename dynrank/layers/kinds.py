@@ -116,7 +116,8 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
-        rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
+        by_count = self.base.scale_grad_by_freq
+        rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx, scale_grad_by_freq=by_count)
         rows = self.dropout(rows)
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
         return y + update.to(y.dtype)

@@ -25,6 +25,7 @@ KINDS = {
     "conv1d": (lambda: Conv1D(6, 7), lambda: torch.randn(2, 4, 7)),
     "embedding": (lambda: nn.Embedding(10, 6), lambda: IDS),
     "embedding-padding": (lambda: nn.Embedding(10, 6, padding_idx=2), lambda: IDS),
+    "embedding-by-count": (lambda: nn.Embedding(10, 6, scale_grad_by_freq=True), lambda: IDS),
     "conv2d-1x1": (lambda: nn.Conv2d(4, 6, 1, bias=False), lambda: torch.randn(2, 4, 5, 5)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2)), lambda: torch.randn(2, 4, 9, 8)),
     "conv2d-same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), lambda: torch.randn(4, 7, 8)),
@@ -160,8 +161,8 @@ def test_gradients_equal_float64_autograd_of_the_formula(kind):
     torch.func.functional_call(wide, {"weight": weight}, leaf).backward(dy.double())
     # The gradient of lora_A is zero in both where a row is padding.
     pairs = [(layer.lora_A.grad, lora_A.grad)]
-    # With padding, lora_B learns from the row of the padding, too.
-    if getattr(base, "padding_idx", None) is None:
+    # lora_B learns from the row of the padding, too, and from each row as often as it comes, as PEFT's.
+    if getattr(base, "padding_idx", None) is None and not getattr(base, "scale_grad_by_freq", False):
         pairs.append((layer.lora_B.grad, lora_B.grad))
     if x.is_floating_point():
         pairs.append((x.grad, leaf.grad))

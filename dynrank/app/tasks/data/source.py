@@ -123,7 +123,9 @@ def _csv(path: Path) -> Iterator[Numbered]:
     delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", heading).count)
     advice = f"a text that holds {delimiter!r} belongs in quotes"
     last: tuple[int, dict[str, str]] | None = None
+    end = 0
     for number, row in _table(path, advice, delimiter=delimiter, newlines_in_values=True):
+        end = max(end, number)
         if isinstance(row, str):
             yield number, row
             continue
@@ -133,7 +135,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
     if last is not None:
         number, cells = last
         # To pyarrow the end of the file closes a quoted text, too.
-        is_open = "\n" in next(reversed(cells.values())) and not _ends_with_quote(path)
+        is_open = number == end and "\n" in next(reversed(cells.values())) and not _ends_with_quote(path)
         yield number, "has a quote that nothing closes, so all that follows is in its text" if is_open else cells
 
 

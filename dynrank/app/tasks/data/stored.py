@@ -20,7 +20,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
 
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 8
+READ = 9
 # The fewest rows for which one more process is worth its start.
 _ENOUGH = 20_000
 # The most faults that one message lists, and the most rows of one fault.

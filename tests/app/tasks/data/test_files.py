@@ -390,6 +390,14 @@ def test_a_quote_that_nothing_closes_is_named_and_one_of_many_lines_is_not(endin
         checked(str(file))
 
 
+def test_a_text_of_many_lines_before_an_unusable_last_line_is_no_open_quote(tmp_path):
+    lines = [f'{row["label"]},"{row["text"]}\nmore"' for row in ROWS]
+    (tmp_path / "a.csv").write_text("\n".join(["label,text", *lines, "(200 rows affected)", ""]))
+    with pytest.raises(ConfigurationError, match=r"a\.csv: row 202 has 1 cells, and the heading 2"):
+        checked(str(tmp_path / "a.csv"))
+    assert len(column(checked(str(tmp_path / "a.csv"), skip_unusable=True), "text")) == len(ROWS)
+
+
 def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
     kinds = ['"so begins {}', 'ends {} "', 'in "the" midst {}', '"']
     texts = {kind.format(i): kind.format(i) for i in range(20) for kind in kinds}
