@@ -129,6 +129,12 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             f"optimizer {name} keeps all parameters in one vector, whose length cannot change; take another one",
             "optimizers",
         )
+    if name == "peft.LoraFAOptimizer":
+        raise ConfigurationError(
+            f"optimizer {name} has the scaling of each factor, and its state by names, from its start; take another "
+            "one",
+            "optimizers",
+        )
     if optimizer_state == "reset":
         if isinstance(optimizer, ZeroOptimizer):
             raise ConfigurationError(

@@ -138,8 +138,11 @@ class Training:
         return {}
 
     def logs_later(self, name: str) -> bool:
-        """Whether training, which has not logged the metric ``name``, may yet do so: a trigger then waits for it."""
-        return False
+        """Whether training, which has not logged the metric ``name``, may yet do so: a trigger then waits for it.
+
+        Of a plain loop nobody knows when it logs, so only metrics of validations (``val…``) have to be there.
+        """
+        return not name.startswith("val")
 
     # For a trainer that keeps factors in tensors of its own
 

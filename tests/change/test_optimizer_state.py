@@ -11,6 +11,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from prodigyopt import Prodigy
 from torch import nn
 from torch.optim import Optimizer
@@ -391,6 +393,15 @@ def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
         assert all(repr(other.__name__) in str(caught.value) for other in known & {*OF_TORCH})
         dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
     assert torch.tensor(train(net, optimizer, steps)).isfinite().all()
+
+
+def test_pefts_lorafa_is_refused_also_with_new_moments():
+    """It stops at the first step after a change, whatever becomes of its state."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=4, target_modules=["0"]))
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=4, lr=1e-3)
+    for optimizer_state in ("reset", "transport"):
+        with pytest.raises(ConfigurationError, match="optimizer peft.LoraFAOptimizer has .*; take another one"):
+            check_optimizer(optimizer, model.parameters(), optimizer_state)
 
 
 def test_prodigy_that_keeps_a_slice_of_its_state_is_refused_in_advance():
