@@ -28,9 +28,9 @@ class LoRALinear(LoRALayer):
         """The output by an operation of torch for each part of the formula, in the dtype of x.
 
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
-        the backward. This formula runs under ``torch.compile``, which can fuse plain operations; under ``torch.func``,
-        whose transforms the op does not support; if the base has hooks, which only its own call runs; and if its weight
-        or bias is trained, whose gradients the op does not compute.
+        the backward. This formula runs under ``torch.compile``, which can fuse plain operations; under ``torch.func``
+        and ``torch.jit.trace``, which do not support the op; if the base has hooks, which only its own call runs; and
+        if its weight or bias is trained, whose gradients the op does not compute.
         """
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         y: Tensor = self.base(x)
@@ -41,7 +41,8 @@ class LoRALinear(LoRALayer):
         return has_hooks(self.base) or bool(self.trained_in_base())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "reference" or torch.compiler.is_compiling() or in_transform() or self._needs_own_call():
+        is_recorded = torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()
+        if self.backend == "reference" or is_recorded or self._needs_own_call():
             return self.reference(x)
         return lora_linear(
             x,

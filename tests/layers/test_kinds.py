@@ -107,6 +107,18 @@ def test_hooks_of_the_base_run(base):
     assert_close(seen, [base(x + 1)])
 
 
+# torch calls its tracer deprecated.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(4, 7), (2, 4, 7)])
+def test_a_traced_layer_computes_what_the_layer_does_also_for_other_inputs(shape, grad):
+    layer = adapt(nn.Linear(7, 6))
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, torch.randn(shape))
+    x = torch.randn(3, *shape[1:])
+    assert_close(traced(x), layer(x))
+
+
 def test_gradients_of_each_example_by_torch_func_are_those_of_a_backward():
     layer = adapt(nn.Linear(7, 6))
     x = torch.randn(4, 7)
