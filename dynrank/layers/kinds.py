@@ -41,7 +41,7 @@ class LoRALinear(LoRALayer):
         return has_hooks(self.base) or bool(self.trained_in_base())
 
     def forward(self, x: Tensor) -> Tensor:
-        is_recorded = torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()
+        is_recorded = torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if self.backend == "reference" or is_recorded or self._needs_own_call():
             return self.reference(x)
         return lora_linear(
