@@ -202,11 +202,15 @@ def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[s
 
 
 def metric_value(
-    metrics: Mapping[str, float], name: str, arguments: Mapping[str, str], group: ProcessGroup | None
+    metrics: Mapping[str, float],
+    name: str,
+    arguments: Mapping[str, str],
+    group: ProcessGroup | None,
+    advice: str = "",
 ) -> float:
-    """The metric, as the mean over all processes of ``group``."""
+    """The metric, as the mean over all processes of ``group``; the error if it is missing ends with ``advice``."""
     if name not in metrics:
-        raise _not_logged(name, arguments, metrics)
+        raise _not_logged(name, arguments, metrics, advice)
     return mean_over_processes(float(metrics[name]), group)
 
 

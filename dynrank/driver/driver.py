@@ -129,8 +129,6 @@ class RankDriver:
         self._differs: str | None = None
         # Whether a validation has shown that the metrics exist by which changes are judged.
         self._has_checked = False
-        # Whether the loop was told that a trigger waits for a metric.
-        self._has_told = False
 
     @property
     def history(self) -> History:
@@ -278,16 +276,11 @@ class RankDriver:
         logged = self.logged.values()
         of_training = [name for name in trigger.monitors if name not in metrics]
         waiting = {name for name in of_training if name not in logged and training.logs_later(name)}
-        if waiting and type(training).logs_later is Training.logs_later and not self._has_told:
-            self._has_told = True
-            training.warn(
-                f"the rank schedule waits for {', '.join(map(repr, sorted(waiting)))}, which the loop has not logged "
-                f"so far (driver.logged.log); logged: {', '.join(map(repr, sorted(logged)))}"
-            )
         waiting.update(name for name in of_training if self.logged.is_of_before(name))
         observed = observed_metrics(self.stages)
         group = training.group
-        values = [metric_value(logged, name, observed, group) for name in trigger.monitors if name not in waiting]
+        known = [name for name in trigger.monitors if name not in waiting]
+        values = [metric_value(logged, name, observed, group, training.log_by) for name in known]
         is_new = len(of_training) < len(trigger.monitors) or all(map(self.logged.is_new, of_training))
         if is_new and not waiting:
             self.logged.read(trigger.monitors)

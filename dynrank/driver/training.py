@@ -75,8 +75,9 @@ class Training:
     knows_schedulers: ClassVar[bool] = False
     # Whether a validation for a change has the metrics of the run's own validations, and no others.
     validates_alike: ClassVar[bool] = False
-    # Advice in error messages: how the user makes a run validate.
+    # Advice in error messages: how the user makes a run validate, and how it logs a metric that a trigger reads.
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
+    log_by: ClassVar[str] = "; a loop logs a metric of training by driver.logged.log, before driver.validated"
 
     def __post_init__(self) -> None:
         self.ddp = ddp_modules(self.model)
@@ -138,11 +139,8 @@ class Training:
         return {}
 
     def logs_later(self, name: str) -> bool:
-        """Whether training, which has not logged the metric ``name``, may yet do so: a trigger then waits for it.
-
-        Of a plain loop nobody knows when it logs, so only metrics of validations (``val…``) have to be there.
-        """
-        return not name.startswith("val")
+        """Whether training, which has not logged the metric ``name``, may yet do so: a trigger then waits for it."""
+        return False
 
     # For a trainer that keeps factors in tensors of its own
 

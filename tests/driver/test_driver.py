@@ -386,22 +386,14 @@ def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
     assert trajectory(driver) == [(3, 6, 5), (14, 5, 3), (20, 3, 1)]
 
 
-def test_a_loop_may_log_a_metric_of_training_only_after_its_first_validation():
-    """It is told once which metric is missing; that of a validation is refused."""
-    driver = RankDriver(Stage(Plateau("errors", patience=1, min_delta=9.0), Rank(3)))
+def test_a_metric_of_training_that_a_loop_has_not_logged_before_the_first_validation_is_named_with_the_cure():
+    driver = RankDriver(Stage(Plateau("errors"), Rank(3)))
     loop = Loop(6, torch.optim.SGD)
     driver.start(loop, Run(24))
-    with pytest.warns(
-        UserWarning, match=r"waits for 'errors', which the loop has not logged .*; logged: 'val/loss'"
-    ) as told:
+    with pytest.raises(
+        ConfigurationError, match=r"'errors'; logged: 'val/loss'; .* driver.logged.log, before driver.val"
+    ):
         driver.validated(loop, {"val/loss": 1.0})
-    for loop.step in range(1, 4):
-        driver.advance(loop)
-        driver.logged.log({"errors": 5})
-        driver.validated(loop, {"val/loss": 1.0})
-    driver.advance(loop)
-    assert len(told) == 1
-    assert trajectory(driver) == [(3, 6, 3)]
 
 
 def test_trigger_reads_each_value_that_a_loop_logs_once_and_only_of_the_ranks_of_after():

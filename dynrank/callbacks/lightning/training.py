@@ -28,6 +28,7 @@ class LightningTraining(Training):
     """
 
     validate_by = "give fit() validation data"
+    log_by = ""
     validates_alike = True
     knows_schedulers = True
 

@@ -35,6 +35,7 @@ class TrainerTraining(Training):
     """
 
     validate_by = "give the Trainer an eval_dataset, or the callback evaluate=lambda: trainer.evaluate(...)"
+    log_by = ""
     knows_schedulers = True
 
     def __init__(
