@@ -17,7 +17,7 @@ from dynrank.layers.choosing import PRESETS, target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.experts import LoRAOwner, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
-from dynrank.layers.foreign import store_on, stored_on
+from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
@@ -134,6 +134,7 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
 
     Existing LoRA layers are replaced by the new layer of their base, or by the base itself.
     """
+    _refuse_rescaling(model)
     _warn_of_shared(model, layers)
     model.requires_grad_(False)
     new = {id(module.base): module for module in stand_ins(layers.values())}
@@ -149,6 +150,16 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
                 trained_whole(module).add(leaf)
     store_on(model, "adapted", True)
     follow_base(model)
+
+
+def _refuse_rescaling(model: nn.Module) -> None:
+    rwkv = class_if_imported("transformers.models.rwkv.modeling_rwkv.RwkvModel")
+    if any(isinstance(module, rwkv) and module.config.rescale_every for module in model.modules()):
+        raise ConfigurationError(
+            "RWKV divides weights of its layers, in place, in each evaluation, and would not divide their LoRA: set "
+            "rescale_every to 0 in the model's config",
+            "model",
+        )
 
 
 def _warn_of_shared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 from trained import updated
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 import dynrank
 from dynrank.app.models.pretrained import load_causal_lm
@@ -84,6 +84,20 @@ def test_a_base_that_accelerate_has_offloaded_is_refused_and_one_that_it_only_mo
     add_hook_to_module(net[0], Doubling())
     expected = net(x)
     assert_close(dynrank.add_lora(net, rank=2)(x), expected)
+
+
+def test_rwkv_is_refused_as_long_as_it_rescales_weights_in_evaluations():
+    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "context_length": 16}
+    model = RwkvForCausalLM(RwkvConfig(**size, rescale_every=2))
+    with pytest.raises(ConfigurationError, match="set rescale_every to 0 in the model's config"):
+        dynrank.add_lora(model, rank=2)
+    model.config.rescale_every = 0
+    updated(dynrank.add_lora(model, rank=2))
+    with torch.no_grad():
+        trained = model.train()(IDS).logits
+        evaluated = model.eval()(IDS).logits
+        assert_close(evaluated, trained)
+        assert_close(dynrank.merge(model)(IDS).logits, trained, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_in_several_places_is_named_because_peft_adapts_the_first_one_alone(tmp_path):
