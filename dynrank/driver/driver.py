@@ -48,7 +48,7 @@ from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
 from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
-from dynrank.driver.logged import LoggedMetrics
+from dynrank.driver.logged import LoggedMetrics, numbers_in
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.search import cut_to_smallest
@@ -255,13 +255,14 @@ class RankDriver:
 
         In a run without validation, call it with no metrics after each epoch: triggers then read training's metrics.
         """
+        metrics = numbers_in(metrics)
         # A resumed loop may report the same validation twice.
         is_known = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         if metrics and not self._has_checked:
             self._check_metrics(training, metrics)
             self._has_checked = True
-        self.logged.log({**training.logged(), **{name: float(metric) for name, metric in metrics.items()}})
+        self.logged.log({**training.logged(), **metrics})
         trigger = self._next_trigger
         if trigger is not None and not is_known:
             self._observe(training, trigger, metrics)

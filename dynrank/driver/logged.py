@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 
 @dataclass
@@ -92,3 +97,20 @@ class LoggedMetrics:
         self.changes = state["changes"]
         self.last_cut = state["last_cut"]
         self._last = {name: _Value(*row) for name, row in state["last"].items()}
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``metrics``; a program may also have lists, tables or texts there.
+
+    >>> numbers_in({"bleu": 31.5, "precisions": [60.0, 40.0], "length": np.int64(7)})
+    {'bleu': 31.5, 'length': 7.0}
+    """
+    return {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    # numpy's numbers are of Real, too.
+    return float(value) if isinstance(value, Real) else None

@@ -396,6 +396,20 @@ def test_a_metric_of_training_that_a_loop_has_not_logged_before_the_first_valida
         driver.validated(loop, {"val/loss": 1.0})
 
 
+def test_what_a_validation_returns_beside_numbers_is_left_alone():
+    """As the precisions of a BLEU score, a table, a text."""
+    driver = RankDriver(Stage(Plateau("val/bleu", patience=1, min_delta=9.0, mode="max"), Rank(3)))
+    loop = Loop(6, torch.optim.SGD)
+    driver.start(loop, Run(24))
+    for loop.step in range(1, 3):
+        driver.validated(
+            loop, {"val/bleu": torch.tensor(31.5), "precisions": [60.0, 40.0], "note": "short", "none": None}
+        )
+    driver.advance(loop)
+    assert trajectory(driver) == [(2, 6, 3)]
+    assert driver.logged.values() == {"val/bleu": 31.5}
+
+
 def test_trigger_reads_each_value_that_a_loop_logs_once_and_only_of_the_ranks_of_after():
     """The loop logs every sixth step, and validates every third; a resumed one goes on so."""
 

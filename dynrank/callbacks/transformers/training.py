@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -16,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
+from dynrank.driver.logged import numbers_in
 from dynrank.driver.training import Training
 from dynrank.triggers import Run
 
@@ -190,16 +187,8 @@ class _Rows(Subset[Any]):
 
 def numeric_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``metrics``; eval_loss is val/loss, too."""
-    found = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+    found = numbers_in(metrics)
     return found | {f"{_PREFIX}{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
-
-
-def _number(value: Any) -> float | None:
-    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
-    # numpy's numbers are of Real, too.
-    return float(value) if isinstance(value, Real) else None
 
 
 def run_length(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:
