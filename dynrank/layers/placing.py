@@ -48,8 +48,9 @@ def add_lora(
         rank: rank of layers that no rule of ``rank_map`` sets. If ``target_modules`` has a preset, a layer gets
             min(d_in, d_out) if that is less.
         alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None: twice the rank.
-        target_modules: "all-linear" (all but the output head), "attention", a list of names or their last parts as in
-            PEFT, or a regular expression for whole names.
+        target_modules: "all-linear" (all but the output head, and layers whose weights a module around them reads
+            without calling them: in nn.MultiheadAttention, nn.TransformerEncoderLayer, Mamba, WavLM), "attention", a
+            list of names or their last parts as in PEFT, or a regular expression for whole names.
         rank_map: an override file, or its ``rank_pattern`` mapping: {pattern, "attention" or "mlp": an int, the rank,
             or a mapping of the fields of :class:`dynrank.rank_map.RankRule`}; the first that matches a layer decides.
         dropout: probability of dropout on the input of the update while training.
