@@ -51,6 +51,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """A test draws the same numbers, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
 class Regression(lightning.LightningModule):
     """Learns a linear map with dropout in between; as plain as a user's first module."""
 

@@ -13,10 +13,11 @@ from dynrank.adapters.stored import FLOATS, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
-from dynrank.layers.finding import modules_by_name, own_layers, plain_modules, tied_weights
+from dynrank.layers.finding import modules_by_name, own_layers, plain_modules
 from dynrank.layers.kinds import OFFLOADED, is_offloaded, layer_class
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import check_dtype, make_layer, place_layers, trained_whole
+from dynrank.layers.vocabulary import token_embeddings
 from dynrank.output.console import shape_of_update
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +29,8 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model changes, also the
-    weights of the base if the folder has ``base.json``, as those of a run have.
+    weights of the base if the folder has ``base.json``, as those of a run have. Of a base that tokens were added to,
+    the adapter has the rows of these; call the model's ``resize_token_embeddings`` first.
 
     Args:
         model: the model that the adapter was trained on, without LoRA layers.
@@ -102,8 +104,8 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
     layers = own_layers(model)
     places = _places(model)
     _, faults = _fitting_bases(model, adapter)
-    heads, faults_of_heads = _fitting_heads(model, adapter, places)
-    faults += faults_of_heads
+    heads, embeddings, faults_of_others = _fitting_others(model, adapter, places)
+    faults += faults_of_others
     trained = {name for name, (module, leaf) in places.items() if leaf in trained_whole(module)}
     faults += [
         f"{name!r} is stored whole in the adapter, and the task does not train it" for name in heads.keys() - trained
@@ -121,10 +123,7 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
         # A file may hold fewer bits than training needs.
         layer.set_factors(lora_A.to(layer.lora_A), lora_B.to(layer.lora_B))
         layer.scaling = adapter.layers[name].scaling
-    for name, value in heads.items():
-        module, leaf = places[name]
-        with torch.no_grad():
-            getattr(module, leaf).copy_(value)
+    _copy(heads | embeddings, places)
 
 
 def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> None:
@@ -134,8 +133,8 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
     model = uncompiled(model)
     places = _places(model)
     bases, faults = _fitting_bases(model, adapter)
-    heads, faults_of_heads = _fitting_heads(model, adapter, places)
-    faults = _compiled_alone(model, adapter) + faults + faults_of_heads + _kept_values(places, heads)
+    heads, embeddings, faults_of_others = _fitting_others(model, adapter, places)
+    faults = _compiled_alone(model, adapter) + faults + faults_of_others + _kept_values(places, heads)
     # Of a model of another architecture, names and shapes say enough.
     faults = faults or _other_base(model, adapter)
     refuse_faults(f"the adapter {adapter.source!r} does not fit the model", faults, "model")
@@ -146,12 +145,18 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
         options = {"scaling": stored.scaling, "dropout": adapter.config.lora_dropout or 0.0, "dtype": dtype}
         layers[name] = make_layer(base, rank=stored.rank, factors=(lora_A, lora_B), **options)
     place_layers(model, layers)
-    for name, value in heads.items():
+    _copy(heads | embeddings, places)
+    for name in heads:
+        module, leaf = places[name]
+        module.requires_grad_(True)
+        trained_whole(module).add(leaf)
+
+
+def _copy(values: dict[str, Tensor], places: Places) -> None:
+    for name, value in values.items():
         module, leaf = places[name]
         with torch.no_grad():
             getattr(module, leaf).copy_(value)
-        module.requires_grad_(True)
-        trained_whole(module).add(leaf)
 
 
 def _other_base(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -217,13 +222,15 @@ def misfit(name: str, base: nn.Module, stored: StoredLayer) -> str | None:
     return f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter"
 
 
-def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[dict[str, Tensor], list[str]]:
-    """({name: tensor of modules_to_save}, faults).
+def _fitting_others(
+    model: nn.Module, adapter: Adapter, places: Places
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """({name: value of what was trained whole}, {name: embedding of the base with added tokens}, faults).
 
-    If PEFT has also stored a weight of the base, it must equal the model's.
+    A weight of the base that PEFT has also stored must have the model's values, but for added tokens.
     """
-    tied = tied_weights(model)
     heads = {}
+    embeddings = {}
     faults = []
     for name, key in adapter.others.items():
         owner, _, leaf = name.rpartition(".")
@@ -232,38 +239,62 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
         if target not in places:
             faults.append(f"the model has no parameter {target!r}")
             continue
+        module, _ = places[target]
         value = adapter.tensor(key)
-        current = getattr(*places[target])
-        # To PEFT "classifier" also means a module "pre_classifier", and all that is inside.
-        whole = any(f"{module}." in f"{owner}." for module in adapter.config.modules_to_save or ())
+        current = getattr(module, leaf)
+        trained = adapter.is_trained(name)
         if value.is_floating_point() != current.is_floating_point() or (
             value.is_floating_point() and value.dtype not in FLOATS.values()
         ):
             faults.append(f"{target!r} is {current.dtype} in the model and {value.dtype} in the adapter")
-        elif whole and id(current) in tied and not _is_in_all(current, value, adapter, places):
-            faults.append(f"{target!r} is tied to another weight in the model, but is a separate copy in the adapter")
-        elif whole and owner in adapter.layers:
-            faults.append(f"{owner!r} is both adapted and saved whole in the adapter")
         elif not torch.isfinite(value).all():
             faults.append(f"{target!r} holds NaN or inf in the adapter")
+        elif not _fits_ties(current, value, adapter, places, everywhere=trained):
+            faults.append(f"{target!r} is tied to another weight in the model, but is a separate copy in the adapter")
+        elif trained and owner in adapter.layers:
+            faults.append(f"{owner!r} is both adapted and saved whole in the adapter")
         elif current.shape != value.shape:
-            faults.append(f"{target!r} is {[*current.shape]} in the model and {[*value.shape]} in the adapter")
-        elif whole:
+            of_tokens = current.shape[1:] == value.shape[1:] and any(module is of for of in token_embeddings(model))
+            advice = f"; call resize_token_embeddings({len(value)}) of the model first" if of_tokens else ""
+            faults.append(f"{target!r} is {[*current.shape]} in the model and {[*value.shape]} in the adapter{advice}")
+        elif trained:
             heads[target] = value
-        elif not any(torch.equal(current.cpu().to(dtype), value.to(dtype)) for dtype in (current.dtype, value.dtype)):
+        elif (found := _with_added_rows(current, value)) is not None:
+            embeddings[target] = found
+        else:
             faults.append(
-                f"{target!r} of the base model has other values in the adapter: it was trained on another base"
+                f"{target!r} of the base model has other values in the adapter: it was trained on another base, or "
+                "this weight was trained and is not in modules_to_save"
             )
-    return heads, faults
+    return heads, embeddings, faults
 
 
-def _is_in_all(weight: Tensor, value: Tensor, adapter: Adapter, places: Places) -> bool:
-    """Whether the adapter has the same ``value`` by each name that the tied ``weight`` has in the model.
+def _with_added_rows(current: Tensor, value: Tensor) -> Tensor | None:
+    """The base's ``current`` with those rows of ``value`` that tokens were added for; None: of another base.
 
-    So :func:`dynrank.save_adapter` writes a tied weight that was unfrozen.
+    These are the last ones, and fewer than the others. ``resize_token_embeddings`` draws them anew each time.
+    """
+    own = 0
+    # Either of the two may be the other one rounded.
+    for dtype in (current.dtype, value.dtype):
+        differ = current.cpu().to(dtype) != value.to(dtype)
+        if not differ.any():
+            return current
+        rows = differ[..., None].flatten(1).any(1)
+        own = max(own, int(rows.int().argmax()))
+    return torch.cat([current[:own], value[own:].to(current)]) if own > len(value) // 2 else None
+
+
+def _fits_ties(weight: Tensor, value: Tensor, adapter: Adapter, places: Places, *, everywhere: bool) -> bool:
+    """Whether the adapter has the same ``value`` by each name of ``weight`` in the model; not tied, it has one name.
+
+    A tied weight that was trained must be there ``everywhere``, by all its names: so :func:`dynrank.save_adapter`
+    writes it, and PEFT stores a copy that was trained apart from the others by one name.
     """
     keys = [adapter.others.get(name) for name, (module, leaf) in places.items() if getattr(module, leaf) is weight]
-    return all(key is not None and torch.equal(adapter.tensor(key), value) for key in keys)
+    if everywhere and None in keys and len(keys) > 1:
+        return False
+    return all(key is None or torch.equal(adapter.tensor(key), value) for key in keys)
 
 
 def _kept_values(places: Places, heads: dict[str, Tensor]) -> list[str]:

@@ -45,6 +45,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 POWERS = "dynrank.powers"
 _Power = Annotated[int, Field(strict=True, ge=-MOST_POWER, le=MOST_POWER)]
 _INSIDE = ".base_layer"
+# PEFT stores an embedding with added tokens as it finds it: if it was trained, by its name, and again in its wrapper.
+_WRAPPED_KEY = re.compile(r".+\.(?:modules_to_save|original_module)\.[^.]+")
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
 
@@ -52,11 +54,19 @@ _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_
 class Adapter(StoredAdapter):
     """A PEFT LoRA adapter from a folder; names are module names, and ``others`` are the tensors of modules_to_save.
 
+    PEFT also stores embeddings of the base among these, if they have LoRA or added tokens.
+
     Attributes:
         config: settings of the adapter.
     """
 
     config: AdapterConfig
+
+    def is_trained(self, name: str) -> bool:
+        """Whether one of ``others`` was trained, as a part of modules_to_save; otherwise it is a weight of the base."""
+        owner = name.rpartition(".")[0]
+        # To PEFT "classifier" also means a module "pre_classifier", and all that is inside.
+        return any(f"{module}." in f"{owner}." for module in self.config.modules_to_save or ())
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -128,7 +138,7 @@ def _sorted_keys(
         match = _FACTOR_KEY.fullmatch(name)
         if match:
             factors.setdefault(match["layer"], {})[match["factor"] or match["embedding"]] = key
-        else:
+        elif not _WRAPPED_KEY.fullmatch(name):
             others[name] = key
     if not factors:
         raise ConfigurationError(f"{str(folder / WEIGHTS_FILE)!r} holds no LoRA factors")

@@ -24,6 +24,7 @@ from dynrank.layers.foreign import stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
+from dynrank.layers.vocabulary import resized_embeddings
 from dynrank.linalg import finite
 from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import PREFIX, peft_ranks
@@ -35,8 +36,10 @@ _TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", 
 def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> Rounding | None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
-    Each layer keeps its own rank. For a server that reads only one rank for all, see :func:`dynrank.export_adapter`.
-    Each file is complete or absent, even after a crash. Only one process may write to a folder at a time.
+    Embeddings of a transformers model that tokens were added to (``resize_token_embeddings``) are written, too, as by
+    PEFT. Each layer keeps its own rank. For a server that reads only one rank for all, see
+    :func:`dynrank.export_adapter`. Each file is complete or absent, even after a crash. Only one process may write to a
+    folder at a time.
 
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that have parameters with requires_grad
@@ -82,15 +85,16 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
     for head in heads:
         values = model.get_submodule(head).state_dict()
         whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
+    embeddings = _resized(model)
     factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
-    _check_finite(factors | whole)
+    _check_finite(factors | whole | embeddings)
     stored = {} if dtype is None else _stored(layers, dtype)
     tensors = {
         f"{places.get(name, name)}.{key}": value
         for name, layer in layers.items()
         for key, value in _to_peft(layer, stored.get(name, layer)).items()
     }
-    tensors |= {name: value if dtype is None else head_in(value, dtype) for name, value in whole.items()}
+    tensors |= embeddings | {name: value if dtype is None else head_in(value, dtype) for name, value in whole.items()}
     powers = {name: new.power for name, new in stored.items() if new.power}
     cls = plain_class(model)
     base_class = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
@@ -114,6 +118,19 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     write_adapter(folder, own, config, powers)
     return rounding({name: (new, layers[name].scaling) for name, new in stored.items()}) if stored else None
+
+
+def _resized(model: nn.Module) -> dict[str, Tensor]:
+    """{name in PEFT: weight or bias of an embedding that tokens were added to}."""
+    resized = resized_embeddings(model)
+    found = dict[str, Tensor]()
+    for name, module in named_modules(model):
+        if any(module is embedding for embedding in resized):
+            if isinstance(module, LoRALayer):
+                module = module.base
+                name = f"{name}.base_layer"
+            found |= {f"{name}.{leaf}": value for leaf, value in module.named_parameters(recurse=False)}
+    return found
 
 
 def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:

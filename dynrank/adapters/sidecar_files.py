@@ -22,7 +22,7 @@ LABELS_FILE = "labels.json"
 INPUTS_FILE = "inputs.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 # Patterns of the files in a model's folder that define how its inputs are made.
-_INPUT_FILES = (
+INPUT_FILES = (
     *("*token*", "*vocab*", "merges.txt", "bpe.codes", "emoji.json", "normalizer.json", "*.model", "*.spm"),
     *("chat_template*", "additional_chat_templates/*", "*processor_config.json"),
 )
@@ -133,7 +133,7 @@ def input_files(origin: Path) -> dict[str, Path]:
 
     A snapshot in the hub's cache links to files two folders above.
     """
-    paths = [path for pattern in _INPUT_FILES for path in origin.glob(pattern) if path.is_file()]
+    paths = [path for pattern in INPUT_FILES for path in origin.glob(pattern) if path.is_file()]
     found = {str(path.relative_to(origin)): path for path in paths}
     home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
     for file in found.values():

@@ -103,6 +103,5 @@ def rewrite_adapter(
 def _whole(adapter: Adapter, name: str, dtype: FileDtype | None) -> Tensor:
     """A tensor beside the factors as it is written in a file of ``dtype``."""
     value = adapter.tensor(adapter.others[name])
-    # PEFT puts the stored weight of an adapted embedding into the base, so that must stay as it is.
-    of_base = name.rpartition(".")[0].removesuffix(".base_layer") in adapter.layers
-    return value if dtype is None or of_base else head_in(value, dtype)
+    # PEFT puts a stored weight of the base into the base, so that must stay as it is.
+    return head_in(value, dtype) if dtype is not None and adapter.is_trained(name) else value

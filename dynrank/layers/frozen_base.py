@@ -19,6 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.quantized import plain_values
+from dynrank.layers.vocabulary import resized_embeddings
 from dynrank.private import source_of
 
 MARK = "_frozen_base"
@@ -48,13 +49,15 @@ def without_base(
 ) -> dict[str, Any]:
     """``state_dict`` with marks instead of the frozen parameters of the adapted models in ``model``.
 
-    The result keeps adapters and the heads that PEFT stores per adapter, even if they are frozen, the parameters in
-    ``trained``, and everything outside of adapted models. Fingerprints are taken from ``known``; new ones are added.
+    The result keeps adapters, the heads that PEFT stores per adapter, and embeddings with added tokens, even if they
+    are frozen, the parameters in ``trained``, and everything outside of adapted models. Fingerprints are taken from
+    ``known``; new ones are added.
     """
     known = {} if known is None else known
     kept = dict(state_dict)
-    spared = {id(parameter) for parameter in trained}
     for prefix, root in adapted_models(model).items():
+        resized = [parameter for module in resized_embeddings(root) for parameter in module.parameters()]
+        spared = {id(parameter) for parameter in [*trained, *resized]}
         mark = {}
         for name, parameter in root.named_parameters(remove_duplicate=False):
             key = prefix + name

@@ -1,11 +1,13 @@
 """Adapters put into a plain model, or in the place of another: what trains then, and what does not fit."""
 
+import copy
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -135,6 +137,79 @@ def test_a_tied_weight_that_was_unfrozen_comes_back_under_both_names(dtype, zoo,
     assert_close(zoo.outputs(loaded), zoo.outputs(PeftModel.from_pretrained(zoo.plain("gpt2"), tmp_path).eval()))
     zoo.edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1.0))
     zoo.assert_refused(zoo.plain("gpt2"), tmp_path, "weight' is tied")
+
+
+# --- tokens that were added to the base, whose rows each program draws anew
+
+# GPT-2's embedding and head are tied, Llama's are two weights.
+ADDED = {
+    "llama": ("llama", {}),
+    "trained with it": ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied": ("gpt2", {"target_modules": ["c_attn"]}),
+    "tied, with LoRA": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
+}
+
+
+@pytest.fixture
+def with_tokens(zoo, tmp_path):
+    """A function: a base from its files, with three more tokens."""
+    seeds = itertools.count(1)
+
+    def make(kind):
+        folder = tmp_path / "base"
+        if not folder.exists():
+            zoo.plain(kind).save_pretrained(folder)
+        model = type(zoo.plain(kind)).from_pretrained(folder)
+        torch.manual_seed(next(seeds))
+        # Not the usual mean of all rows, which hardly changes from draw to draw.
+        model.resize_token_embeddings(23, mean_resizing=False)
+        return model.eval()
+
+    return make
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[3, 22, 4, 20, 5]])).logits
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_tokens_come_with_the_adapter_as_in_peft(case, with_tokens, zoo, tmp_path):
+    kind, options = ADDED[case]
+    options = {"r": 3, "target_modules": zoo.targets[kind], "task_type": "CAUSAL_LM"} | copy.deepcopy(options)
+    theirs = zoo.trained(get_peft_model(with_tokens(kind), LoraConfig(**options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = outputs(theirs)
+    model = dynrank.load_adapter(with_tokens(kind), tmp_path / "theirs")
+    assert_close(outputs(model), expected)
+    trained = ("lora_", *options.get("modules_to_save", ()))
+    assert all(p.requires_grad == any(part in name for part in trained) for name, p in model.named_parameters())
+    # Saved and squeezed again, PEFT still finds them.
+    dynrank.save_adapter(model, tmp_path / "ours")
+    dynrank.squeeze(tmp_path / "ours", tmp_path / "small", rank=3)
+    for folder in ("ours", "small"):
+        assert_close(outputs(PeftModel.from_pretrained(with_tokens(kind), tmp_path / folder).eval()), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("gpt2", ["c_attn"]), ("gpt2", ["wte"])])
+def test_a_model_of_add_lora_is_saved_with_its_added_tokens(kind, targets, dtype, with_tokens, zoo, tmp_path):
+    model = zoo.adapted(kind, base=with_tokens(kind), target_modules=targets)
+    dynrank.save_adapter(model, tmp_path / "adapter", dtype=dtype)
+    loaded = dynrank.load_adapter(with_tokens(kind), tmp_path / "adapter")
+    rounded = {"rtol": 0.05, "atol": 0.02} if dtype else {}
+    assert_close(outputs(loaded), outputs(model), **rounded)
+    theirs = PeftModel.from_pretrained(with_tokens(kind), tmp_path / "adapter")
+    # PEFT puts all rows into the base, so those that are the base's own may not be rounded.
+    assert_close(outputs(theirs.eval()), outputs(loaded))
+
+
+def test_added_tokens_of_another_base_or_without_their_places_are_refused(with_tokens, zoo, tmp_path):
+    dynrank.save_adapter(zoo.adapted("llama", base=with_tokens("llama")), tmp_path / "adapter")
+    zoo.assert_refused(zoo.plain("llama"), tmp_path / "adapter", r"is \[20, 8\] .* call resize_token_embeddings\(23\)")
+    other = with_tokens("llama")
+    other.lm_head.weight.data[3].add_(1)
+    zoo.assert_refused(other, tmp_path / "adapter", r"'lm_head\.weight' .* was trained on another base")
 
 
 # --- one adapter in the place of another, between two calls of the model

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import dynrank
 from dynrank.errors import ConfigurationError
@@ -52,6 +53,29 @@ def test_it_loads_strictly_into_the_same_base_at_other_ranks(assign):
     assert fresh[0].rank == 3
     x = torch.randn(4, 40)
     assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_tokens_that_were_added_to_the_base_are_kept(zoo, tmp_path):
+    """Each program draws their rows anew, so they are no part of the base."""
+    zoo.plain("llama").save_pretrained(tmp_path)
+
+    def made(seed, tokens):
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+        torch.manual_seed(seed)
+        if tokens != 20:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+        return zoo.adapted("llama", seed, base=model).eval()
+
+    model = made(1, 23)
+    fresh = made(2, 23)
+    assert not torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+    state = stripped(model)
+    assert set(model.state_dict()) - set(state) == left_out(state)
+    assert {name for name in state if "embed" in name or "head" in name} == {
+        "model.embed_tokens.weight", "lm_head.weight"}  # fmt: skip
+    fresh.load_state_dict(state)
+    assert torch.equal(zoo.outputs(fresh), zoo.outputs(model))
+    assert "lm_head.weight" in left_out(stripped(made(1, 20)))
 
 
 @pytest.mark.parametrize("name", ["0.lora_B", "0._extra_state", "1.running_mean", "1.weight"])

@@ -168,7 +168,11 @@ def _questions(
     if isinstance(asking, Source):
         form = form or form_of(asking.sample, _WRITTEN, columns, asking.where)
         used = _columns(asking, form, learned, columns)
-        print_facts({"columns": used})
+        facts: dict[str, object] = {"columns": used}
+        # Where it is known what training read, other columns are the user's own.
+        if used.unused and not learned.form:
+            facts["not used"] = ", ".join(used.unused)
+        print_facts(facts)
         where = asking.where
         rows, unusable = asking.read(used, skip=skip)
     else:

@@ -1,6 +1,7 @@
 """The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import (
+    INPUT_FILES,
     TOKENIZER_FILE,
     copy_files,
     input_files,
@@ -27,6 +29,7 @@ from dynrank.adapters.stored import read_json
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
 from dynrank.app.models.pretrained import (
+    folder_with,
     load_by_name,
     load_tokenizer,
     load_weights,
@@ -36,6 +39,7 @@ from dynrank.app.models.pretrained import (
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge
+from dynrank.layers.vocabulary import token_embeddings
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
 # Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
@@ -110,7 +114,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
     text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
-    of_base = input_files(Path(origin))
+    settings = base_settings(adapter, model)
+    of_base = input_files(folder_with(INPUT_FILES, origin, "--model", settings))
     if (source / TOKENIZER_FILE).exists():
         # Files of two tokenizers are none: transformers would read the base's special tokens and template.
         of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
@@ -119,8 +124,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     _name_padding(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
-        if not own and not Path(origin).is_dir():
-            settings = base_settings(adapter, model)
+        # The tokenizer of a GGUF file is in it.
+        if not own and origin.endswith(".gguf"):
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
         copy_files(own, folder)
         copy_files(of_base, folder)
@@ -173,12 +178,15 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
             # This error means that transformers has no class of this kind for the model.
             except ValueError:
                 continue
+            # Of a model that also reads images, the class for texts has a part of the config.
+            given = {"config": deepcopy(empty.config), "dtype": "auto", "ignore_mismatched_sizes": True}
+            tokens = _tokens(empty, shapes)
+            _resize(empty, tokens)
             lacks = _misfits(empty, adapter, shapes)
             if not lacks:
                 cls: Any = type(empty)
-                # Of a model that also reads images, the class for texts has a part of the config.
-                given = {"config": empty.config, "dtype": "auto", "ignore_mismatched_sizes": True}
                 model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
+                _resize(model, tokens)
                 absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
                 if not absent:
                     return model
@@ -188,6 +196,23 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
         f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has:\n  "
         + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
     )
+
+
+def _tokens(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many tokens the base had where the adapter was trained, if that is not the number of ``model``'s tokens."""
+    names = {module: name for name, module in modules_by_name(model).items()}
+    for embedding in token_embeddings(model):
+        name = names[embedding]
+        for shape in (shapes.get(f"{name}.weight"), shapes.get(f"{name}.base_layer.weight")):
+            if shape is not None and shape[0] != len(embedding.state_dict()["weight"]):
+                return shape[0]
+    return None
+
+
+def _resize(model: PreTrainedModel, tokens: int | None) -> None:
+    """Give ``model`` this number of ``tokens``, whose rows the adapter has; None: leave it."""
+    if tokens is not None:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[PretrainedConfig], nn.Module]]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ _PLAIN = ModelSettings()
 
 
 def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> Any:
-    """The config, tokenizer or model that ``loader``, a ``from_pretrained`` of transformers, loads with ``options``.
+    """What ``loader``, a ``from_pretrained`` of transformers or a function like it, loads with ``options``.
 
     ``name`` and ``key`` are as for :func:`dynrank.app.models.names.model_source`, also in the functions below.
     """
@@ -63,7 +63,7 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             never = "commands do not run such code; use PEFT in your own program"
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
-        if isinstance(error.__cause__, LocalEntryNotFoundError):
+        if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, LocalEntryNotFoundError):
             reason = (
                 f"{constants.ENDPOINT} cannot be reached; set {key} to a folder, or connect (with HF_HUB_OFFLINE=1 the "
                 "hub is not tried)"
@@ -74,6 +74,16 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
+
+
+def folder_with(patterns: Sequence[str], name: str, key: str, settings: ModelSettings = _PLAIN) -> Path:
+    """A model's folder, or that of its snapshot in the hub's cache, which then has the files of these ``patterns``."""
+
+    def loader(source: str, trust_remote_code: bool, **options: Any) -> Path:
+        return Path(snapshot_download(source, allow_patterns=[*patterns], **options))
+
+    folder = Path(model_source(name, key))
+    return folder if folder.exists() else load_by_name(loader, name, key, settings)
 
 
 def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:

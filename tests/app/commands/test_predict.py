@@ -621,6 +621,18 @@ def test_the_columns_that_training_read_are_read_and_others_left_alone(trained, 
     assert rows == [expected]
 
 
+def test_columns_that_another_program_may_have_read_are_named(classifier, launch, tmp_path):
+    """As those of pairs, in which a text is asked with its first column alone."""
+    theirs = shutil.copytree(classifier, tmp_path / "theirs")
+    (theirs / "inputs.json").unlink()
+    pairs = write(tmp_path / "pairs.csv", [{"sentence1": "a", "sentence2": "b", "label": 1, "id": 7}])
+    code, _, said = launch(cli.main, "predict", theirs, pairs)
+    assert (code, "not used         sentence2\n" in said) == (0, True), said
+    known = write(tmp_path / "known.csv", [{"Subject": "a", "Body": "b", "sentence2": "c"}])
+    code, _, said = launch(cli.main, "predict", classifier, known)
+    assert (code, "not used" in said) == (0, False), said
+
+
 MISSING = [
     (
         "texts",

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from trained import updated
 from transformers import (
@@ -16,6 +16,10 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 import dynrank
@@ -140,6 +144,29 @@ def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, 
     assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)
 
 
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("trained", [None, ["embed_tokens", "lm_head"]])
+def test_tokens_added_to_the_base_are_merged_with_their_rows(trained, resized, zoo, tmp_path):
+    """Of an adapter of PEFT, into the base as it was, or as it is after another call of resize_token_embeddings."""
+
+    def base(folder):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(23, mean_resizing=False)
+        return model
+
+    plain = tmp_path / "plain"
+    zoo.plain("llama").save_pretrained(plain)
+    options = {"r": 3, "target_modules": ["q_proj"], "modules_to_save": trained, "task_type": "CAUSAL_LM"}
+    theirs = zoo.trained(get_peft_model(base(plain), LoraConfig(**options)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    base(plain).save_pretrained(tmp_path / "resized")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "resized" if resized else plain), tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 22, 4, 20, 5]])
+    with torch.no_grad():
+        assert_close(merged(input_ids=ids).logits, theirs(input_ids=ids).logits, **IN_FLOAT32)
+
+
 def test_merged_model_has_the_tokenizer_of_the_adapter_alone(tiny_llama, tmp_path):
     """Files of the base that the adapter lacks would change its special tokens, and its chat template."""
     base = shutil.copytree(tiny_llama, tmp_path / "base")
@@ -160,6 +187,53 @@ def test_merged_model_has_the_tokenizer_of_the_adapter_alone(tiny_llama, tmp_pat
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (merged.eos_token, merged.chat_template) == (end, tokenizer.chat_template)
     # What is no tokenizer's is still the base's.
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The folder of a model in the hub's cache, without a network; its name is org/model."""
+    folder = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    refs = tmp_path / "models--org--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.mark.parametrize("own", [None, "tokenizer", "processor"])
+def test_merged_model_has_the_files_of_inputs_of_a_base_that_is_named(own, cached, tiny_llama, tmp_path):
+    """As of a base whose folder is given: the adapter's own tokenizer, or the base's, and the base's processor."""
+    shutil.copytree(tiny_llama, cached, dirs_exist_ok=True)
+    (cached / "preprocessor_config.json").write_text('{"of": "the base"}')
+    model = AutoModelForCausalLM.from_pretrained("org/model")
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2), tmp_path / "adapter")
+    if own == "tokenizer":
+        AutoTokenizer.from_pretrained(tiny_llama, model_max_length=7).save_pretrained(tmp_path / "adapter")
+    elif own == "processor":
+        (tmp_path / "adapter" / "preprocessor_config.json").write_text('{"of": "the adapter"}')
+    for name, base in {"named": None, "given": str(cached)}.items():
+        merge_adapter(tmp_path / "adapter", base, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (tokenizer.model_max_length == 7) == (own == "tokenizer")
+        processor = json.loads((tmp_path / name / "preprocessor_config.json").read_text())
+        assert processor == {"of": "the adapter" if own == "processor" else "the base"}
+
+
+def test_a_base_of_images_needs_no_tokenizer(cached, tmp_path):
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=4)).save_pretrained(cached)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(cached)
+    model = ViTForImageClassification.from_pretrained("org/model").eval()
+    model = updated(dynrank.add_lora(model, rank=2, target_modules=["q_proj"]))
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", None, tmp_path / "out")
+    image = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        merged = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+        assert_close(merged(image).logits, model(image).logits, **IN_FLOAT32)
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 

@@ -122,7 +122,9 @@ def find_columns(
             raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
     if form == "completion" and not asked and _are_turns(sample, names["prompt"]):
         raise ConfigurationError(f"{where} has chats in its column {names['prompt']!r}; set task=chat")
-    known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
+    # A question needs no answer, so nothing is lost with one.
+    read = [ours for ours in _USUAL if not (asked and ours in _ANSWERS)]
+    known = {usual for ours in read for usual in _USUAL[ours]} | {*_UNREAD}
     used = {name for theirs in names.values() for name in each(theirs)}
     unused = [name for name in columns if name.lower() in known and name not in used]
     taken = {key for pair in KEYS_OF_A_TURN for key in pair}
