@@ -544,7 +544,7 @@ def test_a_cut_runs_few_files(fit):
 
 
 @pytest.fixture
-def curriculum(regression):
+def curriculum(regression, tmp_path):
     """Runs ``fit`` with epochs of so many steps, where Lightning makes the loader anew in each."""
     make, data, trainer = regression
 
@@ -555,6 +555,7 @@ def curriculum(regression):
                 return DataLoader(rows, batch_size=8)
 
         options = {"max_epochs": len(lengths), "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        options |= {"default_root_dir": tmp_path / "root"}
         trainer(callbacks=[*callbacks], **options).fit(Curriculum(), ckpt_path=ckpt_path)
 
     return run
