@@ -20,7 +20,7 @@ from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
-from dynrank.layers.foreign import stored_on
+from dynrank.layers.foreign import class_if_imported, stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
@@ -130,7 +130,15 @@ def _resized(model: nn.Module) -> dict[str, Tensor]:
                 module = module.base
                 name = f"{name}.base_layer"
             found |= {f"{name}.{leaf}": value for leaf, value in module.named_parameters(recurse=False)}
-    return found
+    sharded = class_if_imported("torch.distributed.tensor.DTensor")
+    absent = [name for name, value in found.items() if value.is_meta or isinstance(value, sharded)]
+    if absent:
+        warnings.warn(
+            f"tokens were added to {absent[0]!r}, and this process has not all of its values (they are sharded or "
+            "offloaded): the adapter is saved without it, so load it into a base with the same rows",
+            stacklevel=4,
+        )
+    return {name: value for name, value in found.items() if name not in absent}
 
 
 def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:

@@ -22,6 +22,7 @@ from dynrank.layers.base import LoRALayer, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
+from dynrank.layers.vocabulary import resized_embeddings
 from dynrank.private import at_end_of_backward, backward_number
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,11 +37,11 @@ def shard_frozen(
 ) -> M:
     """Shard the frozen parameters of ``model`` by FSDP2, in place; call this after LoRA is added.
 
-    Adapters (and heads that are trained without LoRA) stay plain tensors with the same values in all processes, on the
-    devices of ``mesh``. This function gives them the values of process 0, and their gradients are averaged over all
-    processes at the end of each backward pass, whichever loop calls it. With an ``mp_policy`` they are computed with
-    in its ``param_dtype``, by autocast. Parameters that are no floats, such as 4-bit weights in bytes, stay whole, too.
-    A second call does nothing.
+    Adapters (and heads that are trained without LoRA, and embeddings that tokens were added to) stay plain tensors with
+    the same values in all processes, on the devices of ``mesh``. This function gives them the values of process 0, and
+    the gradients of what trains are averaged over all processes at the end of each backward pass, whichever loop calls
+    it. With an ``mp_policy`` they are computed with in its ``param_dtype``, by autocast. Parameters that are no floats,
+    such as 4-bit weights in bytes, stay whole, too. A second call does nothing.
 
     The base may be on the meta device in all processes but the first: they get it from process 0, one block at a time,
     and keep their shards alone.
@@ -98,7 +99,10 @@ def shard_frozen(
     device = torch.device(mesh.device_type)
     whole = {*trained, *options.pop("ignored_params", ())}
     whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
-    filled = _fill_from_first(trained, device, group)
+    # Process 0 saves them with the adapter alone, and each process may have drawn their rows by itself.
+    embeddings = _with_added_tokens(model, group)
+    whole |= {*embeddings}
+    filled = _fill_from_first([*trained, *embeddings], device, group)
     parts: list[nn.Module] = [*blocks, model]
     for module in parts:
         if any(others_lack) and not first_lacks:
@@ -148,6 +152,18 @@ def _fill_from_first(tensors: Iterable[Tensor], device: torch.device, group: Pro
             tensor.data = value
         filled.add(id(tensor))
     return filled
+
+
+def _with_added_tokens(model: nn.Module, group: ProcessGroup | None) -> list[nn.Parameter]:
+    """The frozen parameters of embeddings that tokens were added to, as process 0 knows them."""
+
+    def names() -> set[str]:
+        resized = {id(parameter) for module in resized_embeddings(model) for parameter in module.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in resized}
+
+    # The files of the base may be on the machine of process 0 alone.
+    known = from_first(names, group)
+    return [p for name, p in model.named_parameters() if name in known and not p.requires_grad]
 
 
 def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer, RankedLayer, whole_shape
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.foreign import store_on, stored_on
+from dynrank.layers.vocabulary import resized_embeddings
 from dynrank.linalg import joined, split
 
 
@@ -140,9 +141,10 @@ def keep_shapes(model: nn.Module) -> None:
 
 @contextmanager
 def live_values(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any] | None]:
-    """A block in which the trained parameters of ``model`` are those of ``state_dict``, with live directions alone.
+    """A block in which ``model`` has the values of ``state_dict`` that are saved: of live directions alone.
 
-    It gives that state dict, or ``state_dict`` itself for a model whose factors do not keep their shapes.
+    These are trained parameters, and embeddings that tokens were added to. The block gives that state dict, or
+    ``state_dict`` itself for a model whose factors do not keep their shapes.
 
     Args:
         model: a model with LoRA layers.
@@ -152,12 +154,13 @@ def live_values(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
         yield None if state_dict is None else dict(state_dict)
         return
     state = live_state_dict(model, state_dict or model.state_dict())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name in state}
-    before = {name: parameter.data for name, parameter in trained.items()}
+    resized = {id(parameter) for module in resized_embeddings(model) for parameter in module.parameters()}
+    saved = {n: p for n, p in model.named_parameters() if n in state and (p.requires_grad or id(p) in resized)}
+    before = {name: parameter.data for name, parameter in saved.items()}
     try:
-        for name, parameter in trained.items():
+        for name, parameter in saved.items():
             parameter.data = state[name].to(parameter.dtype)
         yield state
     finally:
-        for name, parameter in trained.items():
+        for name, parameter in saved.items():
             parameter.data = before[name]

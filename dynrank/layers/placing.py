@@ -197,8 +197,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
 def merge(model: M) -> M:
     """Add the update of every LoRA layer to its base and replace the layer by the base, in place.
 
-    If a head is tied to an embedding, the head gets its own weight, because the update belongs to the head only; the
-    model's config then says that the two are not tied. Weights keep their dtype; sums are computed in float32 or wider.
+    If an adapted head is tied to an embedding, the head gets its own weight, because the update belongs to the head
+    only. So does each other module that shares a weight, and the model's config then says that none are tied. Weights
+    keep their dtype; sums are computed in float32 or wider.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is quantised.
@@ -225,8 +226,22 @@ def merge(model: M) -> M:
             config: Any = getattr(module, "config", None)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
+        _untie(model)
     # Layer by layer, so that an interrupted merge counts no update twice.
     for layer in layers.values():
         replace_modules(model, {id(layer): layer.merge()})
     replace_modules(model, {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)})
     return model
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each module a weight of its own, where several share one.
+
+    transformers ties all of a model's weights or none: those that stay tied here would be missing in its files.
+    """
+    seen = set()
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in seen and parameter is not None:
+                setattr(module, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(id(parameter))

@@ -5,6 +5,7 @@ program. So these rows belong to an adapter, and to a checkpoint without its bas
 stores them for the same reason (``save_embedding_layers``).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,45 @@ def token_embeddings(model: Any) -> list[nn.Module]:
     return [uncompiled(module) for module in found if isinstance(module, nn.Module)]
 
 
-def resized_embeddings(model: Any) -> list[nn.Module]:
-    """The :func:`token_embeddings` of ``model`` if it has another number of tokens than the files it was loaded from.
+def resized_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The :func:`token_embeddings` in ``model`` whose number of tokens is not that of the files they were loaded from.
 
-    Without these files on this machine nothing is known of their tokens, and none are said to be resized.
+    ``model`` may be one of transformers, or contain such models. Where these files are not on this machine, a warning
+    says that the embeddings are taken for unchanged.
     """
-    found = token_embeddings(model)
+    found: dict[int, nn.Module] = {}
+    # A model and the model inside it, without its head, have one config.
+    resized: dict[int, bool] = {}
+    for part in model.modules():
+        embeddings = token_embeddings(part)
+        if embeddings:
+            config = id(part.config)
+            if config not in resized:
+                resized[config] = _is_resized(part)
+            found |= {id(module): module for module in embeddings if resized[config]}
+    return [*found.values()]
+
+
+def _is_resized(model: Any) -> bool:
     source = source_of(model)
     # A GGUF file is no config, and too long to read as one.
-    if not found or not source or Path(source).is_file():
-        return []
+    if not source or Path(source).is_file():
+        return False
     try:
         files = type(model.config).from_pretrained(source, revision=stored_on(model, "revision"), local_files_only=True)
-        return found if _size(files) != _size(model.config) else []
-    # A config of several texts' models raises the second.
     except (OSError, ValueError):
-        return []
+        warnings.warn(
+            f"the base {source!r} is no folder with a config, and not in the hub's cache (HF_HOME), so its embeddings "
+            "are taken for unchanged; if tokens were added, load it from a folder, or train them (modules_to_save)",
+            stacklevel=4,
+        )
+        return False
+    return _size(files) != _size(model.config)
 
 
 def _size(config: Any) -> int | None:
-    """The number of tokens of a model; None: it has none."""
-    return getattr(config.get_text_config(), "vocab_size", None)
+    """The number of tokens of a model; None: it has none, or several texts' models."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:
+        return None

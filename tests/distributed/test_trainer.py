@@ -107,6 +107,18 @@ def test_peft_reads_what_was_saved(results, folder, name):
         AutoPeftModel.from_pretrained(folder / f"resume {name}" / "by dynrank")
 
 
+def test_embeddings_with_added_tokens_are_equal_in_all_processes_and_saved(results, folder):
+    """They are drawn by each process, and process 0 alone saves the adapter."""
+    first, second = found(results, "added tokens")
+    assert first.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert_close(first, second, rtol=0, atol=0)
+    for saved in ("by dynrank", f"checkpoint-{STEPS}"):
+        model = loaded(folder / "base")
+        model.resize_token_embeddings(43, mean_resizing=False)
+        dynrank.load_adapter(model, folder / "added tokens" / saved)
+        assert_close({name: model.get_parameter(name).data for name in first}, first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("name", "step"), [("best, before", 5), ("best, after", STEPS)])
 def test_best_model_comes_back_with_its_own_ranks(results, folder, name, step):
     for best, weights in found(results, name):

@@ -210,6 +210,22 @@ def resumed(run: Run, steps: Sequence[int], base: Path, folder: Path) -> Any:
     return ends
 
 
+def with_tokens(base: Any) -> Any:
+    """A model with three more tokens, whose rows each process draws by itself."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    base.resize_token_embeddings(43, mean_resizing=False)
+    return own(base)
+
+
+def added_tokens(base: Path, folder: Path) -> dict[str, Any]:
+    """The embeddings at the end of a run, after the Trainer and process 0 have saved the adapter."""
+    made, _ = trained(Run(with_tokens, HALF), base, folder, save_strategy="steps", save_steps=STEPS)
+    if distributed.get_rank() == 0:
+        dynrank.save_adapter(made.model, folder / "by dynrank")
+    state = {name: p.detach() for name, p in made.model.named_parameters() if not isinstance(p, DTensor)}
+    return {name: value for name, value in state.items() if name in ("model.embed_tokens.weight", "lm_head.weight")}
+
+
 def best(base: Path, folder: Path, rising: int) -> Any:
     """The step of the best model, the one before the cut if scores fall, and what was loaded at the end."""
     scores = itertools.count(0, rising)
@@ -295,6 +311,7 @@ def main(place: str) -> None:
     checks = {name: partial(whole, run, base, folder / name) for name, run in RUNS.items()}
     for name, (run, steps) in RESUMED.items():
         checks[f"resume {name}"] = partial(resumed, run, steps, base, folder / f"resume {name}")
+    checks["added tokens"] = partial(added_tokens, base, folder / "added tokens")
     checks["best, before"] = partial(best, base, folder / "best, before", -1)
     checks["best, after"] = partial(best, base, folder / "best, after", 1)
     checks["by transformers"] = partial(by_transformers, base, folder / "by transformers")

@@ -8,11 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RAdam, RMSprop
 from torch.testing import assert_close
+from transformers import LlamaForCausalLM
 
 import dynrank
 from dynrank.distributed.zero_checks import BY_NUMBER
 from dynrank.errors import ConfigurationError
-from dynrank.layers.padded import LiveLayer, keep_shapes, live, live_copy, live_rank, padded
+from dynrank.layers.padded import LiveLayer, keep_shapes, live, live_copy, live_rank, live_values, padded
 
 OPTIMIZERS = {
     "torch.AdamW": [lambda p: AdamW(p, lr=0.1, weight_decay=0.1)],
@@ -112,6 +113,25 @@ def test_adapter_is_saved_without_the_zeros(kind, tmp_path):
     assert {layer.stored_rank for layer in dynrank.read_adapter(tmp_path).layers.values()} == {2}
     assert_close(PeftModel.from_pretrained(base(), tmp_path)(torch.ones(3, 6)), output)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_embeddings_with_added_tokens_are_saved_as_they_were_put_together(zoo, tmp_path):
+    """Under ZeRO-3 a frozen parameter is empty in each process, as trained ones are."""
+    zoo.plain("llama").save_pretrained(tmp_path / "base")
+    bases = []
+    for _ in range(2):
+        bases.append(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+        bases[-1].resize_token_embeddings(23, mean_resizing=False)
+    model = zoo.adapted("llama", base=bases[0])
+    keep_shapes(model)
+    output = zoo.outputs(model)
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    with live_values(model, whole):
+        dynrank.save_adapter(model, tmp_path / "adapter")
+    assert not any(parameter.numel() for parameter in model.parameters())
+    assert_close(zoo.outputs(dynrank.load_adapter(bases[1], tmp_path / "adapter")), output)
 
 
 def test_what_no_process_has_whole_is_refused(tmp_path):

@@ -1,8 +1,8 @@
 """The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +179,15 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
             except ValueError:
                 continue
             # Of a model that also reads images, the class for texts has a part of the config.
-            given = {"config": deepcopy(empty.config), "dtype": "auto", "ignore_mismatched_sizes": True}
+            given = {"config": empty.config, "dtype": "auto", "ignore_mismatched_sizes": True}
             tokens = _tokens(empty, shapes)
-            _resize(empty, tokens)
-            lacks = _misfits(empty, adapter, shapes)
+            lacks = _misfits(empty, adapter, shapes, tokens)
             if not lacks:
                 cls: Any = type(empty)
                 model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
-                _resize(model, tokens)
                 absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
                 if not absent:
-                    return model
+                    return model if tokens is None else _resized(model, tokens)
                 lacks = [f"would have no weights {sorted(absent)[:5]}"]
             tried.setdefault(type(empty).__name__, lacks)
     raise ConfigurationError(
@@ -198,21 +196,33 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
     )
 
 
+def _embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """{name, each of several: parameter of ``model`` that has a row, or a number, for each token}."""
+    of_tokens = {id(parameter) for module in token_embeddings(model) for parameter in module.parameters()}
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_tokens}
+
+
 def _tokens(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """How many tokens the base had where the adapter was trained, if that is not the number of ``model``'s tokens."""
-    names = {module: name for name, module in modules_by_name(model).items()}
-    for embedding in token_embeddings(model):
-        name = names[embedding]
-        for shape in (shapes.get(f"{name}.weight"), shapes.get(f"{name}.base_layer.weight")):
-            if shape is not None and shape[0] != len(embedding.state_dict()["weight"]):
+    for name, parameter in _embeddings(model).items():
+        for shape in _stored(name, shapes):
+            if shape[0] != len(parameter):
                 return shape[0]
     return None
 
 
-def _resize(model: PreTrainedModel, tokens: int | None) -> None:
-    """Give ``model`` this number of ``tokens``, whose rows the adapter has; None: leave it."""
-    if tokens is not None:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
+def _stored(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of a parameter in the adapter, by its own name or, of a module with LoRA, as PEFT names it."""
+    owner, _, leaf = name.rpartition(".")
+    return [shapes[key] for key in (name, f"{owner}.base_layer.{leaf}") if key in shapes]
+
+
+def _resized(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
+    """``model`` with another number of tokens; the adapter has the rows of those that were added."""
+    # MobileBERT's has no such argument. The mean of all rows would take long, and nothing needs it.
+    options = {"mean_resizing": False} if "mean_resizing" in signature(model.resize_token_embeddings).parameters else {}
+    model.resize_token_embeddings(tokens, **options)
+    return model
 
 
 def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[PretrainedConfig], nn.Module]]:
@@ -230,11 +240,21 @@ def _makers(config: PretrainedConfig, adapter: Adapter) -> Iterator[Callable[[Pr
             yield cls
 
 
-def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _misfits(
+    model: PreTrainedModel, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], tokens: int | None
+) -> list[str]:
+    """What of ``adapter``, whose other tensors have ``shapes``, ``model`` lacks when it has so many ``tokens``."""
     modules = modules_by_name(model)
-    state = model.state_dict()
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     faults = [f"has no module {name!r}" for name in adapter.layers if name not in modules]
+    if tokens is not None:
+        embeddings = _embeddings(model)
+        stored = {id(parameter) for name, parameter in embeddings.items() if _stored(name, shapes)}
+        for name, parameter in embeddings.items():
+            if tokens > len(parameter) and id(parameter) not in stored:
+                faults.append(f"would have no rows of {name!r} for the tokens that were added")
+            own[name] = (tokens, *own[name][1:])
     for name, shape in shapes.items():
-        if ".base_layer." not in name and (name not in state or state[name].shape != shape):
+        if ".base_layer." not in name and own.get(name) != shape:
             faults.append(f"has no {[*shape]} parameter {name!r}")
     return faults

@@ -13,10 +13,20 @@ from trained import updated
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -188,6 +198,72 @@ def test_merged_model_has_the_tokenizer_of_the_adapter_alone(tiny_llama, tmp_pat
     assert (merged.eos_token, merged.chat_template) == (end, tokenizer.chat_template)
     # What is no tokenizer's is still the base's.
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+SEVERAL = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+SEVERAL |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+ONE = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+OF_T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+# Each has more weights that are tied than the one with LoRA; T5's are tied whatever its config says.
+TIED = {
+    "head": (BartForConditionalGeneration, BartConfig(vocab_size=20, **SEVERAL), ["q_proj", "lm_head"]),
+    "embedding": (BertForMaskedLM, BertConfig(vocab_size=20, **ONE), ["query", "word_embeddings"]),
+    "of T5": (T5ForConditionalGeneration, T5Config(**OF_T5), ["q", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_merged_model_with_lora_on_a_tied_weight_is_the_same_in_its_files(case, tmp_path):
+    cls, config, targets = TIED[case]
+    model = cls(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "base")
+    adapted = updated(dynrank.add_lora(cls.from_pretrained(tmp_path / "base"), rank=2, target_modules=targets)).eval()
+    dynrank.save_adapter(adapted, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+    merged, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    ids = torch.tensor([[3, 12, 4, 10, 5]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    with torch.no_grad():
+        assert_close(merged.eval()(**inputs).logits, adapted(**inputs).logits, **IN_FLOAT32)
+
+
+ADDED = {
+    "marian": (MarianMTModel, MarianConfig(vocab_size=20, pad_token_id=19, decoder_start_token_id=19, **SEVERAL)),
+    "mobilebert": (MobileBertForMaskedLM, MobileBertConfig(vocab_size=20, embedding_size=8, **ONE)),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_models_that_are_given_tokens_in_their_own_way_are_merged_with_them(case, tmp_path):
+    cls, config = ADDED[case]
+    cls(config).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(23)
+    target = "q_proj" if case == "marian" else "query"
+    adapted = updated(dynrank.add_lora(model, rank=2, target_modules=[target])).eval()
+    dynrank.save_adapter(adapted, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+    ids = torch.tensor([[3, 22, 4, 20, 5]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    with torch.no_grad():
+        merged = cls.from_pretrained(tmp_path / "out").eval()
+        assert_close(merged(**inputs).logits, adapted(**inputs).logits, **IN_FLOAT32)
+
+
+def test_rows_of_added_tokens_that_no_file_has_are_refused(zoo, tmp_path):
+    """Of PEFT, where it did not know that the base has fewer tokens, and the embedding alone was trained."""
+    zoo.plain("llama").save_pretrained(tmp_path / "base")
+    model = zoo.plain("llama")
+    model.resize_token_embeddings(23)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    get_peft_model(model, LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=r"have no rows of 'lm_head\.weight' for the tokens that were"):
+        merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
