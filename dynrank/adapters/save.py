@@ -24,7 +24,7 @@ from dynrank.layers.foreign import class_if_imported, stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
-from dynrank.layers.vocabulary import resized_embeddings
+from dynrank.layers.vocabulary import extended_embeddings
 from dynrank.linalg import finite
 from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import PREFIX, peft_ranks
@@ -85,7 +85,7 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
     for head in heads:
         values = model.get_submodule(head).state_dict()
         whole |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
-    embeddings = _resized(model)
+    embeddings = _extended(model)
     factors = {f"{name}.{key}": value for name, of in layers.items() for key, value in _to_peft(of, of).items()}
     _check_finite(factors | whole | embeddings)
     stored = {} if dtype is None else _stored(layers, dtype)
@@ -120,12 +120,12 @@ def _save_own(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Roun
     return rounding({name: (new, layers[name].scaling) for name, new in stored.items()}) if stored else None
 
 
-def _resized(model: nn.Module) -> dict[str, Tensor]:
+def _extended(model: nn.Module) -> dict[str, Tensor]:
     """{name in PEFT: weight or bias of an embedding that tokens were added to}."""
-    resized = resized_embeddings(model)
+    extended = extended_embeddings(model)
     found = dict[str, Tensor]()
     for name, module in named_modules(model):
-        if any(module is embedding for embedding in resized):
+        if any(module is embedding for embedding in extended):
             if isinstance(module, LoRALayer):
                 module = module.base
                 name = f"{name}.base_layer"

@@ -19,7 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer, RankedLayer, whole_shape
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.foreign import store_on, stored_on
-from dynrank.layers.vocabulary import resized_embeddings
+from dynrank.layers.vocabulary import extended_embeddings
 from dynrank.linalg import joined, split
 
 
@@ -154,8 +154,8 @@ def live_values(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
         yield None if state_dict is None else dict(state_dict)
         return
     state = live_state_dict(model, state_dict or model.state_dict())
-    resized = {id(parameter) for module in resized_embeddings(model) for parameter in module.parameters()}
-    saved = {n: p for n, p in model.named_parameters() if n in state and (p.requires_grad or id(p) in resized)}
+    extended = {id(parameter) for module in extended_embeddings(model) for parameter in module.parameters()}
+    saved = {n: p for n, p in model.named_parameters() if n in state and (p.requires_grad or id(p) in extended)}
     before = {name: parameter.data for name, parameter in saved.items()}
     try:
         for name, parameter in saved.items():

@@ -31,26 +31,26 @@ def token_embeddings(model: Any) -> list[nn.Module]:
     return [uncompiled(module) for module in found if isinstance(module, nn.Module)]
 
 
-def resized_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The :func:`token_embeddings` in ``model`` whose number of tokens is not that of the files they were loaded from.
+def extended_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The :func:`token_embeddings` in ``model`` of models that have more tokens than the files they were loaded from.
 
-    ``model`` may be one of transformers, or contain such models. Where these files are not on this machine, a warning
-    says that the embeddings are taken for unchanged.
+    Those of a model with fewer tokens have no row that the files lack. ``model`` may be one of transformers, or contain
+    such models. Where the files are not on this machine, a warning says that the embeddings are taken for unchanged.
     """
     found: dict[int, nn.Module] = {}
     # A model and the model inside it, without its head, have one config.
-    resized: dict[int, bool] = {}
+    extended: dict[int, bool] = {}
     for part in model.modules():
         embeddings = token_embeddings(part)
         if embeddings:
             config = id(part.config)
-            if config not in resized:
-                resized[config] = _is_resized(part)
-            found |= {id(module): module for module in embeddings if resized[config]}
+            if config not in extended:
+                extended[config] = _has_added_tokens(part)
+            found |= {id(module): module for module in embeddings if extended[config]}
     return [*found.values()]
 
 
-def _is_resized(model: Any) -> bool:
+def _has_added_tokens(model: Any) -> bool:
     source = source_of(model)
     # A GGUF file is no config, and too long to read as one.
     if not source or Path(source).is_file():
@@ -64,12 +64,12 @@ def _is_resized(model: Any) -> bool:
             stacklevel=4,
         )
         return False
-    return _size(files) != _size(model.config)
+    return _tokens(model.config) > _tokens(files)
 
 
-def _size(config: Any) -> int | None:
-    """The number of tokens of a model; None: it has none, or several texts' models."""
+def _tokens(config: Any) -> int:
+    """The number of tokens of a model; 0 if it has none, or several models of texts."""
     try:
-        return getattr(config.get_text_config(), "vocab_size", None)
+        return getattr(config.get_text_config(), "vocab_size", None) or 0
     except ValueError:
-        return None
+        return 0

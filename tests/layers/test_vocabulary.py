@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from dynrank.layers.vocabulary import resized_embeddings
+from dynrank.layers.vocabulary import extended_embeddings
 
 
 class Around(nn.Module):
@@ -34,20 +34,20 @@ def made(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [17, 20, 23])
-def test_embeddings_are_resized_if_the_base_has_other_tokens_in_its_files(tokens, made):
+def test_embeddings_are_extended_if_the_base_has_fewer_tokens_in_its_files(tokens, made):
     model = made(tokens)
-    both = [model.model.embed_tokens, model.lm_head] if tokens != 20 else []
+    both = [model.model.embed_tokens, model.lm_head] if tokens > 20 else []
     for root in (model, Around(model), torch.compile(model)):
-        assert [id(module) for module in resized_embeddings(root)] == [id(module) for module in both]
+        assert [id(module) for module in extended_embeddings(root)] == [id(module) for module in both]
 
 
 def test_models_without_tokens_or_files_have_none(zoo):
     for kind in ("llama", "conv"):
-        assert resized_embeddings(zoo.plain(kind)) == []
+        assert extended_embeddings(zoo.plain(kind)) == []
 
 
 def test_a_base_whose_files_are_not_found_is_said_to_be_taken_as_it_is(made, tmp_path):
     model = made(23)
     shutil.rmtree(tmp_path / "base")
     with pytest.warns(UserWarning, match=r"base '.*base' is no folder .* taken for unchanged"):
-        assert resized_embeddings(model) == []
+        assert extended_embeddings(model) == []
