@@ -14,6 +14,7 @@ from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.sharding import check_whole
+from dynrank.distributed.wrappers import ddp_modules, new_reducers
 from dynrank.rank_map import by_layer
 
 
@@ -39,7 +40,7 @@ def resize(
     either nothing or everything has changed. In several processes, :class:`dynrank.RankDriver` sends all the same.
 
     Args:
-        model: a model with LoRA layers, dynrank's or PEFT's.
+        model: a model with LoRA layers, dynrank's or PEFT's; if DDP wraps it, the wrapped model, so that DDP follows.
         target: the new rank of every layer, up or down, or {key: new rank} for some. A key is a layer's name,
             which goes before all others, "attention", "mlp", or a pattern as in a rank map, of which the first that
             matches a layer wins.
@@ -74,6 +75,6 @@ def resize(
     balanced = free if balance else ()
     change = Change.compute(adapters, lambda: ranks, directions, optimizer_state, generator, balanced=balanced)
     if not dry_run:
-        with uninterrupted():
+        with uninterrupted(), new_reducers(ddp_modules(model)):
             change.apply()
     return change.reports

@@ -3,7 +3,8 @@
 DDP follows a change of its parameters' shapes, whichever library has wrapped the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import distributed, nn
@@ -38,17 +39,23 @@ def ddp_modules(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def pause_ddp(modules: Iterable[DistributedDataParallel]) -> None:
-    """Remove the reducers, whose buckets fit the old shapes, from ``modules``, until :func:`resume_ddp`.
+@contextmanager
+def new_reducers(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """A block in which parameters may change their shapes: ``modules`` have no reducers in it, and new ones after it.
 
+    The buckets of a reducer fit the shapes for which it was made. With others it averages wrongly, without a word.
     Training loops keep references to their DDP module, so it cannot be replaced by a new one.
     """
     for module in modules:
         del module.reducer, module.logger
+    try:
+        yield
+    finally:
+        _make_reducers(modules)
 
 
-def resume_ddp(modules: Iterable[DistributedDataParallel]) -> None:
-    """Give ``modules`` new reducers, by the code for unpickling, and register their communication hooks again."""
+def _make_reducers(modules: Iterable[DistributedDataParallel]) -> None:
+    """Make reducers by the code for unpickling, and register the communication hooks again."""
     for module in modules:
         # Without its group a module would go to the default one.
         module.__setstate__({"process_group": module.process_group})  # type: ignore[no-untyped-call]

@@ -41,13 +41,14 @@ from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
+from dynrank.distributed.wrappers import new_reducers
 from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training, checked_metrics, metric_value, observed_metrics
 from dynrank.driver.due import DueStage, keeps_rank
 from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
-from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, mark_as_loaded, warn_of_low_rate
 from dynrank.driver.logged import LoggedMetrics, numbers_in
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
@@ -119,6 +120,8 @@ class RankDriver:
         self.lr_factor = 1.0
         # One for each optimizer, from start() to the end.
         self._rates: list[LearningRates] = []
+        # What the param groups of each had in a checkpoint, until start() brings the optimizers.
+        self._loaded_rates: list[list[tuple[float, float]]] = []
         # As long as importance is measured.
         self._steps: MeasuredSteps | None = None
         # The last step for which end_step() was called.
@@ -194,6 +197,9 @@ class RankDriver:
             self.check_model(training.model, run)
         check_training(training, self.stages, measure=self.measure)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)
+        # A model that was wrapped before its checkpoint was loaded may have other shapes than DDP knows.
+        with new_reducers(training.ddp):
+            pass
         if self._differs is not None:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
@@ -201,6 +207,9 @@ class RankDriver:
         adapters = adapter_parameters(training.model)
         for optimizer in training.optimizers if not self.history else ():
             begin_anew(optimizer)
+        for optimizer, groups in zip(training.optimizers, self._loaded_rates, strict=False):
+            mark_as_loaded(optimizer, groups)
+        self._loaded_rates = []
         self._rates = [
             LearningRates(optimizer, adapters, self.lr_factor, training) for optimizer in training.optimizers
         ]
@@ -313,6 +322,8 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
+        # A checkpoint of after the end may be trained on.
+        self._loaded_rates = [rates.of_groups() for rates in self._rates]
         self._remove_hooks()
         if not self.finished:
             training.warn(
@@ -336,6 +347,7 @@ class RankDriver:
         self._importance = None
         self._ended_step = 0
         self._loaded = None
+        self._loaded_rates = []
         self._differs = None
 
     def count_anew(self) -> None:
@@ -354,6 +366,7 @@ class RankDriver:
             "importance": importance,
             "logged": self.logged.state_dict(),
             "lr_factor": self.lr_factor,
+            "rates": [rates.of_groups() for rates in self._rates] or self._loaded_rates,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -402,6 +415,7 @@ class RankDriver:
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self.lr_factor = float(state["lr_factor"])
+        self._loaded_rates = [[(float(rate), float(factor)) for rate, factor in groups] for groups in state["rates"]]
         self._loaded = state["importance"]
 
     @property

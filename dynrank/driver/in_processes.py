@@ -8,7 +8,7 @@ import torch
 
 from dynrank.change.change import Adapters, Change
 from dynrank.change.directions import LayerDirections
-from dynrank.distributed.wrappers import pause_ddp, resume_ddp
+from dynrank.distributed.wrappers import new_reducers
 from dynrank.driver.training import Training
 from dynrank.schedules import How
 
@@ -39,9 +39,6 @@ def compute_change(
 
 def apply_change(training: Training, change: Change) -> None:
     """Make ``change``, and let DDP follow; call it within :func:`dynrank.change.interrupts.uninterrupted`."""
-    pause_ddp(training.ddp)
-    try:
+    with new_reducers(training.ddp):
         change.apply()
-    finally:
-        resume_ddp(training.ddp)
     training.put_back()

@@ -121,6 +121,11 @@ class LearningRates:
                 group[LR_FACTOR] = self.factor
         self._leave()
 
+    def of_groups(self) -> list[tuple[float, float]]:
+        """(rate, factor that it contains) of each param group, for a checkpoint; see :func:`mark_as_loaded`."""
+        self.restore()
+        return [(float(group["lr"] or 0.0), float(group[LR_FACTOR])) for group in self._optimizer.param_groups]
+
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
         self._notice()
@@ -271,6 +276,17 @@ def mark(optimizer: Optimizer) -> None:
     """Let every param group say which factor its rate contains; a new one contains none."""
     for group in optimizer.param_groups:
         group.setdefault(LR_FACTOR, 1.0)
+
+
+def mark_as_loaded(optimizer: Optimizer, groups: Sequence[tuple[float, float]]) -> None:
+    """Mark param groups that have the rates of a checkpoint, and no mark of the factors in them.
+
+    ``groups`` has what :meth:`LearningRates.of_groups` returned. torch's distributed checkpoints load those keys of a
+    group alone that it has already, so the mark of a new optimizer is lost there.
+    """
+    for group, (rate, factor) in zip(optimizer.param_groups, groups, strict=False):
+        if LR_FACTOR not in group and float(group["lr"] or 0.0) == rate:
+            group[LR_FACTOR] = factor
 
 
 def begin_anew(optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
 from ends import assert_resumed, assert_same_bits, found, of_pair
 from torch.testing import assert_close
-from wrapped_loops import WAYS, ended
+from wrapped_loops import LOADED, WAYS, ended
 
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
@@ -75,6 +75,15 @@ def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
         assert torch.equal(value, expected[name]), name
         assert torch.equal(first[name], second[name]), name
         assert_close(first[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", LOADED)
+def test_gradients_are_means_over_processes_where_ranks_of_a_file_come_into_a_wrapped_model(results, way):
+    """DDP keeps buckets of the shapes that it was made for."""
+    expected, _ = found(results, f"gradients, {LOADED[0]}")
+    first, second = found(results, f"gradients, {way}")
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first, expected)
 
 
 @pytest.mark.parametrize(

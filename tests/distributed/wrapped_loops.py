@@ -14,10 +14,11 @@ from trained import drive
 
 import dynrank
 from dynrank.distributed.sharding import shard_frozen
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, GrowTo, Rank
-from dynrank.triggers import At
+from dynrank.triggers import At, Run
 
 # The dimensions are steps, examples and features.
 X = torch.randn(10, 8, 6, generator=torch.Generator().manual_seed(1))
@@ -76,6 +77,35 @@ def accelerate_fsdp2(model, optimizer):
 WAYS = {"plain": plain, "fabric": fabric, "accelerate": accelerate}
 # These need two processes.
 SHARDED = {"fabric, fsdp2": fabric_fsdp2, "accelerate, fsdp2": accelerate_fsdp2}
+
+
+def gradients(way, process=0):
+    """The gradients after a backward of a model that has the ranks of a checkpoint, which DDP wraps before or after."""
+
+    def made(rank):
+        torch.manual_seed(0)
+        return dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6)), rank=rank)
+
+    saved = made(2).state_dict()
+    model = made(4)
+    if way == "loaded, then wrapped":
+        model.load_state_dict(saved)
+    wrapped = DistributedDataParallel(model)
+    if way == "wrapped, then loaded":
+        model.load_state_dict(saved)
+        optimizer = torch.optim.SGD(dynrank.adapter_parameters(model))
+        RankDriver([]).start(Training(wrapped, [optimizer]), Run(9))
+    elif way == "wrapped, then resized":
+        dynrank.resize(wrapped, 2, optimizers=())
+    # A cut and a file have other factors of the same update.
+    with torch.no_grad():
+        for number, factor in enumerate(dynrank.adapter_parameters(model)):
+            factor.copy_(torch.arange(factor.numel()).view_as(factor).sin() + number)
+    wrapped(X[process]).square().mean().backward()
+    return [factor.grad for factor in dynrank.adapter_parameters(model)]
+
+
+LOADED = ("loaded, then wrapped", "wrapped, then loaded", "wrapped, then resized")
 
 
 def ended(way, process=0, processes=1):

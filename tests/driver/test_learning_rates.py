@@ -9,6 +9,8 @@ import pytest
 import schedulefree
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler as lr
 from transformers import (
     Adafactor,
@@ -17,11 +19,15 @@ from transformers import (
     get_polynomial_decay_schedule_with_warmup,
 )
 
+import dynrank
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.learning_rates import LearningRates, check_groups, factor_of_change, warn_of_low_rate
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How
+from dynrank.schedules import How, Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At, Run
 
 
 def test_factor_is_a_number_or_keeps_the_size_of_a_step():
@@ -157,6 +163,53 @@ def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
             before = adapter.item()
             optimizer.step()
             assert adapter.item() - before == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("kind", ["whole", "of keys that exist"])
+@pytest.mark.parametrize("after_end", [False, True])
+def test_rates_go_on_in_a_resume_by_torchs_distributed_checkpoint(kind, after_end, tmp_path):
+    """It loads those keys of a param group alone that a new optimizer has, so not what a driver has written there."""
+
+    def train(until, load=False):
+        torch.manual_seed(0)
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6)), rank=4)
+        saved = torch.load(tmp_path / "saved.pt") if load else None
+        if load:
+            model.load_state_dict(saved["model"])
+        optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model), lr=1e-2)
+        scheduler = lr.CosineAnnealingLR(optimizer, 20)
+        driver = RankDriver(Stage(At(step=4), Rank(2), how=How(lr_factor=2.0)))
+        if load and kind == "whole":
+            optimizer.load_state_dict(saved["optimizer"])
+        elif load:
+            state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+            checkpoint.load(state, checkpoint_id=tmp_path / "folder")
+            set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        if load:
+            scheduler.load_state_dict(saved["scheduler"])
+            driver.load_state_dict(saved["driver"])
+        loop = Training(model, [optimizer], step=saved["step"] if load else 0, schedulers=[scheduler])
+        driver.start(loop, Run(20))
+        rates = {}
+        while loop.step < until:
+            driver.advance(loop)
+            rates[loop.step] = optimizer.param_groups[0]["lr"]
+            model(torch.ones(2, 6)).square().mean().backward()
+            optimizer.step()
+            loop.step += 1
+            driver.end_step(loop)
+            optimizer.zero_grad()
+            scheduler.step()
+        if after_end:
+            driver.finish(loop)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "driver": driver}
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": until}, tmp_path / "saved.pt")
+        checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "folder")
+        return rates
+
+    whole = train(20)
+    train(10)
+    assert train(20, load=True) == {step: rate for step, rate in whole.items() if step >= 10}
 
 
 def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):

@@ -162,7 +162,9 @@ class RankScheduler(Callback):
         self._seen |= private.step_values(trainer)
         self.driver.start(self._run, run_length(trainer, pl_module))
         # An epoch in which a run is resumed does not begin anew.
-        batches = 0 if trainer.is_last_batch else trainer.fit_loop.batch_idx + 1
+        # A batch that an exception has ended, in whose checkpoint it has begun, is not processed.
+        of_epoch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = 0 if trainer.is_last_batch else of_epoch.processed
         begin = trainer.global_step - batches // trainer.accumulate_grad_batches
         self.driver.epoch_begins(trainer.current_epoch, begin, steps_per_epoch(trainer, pl_module))
         if self.driver.progress.observed_step != trainer.global_step:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
 )
@@ -315,6 +316,29 @@ def test_validation_that_is_due_at_a_resume_is_judged_by_a_metric_of_training(re
     whole = run(saved=tmp_path, default_root_dir=tmp_path)
     for step in (5, 10, 15):
         assert run(ckpt_path=tmp_path / f"step={step}.ckpt", default_root_dir=tmp_path) == whole, step
+
+
+@pytest.mark.parametrize("error_in", [10, 13, 18, 19])
+def test_a_batch_that_an_exception_has_ended_is_not_counted_in_the_resume(regression, error_in, tmp_path):
+    """Its checkpoint has a batch that has begun."""
+    make, data, trainer = regression
+
+    class Failing(make):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == error_in and self.trainer.ckpt_path is None:
+                raise RuntimeError("no memory")
+            return super().training_step(batch, batch_idx)
+
+    def run(**options):
+        scheduler = RankScheduler(Stage(At(epoch=2), Rank(2)))
+        saver = OnExceptionCheckpoint(tmp_path, "saved")
+        made = trainer(max_epochs=3, callbacks=[scheduler, saver], enable_checkpointing=True, num_sanity_val_steps=0)
+        made.fit(Failing(), *data(), **options)
+        return [event.step for event in scheduler.history]
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        run()
+    assert run(ckpt_path=tmp_path / "saved.ckpt") == [20]
 
 
 @pytest.mark.parametrize("where", ["validation", "training"])
