@@ -15,7 +15,7 @@ import datasets
 from tqdm import tqdm
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
+from dynrank.adapters.sidecar_files import INPUTS_FILE, LABELS_FILE, Inputs, label_names, read_inputs
 from dynrank.app.commands.keep import as_cells_of_csv, kept_cells, kept_columns
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.predicting import Answerer, Prompts
@@ -97,6 +97,10 @@ def predict(
         accept = partial(_accepted, prompts, skip=skip_unusable)
         asked = accept(*asked) if asked else None
         answerer = Answerer(adapter, model, prompts, **sizes)
+        if not answerer.writes and not (source / LABELS_FILE).exists():
+            many = "several" if answerer.several else "one"
+            names = ", ".join(label_names(answerer.model) or ())
+            print_facts({"labels": f"{names}; {many} for each text: as the base says, for there is no {LABELS_FILE}"})
         rows, form, where = asked or accept(*ask(None if answerer.writes else "classification"))
     if form == "chat" and not answerer.writes:
         raise ConfigurationError("chats (--chat, --system) need a model that generates text")

@@ -622,15 +622,17 @@ def test_the_columns_that_training_read_are_read_and_others_left_alone(trained, 
 
 
 def test_columns_that_another_program_may_have_read_are_named(classifier, launch, tmp_path):
-    """As those of pairs, in which a text is asked with its first column alone."""
+    """As those of pairs, in which a text is asked with its first column alone. Labels are the base's, too."""
     theirs = shutil.copytree(classifier, tmp_path / "theirs")
     (theirs / "inputs.json").unlink()
+    (theirs / "labels.json").unlink()
     pairs = write(tmp_path / "pairs.csv", [{"sentence1": "a", "sentence2": "b", "label": 1, "id": 7}])
     code, _, said = launch(cli.main, "predict", theirs, pairs)
     assert (code, "not used         sentence2\n" in said) == (0, True), said
+    assert "labels           LABEL_0, LABEL_1, LABEL_2; one for each text: as the base says" in said
     known = write(tmp_path / "known.csv", [{"Subject": "a", "Body": "b", "sentence2": "c"}])
     code, _, said = launch(cli.main, "predict", classifier, known)
-    assert (code, "not used" in said) == (0, False), said
+    assert (code, "not used" in said, "as the base says" in said) == (0, False, False), said
 
 
 MISSING = [

@@ -25,11 +25,19 @@ from transformers import (
     MarianMTModel,
     MobileBertConfig,
     MobileBertForMaskedLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 import dynrank
@@ -252,6 +260,72 @@ def test_models_that_are_given_tokens_in_their_own_way_are_merged_with_them(case
     with torch.no_grad():
         merged = cls.from_pretrained(tmp_path / "out").eval()
         assert_close(merged(**inputs).logits, adapted(**inputs).logits, **IN_FLOAT32)
+
+
+def of_speech():
+    layers = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Wav2Vec2Config(**layers, **sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=12)
+
+
+def of_segments():
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+    return SegformerConfig(**sizes, decoder_hidden_size=8, num_labels=3)
+
+
+def of_boxes():
+    return YolosConfig(**ONE, image_size=[32, 32], patch_size=16, num_detection_tokens=4, num_labels=3)
+
+
+IMAGE = (1, 3, 32, 32)
+FIVE = {"num_labels": 5}
+# Heads whose shapes are not (classes, width): (class, config of the base, options of the model, layers, head, inputs).
+HEADS = {
+    "segments": (SegformerForSemanticSegmentation, of_segments, FIVE, "q_proj", "decode_head", IMAGE),
+    "boxes": (YolosForObjectDetection, of_boxes, FIVE, "query", "class_labels_classifier", IMAGE),
+    "speech": (Wav2Vec2ForCTC, of_speech, {"vocab_size": 17, "pad_token_id": 0}, "q_proj", "lm_head", (1, 400)),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_heads_of_all_kinds_give_the_model_its_classes(case, tmp_path):
+    cls, config, options, target, head, shape = HEADS[case]
+    cls(config()).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base", ignore_mismatched_sizes=True, **options)
+    model = updated(dynrank.add_lora(model, rank=2, target_modules=[target], modules_to_save=[head])).eval()
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+    inputs = torch.randn(shape)
+    with torch.no_grad():
+        merged = cls.from_pretrained(tmp_path / "out").eval()
+        assert_close(merged(inputs).logits, model(inputs).logits, **IN_FLOAT32)
+
+
+def test_tokens_of_a_decoder_beside_an_encoder_of_images_are_merged(tmp_path):
+    """As Donut and TrOCR are trained."""
+    of_images = ViTConfig(**ONE, image_size=8, patch_size=4)
+    of_texts = BertConfig(vocab_size=20, **ONE, is_decoder=True, add_cross_attention=True)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(of_images, of_texts)
+    VisionEncoderDecoderModel(config).save_pretrained(tmp_path / "base")
+    model = VisionEncoderDecoderModel.from_pretrained(tmp_path / "base")
+    model.decoder.resize_token_embeddings(23)
+    model = updated(dynrank.add_lora(model, rank=2, target_modules=["query"])).eval()
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+    inputs = {"pixel_values": torch.randn(1, 3, 8, 8), "decoder_input_ids": torch.tensor([[3, 22, 4]])}
+    with torch.no_grad():
+        merged = VisionEncoderDecoderModel.from_pretrained(tmp_path / "out").eval()
+        assert_close(merged(**inputs).logits, model(**inputs).logits, **IN_FLOAT32)
+
+
+def test_a_class_that_the_adapter_names_is_not_replaced_by_another(tmp_path):
+    """A base without the pooler, which a classifier reads, and whose weights neither file has."""
+    BertForMaskedLM(BertConfig(vocab_size=20, **ONE)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    get_peft_model(model, LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification would have no weights \['bert.pooler"):
+        merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
 
 
 def test_rows_of_added_tokens_that_no_file_has_are_refused(zoo, tmp_path):
