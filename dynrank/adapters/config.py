@@ -62,6 +62,7 @@ class AdapterConfig(BaseModel):
     use_rslora: bool | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: Any = None
     target_parameters: list[str] | None = None
     init_lora_weights: Annotated[Any, AfterValidator(_harmless)] = None
     bias: Literal["none"] = "none"

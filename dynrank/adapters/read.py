@@ -65,6 +65,9 @@ class Adapter(StoredAdapter):
     def is_trained(self, name: str) -> bool:
         """Whether one of ``others`` was trained, as a part of modules_to_save; otherwise it is a weight of the base."""
         owner = name.rpartition(".")[0]
+        # Then PEFT also stores the other end of a tied weight, and does not name it.
+        if self.config.ensure_weight_tying and self.config.modules_to_save and not owner.endswith(_INSIDE):
+            return True
         # To PEFT "classifier" also means a module "pre_classifier", and all that is inside.
         return any(f"{module}." in f"{owner}." for module in self.config.modules_to_save or ())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -46,25 +46,48 @@ def new_reducers(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
     The buckets of a reducer fit the shapes for which it was made. With others it averages wrongly, without a word.
     Training loops keep references to their DDP module, so it cannot be replaced by a new one.
     """
+    averaged = [_averaged(module) for module in modules]
     for module in modules:
         del module.reducer, module.logger
     try:
         yield
     finally:
-        _make_reducers(modules)
+        for module, parameters in zip(modules, averaged, strict=True):
+            with _trainable(parameters):
+                _make_reducer(module)
 
 
-def _make_reducers(modules: Iterable[DistributedDataParallel]) -> None:
-    """Make reducers by the code for unpickling, and register the communication hooks again."""
-    for module in modules:
-        # Without its group a module would go to the default one.
-        module.__setstate__({"process_group": module.process_group})  # type: ignore[no-untyped-call]
-        # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
-        module._static_graph_delay_allreduce_enqueued = False
-        for hook, of_hook in module._comm_hooks:
-            # PowerSGD remembers errors and factors of the old shapes by the numbers of buckets.
-            for memory in ("error_dict", "p_memory_dict", "q_memory_dict"):
-                getattr(of_hook, memory, {}).clear()
-            distributed._register_comm_hook(  # type: ignore[attr-defined]
-                module.reducer, of_hook, hook
-            )
+def _averaged(module: DistributedDataParallel) -> list[Tensor]:
+    """The parameters whose gradients the reducer of ``module`` averages."""
+    return [p for bucket in module.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
+
+
+@contextmanager
+def _trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which ``parameters`` require gradients.
+
+    A reducer is made for those that do at that moment; some may be frozen for a while, and are averaged again later.
+    """
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _make_reducer(module: DistributedDataParallel) -> None:
+    """Make a reducer by the code for unpickling, and register the communication hooks again."""
+    # Without its group a module would go to the default one.
+    module.__setstate__({"process_group": module.process_group})  # type: ignore[no-untyped-call]
+    # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
+    module._static_graph_delay_allreduce_enqueued = False
+    for hook, of_hook in module._comm_hooks:
+        # PowerSGD remembers errors and factors of the old shapes by the numbers of buckets.
+        for memory in ("error_dict", "p_memory_dict", "q_memory_dict"):
+            getattr(of_hook, memory, {}).clear()
+        distributed._register_comm_hook(  # type: ignore[attr-defined]
+            module.reducer, of_hook, hook
+        )

@@ -322,8 +322,6 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
-        # A checkpoint of after the end may be trained on.
-        self._loaded_rates = [rates.of_groups() for rates in self._rates]
         self._remove_hooks()
         if not self.finished:
             training.warn(
@@ -584,6 +582,9 @@ class RankDriver:
         return saved + sum(layer.rank * layer.params_per_rank for _, layer in lora_layers(training.model))
 
     def _remove_hooks(self) -> None:
+        # A checkpoint of after the end, or after an error, may be trained on.
+        if self._rates:
+            self._loaded_rates = [rates.of_groups() for rates in self._rates]
         for rates in self._rates:
             rates.remove()
         self._rates = []

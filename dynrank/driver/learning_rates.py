@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adafactor, Optimizer
+from torch.optim import SGD, Adafactor, Optimizer
 
 from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.driver.closures import Closure, with_closure
@@ -124,7 +124,8 @@ class LearningRates:
     def of_groups(self) -> list[tuple[float, float]]:
         """(rate, factor that it contains) of each param group, for a checkpoint; see :func:`mark_as_loaded`."""
         self.restore()
-        return [(float(group["lr"] or 0.0), float(group[LR_FACTOR])) for group in self._optimizer.param_groups]
+        groups = self._optimizer.param_groups
+        return [(float(group["lr"] or 0.0), float(group.get(LR_FACTOR, 1.0))) for group in groups]
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
@@ -282,10 +283,15 @@ def mark_as_loaded(optimizer: Optimizer, groups: Sequence[tuple[float, float]]) 
     """Mark param groups that have the rates of a checkpoint, and no mark of the factors in them.
 
     ``groups`` has what :meth:`LearningRates.of_groups` returned. torch's distributed checkpoints load those keys of a
-    group alone that it has already, so the mark of a new optimizer is lost there.
+    group alone that it has already, so the mark of a new optimizer is lost there. An optimizer that nothing was loaded
+    into has no state yet; only SGD may have none for good.
     """
+    stateless = isinstance(optimizer, SGD)
+    if not (optimizer.state or stateless):
+        return
     for group, (rate, factor) in zip(optimizer.param_groups, groups, strict=False):
-        if LR_FACTOR not in group and float(group["lr"] or 0.0) == rate:
+        is_same = float(group["lr"] or 0.0) == rate and (rate > 0 or not stateless)
+        if LR_FACTOR not in group and is_same:
             group[LR_FACTOR] = factor
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import dynrank
 from dynrank.adapters.base import base_of
@@ -189,6 +190,35 @@ def test_added_tokens_come_with_the_adapter_as_in_peft(case, with_tokens, zoo, t
     dynrank.squeeze(tmp_path / "ours", tmp_path / "small", rank=3)
     for folder in ("ours", "small"):
         assert_close(outputs(PeftModel.from_pretrained(with_tokens(kind), tmp_path / folder).eval()), expected)
+
+
+@pytest.mark.parametrize("tokens", [20, 23])
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_tied_weight_that_peft_has_trained_as_one_is_loaded_as_one(module, tokens, tmp_path):
+    """Its ``ensure_weight_tying``: it stores both ends, and names one of them."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=20, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def base():
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    options = {"target_modules": ["q_proj"], "modules_to_save": [module], "ensure_weight_tying": True}
+    theirs = get_peft_model(base(), LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    ids = torch.tensor([[3, tokens - 1, 4]])
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path / "adapter")
+    dynrank.squeeze(tmp_path / "adapter", tmp_path / "rounded", rank=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids).logits
+        assert_close(dynrank.load_adapter(base(), tmp_path / "adapter").eval()(input_ids=ids).logits, expected)
+        rounded = dynrank.load_adapter(base(), tmp_path / "rounded").eval()(input_ids=ids).logits
+        assert_close(rounded, expected, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -97,6 +97,12 @@ def gradients(way, process=0):
         RankDriver([]).start(Training(wrapped, [optimizer]), Run(9))
     elif way == "wrapped, then resized":
         dynrank.resize(wrapped, 2, optimizers=())
+    elif way == "frozen when it is resized":
+        # DDP goes on to average what is trained again later.
+        model.requires_grad_(False)
+        dynrank.resize(wrapped, 2, optimizers=())
+        for factor in dynrank.adapter_parameters(model):
+            factor.requires_grad_(True)
     # A cut and a file have other factors of the same update.
     with torch.no_grad():
         for number, factor in enumerate(dynrank.adapter_parameters(model)):
@@ -105,7 +111,7 @@ def gradients(way, process=0):
     return [factor.grad for factor in dynrank.adapter_parameters(model)]
 
 
-LOADED = ("loaded, then wrapped", "wrapped, then loaded", "wrapped, then resized")
+LOADED = ("loaded, then wrapped", "wrapped, then loaded", "wrapped, then resized", "frozen when it is resized")
 
 
 def ended(way, process=0, processes=1):

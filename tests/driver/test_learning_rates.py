@@ -21,7 +21,14 @@ from transformers import (
 
 import dynrank
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.learning_rates import LearningRates, check_groups, factor_of_change, warn_of_low_rate
+from dynrank.driver.learning_rates import (
+    LR_FACTOR,
+    LearningRates,
+    check_groups,
+    factor_of_change,
+    mark_as_loaded,
+    warn_of_low_rate,
+)
 from dynrank.driver.schedulers import forget_plateau
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -166,8 +173,8 @@ def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
 
 
 @pytest.mark.parametrize("kind", ["whole", "of keys that exist"])
-@pytest.mark.parametrize("after_end", [False, True])
-def test_rates_go_on_in_a_resume_by_torchs_distributed_checkpoint(kind, after_end, tmp_path):
+@pytest.mark.parametrize("end", ["none", "finish", "abort"])
+def test_rates_go_on_in_a_resume_by_torchs_distributed_checkpoint(kind, end, tmp_path):
     """It loads those keys of a param group alone that a new optimizer has, so not what a driver has written there."""
 
     def train(until, load=False):
@@ -200,8 +207,10 @@ def test_rates_go_on_in_a_resume_by_torchs_distributed_checkpoint(kind, after_en
             driver.end_step(loop)
             optimizer.zero_grad()
             scheduler.step()
-        if after_end:
+        if end == "finish":
             driver.finish(loop)
+        elif end == "abort":
+            driver.abort()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "driver": driver}
         torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": until}, tmp_path / "saved.pt")
         checkpoint.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "folder")
@@ -210,6 +219,32 @@ def test_rates_go_on_in_a_resume_by_torchs_distributed_checkpoint(kind, after_en
     whole = train(20)
     train(10)
     assert train(20, load=True) == {step: rate for step, rate in whole.items() if step >= 10}
+
+
+def test_a_new_optimizer_that_has_the_rate_of_a_checkpoint_by_chance_contains_no_factor(pair):
+    """Such as 0, where one schedule ends and the warm-up of the next one begins."""
+    adapter, _ = pair
+    for rate in (0.0, 0.5):
+        new = torch.optim.AdamW([adapter], lr=rate)
+        mark_as_loaded(new, [(rate, 2.0)])
+        assert LR_FACTOR not in new.param_groups[0]
+        new.step()
+        mark_as_loaded(new, [(rate, 2.0)])
+        assert new.param_groups[0][LR_FACTOR] == 2.0
+        plain = torch.optim.SGD([adapter], lr=rate)
+        mark_as_loaded(plain, [(rate, 2.0)])
+        assert (LR_FACTOR in plain.param_groups[0]) == (rate > 0)
+
+
+def test_a_group_that_is_added_after_the_start_is_in_checkpoints_and_the_end():
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6)), rank=4)
+    optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model), lr=1e-2)
+    driver = RankDriver(Stage(At(step=4), Rank(2)))
+    loop = Training(model, [optimizer])
+    driver.start(loop, Run(20))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5})
+    assert driver.state_dict()["rates"] == [[(1e-2, 1.0), (0.5, 1.0)]]
+    driver.abort()
 
 
 def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):

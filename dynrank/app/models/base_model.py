@@ -178,8 +178,8 @@ def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTr
             try:
                 with torch.device("meta"):
                     empty = make(config)
-            # This error means that transformers has no class of this kind for the model.
-            except ValueError:
+            # The first means that transformers has no class of this kind for the model, the second a wrong size.
+            except (ValueError, AssertionError):
                 continue
             lacks = _lacking_modules(empty, adapter)
             if lacks:

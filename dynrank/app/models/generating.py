@@ -14,6 +14,18 @@ from dynrank.errors import ConfigurationError, shown
 # What begins an answer; a base's other settings of generation change it.
 _BEGINNING = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _ANSWER = "An answer of the assistant."
+_WORD = "x"
+
+
+def closing_tokens(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts behind a text, such as its end (``add_eos_token=True``).
+
+    What goes on after a text, as the answer to a prompt does, must not have them before it.
+    """
+    word = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_WORD)["input_ids"]
+    starts = [i for i in range(len(whole)) if word and whole[i : i + len(word)] == word]
+    return len(whole) - starts[0] - len(word) if starts else 0
 
 
 @torch.no_grad()

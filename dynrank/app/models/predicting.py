@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.app.models.base_model import base_settings, base_source, on_base
-from dynrank.app.models.generating import end_of_turn_of, greedy_texts, refusal, rendered
-from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
+from dynrank.app.models.generating import closing_tokens, end_of_turn_of, greedy_texts, refusal, rendered
+from dynrank.app.models.pretrained import load_tokenizer, positions, read_config, set_padding
 from dynrank.errors import ConfigurationError
 
 # Rows as dynrank.app.tasks.data.rows makes them: with text, with prompt, or with messages.
@@ -35,6 +35,9 @@ class Prompts:
         place = tokenizer_source(Path(adapter.source), base_source(adapter, base))
         self.tokenizer = load_tokenizer(place, "--model", base_settings(adapter, base))
         self.system = system
+        # An answer goes on after a decoder's prompt. What an encoder reads ends as its tokenizer ends it.
+        is_read = read_config(base_source(adapter, base), "--model", base_settings(adapter, base)).is_encoder_decoder
+        self._closing = 0 if is_read else closing_tokens(self.tokenizer)
 
     def refusals(self, chats: Rows) -> list[str | None]:
         """For each chat why the tokenizer's template refuses it; None if it does not refuse."""
@@ -47,7 +50,10 @@ class Prompts:
             rendered(self.tokenizer, self.turns(row), ask=True) if chats else row.get("prompt", row.get("text"))
             for row in rows
         ]
-        return self.tokenizer(prompts, add_special_tokens=not chats, **options)
+        if chats or not self._closing:
+            return self.tokenizer(prompts, add_special_tokens=not chats, **options)
+        ids = [own[: len(own) - self._closing] for own in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        return self.tokenizer.pad({"input_ids": ids}, **options) if "padding" in options else {"input_ids": ids}
 
     def turns(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
         """The messages of a chat, which begin with the system prompt, if there is one."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 from jinja2 import TemplateError
 
+from dynrank.app.models.generating import closing_tokens
 from dynrank.errors import ConfigurationError, shown
 
 _IDS = datasets.Sequence(datasets.Value("int32"))
@@ -61,11 +62,17 @@ def make_examples(
 
 
 def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[Example]:
-    prompts = tokenizer(rows["prompt"])["input_ids"]
+    prompts = _open(rows["prompt"], tokenizer)
     answers = _continuing(rows["answer"], tokenizer)
     for text, wanted, prompt, answer in zip(rows["prompt"], rows["answer"], prompts, answers, strict=True):
         learned = [False] * len(prompt) + [True] * (len(answer) + 1)
         yield Example([*prompt, *answer, tokenizer.eos_token_id], learned, text, wanted, len(prompt))
+
+
+def _open(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts that something goes on after: without an end that the tokenizer puts behind each."""
+    closing = closing_tokens(tokenizer)
+    return [ids[: len(ids) - closing] for ids in tokenizer([*texts])["input_ids"]]
 
 
 def _continuing(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -105,7 +112,7 @@ def _opening(turn: str, answer: str) -> str:
 
 
 def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:
-    texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]
+    texts = [[*ids, tokenizer.eos_token_id] for ids in _open(rows["text"], tokenizer)]
     for whole in [[*chain(*texts)]] if packed else texts:
         for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from trained import updated
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from dynrank.app.console import one_line
 from dynrank.app.models.predicting import Answerer, Prompts
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.data.source import Source
+from dynrank.app.tasks.examples import make_examples
 from dynrank.app.tasks.language_modeling import LanguageModeling
 
 TEMPLATE = (
@@ -467,6 +469,34 @@ def test_an_encoder_decoder_answers_each_of_a_batch_as_peft_alone(config, tiny_l
     assert len({*expected}) == 3
     code, printed, said = launch(cli.main, "predict", "adapter", *prompts, "--max-new-tokens", 12)
     assert (code, printed.splitlines()) == (0, expected), said
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_an_end_that_a_tokenizer_puts_behind_texts_is_not_asked_after(decoder, tiny_llama, tmp_path):
+    """As ``add_eos_token=True`` of Llama's and Mistral's; an encoder reads it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    plain = tokenizer(["remove a tree", "copy"])["input_ids"]
+    tokenizer.pad_token = tokenizer.eos_token
+    end = tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, end)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama) if decoder else AutoModelForSeq2SeqLM.from_config(T5)
+    model.save_pretrained(tmp_path / "base")
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2), tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    prompts = Prompts(dynrank.read_adapter(tmp_path / "adapter"), str(tmp_path / "base"), None)
+    rows = [{"prompt": "remove a tree"}, {"prompt": "copy"}]
+    asked = [[*ids, *([] if decoder else [end])] for ids in plain]
+    assert prompts.tokens(rows)["input_ids"] == asked
+    made = prompts.tokens(rows, padding=True, return_tensors="pt")
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(*made.values(), strict=True)] == asked
+    # Training's prompts and texts have one end, where the answer or the text ends.
+    options = {"tokenizer": tokenizer, "max_length": 99, "packed": False}
+    learned = make_examples({"prompt": ["copy"], "answer": [" it"]}, form="completion", **options)["input_ids"]
+    texts = make_examples({"text": ["copy it"]}, form="text", **options)["input_ids"]
+    assert (learned[0].count(end), learned[0][-1]) == (1, end)
+    assert learned == texts
 
 
 @pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])

@@ -25,6 +25,9 @@ from transformers import (
     MarianMTModel,
     MobileBertConfig,
     MobileBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     T5Config,
@@ -326,6 +329,18 @@ def test_a_class_that_the_adapter_names_is_not_replaced_by_another(tmp_path):
     get_peft_model(model, LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification would have no weights \['bert.pooler"):
         merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "out")
+
+
+def test_a_base_of_another_width_is_refused_for_a_model_whose_padding_is_no_first_token(tmp_path):
+    """Classes are tried with fewer tokens, too, which this config does not allow."""
+    for width in (8, 16):
+        sizes = ONE | {"hidden_size": width}
+        RobertaForMaskedLM(RobertaConfig(vocab_size=20, pad_token_id=1, **sizes)).save_pretrained(tmp_path / f"{width}")
+    model = RobertaForSequenceClassification.from_pretrained(tmp_path / "8", num_labels=1)
+    options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    get_peft_model(model, LoraConfig(r=2, **options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match="was not trained on --model"):
+        merge_adapter(tmp_path / "adapter", str(tmp_path / "16"), tmp_path / "out")
 
 
 def test_rows_of_added_tokens_that_no_file_has_are_refused(zoo, tmp_path):

@@ -255,7 +255,7 @@ def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of
         assert examples["input_ids"][:] == expected
     # The end of the first text would be alone, with nothing before it to predict it from.
     options = {"tokenizer": hf.ByT5Tokenizer(), "max_length": 4, "form": "text", "packed": False}
-    assert make_examples({"text": ["abc", "abcd"]}, **options)["length"] == [4, 4, 2]
+    assert make_examples({"text": ["abcd", "abcde"]}, **options)["length"] == [4, 4, 2]
     batch = task.collate([*task.examples["train"]][-4:])
     real = batch["attention_mask"].bool()
     assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
