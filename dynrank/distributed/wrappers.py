@@ -58,7 +58,12 @@ def new_reducers(modules: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 
 def _averaged(module: DistributedDataParallel) -> list[Tensor]:
-    """The parameters whose gradients the reducer of ``module`` averages."""
+    """The parameters whose gradients the reducer of ``module`` averages; none beside sparse gradients.
+
+    A bucket of a sparse gradient has no numbers, for which torch has an error here.
+    """
+    if any(isinstance(inside, nn.Embedding | nn.EmbeddingBag) and inside.sparse for inside in module.modules()):
+        return []
     return [p for bucket in module.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
 
 

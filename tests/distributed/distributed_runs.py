@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-from wrapped_loops import LOADED, WAYS, ended, gradients
+from wrapped_loops import LOADED, WAYS, ended, gradients, sparse_gradients
 
 import dynrank
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches
@@ -339,6 +339,7 @@ def main(place: str) -> None:
     process = int(os.environ["RANK"])
     for way in WAYS:
         checks[f"loop, {way}"] = partial(ended, way, process, 2)
+    checks["gradients, sparse"] = partial(sparse_gradients, process)
     for way in LOADED:
         checks[f"gradients, {way}"] = partial(gradients, way, process)
     keep(checks, folder / f"{process}.pt", {})

@@ -77,6 +77,12 @@ def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
         assert_close(first[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_gradients_are_means_beside_sparse_ones(results):
+    first, second = found(results, "gradients, sparse")
+    assert_close(first, second, rtol=0, atol=0)
+    assert all(gradient.any() for gradient in first[-1:])
+
+
 @pytest.mark.parametrize("way", LOADED)
 def test_gradients_are_means_over_processes_where_ranks_of_a_file_come_into_a_wrapped_model(results, way):
     """DDP keeps buckets of the shapes that it was made for."""

@@ -111,6 +111,29 @@ def gradients(way, process=0):
     return [factor.grad for factor in dynrank.adapter_parameters(model)]
 
 
+class Table(nn.Module):
+    """A trained table with sparse gradients below a net with LoRA."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = dynrank.add_lora(nn.Sequential(nn.Linear(6, 4)), rank=2)
+        self.table = nn.Embedding(9, 6, sparse=True)
+
+    def forward(self, ids):
+        return self.net(self.table(ids))
+
+
+def sparse_gradients(process):
+    """The gradients beside a table, after a driver has started."""
+    model = Table()
+    wrapped = DistributedDataParallel(model)
+    factors = dynrank.adapter_parameters(model)
+    RankDriver([]).start(Training(wrapped, [torch.optim.AdamW(factors)]), Run(9))
+    wrapped(torch.tensor([process, 3])).square().mean().backward()
+    return [factor.grad for factor in factors] + [model.table.weight.grad.to_dense()]
+
+
 LOADED = ("loaded, then wrapped", "wrapped, then loaded", "wrapped, then resized", "frozen when it is resized")
 
 
