@@ -12,8 +12,11 @@ from typing import Any
 from torch import nn
 
 from dynrank.layers.compiled import uncompiled
-from dynrank.layers.foreign import stored_on
+from dynrank.layers.foreign import store_on, stored_on
 from dynrank.private import source_of
+
+# The key of the record on a model whose files were known when it was loaded.
+_TOKENS = "tokens"
 
 
 def token_embeddings(model: Any) -> list[nn.Module]:
@@ -50,7 +53,15 @@ def extended_embeddings(model: nn.Module) -> list[nn.Module]:
     return [*found.values()]
 
 
+def remember_tokens(model: Any) -> None:
+    """Record the number of tokens that the files of ``model`` have, which was just loaded from them."""
+    store_on(model, _TOKENS, _tokens(model.config))
+
+
 def _has_added_tokens(model: Any) -> bool:
+    known = stored_on(model, _TOKENS)
+    if known is not None:
+        return bool(_tokens(model.config) > known)
     source = source_of(model)
     # A GGUF file is no config, and too long to read as one.
     if not source or Path(source).is_file():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.layers.vocabulary import extended_embeddings
 
 
@@ -51,3 +52,12 @@ def test_a_base_whose_files_are_not_found_is_said_to_be_taken_as_it_is(made, tmp
     shutil.rmtree(tmp_path / "base")
     with pytest.warns(UserWarning, match=r"base '.*base' is no folder .* taken for unchanged"):
         assert extended_embeddings(model) == []
+
+
+def test_a_model_of_a_short_name_knows_its_tokens_without_its_files(tiny_llama):
+    """A run names the base as others know it, which need not be a place on this machine."""
+    model = load_causal_lm(str(tiny_llama))
+    model.config.name_or_path = "org/elsewhere"
+    assert extended_embeddings(model) == []
+    model.resize_token_embeddings(603)
+    assert len(extended_embeddings(model)) == 2

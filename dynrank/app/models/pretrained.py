@@ -30,6 +30,7 @@ from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
 from dynrank.layers.foreign import store_on, stored_on
 from dynrank.layers.quantized import is_quantized
+from dynrank.layers.vocabulary import remember_tokens
 
 # The errors of transformers and the libraries below it for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
@@ -253,6 +254,8 @@ def _load(
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
     # An adapter says by these on which base it was trained; transformers itself forgets the revision.
     store_on(model, "revision", settings.revision)
+    # A short name is no place at which the files could be asked later.
+    remember_tokens(model)
     source = model_source(name, key)
     # Of a GGUF file, transformers knows only the folder.
     model.config.name_or_path = public_name(source if source.endswith(".gguf") else model.config.name_or_path)
