@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import Any
 
 from torch import nn
@@ -48,7 +48,7 @@ from dynrank.driver.due import DueStage, keeps_rank
 from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
-from dynrank.driver.learning_rates import LearningRates, begin_anew, mark_as_loaded, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
 from dynrank.driver.logged import LoggedMetrics, numbers_in
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
@@ -207,12 +207,12 @@ class RankDriver:
         adapters = adapter_parameters(training.model)
         for optimizer in training.optimizers if not self.history else ():
             begin_anew(optimizer)
-        for optimizer, groups in zip(training.optimizers, self._loaded_rates, strict=False):
-            mark_as_loaded(optimizer, groups)
-        self._loaded_rates = []
+        saved = chain(self._loaded_rates, repeat(()))
         self._rates = [
-            LearningRates(optimizer, adapters, self.lr_factor, training) for optimizer in training.optimizers
+            LearningRates(optimizer, adapters, self.lr_factor, training, groups)
+            for optimizer, groups in zip(training.optimizers, saved, strict=False)
         ]
+        self._loaded_rates = []
         if not self._needs_importance:
             self._importance = None
         elif self._importance is None or not self._importance.is_of(layers):

@@ -69,6 +69,7 @@ class LearningRates:
         adapters: the factors of all LoRA layers.
         factor: factor of the adapters' rates, in total; a group may contain a part of it already.
         training: the run, whose schedulers may be replaced; None: its schedulers are unknown.
+        saved: what :meth:`of_groups` returned when the checkpoint was written that this run goes on from.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class LearningRates:
         adapters: Collection[nn.Parameter],
         factor: float,
         training: Training | None = None,
+        saved: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.factor = factor
         self._optimizer = optimizer
@@ -97,14 +99,20 @@ class LearningRates:
         after = optimizer.register_step_post_hook
         loaded = optimizer.register_load_state_dict_post_hook
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
-        saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
-        self._handles = [before(self._begin), after(lambda *_: self.restore()), saved, loaded(lambda _: self._leave())]
+        state = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
+        self._handles = [before(self._begin), after(lambda *_: self.restore()), state, loaded(lambda _: self._leave())]
+        mark_as_loaded(optimizer, saved)
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
             for scheduler in self._known_schedulers() if self._is_of_adapters(group) else ():
-                follow_group(scheduler, group, index, _contained(group))
+                # A group without a mark is not the checkpoint's, but its scheduler may be.
+                follow_group(scheduler, group, index, _contained(group) if LR_FACTOR in group else 1.0 / factor)
                 if not has_kept_limit(scheduler, index):
                     keep_limit(scheduler, index, _contained(group), self._limits_are_rates)
+        if training is not None and training.knows_schedulers:
+            # A program may edit the rates of a checkpoint that a trainer loads.
+            pairs = zip(optimizer.param_groups, saved, strict=False)
+            self._left = [rate if LR_FACTOR in group else None for group, (rate, _) in pairs]
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:

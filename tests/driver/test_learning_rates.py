@@ -150,6 +150,32 @@ def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, chan
         expected.step()
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_of_a_checkpoint_goes_on_with_a_new_optimizer(pair, name):
+    """As one made with the multiplied rate does, which also begins at the base rate again."""
+    adapter, head = pair
+
+    def run(times):
+        optimizer = torch.optim.SGD([{"params": [head]}, {"params": [adapter], "lr": 0.5 * times}], lr=0.5)
+        return optimizer, SCHEDULERS[name](optimizer, [1.0, times])
+
+    optimizer, scheduler = run(1.0)
+    fresh, expected = run(3.0)
+    LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [scheduler], Knowing))
+    for each in (optimizer, scheduler, fresh, expected) * 5:
+        each.step()
+    states = scheduler.state_dict(), expected.state_dict()
+    optimizer, scheduler = run(1.0)
+    fresh, expected = run(3.0)
+    scheduler.load_state_dict(states[0])
+    expected.load_state_dict(states[1])
+    LearningRates(optimizer, [adapter], 3.0, scheduled(optimizer, [scheduler], Knowing))
+    for _ in range(12):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([g["lr"] for g in fresh.param_groups])
+        for each in (optimizer, scheduler, fresh, expected):
+            each.step()
+
+
 def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
     """It may set absolute rates, and so may a scheduler that a module keeps to itself, or a loop that gives none."""
 

@@ -134,6 +134,21 @@ def test_run_with_own_rates_goes_on_with_the_same_bits(fit, setting, assert_same
         assert_same(rest, whole, step)
 
 
+def test_rate_that_the_program_writes_into_a_checkpoint_is_raised(fit, setting, tmp_path):
+    class Editing(setting):
+        def on_load_checkpoint(self, checkpoint):
+            (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+            group["lr"] = 3e-3
+
+    setting.schedules = True
+    setting.begins = 16
+    fitted(fit, setting, "callback", saved=tmp_path)
+    with pytest.warns(UserWarning, match="param group 0.* to 0.003. It counts as set without the factor 2 "):
+        _, used = fitted(fit, Editing, "callback", ckpt_path=tmp_path / "step=12.ckpt")
+    # The program steps its scheduler once an epoch, so not within this run.
+    assert {step: used[step] for step in (12, 15)} == pytest.approx(dict.fromkeys((12, 15), 6e-3), rel=1e-3)
+
+
 def test_warm_up_that_replaces_the_scheduler_at_a_cut_gets_the_next_factor_too(fit, setting):
     """It starts from the raised rate."""
 

@@ -12,6 +12,8 @@ from dynrank.errors import shown
 # A row with its number, from 1 on, or the number with a text that says why there is no row.
 Numbered = tuple[int, Mapping[str, Any] | str]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# Turns of the assistant that call a tool: ShareGPT's, as LLaMA-Factory and others write them.
+_CALLS = {"function_call", "tool_call"}
 _TEXT = datasets.Value("string")
 
 
@@ -135,9 +137,9 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         pairs = [pair for pair in KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(pair[0]), str)]
         if not pairs:
             return f"must have messages with a role and a content, or from and value, got {shown(turn)}"
-        if turn.get("tool_calls") and not turn.get(pairs[0][1]):
-            return "has tool calls, which are not learned"
         role = turn[pairs[0][0]].lower()
+        if role in _CALLS or (turn.get("tool_calls") and not turn.get(pairs[0][1])):
+            return "has tool calls, which are not learned"
         messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
     # The prompt that stands in the chat is its own.
     if row.get("system") and messages[1]["role"] == "system":

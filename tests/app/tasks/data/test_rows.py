@@ -38,6 +38,9 @@ ROWS = {
     "the assistant first": ("chat", {"messages": TURNS[1:]}, "starts with the assistant"),
     "nobody answers": ("chat", {"messages": TURNS[:1]}, "without a turn of the assistant"),
     "tool calls": ("chat", {"messages": [TURNS[0], CALL]}, "has tool calls"),
+    "ShareGPT's tool calls": ("chat", {"conversations": [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"},
+        {"from": "observation", "value": "3"}, {"from": "gpt", "value": "a"}]}, "has tool calls"),
     "a silent user": ("chat", {"messages": [{**TURNS[0], "content": ""}]}, "of the user that has an empty content"),
 }  # fmt: skip
 
