@@ -22,7 +22,7 @@ from dynrank.layers.base import LoRALayer, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
-from dynrank.layers.vocabulary import extended_embeddings
+from dynrank.layers.vocabulary import extended_parameters
 from dynrank.private import at_end_of_backward, backward_number
 
 M = TypeVar("M", bound=nn.Module)
@@ -158,7 +158,7 @@ def _with_added_tokens(model: nn.Module, group: ProcessGroup | None) -> list[nn.
     """The frozen parameters of embeddings that tokens were added to, as process 0 knows them."""
 
     def names() -> set[str]:
-        extended = {id(parameter) for module in extended_embeddings(model) for parameter in module.parameters()}
+        extended = {*map(id, extended_parameters(model))}
         return {name for name, parameter in model.named_parameters() if id(parameter) in extended}
 
     # The files of the base may be on the machine of process 0 alone.

@@ -48,7 +48,7 @@ from dynrank.driver.due import DueStage, keeps_rank
 from dynrank.driver.event import UNDONE, History, RankEvent
 from dynrank.driver.importance import ImportanceSums, shares_by_importance
 from dynrank.driver.in_processes import apply_change, compute_change
-from dynrank.driver.learning_rates import LearningRates, begin_anew, warn_of_low_rate
+from dynrank.driver.learning_rates import LearningRates, SavedRate, begin_anew, warn_of_low_rate
 from dynrank.driver.logged import LoggedMetrics, numbers_in
 from dynrank.driver.progress import Decision, Progress
 from dynrank.driver.schedulers import forget_plateau
@@ -121,7 +121,7 @@ class RankDriver:
         # One for each optimizer, from start() to the end.
         self._rates: list[LearningRates] = []
         # What the param groups of each had in a checkpoint, until start() brings the optimizers.
-        self._loaded_rates: list[list[tuple[float, float]]] = []
+        self._loaded_rates: list[list[SavedRate]] = []
         # As long as importance is measured.
         self._steps: MeasuredSteps | None = None
         # The last step for which end_step() was called.
@@ -413,7 +413,7 @@ class RankDriver:
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self.lr_factor = float(state["lr_factor"])
-        self._loaded_rates = [[(float(rate), float(factor)) for rate, factor in groups] for groups in state["rates"]]
+        self._loaded_rates = [[*map(tuple, groups)] for groups in state["rates"]]
         self._loaded = state["importance"]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import sqrt
+from math import isclose, sqrt
 from statistics import mean
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,6 +15,7 @@ from torch.optim import SGD, Adafactor, Optimizer
 from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.driver.closures import Closure, with_closure
 from dynrank.driver.schedulers import (
+    base_rates,
     follow_group,
     has_kept_limit,
     keep_limit,
@@ -42,6 +43,10 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
 # The key in a param group of the factor that its rate contains, so that a checkpoint stores it with that rate. It is
 # negative if no factor goes into this rate any more, because somebody else than known schedulers has set it.
 LR_FACTOR = "dynrank_lr_factor"
+
+
+# (rate, factor that it contains, base rates of its schedulers) of a param group, in a checkpoint.
+SavedRate = tuple[float, float, dict[str, float]]
 
 
 class LearningRates:
@@ -78,7 +83,7 @@ class LearningRates:
         adapters: Collection[nn.Parameter],
         factor: float,
         training: Training | None = None,
-        saved: Sequence[tuple[float, float]] = (),
+        saved: Sequence[SavedRate] = (),
     ) -> None:
         self.factor = factor
         self._optimizer = optimizer
@@ -86,6 +91,9 @@ class LearningRates:
         self._training = training
         # The rate of each group when it was last looked at; None: it cannot be read without waiting for a device.
         self._left: list[float | None] = []
+        # Under a trainer, the base rates of each group at that time, and the schedulers that have them.
+        self._left_bases: list[dict[str, float]] = []
+        self._left_schedulers: list[Any] = []
         # {number of a group: the adapters' rate in the last step}, where it was not the group's.
         self.raised: dict[int, Any] = {}
         # The original rate and parameters of each group, during a step.
@@ -104,15 +112,18 @@ class LearningRates:
         mark_as_loaded(optimizer, saved)
         for index, group in enumerate(optimizer.param_groups):
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
-            for scheduler in self._known_schedulers() if self._is_of_adapters(group) else ():
-                # A group without a mark is not the checkpoint's, but its scheduler may be.
-                follow_group(scheduler, group, index, _contained(group) if LR_FACTOR in group else 1.0 / factor)
+            schedulers = self._known_schedulers() if self._is_of_adapters(group) else []
+            contained = _contained(group) if LR_FACTOR in group else None
+            follow_group(group, index, schedulers, contained, factor)
+            for scheduler in schedulers:
                 if not has_kept_limit(scheduler, index):
                     keep_limit(scheduler, index, _contained(group), self._limits_are_rates)
-        if training is not None and training.knows_schedulers:
+        if self._knows_schedulers:
             # A program may edit the rates of a checkpoint that a trainer loads.
-            pairs = zip(optimizer.param_groups, saved, strict=False)
-            self._left = [rate if LR_FACTOR in group else None for group, (rate, _) in pairs]
+            pairs = [*zip(optimizer.param_groups, saved, strict=False)]
+            self._left = [rate if LR_FACTOR in group else None for group, (rate, _, _) in pairs]
+            self._left_bases = [bases if LR_FACTOR in group else {} for group, (_, _, bases) in pairs]
+            self._left_schedulers = self._known_schedulers()
         self.multiply(1.0)
 
     def multiply(self, more: float) -> None:
@@ -129,11 +140,12 @@ class LearningRates:
                 group[LR_FACTOR] = self.factor
         self._leave()
 
-    def of_groups(self) -> list[tuple[float, float]]:
-        """(rate, factor that it contains) of each param group, for a checkpoint; see :func:`mark_as_loaded`."""
+    def of_groups(self) -> list[SavedRate]:
+        """What a checkpoint needs of each param group."""
         self.restore()
         groups = self._optimizer.param_groups
-        return [(float(group["lr"] or 0.0), float(group.get(LR_FACTOR, 1.0))) for group in groups]
+        rates = [(float(group["lr"] or 0.0), float(group.get(LR_FACTOR, 1.0))) for group in groups]
+        return [(*rate, bases) for rate, bases in zip(rates, self._base_rates(self._known_schedulers()), strict=True)]
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
@@ -169,6 +181,10 @@ class LearningRates:
         return of_torch(given or [], self._optimizer)
 
     @property
+    def _knows_schedulers(self) -> bool:
+        return self._training is not None and self._training.knows_schedulers
+
+    @property
     def _limits_are_rates(self) -> bool | None:
         return None if self._training is None else self._training.limits_are_rates
 
@@ -184,40 +200,72 @@ class LearningRates:
             )
 
     def _leave(self) -> None:
-        """Remember the rate of each group."""
+        """Remember the rate of each group, and from which ones its schedulers compute it."""
         self._left = [_number(group["lr"]) for group in self._optimizer.param_groups]
+        if self._knows_schedulers:
+            self._left_schedulers = self._known_schedulers()
+            self._left_bases = self._base_rates(self._left_schedulers)
 
     def _notice(self) -> None:
-        """Find the groups whose rate is neither the one that was left in them nor a known scheduler's."""
+        """Find the groups whose rate is neither the one that was left in them nor a known scheduler's.
+
+        A program can also set the base rate of a scheduler.
+        """
         # A graph of a compiled step would contain the rates as constants.
         if torch.compiler.is_compiling() or self._groups:
             return
+        schedulers = self._known_schedulers()
+        changed = self._changed_bases(schedulers)
         for index, (group, left) in enumerate(zip(self._optimizer.param_groups, self._left, strict=False)):
             now = _number(group["lr"])
-            if now is None or left is None or now == left or group.get(LR_FACTOR, 1.0) < 0:
+            if not schedulers or now is None or group.get(LR_FACTOR, 1.0) < 0:
                 continue
-            schedulers = self._known_schedulers()
-            is_shown = any(shown_rate(scheduler, index) == now for scheduler in schedulers)
-            if schedulers and not is_shown and self._is_of_adapters(group):
-                self._take_as_set(group, index, schedulers)
+            bases = changed.get(index, {})
+            # A program that also lets the scheduler show what it has set gives all of these one value.
+            is_shown = now not in bases.values() and any(
+                shown_rate(scheduler, index) == now for scheduler in schedulers
+            )
+            is_set = left is not None and now != left and not is_shown
+            if (is_set or bases) and self._is_of_adapters(group):
+                self._take_as_set(group, index, schedulers, bases, is_set=is_set)
         self._leave()
 
-    def _take_as_set(self, group: dict[str, Any], index: int, schedulers: list[Any]) -> None:
-        """Take the rate of ``group``, number ``index``, as one that the program has set beside known schedulers."""
+    def _base_rates(self, schedulers: list[Any]) -> list[dict[str, float]]:
+        """The :func:`base_rates` of each group; none where they cannot be read without waiting for a device."""
+        groups = self._optimizer.param_groups
+        return [{} if _number(g["lr"]) is None else base_rates(g, n, schedulers) for n, g in enumerate(groups)]
+
+    def _changed_bases(self, schedulers: list[Any]) -> dict[int, dict[str, float]]:
+        """{number of a group: the base rates that the program has set since they were left}."""
+        # New schedulers have base rates of their own.
+        if not self._knows_schedulers or [*map(id, schedulers)] != [*map(id, self._left_schedulers)]:
+            return {}
+        pairs = zip(self._left_bases, self._base_rates(schedulers), strict=False)
+        return {number: _changed(before, now) for number, (before, now) in enumerate(pairs)}
+
+    def _take_as_set(
+        self, group: dict[str, Any], index: int, schedulers: list[Any], bases: Mapping[str, float], *, is_set: bool
+    ) -> None:
+        """Take the rates of ``group``, number ``index``, as some that the program has set beside known schedulers.
+
+        It has set the base rates ``bases``, and (``is_set``) the group's rate: these contain no factor.
+        """
         assert self._training is not None
         contained = _contained(group)
         group[LR_FACTOR] = -contained
-        if self._training.knows_schedulers:
-            multiply_bases(group, index, 1.0 / contained, schedulers, self._limits_are_rates)
+        if self._knows_schedulers:
+            restore = multiply_bases if is_set else multiply
+            restore(group, index, 1.0 / contained, schedulers, self._limits_are_rates, bases)
             group[LR_FACTOR] = -1.0
         if contained != 1.0:
-            is_without = self._training.knows_schedulers
-            used = float(group["lr"]) * self._missing(group)
+            what = "learning rate" if is_set else "base rate"
+            rate = float(group["lr"]) if is_set else bases[min(bases)]
+            is_without = self._knows_schedulers
             advice = "set rates without that factor" if is_without else "a loop that sets rates names no schedulers"
             self._training.warn(
-                f"the program has set the learning rate of param group {index}, which has a scheduler, to "
-                f"{float(group['lr']):.4g}. It counts as set {'without' if is_without else 'with'} the factor "
-                f"{contained:.4g} of the changes of rank, so a step of adapters has {used:.4g}; {advice}"
+                f"the program has set the {what} of param group {index}, which has a scheduler, to {rate:.4g}. It "
+                f"counts as set {'without' if is_without else 'with'} the factor {contained:.4g} of the changes of "
+                f"rank, so adapters have {rate * self._missing(group):.4g}; {advice}"
             )
 
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -287,7 +335,7 @@ def mark(optimizer: Optimizer) -> None:
         group.setdefault(LR_FACTOR, 1.0)
 
 
-def mark_as_loaded(optimizer: Optimizer, groups: Sequence[tuple[float, float]]) -> None:
+def mark_as_loaded(optimizer: Optimizer, groups: Sequence[SavedRate]) -> None:
     """Mark param groups that have the rates of a checkpoint, and no mark of the factors in them.
 
     ``groups`` has what :meth:`LearningRates.of_groups` returned. torch's distributed checkpoints load those keys of a
@@ -297,7 +345,7 @@ def mark_as_loaded(optimizer: Optimizer, groups: Sequence[tuple[float, float]]) 
     stateless = isinstance(optimizer, SGD)
     if not (optimizer.state or stateless):
         return
-    for group, (rate, factor) in zip(optimizer.param_groups, groups, strict=False):
+    for group, (rate, factor, _) in zip(optimizer.param_groups, groups, strict=False):
         is_same = float(group["lr"] or 0.0) == rate and (rate > 0 or not stateless)
         if LR_FACTOR not in group and is_same:
             group[LR_FACTOR] = factor
@@ -314,6 +362,13 @@ def _contained(group: Mapping[str, Any]) -> float:
     """The factor that the group's rate contains."""
     # A group that was added after the start contains none.
     return abs(float(group.get(LR_FACTOR, 1.0)))
+
+
+def _changed(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """The base rates that differ from those ``before``."""
+    same = {key for key in now if key not in before or isclose(now[key], before[key], rel_tol=1e-9)}
+    # No scheduler computes a rate from ``initial_lr`` alone.
+    return {key: now[key] for key in now.keys() - same} if now.keys() - same != {"initial_lr"} else {}
 
 
 def _number(rate: Any) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial, wraps
 from math import inf, isclose
 from typing import Any
@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    MultiplicativeLR,
+)
 
 from dynrank.distributed.wrappers import stepping_optimizer
 from dynrank.private import part_in_turn, schedulers_in
 
 # The rates in a param group by which torch's schedulers compute the present one.
-_BASES = ("initial_lr", "max_lr", "min_lr")
+_BASES = {"initial_lr", "max_lr", "min_lr"}
 # What a scheduler that waits for a better metric counts; the last two are of transformers' GreedyLR.
 _COUNTS = {"num_bad_epochs", "cooldown_counter", "num_good_epochs", "warmup_counter"}
 
@@ -78,11 +84,17 @@ def of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
 
 
 def multiply(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool | None
+    group: dict[str, Any],
+    index: int,
+    ratio: float,
+    schedulers: Sequence[Any],
+    limits_are_rates: bool | None,
+    spared: Collection[str] = (),
 ) -> None:
     """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``.
 
-    Limits that the user has given as rates stay, so the present rate is multiplied by less where it contains one.
+    Limits that the user has given as rates stay, so the present rate is multiplied by less where it contains one. Base
+    rates in ``spared``, by their keys in :func:`base_rates`, stay, too.
     """
     if ratio == 1.0:
         return
@@ -94,7 +106,7 @@ def multiply(
     base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
     rate = floor + (now - floor) * above
-    multiply_bases(group, index, ratio, schedulers, limits_are_rates)
+    multiply_bases(group, index, ratio, schedulers, limits_are_rates, spared)
     for scheduler in present:
         if has_kept_limit(scheduler, index):
             rate = float(scheduler.base_lrs[index]) * scheduler.lr_lambdas[index](scheduler.last_epoch)
@@ -105,33 +117,73 @@ def multiply(
 
 
 def multiply_bases(
-    group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any], limits_are_rates: bool | None
+    group: dict[str, Any],
+    index: int,
+    ratio: float,
+    schedulers: Sequence[Any],
+    limits_are_rates: bool | None,
+    spared: Collection[str] = (),
 ) -> None:
-    """Multiply the rates by ``ratio`` from which the schedulers of ``group``, number ``index``, compute its rate."""
+    """Multiply the :func:`base_rates` of ``group``, number ``index``, by ratio, but those whose keys are ``spared``."""
     if ratio == 1.0:
         return
-    for name in _BASES:
-        if name in group:
-            group[name] = group[name] * ratio
-    for scheduler in schedulers:
-        _multiply_lists(scheduler, index, ratio)
+    for name in _BASES & group.keys() - {*spared}:
+        group[name] = group[name] * ratio
+    for number, scheduler in enumerate(schedulers):
+        if str(number) not in spared:
+            _multiply_lists(scheduler, index, ratio)
         keep_limit(scheduler, index, ratio, limits_are_rates)
 
 
-def follow_group(scheduler: Any, group: dict[str, Any], index: int, contained: float) -> None:
-    """Multiply the base rates of group number ``index`` by ``contained`` if the group's base rate alone contains that.
+def base_rates(group: Mapping[str, Any], index: int, schedulers: Sequence[Any]) -> dict[str, float]:
+    """{key: rate from which the schedulers of ``group``, number ``index``, compute its rate}.
 
-    So it is if a resumed run has loaded the optimizer, but has made the scheduler anew and stepped it to its place. The
-    present rate is then the scheduler's, too.
+    The key is one of the group's, or the number of a scheduler.
     """
+    own = {str(number): base for number, s in enumerate(schedulers) if (base := _base(s, index)) is not None}
+    return {name: float(group[name]) for name in _BASES & group.keys()} | own
+
+
+def _base(scheduler: Any, index: int) -> float | None:
+    """The base rate of group number ``index``; None: a group that was added later, or a scheduler of other rates."""
     bases = getattr(scheduler, "base_lrs", ())
-    if contained == 1.0 or index >= len(bases) or "initial_lr" not in group:
+    return float(bases[index]) if index < len(bases) else None
+
+
+def follow_group(
+    group: dict[str, Any], index: int, schedulers: Sequence[Any], contained: float | None, factor: float
+) -> None:
+    """Multiply base rates of schedulers that a resumed run has made anew, or has loaded without the optimizer.
+
+    Args:
+        group: the param group; its ``initial_lr`` contains the factor that its rate contains.
+        index: number of the group.
+        schedulers: its schedulers; the base rates of those that were made anew contain no factor.
+        contained: the factor in the group's rate; None: the group is new, and loaded schedulers contain ``factor``.
+        factor: factor of the changes so far.
+    """
+    ratio = 1.0 / factor if contained is None else contained
+    if ratio == 1.0 or "initial_lr" not in group:
         return
-    if not isclose(bases[index] * contained, group["initial_lr"], rel_tol=1e-9):
-        return
-    if shown_rate(scheduler, index) == float(group["lr"]):
-        group["lr"] = _as(group["lr"], float(group["lr"]) * contained)
-    _multiply_lists(scheduler, index, contained)
+    others = [s for s in schedulers if isclose((_base(s, index) or 0.0) * ratio, group["initial_lr"], rel_tol=1e-9)]
+    now = float(group["lr"])
+    # A scheduler that multiplies the rate that it finds has gone on from the loaded one, which contains the factor.
+    if contained is not None and any(shown_rate(s, index) == now and _is_from_base(s, schedulers) for s in others):
+        group["lr"] = _as(group["lr"], now * ratio)
+    for scheduler in others:
+        _multiply_lists(scheduler, index, ratio)
+
+
+def _is_from_base(scheduler: Any, schedulers: Sequence[Any]) -> bool:
+    """Whether ``scheduler`` has computed its rate from its own list of base rates.
+
+    Others multiply the rate that they find in the group, or read base rates there (OneCycleLR).
+    """
+    if isinstance(scheduler, LambdaLR | CyclicLR | CosineAnnealingWarmRestarts):
+        return True
+    # SequentialLR lets all of its parts but the first begin at their base rates.
+    later = [part for of in schedulers if (part := part_in_turn(of)) is not None and part is not schedulers_in(of)[0]]
+    return scheduler in later and not isinstance(scheduler, MultiplicativeLR)
 
 
 def _multiply_lists(scheduler: Any, index: int, ratio: float) -> None:

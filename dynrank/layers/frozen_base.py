@@ -19,7 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.quantized import plain_values
-from dynrank.layers.vocabulary import extended_embeddings
+from dynrank.layers.vocabulary import extended_parameters
 from dynrank.private import source_of
 
 MARK = "_frozen_base"
@@ -56,8 +56,7 @@ def without_base(
     known = {} if known is None else known
     kept = dict(state_dict)
     for prefix, root in adapted_models(model).items():
-        extended = [parameter for module in extended_embeddings(root) for parameter in module.parameters()]
-        spared = {id(parameter) for parameter in [*trained, *extended]}
+        spared = {*map(id, trained), *map(id, extended_parameters(root))}
         mark = {}
         for name, parameter in root.named_parameters(remove_duplicate=False):
             key = prefix + name

@@ -19,7 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer, RankedLayer, whole_shape
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.foreign import store_on, stored_on
-from dynrank.layers.vocabulary import extended_embeddings
+from dynrank.layers.vocabulary import extended_parameters
 from dynrank.linalg import joined, split
 
 
@@ -154,7 +154,7 @@ def live_values(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
         yield None if state_dict is None else dict(state_dict)
         return
     state = live_state_dict(model, state_dict or model.state_dict())
-    extended = {id(parameter) for module in extended_embeddings(model) for parameter in module.parameters()}
+    extended = {*map(id, extended_parameters(model))}
     saved = {n: p for n, p in model.named_parameters() if n in state and (p.requires_grad or id(p) in extended)}
     before = {name: parameter.data for name, parameter in saved.items()}
     try:

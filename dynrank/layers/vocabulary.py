@@ -53,6 +53,11 @@ def extended_embeddings(model: nn.Module) -> list[nn.Module]:
     return [*found.values()]
 
 
+def extended_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of :func:`extended_embeddings`."""
+    return [parameter for module in extended_embeddings(model) for parameter in module.parameters()]
+
+
 def remember_tokens(model: Any) -> None:
     """Record the number of tokens that the files of ``model`` have, which was just loaded from them."""
     store_on(model, _TOKENS, _tokens(model.config))

@@ -15,7 +15,7 @@ from torch import nn
 
 import dynrank
 from dynrank.adapters.squeeze import squeeze
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.errors import ConfigurationError
 
 PACKED = "adapter_model.packed.safetensors"

@@ -18,7 +18,7 @@ from torch import nn
 import dynrank
 from dynrank.adapters.precision import in_dtype, in_float8
 from dynrank.adapters.squeeze import squeeze
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import joined, products
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import dynrank
 from dynrank.adapters.config import AdapterConfig
 from dynrank.adapters.squeeze import inspect, squeeze
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.errors import ConfigurationError, read_as
 
 CONFIG = "adapter_config.json"

@@ -176,6 +176,79 @@ def test_scheduler_of_a_checkpoint_goes_on_with_a_new_optimizer(pair, name):
             each.step()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("what", ["rates", "rates and what is shown", "base rates"])
+@pytest.mark.parametrize("name", ["Lambda", "Step", "Cosine", "Restarts", "Exponential"])
+def test_rates_from_which_a_scheduler_computes_count_as_set_without_the_factor(pair, name, what, resumed):
+    """Programs that go on at another rate set them: LambdaLR (transformers' schedules) overwrites the group's rate."""
+    adapter, _ = pair
+
+    def used(factor):
+        optimizer = torch.optim.SGD([adapter], lr=0.5)
+        scheduler = SCHEDULERS[name](optimizer, [1.0])
+        training = scheduled(optimizer, [scheduler], Knowing)
+        rates = LearningRates(optimizer, [adapter], factor, training)
+        for _ in range(2):
+            optimizer.step()
+            scheduler.step()
+        saved = rates.of_groups()
+        if resumed:
+            rates.remove()
+        scheduler.base_lrs = [0.2]
+        if what != "base rates":
+            optimizer.param_groups[0] |= {"lr": 0.2, "initial_lr": 0.2}
+        if what == "rates and what is shown":
+            scheduler._last_lr = [0.2]
+        if resumed:
+            LearningRates(optimizer, [adapter], factor, training, saved)
+        found = []
+        for _ in range(6):
+            before = adapter.item()
+            optimizer.step()
+            scheduler.step()
+            found.append(adapter.item() - before)
+        return torch.tensor(found)
+
+    expected = used(1.0) * 3
+    with pytest.warns(UserWarning, match="rate of param group 0.* to 0.2. It counts as set without the factor 3"):
+        torch.testing.assert_close(used(3.0), expected, rtol=1e-4, atol=1e-5)
+
+
+# Below a limit, which stays, the rate is not simply a multiple.
+FLOORS = {"Cosine to a floor", "Restarts", "Sequential to a floor", "Constant below a later floor"}
+
+
+# The loop is resumed before its first step.
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - FLOORS))
+def test_scheduler_that_a_loop_steps_to_its_place_has_the_factor_once(pair, name):
+    """Whether it computes its rate from a base rate, or multiplies the one that the loop has loaded."""
+    adapter, _ = pair
+
+    def used(factor):
+        first = torch.optim.SGD([adapter], lr=0.5)
+        scheduler = SCHEDULERS[name](first, [1.0])
+        LearningRates(first, [adapter], factor, scheduled(first, [scheduler]))
+        for _ in range(6):
+            first.step()
+            scheduler.step()
+        optimizer = torch.optim.SGD([adapter], lr=0.5)
+        scheduler = SCHEDULERS[name](optimizer, [1.0])
+        optimizer.load_state_dict(first.state_dict())
+        for _ in range(6):
+            scheduler.step()
+        LearningRates(optimizer, [adapter], factor, scheduled(optimizer, [scheduler]))
+        found = []
+        for _ in range(6):
+            before = adapter.item()
+            optimizer.step()
+            scheduler.step()
+            found.append(adapter.item() - before)
+        return torch.tensor(found)
+
+    torch.testing.assert_close(used(3.0), used(1.0) * 3, rtol=1e-4, atol=1e-5)
+
+
 def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
     """It may set absolute rates, and so may a scheduler that a module keeps to itself, or a loop that gives none."""
 
@@ -252,13 +325,13 @@ def test_a_new_optimizer_that_has_the_rate_of_a_checkpoint_by_chance_contains_no
     adapter, _ = pair
     for rate in (0.0, 0.5):
         new = torch.optim.AdamW([adapter], lr=rate)
-        mark_as_loaded(new, [(rate, 2.0)])
+        mark_as_loaded(new, [(rate, 2.0, {})])
         assert LR_FACTOR not in new.param_groups[0]
         new.step()
-        mark_as_loaded(new, [(rate, 2.0)])
+        mark_as_loaded(new, [(rate, 2.0, {})])
         assert new.param_groups[0][LR_FACTOR] == 2.0
         plain = torch.optim.SGD([adapter], lr=rate)
-        mark_as_loaded(plain, [(rate, 2.0)])
+        mark_as_loaded(plain, [(rate, 2.0, {})])
         assert (LR_FACTOR in plain.param_groups[0]) == (rate > 0)
 
 
@@ -269,7 +342,7 @@ def test_a_group_that_is_added_after_the_start_is_in_checkpoints_and_the_end():
     loop = Training(model, [optimizer])
     driver.start(loop, Run(20))
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5})
-    assert driver.state_dict()["rates"] == [[(1e-2, 1.0), (0.5, 1.0)]]
+    assert driver.state_dict()["rates"] == [[(1e-2, 1.0, {}), (0.5, 1.0, {})]]
     driver.abort()
 
 
@@ -300,7 +373,7 @@ def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
 def test_scheduler_that_replaces_another_at_a_change_gets_the_next_factor_too(pair, told):
     """It starts from the raised rate, also one of which the loop has not told; that is said."""
     adapter, _ = pair
-    unnamed = pytest.warns(UserWarning, match=r"group 0.* to 0.5\. It counts as set with the factor 2 .* has 0.5;")
+    unnamed = pytest.warns(UserWarning, match=r"group 0.* to 0.5\. It counts as set with the factor 2 .* have 0.5;")
     optimizer = torch.optim.SGD([adapter], lr=0.5)
     training = scheduled(optimizer, [lr.LambdaLR(optimizer, lambda step: 1.0)])
     rates = LearningRates(optimizer, [adapter], 1.0, training)
@@ -349,7 +422,7 @@ def test_rate_that_is_first_set_beside_a_scheduler_after_a_change_is_spoken_of(p
     rates.multiply(2.0)
     optimizer.param_groups[0]["lr"] *= 0.5
     before = adapter.item()
-    with pytest.warns(UserWarning, match=rf"param group 0.* to 0\.5.*a step of adapters has {used:g};"):
+    with pytest.warns(UserWarning, match=rf"param group 0.* to 0\.5.*so adapters have {used:g};"):
         optimizer.step()
     assert adapter.item() - before == pytest.approx(used)
     for share in (1.0, 0.1):

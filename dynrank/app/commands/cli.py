@@ -280,7 +280,7 @@ def merge(
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     from dynrank.app.console import print_facts, quiet_loading
-    from dynrank.app.models.base_model import merge_adapter
+    from dynrank.app.models.merging import merge_adapter
 
     quiet_loading()
     merged = merge_adapter(adapter, model, out, ollama=ollama)

@@ -1,4 +1,4 @@
-"""The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
+"""The base, the model on which a stored adapter was trained: its class, its tokens, and loading it with the adapter."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -9,38 +9,19 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.export import base_name
 from dynrank.adapters.load import load_adapter
-from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import (
-    INPUT_FILES,
-    TOKENIZER_FILE,
-    copy_files,
-    input_files,
-    label_names,
-    modelfile,
-    read_inputs,
-    with_labels,
-)
+from dynrank.adapters.read import Adapter
+from dynrank.adapters.sidecar_files import with_labels
 from dynrank.adapters.stored import read_json
-from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
-from dynrank.app.models.pretrained import (
-    folder_with,
-    load_by_name,
-    load_tokenizer,
-    load_weights,
-    read_config,
-    set_padding,
-)
+from dynrank.app.models.pretrained import load_weights, read_config
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
-from dynrank.layers.placing import merge
 from dynrank.layers.vocabulary import token_embeddings
-from dynrank.output.output_folder import check_free, whole_or_nothing
 
 # Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
 # stored as an encoder and trained with a head. Each has the task_type by which PEFT names it in the adapter, if any.
@@ -85,78 +66,6 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
 def base_settings(adapter: Adapter, given: str | None) -> ModelSettings:
     """How to load the base: at the adapter's revision, unless the user has ``given`` a base."""
     return ModelSettings(revision=None if given else adapter.config.revision or None)
-
-
-def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
-    """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
-
-    Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
-    one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
-    common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
-    adapter's folder has precedence. If it says what training learned, generation_config.json names the ends of answers.
-    ``out`` is written whole or not at all. No code from the model's folder is run.
-
-    Args:
-        source: folder of a PEFT LoRA adapter.
-        model: folder or hub name of the base model; None: as the adapter names it.
-        out: new or empty folder.
-        ollama: whether to write a Modelfile, too, from which Ollama makes a model of the folder.
-
-    Raises:
-        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
-            of its folder, or ``out`` is not free or cannot be written.
-    """
-    source = Path(source)
-    out = Path(out)
-    adapter = read_adapter(source)
-    origin = base_source(adapter, model)
-    check_free(out, source, Path(origin))
-    # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
-    text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
-    own = input_files(source)
-    settings = base_settings(adapter, model)
-    of_base = input_files(folder_with(INPUT_FILES, origin, "--model", settings))
-    if (source / TOKENIZER_FILE).exists():
-        # Files of two tokenizers are none: transformers would read the base's special tokens and template.
-        of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
-    merged: PreTrainedModel = merge(on_base(adapter, model))
-    _name_ends(merged, source)
-    _name_padding(merged, source)
-    with whole_or_nothing(out) as folder:
-        merged.save_pretrained(folder)
-        # The tokenizer of a GGUF file is in it.
-        if not own and origin.endswith(".gguf"):
-            load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
-        copy_files(own, folder)
-        copy_files(of_base, folder)
-        if text is not None:
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return merged
-
-
-def _name_ends(model: Any, source: Path) -> None:
-    """Let a model that generates stop at the end of an answer that training learned, where ``source`` tells it."""
-    learned = read_inputs(source)
-    # An adapter of another program has no inputs of training, and need not have a tokenizer.
-    if not (learned.form and (source / TOKENIZER_FILE).exists() and model.can_generate()):
-        return
-    tokenizer = load_tokenizer(str(source.resolve()), "--model")
-    end = None
-    if learned.form == "chat":
-        system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
-        end = end_of_turn_of(tokenizer, [*system, {"role": "user", "content": "A question."}])
-    own = model.generation_config.eos_token_id
-    ends = end_tokens(model, tokenizer, end) or []
-    if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
-        model.generation_config.eos_token_id = ends
-
-
-def _name_padding(model: Any, source: Path) -> None:
-    """Let a classifier that reads the last token before the padding know the padding of the adapter's tokenizer."""
-    if label_names(model) and (source / TOKENIZER_FILE).exists():
-        padding = load_tokenizer(str(source.resolve()), "--model").pad_token_id
-        if padding is not None:
-            set_padding(model, padding)
 
 
 def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from gguf_files import write_gguf
 from transformers import LlamaForCausalLM
 
 import dynrank
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 

@@ -44,7 +44,7 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.predicting import Prompts
 from dynrank.app.models.pretrained import load_causal_lm

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, pipeline
 
 import dynrank
 from dynrank.app.commands import cli
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.app.runs.job import run
 from dynrank.app.runs.report.page import template, write_card, write_report
 from dynrank.app.runs.summary import read_summary

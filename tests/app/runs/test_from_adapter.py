@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dynrank
 from dynrank.app.commands.cli import print_ranks
-from dynrank.app.models.base_model import merge_adapter
+from dynrank.app.models.merging import merge_adapter
 from dynrank.app.runs.going_on import check_base_name
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
