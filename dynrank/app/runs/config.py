@@ -196,7 +196,7 @@ def _fill_length(config: DictConfig) -> None:
     """Set the length of training and the validations where nothing says them: your own files take 3 epochs.
 
     Other data take 560 steps. A run whose length or validations are in epochs validates four times in each, another
-    every 30 batches.
+    every 30 batches. A ``val_check_interval`` with a point, as 0.5, is a share of an epoch.
     """
     trainer = config.trainer
     if trainer is None:
@@ -206,9 +206,12 @@ def _fill_length(config: DictConfig) -> None:
         own = OmegaConf.select(config, "data.train", default=None) is not None
         trainer.max_epochs, steps = (3, None) if own else (None, 560)
     trainer.max_steps = -1 if steps is None else steps
-    if trainer.get("val_check_interval") is None:
-        if trainer.max_steps == -1 and trainer.get("check_val_every_n_epoch") is None:
-            trainer.check_val_every_n_epoch = 1
+    interval = trainer.get("val_check_interval")
+    in_epochs = trainer.max_steps == -1 if interval is None else isinstance(interval, float)
+    if in_epochs and trainer.get("check_val_every_n_epoch") is None:
+        # Lightning takes a share of an epoch only so.
+        trainer.check_val_every_n_epoch = 1
+    if interval is None:
         # An epoch may have fewer than 30 batches, which are counted across epochs where this is null.
         trainer.val_check_interval = 30 if trainer.get("check_val_every_n_epoch") is None else 0.25
 

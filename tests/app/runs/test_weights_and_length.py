@@ -145,6 +145,7 @@ def test_own_files_train_in_epochs_and_say_so_where_output_is_a_file(launch, own
         (["trainer.max_steps=9", "trainer.max_epochs=2"], (9, 2, 30, None)),
         (["trainer=ddp", "trainer.devices=1"], (560, None, 30, None)),
         (["trainer.max_steps=9", "trainer.check_val_every_n_epoch=2"], (9, None, 0.25, 2)),
+        (["trainer.max_steps=9", "trainer.val_check_interval=0.5"], (9, None, 0.5, 1)),
     ],
     ids=str,
 )
