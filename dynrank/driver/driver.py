@@ -132,6 +132,8 @@ class RankDriver:
         self._differs: str | None = None
         # Whether a validation has shown that the metrics exist by which changes are judged.
         self._has_checked = False
+        # Whether a state was loaded while a run was going on.
+        self._was_put_back = False
 
     @property
     def history(self) -> History:
@@ -224,6 +226,15 @@ class RankDriver:
             if self._loaded is not None:
                 self._importance.load_state_dict(self._loaded)
         self._loaded = None
+        self._was_put_back = False
+
+    def go_on(self, training: Training) -> None:
+        """Start again if a state was loaded within the run, as programs do that try something and put all back."""
+        if self._was_put_back:
+            # The times of stages do not change, also where epochs have corrected them.
+            planned = self._planned
+            self.start(training, self._run)
+            self._planned = planned
 
     def epoch_begins(self, epoch: int, step: int, length: int | None) -> None:
         """Correct the times in epochs of stages to come, because epochs may differ in length.
@@ -238,6 +249,7 @@ class RankDriver:
 
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
+        self.go_on(training)
         # A loop that calls end_step before it counts the step is one step behind.
         if self._steps is not None and self._steps.missed:
             raise ConfigurationError(
@@ -264,6 +276,7 @@ class RankDriver:
 
         In a run without validation, call it with no metrics after each epoch: triggers then read training's metrics.
         """
+        self.go_on(training)
         metrics = numbers_in(metrics)
         # A resumed loop may report the same validation twice.
         is_known = training.step == self.progress.observed_step
@@ -318,6 +331,7 @@ class RankDriver:
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
+        self.go_on(training)
         self._follow_clock(training, ended=True)
         pending = self.progress.pending
         if pending is not None:
@@ -347,6 +361,7 @@ class RankDriver:
         self._loaded = None
         self._loaded_rates = []
         self._differs = None
+        self._was_put_back = False
 
     def count_anew(self) -> None:
         """Let the run begin again at step 0 with the present model; the changes that were made stay."""
@@ -368,7 +383,7 @@ class RankDriver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; call it before :meth:`start`.
+        """Load what :meth:`state_dict` returned, before :meth:`start` or, with model and optimizers, within the run.
 
         Stages that are not over may differ from the checkpoint's; those of this schedule apply. So does the rank map,
         as long as no stage is over.
@@ -400,7 +415,9 @@ class RankDriver:
                 "rank_map",
             )
         progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
+        is_running = bool(self._rates)
         self.reset()
+        self._was_put_back = is_running
         self.progress = progress
         self.logged.load_state_dict(state["logged"])
         self._differs = "schedule" if theirs != mine else "rank_map" if their_rules != my_rules else None

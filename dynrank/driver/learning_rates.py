@@ -114,7 +114,7 @@ class LearningRates:
             # A resumed run has made its schedulers as the first one did, and then loaded their base rates.
             schedulers = self._known_schedulers() if self._is_of_adapters(group) else []
             contained = _contained(group) if LR_FACTOR in group else None
-            follow_group(group, index, schedulers, contained, factor)
+            follow_group(group, index, schedulers, contained, factor, self._limits_are_rates)
             for scheduler in schedulers:
                 if not has_kept_limit(scheduler, index):
                     keep_limit(scheduler, index, _contained(group), self._limits_are_rates)

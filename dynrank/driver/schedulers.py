@@ -101,12 +101,17 @@ def multiply(
     now = float(group["lr"])
     waiting = _waiting(schedulers)
     present = [s for s in schedulers if id(s) not in waiting and shown_rate(s, index) == now]
+    base = float(group.get("initial_lr", now))
+    multiply_bases(group, index, ratio, schedulers, limits_are_rates, spared)
+    _multiply_rate(group, index, ratio, base, present)
+
+
+def _multiply_rate(group: dict[str, Any], index: int, ratio: float, base: float, present: Sequence[Any]) -> None:
+    """Multiply the rate of ``group`` as its ``base`` rate was; the schedulers in ``present`` have computed it."""
     # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
     floor = next((s.eta_min for s in present if hasattr(s, "eta_min")), 0.0)
-    base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
-    rate = floor + (now - floor) * above
-    multiply_bases(group, index, ratio, schedulers, limits_are_rates, spared)
+    rate = floor + (float(group["lr"]) - floor) * above
     for scheduler in present:
         if has_kept_limit(scheduler, index):
             rate = float(scheduler.base_lrs[index]) * scheduler.lr_lambdas[index](scheduler.last_epoch)
@@ -151,7 +156,12 @@ def _base(scheduler: Any, index: int) -> float | None:
 
 
 def follow_group(
-    group: dict[str, Any], index: int, schedulers: Sequence[Any], contained: float | None, factor: float
+    group: dict[str, Any],
+    index: int,
+    schedulers: Sequence[Any],
+    contained: float | None,
+    factor: float,
+    limits_are_rates: bool | None,
 ) -> None:
     """Multiply base rates of schedulers that a resumed run has made anew, or has loaded without the optimizer.
 
@@ -161,17 +171,21 @@ def follow_group(
         schedulers: its schedulers; the base rates of those that were made anew contain no factor.
         contained: the factor in the group's rate; None: the group is new, and loaded schedulers contain ``factor``.
         factor: factor of the changes so far.
+        limits_are_rates: see :func:`keep_limit`.
     """
     ratio = 1.0 / factor if contained is None else contained
     if ratio == 1.0 or "initial_lr" not in group:
         return
-    others = [s for s in schedulers if isclose((_base(s, index) or 0.0) * ratio, group["initial_lr"], rel_tol=1e-9)]
-    now = float(group["lr"])
+    base = float(group["initial_lr"]) / ratio
+    others = [s for s in schedulers if isclose(_base(s, index) or 0.0, base, rel_tol=1e-9)]
     # A scheduler that multiplies the rate that it finds has gone on from the loaded one, which contains the factor.
-    if contained is not None and any(shown_rate(s, index) == now and _is_from_base(s, schedulers) for s in others):
-        group["lr"] = _as(group["lr"], now * ratio)
+    new = [s for s in others if shown_rate(s, index) == float(group["lr"]) and _is_from_base(s, schedulers)]
     for scheduler in others:
         _multiply_lists(scheduler, index, ratio)
+        if contained is not None:
+            keep_limit(scheduler, index, ratio, limits_are_rates)
+    if new and contained is not None:
+        _multiply_rate(group, index, ratio, base, new)
 
 
 def _is_from_base(scheduler: Any, schedulers: Sequence[Any]) -> bool:

@@ -129,6 +129,29 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
             assert torch.equal(value, expected[key]), (step, key)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_loop_that_goes_back_to_a_checkpoint_trains_as_if_it_had_not_gone_on(name, tmp_path):
+    whole = RankDriver(SCHEDULES[name]())
+    expected = drive(whole, folder=tmp_path).model.state_dict()
+    again = RankDriver(SCHEDULES[name]())
+    places = {12: 10, 21: 6}
+
+    def go_back(loop):
+        place = places.pop(loop.step, None)
+        if place is not None:
+            saved = torch.load(tmp_path / f"{place}.pt")
+            loop.model.load_state_dict(saved["model"])
+            loop.optimizers[0].load_state_dict(saved["optimizer"])
+            again.load_state_dict(saved["driver"])
+            loop.step = place
+
+    model = drive(again, batch_end=go_back).model
+    assert not places
+    assert again.history == whole.history
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_a_frozen_layer_keeps_its_rank_and_its_update_in_a_pool():
     """It brings nothing, so the pool alone would leave one direction of it."""
     loop = Loop(6, torch.optim.AdamW)

@@ -214,26 +214,23 @@ def test_rates_from_which_a_scheduler_computes_count_as_set_without_the_factor(p
         torch.testing.assert_close(used(3.0), expected, rtol=1e-4, atol=1e-5)
 
 
-# Below a limit, which stays, the rate is not simply a multiple.
-FLOORS = {"Cosine to a floor", "Restarts", "Sequential to a floor", "Constant below a later floor"}
-
-
 # The loop is resumed before its first step.
 @pytest.mark.filterwarnings("ignore:Detected call of")
-@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - FLOORS))
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_that_a_loop_steps_to_its_place_has_the_factor_once(pair, name):
     """Whether it computes its rate from a base rate, or multiplies the one that the loop has loaded."""
     adapter, _ = pair
 
-    def used(factor):
-        first = torch.optim.SGD([adapter], lr=0.5)
-        scheduler = SCHEDULERS[name](first, [1.0])
+    def used(times, factor):
+        def made():
+            optimizer = torch.optim.SGD([adapter], lr=0.5 * times)
+            return optimizer, SCHEDULERS[name](optimizer, [times])
+
+        first, scheduler = made()
         LearningRates(first, [adapter], factor, scheduled(first, [scheduler]))
-        for _ in range(6):
-            first.step()
-            scheduler.step()
-        optimizer = torch.optim.SGD([adapter], lr=0.5)
-        scheduler = SCHEDULERS[name](optimizer, [1.0])
+        for each in (first, scheduler) * 6:
+            each.step()
+        optimizer, scheduler = made()
         optimizer.load_state_dict(first.state_dict())
         for _ in range(6):
             scheduler.step()
@@ -244,9 +241,9 @@ def test_scheduler_that_a_loop_steps_to_its_place_has_the_factor_once(pair, name
             optimizer.step()
             scheduler.step()
             found.append(adapter.item() - before)
-        return torch.tensor(found)
+        return found
 
-    torch.testing.assert_close(used(3.0), used(1.0) * 3, rtol=1e-4, atol=1e-5)
+    assert used(1.0, 3.0) == pytest.approx(used(3.0, 1.0), rel=1e-4, abs=1e-5)
 
 
 def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):

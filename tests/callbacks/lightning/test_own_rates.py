@@ -5,11 +5,12 @@ import contextlib
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 
 from dynrank.callbacks import RankScheduler
-from dynrank.schedules import How, Stage
+from dynrank.schedules import How, Stage, early_budget
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
@@ -147,6 +148,36 @@ def test_rate_that_the_program_writes_into_a_checkpoint_is_raised(fit, setting, 
         _, used = fitted(fit, Editing, "callback", ckpt_path=tmp_path / "step=12.ckpt")
     # The program steps its scheduler once an epoch, so not within this run.
     assert {step: used[step] for step in (12, 15)} == pytest.approx(dict.fromkeys((12, 15), 6e-3), rel=1e-3)
+
+
+class FineTuneLearningRateFinder(LearningRateFinder):
+    """As in Lightning's documentation, but in one epoch alone, and it leaves the rate."""
+
+    def __init__(self, epoch):
+        super().__init__(num_training_steps=4, early_stop_threshold=None, update_attr=False)
+        self.epoch = epoch
+
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("schedules", [False, True])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_search_for_a_rate_within_the_run_changes_nothing(fit, setting, tmp_path, monkeypatch, schedules, epoch):
+    """It trains some steps and loads the checkpoint of before. The cut is in the epoch of number 1."""
+    monkeypatch.chdir(tmp_path)
+    setting.schedules = schedules
+    scheduler = RankScheduler(early_budget(3, at=0.5, how=How(lr_factor=2.0)))
+    used = Used()
+    fit(scheduler, FineTuneLearningRateFinder(epoch), used, module=setting(), max_epochs=3, max_steps=-1)
+    assert [event.step for event in scheduler.history] == [15]
+    decay = 0.99 if schedules else 1.0
+    expected = {step: 1e-2 * decay ** (step // 10) * (2 if step >= 15 else 1) for step in range(30)}
+    assert used.rates == pytest.approx(expected, rel=1e-3)
 
 
 def test_warm_up_that_replaces_the_scheduler_at_a_cut_gets_the_next_factor_too(fit, setting):
