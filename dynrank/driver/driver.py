@@ -228,13 +228,15 @@ class RankDriver:
         self._loaded = None
         self._was_put_back = False
 
-    def go_on(self, training: Training) -> None:
-        """Start again if a state was loaded within the run, as programs do that try something and put all back."""
+    def go_on(self, training: Training, run: Run | None = None) -> None:
+        """Start again if a state was loaded within the run, as programs do that try something and put all back.
+
+        ``run`` is the length if it has changed. Otherwise the times of stages stay, as epochs have corrected them.
+        """
         if self._was_put_back:
-            # The times of stages do not change, also where epochs have corrected them.
             planned = self._planned
-            self.start(training, self._run)
-            self._planned = planned
+            self.start(training, run or self._run)
+            self._planned = self._planned if run else planned
 
     def epoch_begins(self, epoch: int, step: int, length: int | None) -> None:
         """Correct the times in epochs of stages to come, because epochs may differ in length.

@@ -194,8 +194,8 @@ class RankScheduler(Callback):
         self.driver.epoch_begins(trainer.current_epoch, trainer.global_step, steps_per_epoch(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # A search for a rate or a batch size loads a checkpoint at its end.
-        self.driver.go_on(self._training)
+        # A search for a rate or a batch size loads a checkpoint at its end; the latter changes the length of the run.
+        self.driver.go_on(self._training, run_length(trainer, pl_module) if trainer.global_step == 0 else None)
         # What callbacks have logged after this one's last hook is of before a change that is made here.
         self._log_steps(trainer)
         if pl_module.automatic_optimization:

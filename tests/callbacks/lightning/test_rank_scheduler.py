@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -28,7 +29,7 @@ import dynrank
 from dynrank.app.tasks.loader import ResumableLoader
 from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence, auto
+from dynrank.schedules import How, Stage, after_convergence, auto, early_budget
 from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Gap, Plateau
 
@@ -602,3 +603,34 @@ def test_a_run_that_resumes_within_a_shorter_epoch_knows_when_the_next_one_begin
         path = None if start is None else tmp_path / f"step={start}.ckpt"
         curriculum(lengths, scheduler, *([] if start else [saver]), ckpt_path=path)
         assert [event.step for event in scheduler.history] == [12], start
+
+
+def test_a_search_for_a_batch_size_before_the_first_step_moves_a_cut(regression, tmp_path):
+    """As in Lightning's documentation: the search begins in the first epoch, which the schedule has seen begin."""
+    make, data, trainer = regression
+    loader, _ = data()
+
+    class Searching(BatchSizeFinder):
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                self.scale_batch_size(trainer, pl_module)
+
+    class Module(make):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return DataLoader(loader.dataset, batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    module = Module()
+    scheduler = RankScheduler(early_budget(3, at=0.5))
+    callbacks = [scheduler, Searching(init_val=4, max_trials=2, steps_per_trial=1)]
+    options = {"default_root_dir": tmp_path, "enable_checkpointing": True, "max_epochs": 2}
+    trainer(callbacks=callbacks, **options).fit(module)
+    # 80 rows are 10 steps of 8 in an epoch.
+    assert module.batch_size == 8
+    assert [event.step for event in scheduler.history] == [10]
