@@ -417,7 +417,8 @@ class RankDriver:
                 "rank_map",
             )
         progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "the checkpoint")
-        is_running = bool(self._rates)
+        # A program may load a state twice before it goes on.
+        is_running = bool(self._rates) or self._was_put_back
         self.reset()
         self._was_put_back = is_running
         self.progress = progress
