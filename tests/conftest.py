@@ -43,9 +43,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)).startswith(QUICK):
             item.add_marker(pytest.mark.quick)
+    # The longest test comes first, so that no process is left with it when the other has ended.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 def pytest_collection_finish():
+    _forget_imports()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_of_file():
+    yield
+    _forget_imports()
+
+
+def _forget_imports():
     """What tests have imported is never garbage; libraries look for garbage often, as after each of their runs."""
     gc.collect()
     gc.freeze()
