@@ -44,7 +44,6 @@ def factor_of_change(how: How, before: Mapping[str, int], after: Mapping[str, in
 # negative if no factor goes into this rate any more, because somebody else than known schedulers has set it.
 LR_FACTOR = "dynrank_lr_factor"
 
-
 # (rate, factor that it contains, base rates of its schedulers) of a param group, in a checkpoint.
 SavedRate = tuple[float, float, dict[str, float]]
 
@@ -64,10 +63,11 @@ class LearningRates:
       the group is restored. So whatever the program reads, sets or multiplies is the rate without the factor, and the
       factor applies to no other parameter.
 
-    A rate beside known schedulers that none of them has set was set by the program. From then on factors of this group
-    are made in the step. What the program has set counts as set without a factor under a trainer. In a plain loop it
-    counts as set with the factors so far, because a scheduler that the loop has not named may have begun at the rate
-    that it found. If the old rate did contain a factor, a warning says so: the program may mean the other.
+    A rate beside known schedulers that none of them has set was set by the program. So was, under a trainer, a base
+    rate of a scheduler that has changed. From then on factors of this group are made in the step. What the program has
+    set counts as set without a factor under a trainer. In a plain loop it counts as set with the factors so far,
+    because a scheduler that the loop has not named may have begun at the rate that it found. If the old rate did
+    contain a factor, a warning says so: the program may mean the other.
 
     Args:
         optimizer: the optimizer to hook.
