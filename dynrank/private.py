@@ -7,7 +7,6 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
-from torch.optim.lr_scheduler import SequentialLR
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_copy_ = torch._foreach_copy_
@@ -89,15 +87,3 @@ def is_fabrics(module: Any) -> bool:
     # Fabric has two packages. Without its module nothing is wrapped, and it is slow to import.
     found = [sys.modules.get(name) for name in ("lightning.fabric", "lightning_fabric")]
     return any(fabric is not None and fabric.is_wrapped(module) for fabric in found)
-
-
-def schedulers_in(scheduler: Any) -> list[Any]:
-    """The schedulers that torch's SequentialLR or ChainedScheduler holds; none for others."""
-    return list(getattr(scheduler, "_schedulers", ()))
-
-
-def part_in_turn(scheduler: Any) -> Any | None:
-    """The scheduler in torch's SequentialLR whose turn it is; None for others."""
-    if not isinstance(scheduler, SequentialLR):
-        return None
-    return scheduler._schedulers[bisect_right(scheduler._milestones, scheduler.last_epoch)]

@@ -1,12 +1,12 @@
 """``dynrank/foreign.md`` names all that dynrank reads or replaces in other libraries beyond their public interface."""
 
 import ast
-import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from foreign_writes import Writes, is_self
 from lightning.fabric import Fabric
 from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig
@@ -21,16 +21,13 @@ TREES = {
     for path in [*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
     if path.relative_to(ROOT).parts[0] != "conf"
 }
-# The methods of a namedtuple, which have an underscore so that they clash with no field; Hydra's key of a class.
-PUBLIC = {"_asdict", "_replace", "_target_"}
-# Parts of names that dynrank itself gives.
-OURS = {"_0", "_bias", "_bytes", "_frozen_base", "_sd", "_size"}
-# Attributes of objects that dynrank has made: tables, configurations, signatures, errors, Python's own settings.
-OF_MADE_HERE = {"__signature__", "args", "argv", "caption", "filters", "maxlevel", "maxother", "maxstring", "min_width"}
-OF_MADE_HERE |= {"check_val_every_n_epoch", "max_epochs", "max_steps", "environ", "schedule", "val_check_interval"}
-ROW = re.compile(
-    r"^\| (?P<library>[^|]+) \| `(?P<name>[^`]+)` \| (?P<kind>read|replaced) \| (?P<files>[^|]+) \| .+ \|$", re.M
-)
+# The methods of a namedtuple, which have an underscore so that they clash with no field; Hydra's key of a class; a key
+# that dynrank itself adds to a state dict.
+PUBLIC = {"_asdict", "_replace", "_target_", "_frozen_base"}
+# Attributes of errors, functions and tables that dynrank has made.
+OF_MADE_HERE = {"__signature__", "args", "caption", "min_width"}
+# Attributes of other libraries' objects that have the name of one of ours.
+OF_BOTH = {"data", "lora_alpha", "param_groups", "problem_type", "r", "state", "use_rslora"}
 
 
 def is_private(name):
@@ -44,21 +41,20 @@ def own_texts():
     return named | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def is_self(node):
-    return isinstance(node, ast.Name) and node.id in ("self", "cls")
-
-
 def private_names(tree, fields, texts):
     """Names with an underscore that are not dynrank's own: imported, behind an object, or as a text for getattr."""
-    for node in ast.walk(tree):
+    nodes = [*ast.walk(tree)]
+    # The parts of f"{name}_size" are no names.
+    parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
         names = []
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("dynrank"):
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Attribute) and node.attr not in fields:
             names = [node.attr]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in fields | texts:
-            names = [node.value]
-        yield from (name for name in names if is_private(name) and name not in OURS | PUBLIC)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
+            names = {node.value} - fields - texts
+        yield from (name for name in names if is_private(name) and name not in PUBLIC)
 
 
 def fields_of_dynrank():
@@ -75,50 +71,44 @@ def fields_of_dynrank():
     return found
 
 
-# Attributes of other libraries' objects that have the name of one of ours.
-OF_BOTH = {"callbacks", "data", "forward", "init_lora_weights", "load_checkpoint", "optimizers", "problem_type"}
-OF_BOTH |= {"lora_alpha", "r", "run", "state", "train", "use_rslora", "weight"}
-
-
-def replaced_names(tree, fields):
-    """Attributes of objects other than self that are assigned, and are no fields of dynrank's own classes."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and not is_self(node.value):
-            if node.attr not in fields - OF_BOTH | OF_MADE_HERE:
-                yield node.attr
-        # An entry of a mapping or list that is theirs.
-        elif (
-            isinstance(node, ast.Subscript)
-            and isinstance(node.ctx, ast.Store)
-            and isinstance(node.value, ast.Attribute)
-        ):
-            attribute = node.value
-            if not is_self(attribute.value) and attribute.attr not in fields - OF_BOTH | OF_MADE_HERE:
-                yield attribute.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and not is_self(node.args[0]):
-            yield f"setattr({ast.unparse(node.args[0])})"
-
-
 def found():
-    """{(name, "read" or "replaced"): the files}"""
+    """{name: ("read" and "replaced", the files)}"""
     fields = fields_of_dynrank()
     texts = own_texts()
-    names = defaultdict(set)
+    writes = Writes(TREES.values(), fields - OF_BOTH)
+    names = defaultdict(lambda: (set(), set()))
     for file, tree in TREES.items():
-        for name in private_names(tree, fields, texts):
-            names[name, "read"].add(file)
-        for name in replaced_names(tree, fields):
-            names[name, "replaced"].add(file)
+        uses = [(name, "read") for name in private_names(tree, fields, texts)]
+        uses += [(name, "replaced") for name in writes.of(tree) if name not in OF_MADE_HERE]
+        for name, kind in uses:
+            names[name][0].add(kind)
+            names[name][1].add(file)
     return names
 
 
-def listed():
-    text = (ROOT / "foreign.md").read_text(encoding="utf-8")
-    return {(row["name"], row["kind"]): {*row["files"].split(", ")} for row in ROW.finditer(text)}
+def rows():
+    """(names, kinds, files) of each row of the table."""
+    lines = (ROOT / "foreign.md").read_text(encoding="utf-8").splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    return [
+        (names.strip("`").split("`, `"), {*kinds.split(", ")}, {*files.split(", ")})
+        for _, names, kinds, files, _ in table
+    ]
 
 
-def test_the_table_has_every_private_name_and_every_replaced_field_and_where():
-    assert listed() == found()
+def test_the_table_has_every_private_name_and_every_write_and_where():
+    used = found()
+    listed = [name for names, _, _ in rows() for name in names]
+    assert sorted(listed) == sorted(used)
+    for names, kinds, files in rows():
+        uses = [used[name] for name in names]
+        assert (kinds, files) == (set.union(*(kind for kind, _ in uses)), set.union(*(where for _, where in uses))), (
+            names
+        )
+
+
+def test_the_table_is_short():
+    assert len(rows()) <= 60
 
 
 @pytest.mark.parametrize(
@@ -134,11 +124,70 @@ def test_a_private_name_is_found_wherever_it_stands(program, names):
     assert {*private_names(ast.parse(program), {"_mine"}, set())} == names
 
 
+def written(program):
+    tree = ast.parse(program)
+    return {*Writes([tree], {"ours"}).of(tree)}
+
+
 @pytest.mark.parametrize(
-    "program", ["trainer.fit_loop.run = ours", "self.trainer.run = ours", "a, trainer.run = 1, 2", "x.run[0] = 1"]
+    ("program", "name"),
+    [
+        ("trainer.fit_loop.run = 1", "run"),
+        ("self.trainer.run = 1", "run"),
+        ("a, trainer.run = 1, 2", "run"),
+        ("x.run[0] = 1", "run"),
+        ("setattr(x, name, 1)", "setattr(x)"),
+        ("def fit(trainer):\n    trainer.ours = 1", "ours"),
+        ("del x.run", "run"),
+        ("delattr(x, 'run')", "run"),
+        ("patch.object(x, 'run', ours)", "run"),
+        ("vars(x).update(run=1)", "vars(x)"),
+        ("vars(x)['run'] = 1", "vars(x)"),
+        ("own = vars(x)\nown['run'] = 1", "vars(x)"),
+        ("own = vars(x)\nown.update(before)", "vars(x)"),
+        ("own = vars(x)\nown.update(dict.fromkeys(before))", "vars(x)"),
+        ("own = vars(x)\ndel own['run']", "vars(x)"),
+        ("getattr(x, name).clear()", "getattr(x)"),
+        ("scheduler.get_last_lr()[0] = 1", "get_last_lr"),
+        ("base_lrs = scheduler.base_lrs\nbase_lrs[0] = 1", "base_lrs"),
+        ("base_lrs = getattr(scheduler, 'base_lrs', [])\nbase_lrs[0] = 1", "base_lrs"),
+        ("def multiply(base_lrs):\n    base_lrs[0] = 1", "base_lrs"),
+        ("def multiply(lrs):\n    lrs[0] = 1\nmultiply(scheduler.base_lrs)", "base_lrs"),
+        ("for group in optimizer.param_groups:\n    group['lr'] = 1", "param_groups"),
+        ("for i, (group, rate) in enumerate(zip(x.param_groups, [1])):\n    group['params'] = []", "param_groups"),
+        (
+            "class A:\n def f(self):\n  self.a = [(g, 1) for g in x.groups]\n  for g, _ in self.a:\n   g['lr'] = 1",
+            "groups",
+        ),
+        ("groups = optimizer.param_groups\ngroups.append({})", "param_groups"),
+        ("groups = optimizer.param_groups\ngroups += [{}]", "param_groups"),
+        ("del optimizer.param_groups[1:]", "param_groups"),
+        ("state.log_history.append({})", "log_history"),
+        ("optimizer.state.pop(parameter)", "state"),
+        ("partial(model.configs.__setitem__, name)", "model.configs"),
+    ],
 )
-def test_a_replaced_method_is_found(program):
-    assert [*replaced_names(ast.parse(program), {"run"})] == ["run"]
+def test_a_write_into_an_object_of_others_is_found(program, name):
+    assert written(program) == {name}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "self.run = 1",
+        "x = Made()\nx.run = 1",
+        "x = copy(y)\nvars(x).update(run=1)",
+        "found = {}\nfound[1] = 2\nfound.update(y)",
+        "found = [*x.groups]\nfound.append(1)",
+        "def fill(found):\n    found[0] = 1\nfill([])",
+        "class A:\n    pass\ndef f(a: A):\n    a.ours = 1",
+        "class A:\n    def f(self, x):\n        self.a = {}\n        self.a[1] = x.groups",
+        "count = x.count\ncount += 1",
+        "handle.remove()",
+    ],
+)
+def test_a_write_into_an_object_of_its_own_is_none(program):
+    assert written(program) == set()
 
 
 # Those whose loss no other test would notice.

@@ -13,11 +13,11 @@ from transformers import AutoModel
 
 import dynrank
 from dynrank.errors import ConfigurationError
+from dynrank.patterns import by_layer
 from dynrank.rank_map import (
     LayerValues,
     RankBounds,
     RankRule,
-    by_layer,
     load_rank_map,
     parse_rank_map,
     read_rank_map,

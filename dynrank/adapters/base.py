@@ -51,8 +51,8 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{leaf}" if name else leaf: value
         for name, module in plain_modules(model)
-        for leaf, value in module._parameters.items()
-        if not (value is None or is_quantized(module))
+        for leaf, value in module.named_parameters(recurse=False, remove_duplicate=False)
+        if not is_quantized(module)
     }
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dynrank.errors import Count
-from dynrank.layers.base import initial_scaling
+from dynrank.layers.lora_layer import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
-from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, whole_parts
+from dynrank.patterns import EXPRESSION_ERRORS, first_matches, whole_parts
 
 CONFIG_FILE = "adapter_config.json"
 # Close to the largest number in float32.

@@ -11,10 +11,10 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import label_names, stored_labels
 from dynrank.adapters.stored import FLOATS, StoredLayer, refuse_faults
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
-from dynrank.layers.finding import modules_by_name, own_layers, plain_modules
+from dynrank.layers.finding import modules_by_name, own_layers, own_tensors, plain_modules
 from dynrank.layers.kinds import OFFLOADED, is_offloaded, layer_class
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import check_dtype, make_layer, place_layers, trained_whole
 from dynrank.layers.vocabulary import token_embeddings
@@ -177,8 +177,7 @@ def _places(model: nn.Module) -> Places:
     return {
         f"{name}.{leaf}" if name else leaf: (module, leaf)
         for name, module in plain_modules(model)
-        for leaf, value in [*module._parameters.items(), *module._buffers.items()]
-        if value is not None
+        for leaf, _ in own_tensors(module)
     }
 
 

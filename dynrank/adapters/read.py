@@ -38,7 +38,7 @@ from dynrank.adapters.stored import (
     stored_tensor,
 )
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.rank_map import PREFIX
+from dynrank.patterns import PREFIX
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # In the metadata of the file: {layer: exponent of the power of two by which its factors were multiplied}, as JSON.

@@ -16,18 +16,18 @@ from dynrank.adapters.read import WEIGHTS_FILE, open_adapter, wrapper_names
 from dynrank.adapters.write import rewrite_adapter, write_adapter
 from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.foreign import class_if_imported, stored_on
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.padded import live_values
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.layers.vocabulary import extended_embeddings
 from dynrank.linalg import finite
+from dynrank.patterns import PREFIX, peft_ranks
 from dynrank.private import source_of, stacked_as
-from dynrank.rank_map import PREFIX, peft_ranks
 
 # The names that PEFT takes for experts in checkpoints of transformers 4, by the family that others are stacked as.
 _TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}

@@ -33,7 +33,7 @@ from dynrank.adapters.stored import (
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.linalg import finite
 from dynrank.output.whole_file import os_errors
-from dynrank.rank_map import peft_ranks
+from dynrank.patterns import peft_ranks
 
 SUFFIX = ".safetensors"
 # diffusers stores the settings of PEFT's adapters under this key.

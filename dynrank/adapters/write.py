@@ -14,7 +14,7 @@ from dynrank.adapters.precision import FLOAT8, NF4, FileDtype, Rounded, Rounding
 from dynrank.adapters.read import POWERS, WEIGHTS_FILE, Adapter
 from dynrank.adapters.stored import Factors
 from dynrank.output.whole_file import os_errors, whole_file
-from dynrank.rank_map import peft_ranks
+from dynrank.patterns import peft_ranks
 
 
 def write_adapter(

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer, check_trained, moved_states
 from dynrank.change.reports import LayerReport, report_of
 from dynrank.distributed.processes import from_first
-from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.distributed.wrappers import new_reducers, unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
-from dynrank.layers.base import RankedLayer
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import PeftLayer, config_changes
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.linalg import RankChange, grow_product, keep_directions, stacked
 
 # The new rank of every layer, or of some by their names.
@@ -32,18 +33,35 @@ States: TypeAlias = list[dict[str, dict[str, dict[str, Any]]]]
 
 
 class Adapters:
-    """What changes together: the LoRA layers of a model, and their optimizers.
+    """What changes together: the LoRA layers of a model, their optimizers, and what follows their shapes.
+
+    Args:
+        model: the model.
+        optimizers: all optimizers of its layers.
+        ddp: the DDP modules that contain the layers; they follow every change.
+        group: the processes that change ranks together; None: all.
+        write_back: passes new factors and states on to where they are trained, if that is elsewhere.
 
     Attributes:
-        model: the model.
-        layers: its layers by name.
+        layers: the layers by name.
         optimizers: the optimizers, without wrappers.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[Optimizer],
+        *,
+        ddp: Sequence[DistributedDataParallel] = (),
+        group: ProcessGroup | None = None,
+        write_back: Callable[[], None] | None = None,
+    ) -> None:
         self.model = model
         self.layers = dict(lora_layers(model))
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
+        self.ddp = ddp
+        self.group = group
+        self.write_back = write_back
 
 
 @dataclass(frozen=True)
@@ -66,25 +84,50 @@ class Change:
         generator: torch.Generator | None,
         *,
         balanced: Collection[str],
-        in_first: bool = False,
-        group: ProcessGroup | None = None,
     ) -> Change:
         """Check and compute the change to the ranks that ``plan`` returns; nothing changes yet.
 
         ``balanced`` are the layers that get balanced factors although they keep their rank, unless a layer grows. The
-        other arguments are those of :func:`dynrank.resize`. With ``in_first``, process 0 of ``group`` plans and
-        computes, and all its processes get its numbers; this is a collective call.
+        other arguments are those of :func:`dynrank.resize`.
         """
+        return cls(adapters, *_computed(adapters, plan(), directions, optimizer_state, generator, balanced=balanced))
+
+    @classmethod
+    @torch.no_grad()
+    def in_run(
+        cls,
+        adapters: Adapters,
+        plan: Callable[[], Ranks],
+        directions: LayerDirections,
+        optimizer_state: Literal["transport", "reset"],
+        step: int,
+    ) -> Change:
+        """The same in a training run: process 0 plans and computes, and all get its numbers; a collective call.
+
+        Unless a layer grows, layers of ``directions`` that keep their rank are balanced, too: steps then have the same
+        size in all layers.
+        """
+        # The seed is the step and nothing else, so growths at one step draw the same rows in runs of any seed. The
+        # global generator stays as it is: data and dropout go on as without the growth, and a resumed run draws the
+        # same rows.
+        generator = torch.Generator().manual_seed(step)
 
         def parts() -> tuple[Factors, States, list[LayerReport]]:
+            balanced = directions.names
             return _computed(adapters, plan(), directions, optimizer_state, generator, balanced=balanced)
 
         # DDP keeps a whole model on one device.
         device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
-        return cls(adapters, *(from_first(parts, group, device=device) if in_first else parts()))
+        return cls(adapters, *from_first(parts, adapters.group, device=device))
 
     def apply(self) -> None:
         """Make the change by assignments; call it within :func:`dynrank.change.interrupts.uninterrupted`."""
+        with new_reducers(self.adapters.ddp):
+            self._assign()
+        if self.adapters.write_back is not None:
+            self.adapters.write_back()
+
+    def _assign(self) -> None:
         layers = self.adapters.layers
         peft_ranks = {}
         for name, (lora_A, _) in self.factors.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynrank.errors import diverged
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.linalg import Directions, directions_of, pooled
 
 

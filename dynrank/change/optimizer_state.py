@@ -41,9 +41,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.distributed.zero import ZeroOptimizer
+from dynrank.distributed.zero import stepping
+from dynrank.distributed.zero_checks import FLAT_COPIES, check_reset
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.linalg import RankChange, joined, split
 
 # How many numbers share a scale in bitsandbytes' 8-bit state.
@@ -109,7 +110,7 @@ def check_trained(layers: Mapping[str, RankedLayer], optimizers: Collection[Opti
         if optimizers and any(factor.requires_grad and id(factor) not in trained for factor in factors):
             raise ConfigurationError(
                 f"none of the optimizers trains {name!r}: pass all that train adapters, made after LoRA was added; "
-                "DeepSpeed trains flat copies, so ranks change in transformers' Trainer alone; else use DDP or FSDP2",
+                + FLAT_COPIES,
                 "optimizers",
             )
 
@@ -136,12 +137,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "optimizers",
         )
     if optimizer_state == "reset":
-        if isinstance(optimizer, ZeroOptimizer):
-            raise ConfigurationError(
-                "DeepSpeed counts steps for many parameters together, so the moments of a few cannot start again; set "
-                'optimizer_state="transport"',
-                "optimizer_state",
-            )
+        check_reset(optimizer)
         if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
             # With v = 0 and the bias correction over, the first step would be 1 / sqrt(1 - beta2) = 31 times too long.
             raise ConfigurationError(
@@ -192,8 +188,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 
 def rule_name(optimizer: Optimizer) -> str:
     """The key in RULES: package, class, and the options that change the state; of the one that makes the steps."""
-    if isinstance(optimizer, ZeroOptimizer):
-        optimizer = optimizer.stepping
+    optimizer = stepping(optimizer)
     cls = type(optimizer)
     # bitsandbytes can put its state into paged memory.
     options = {"is_paged": getattr(optimizer, "is_paged", False)}

@@ -23,7 +23,7 @@ class LayerReport:
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
         importance: the decrease of the loss by the layer's updates in this run before the change (see
-            :mod:`dynrank.driver.importance`); None if unknown.
+            :mod:`dynrank.importance.importance`); None if unknown.
         importance_error: its standard error; None if unknown. The sum of both (of the importance, at least 0) is the
             reason for the layer's rank in a pool.
     """

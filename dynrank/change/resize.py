@@ -14,8 +14,8 @@ from dynrank.change.directions import LayerDirections
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.sharding import check_whole
-from dynrank.distributed.wrappers import ddp_modules, new_reducers
-from dynrank.rank_map import by_layer
+from dynrank.distributed.wrappers import ddp_modules
+from dynrank.patterns import by_layer
 
 
 # Optimizers could not step on state that inference mode has made (Lightning validates in it).
@@ -68,13 +68,13 @@ def resize(
     [('0', 2)]
     """
     check_whole(model)
-    adapters = Adapters(model, optimizers)
+    adapters = Adapters(model, optimizers, ddp=ddp_modules(model))
     directions = LayerDirections(adapters.layers)
     ranks = by_layer(target, adapters.layers) if isinstance(target, Mapping) and adapters.layers else target
     free = [name for name, layer in adapters.layers.items() if not layer.bounds.pinned]
     balanced = free if balance else ()
     change = Change.compute(adapters, lambda: ranks, directions, optimizer_state, generator, balanced=balanced)
     if not dry_run:
-        with uninterrupted(), new_reducers(ddp_modules(model)):
+        with uninterrupted():
             change.apply()
     return change.reports

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-
-from torch import nn
-from torch.optim import Optimizer
 
 from dynrank.change.change import Adapters, Change
 
 
 class Snapshot:
-    """A copy of everything that :func:`dynrank.resize` may change in a model and its optimizers."""
+    """A copy of everything that a change of ranks may change in ``adapters``."""
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        self._adapters = Adapters(model, optimizers)
-        layers = self._adapters.layers
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+        layers = adapters.layers
         factors = {name: (layer.lora_A.detach(), layer.lora_B.detach()) for name, layer in layers.items()}
         states = [
             {
                 name: {factor: optimizer.state.get(getattr(layer, factor), {}) for factor in ("lora_A", "lora_B")}
                 for name, layer in layers.items()
             }
-            for optimizer in self._adapters.optimizers
+            for optimizer in adapters.optimizers
         ]
         self._saved = copy.deepcopy((factors, states))
 

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from dynrank.distributed.accelerated import fsdp_settings
 from dynrank.distributed.processes import average_over_processes, copy_from_first, from_all, from_first, process_count
+from dynrank.distributed.zero import has_flat_copy
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
+from dynrank.layers.ranked_layer import take_rank
 from dynrank.layers.vocabulary import extended_parameters
 from dynrank.private import at_end_of_backward, backward_number
 
@@ -251,8 +253,7 @@ def check_whole(model: nn.Module) -> None:
     if names:
         raise sharded_error(names)
     for name, layer in lora_layers(model):
-        # DeepSpeed gives every parameter the one with ZeRO 3, and the other with all else that flattens.
-        if any(hasattr(layer.lora_A, mark) for mark in ("ds_id", "get_full_hp_param")):
+        if has_flat_copy(layer.lora_A):
             raise ConfigurationError(
                 f"DeepSpeed trains a flat copy of {name!r}, so its rank changes in transformers' Trainer alone; "
                 "elsewhere use DDP, or FSDP2 (dynrank.distributed.sharding.shard_frozen), which "
@@ -272,7 +273,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state
     load the layers' scalings either, so this function loads them. ``path`` is such a file, or a folder of shards
     (``save_distributed_checkpoint=True``), where ``prefix`` stands before the names of parameters.
     """
-    shapes, scalings = from_first(lambda: _saved_shapes(Path(path), prefix), process_group(model, ()))
+    shapes, scalings = from_first(lambda: saved_shapes(Path(path), prefix), process_group(model, ()))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for adapter in {layer.adapter for layer in peft_layers(model).values()}:
         # PEFT leaves the adapter's name out of what accelerate saves.
@@ -297,8 +298,11 @@ def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state
     take_peft_ranks(model, saved)
 
 
-def _saved_shapes(path: Path, prefix: str) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """({name: shape of its tensor}, {name: scaling}, which is empty unless the checkpoint is a single file)."""
+def saved_shapes(path: Path, prefix: str) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """({name: shape of its tensor}, {name: scaling}, which is empty unless the checkpoint is a single file).
+
+    In a folder of shards ``prefix`` stands before the names.
+    """
     if path.is_dir():
         # This import is slow, and few runs need it.
         from torch.distributed.checkpoint import filesystem

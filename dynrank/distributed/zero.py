@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynrank.distributed.processes import process_count, process_index
-from dynrank.layers.base import whole_shape
+from dynrank.layers.partitioned import is_partitioned, whole_shape
 
 # The one entry of the optimizer's state that is dynrank's.
 OWN_STATE = "dynrank_last_update"
@@ -109,7 +109,7 @@ class ZeroTensors:
         for value, shard in zip(values, self.shards, strict=True):
             if shard is not None:
                 shard.of(shard.flat).copy_(shard.of_whole(value))
-        partitioned = [parameter for parameter in self._whole if hasattr(parameter, "ds_id")]
+        partitioned = [parameter for parameter in self._whole if is_partitioned(parameter)]
         with GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
             for parameter, value in zip(self._whole, values, strict=True):
                 parameter.data.copy_(value)
@@ -156,6 +156,12 @@ def _shard_of_group(zero: Any, number: int, begin: int, parameter: nn.Parameter)
     return Shard(flat, start - first, start - begin, size) if size > 0 else None
 
 
+def has_flat_copy(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed trains a flat copy of ``parameter``."""
+    # DeepSpeed parts every parameter under ZeRO 3, and gives it this method with all else that flattens.
+    return is_partitioned(parameter) or hasattr(parameter, "get_full_hp_param")
+
+
 class ZeroOptimizer(Optimizer):
     """Stands for the optimizer that DeepSpeed steps, with other parameters in place of flat partitions.
 
@@ -184,8 +190,13 @@ class ZeroOptimizer(Optimizer):
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
         return self.stepping.register_state_dict_pre_hook(hook, prepend)
 
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        return self.stepping.register_load_state_dict_post_hook(hook, prepend)
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        return self.stepping.register_state_dict_post_hook(hook, prepend)
+
+
+def stepping(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps: the one that a :class:`ZeroOptimizer` stands for, any other itself."""
+    return optimizer.stepping if isinstance(optimizer, ZeroOptimizer) else optimizer
 
 
 class _Group(MutableMapping[str, Any]):

@@ -7,12 +7,17 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
+from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.errors import ConfigurationError
 
 # The versions that were tried, as in pyproject.toml.
 FIRST = (0, 18, 4)
 END = (0, 20)
+
+# What to do where no optimizer of a loop trains the adapters, for errors.
+FLAT_COPIES = "DeepSpeed trains flat copies, so ranks change in transformers' Trainer alone; else use DDP or FSDP2"
 
 # Optimizers that treat every number by itself and leave a zero alone that has zero gradient and moments; names as in
 # dynrank.change.optimizer_state. Not Lion, which moves it by the rate, nor Adafactor and Muon, which take means over a
@@ -128,3 +133,13 @@ def check_optimizer(engine: Any, name: str) -> None:
     flats = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
     if any(flat.dtype != torch.float32 for flat in flats):
         raise ConfigurationError("under DeepSpeed ranks change if the weights that are stepped are in float32")
+
+
+def check_reset(optimizer: Optimizer) -> None:
+    """Refuse to let moments of some parameters start again under DeepSpeed."""
+    if isinstance(optimizer, ZeroOptimizer):
+        raise ConfigurationError(
+            "DeepSpeed counts steps for many parameters together, so the moments of a few cannot start again; set "
+            'optimizer_state="transport"',
+            "optimizer_state",
+        )

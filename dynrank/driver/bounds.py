@@ -7,8 +7,9 @@ from operator import eq, ge, le
 
 from dynrank.driver.due import is_frozen
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
-from dynrank.rank_map import RankBounds, rule_of_each
+from dynrank.layers.ranked_layer import RankedLayer
+from dynrank.patterns import rule_of_each
+from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import Budget
 
@@ -60,11 +61,11 @@ def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, st
     faults = {}
     for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
         if own.highest is not None and own.highest < budget.lowest:
-            said = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
-            faults[said] = "lowest"
+            fault = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
+            faults[fault] = "lowest"
         if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
-            said = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
-            faults[said] = "highest"
+            fault = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
+            faults[fault] = "highest"
     return faults
 
 

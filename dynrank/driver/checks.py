@@ -1,33 +1,30 @@
-"""Refusing, before the first step, a model, a run or metrics with which a schedule cannot be carried out."""
+"""Refusing, before the first step, a model or a run with which a schedule cannot be carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained
-from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import check_whole
 from dynrank.driver.bounds import bounds_of, check_bounds
 from dynrank.driver.due import expected_states, keeps_rank, ranks_of_target
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
 from dynrank.targets import Budget, Unchanged
 from dynrank.targets.base import UNBOUNDED
-from dynrank.triggers import Run, Trigger
+from dynrank.triggers import Run
 
-CHECK_MONITOR = "check_monitor of How"
 # Of a schedule without a rank map.
 NO_RULES: Mapping[str, RankBounds] = MappingProxyType({})
 
@@ -176,77 +173,3 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
             "or set measure=False",
             "measure",
         )
-
-
-# The metrics that a schedule reads, by the names that the user gives
-
-
-def observed_metrics(stages: Sequence[Stage]) -> dict[str, str]:
-    """{metric that a trigger reads: the argument that names it, ``monitor of Plateau``, for errors}."""
-    triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
-    return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
-
-
-def _argument(trigger: Trigger, name: str) -> str:
-    values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
-    named = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
-    argument = named[0] if named else "monitors"
-    return f"{argument} of {type(trigger).__name__}"
-
-
-def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
-    """The same for the metrics that check or ``measure`` a change; a validation must log them."""
-    hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
-    # Whoever writes another How has to repeat what the schedule's own has.
-    return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
-
-
-def metric_value(
-    metrics: Mapping[str, float],
-    name: str,
-    arguments: Mapping[str, str],
-    group: ProcessGroup | None,
-    advice: str = "",
-) -> float:
-    """The metric, as the mean over all processes of ``group``; the error if it is missing ends with ``advice``."""
-    if name not in metrics:
-        raise _not_logged(name, arguments, metrics, advice)
-    return mean_over_processes(float(metrics[name]), group)
-
-
-def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measure: bool = False) -> None:
-    """Refuse a schedule that reads a metric of validations which the first validation has not logged.
-
-    A trigger may also read a metric that only training logs. So a trigger's metric counts as one of validations only
-    if its prefix (such as ``val/``) is that of a logged one.
-    """
-    groups = {name.partition("/")[0] for name in logged if "/" in name}
-    observed = observed_metrics(stages)
-    names = {name: argument for name, argument in observed.items() if name.partition("/")[0] in groups}
-    names |= checked_metrics(stages, measure=measure)
-    for name in names.keys() - set(logged):
-        raise _not_logged(name, names, logged, "; if later validations log it, set num_sanity_val_steps=0")
-
-
-def check_callbacks_metrics(names: Collection[str], stages: Sequence[Stage], *, measure: bool = False) -> None:
-    """Refuse a change that would be judged by one of the metrics ``names``, which callbacks log.
-
-    A validation for a change calls no callback, so the run would end at the change.
-    """
-    for name, text in checked_metrics(stages, measure=measure).items():
-        if name in names:
-            raise ConfigurationError(
-                f"{text} names {name!r}, which a callback logs, and validations for a change call no callback; log it "
-                "in a hook of the module, such as validation_step",
-                CHECK_MONITOR.partition(" ")[0],
-            )
-
-
-def _not_logged(
-    name: str, arguments: Mapping[str, str], logged: Collection[str], advice: str = ""
-) -> ConfigurationError:
-    found = ", ".join(map(repr, sorted(logged)))
-    argument = arguments[name].partition(" ")[0]
-    return ConfigurationError(
-        f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}{advice}", argument
-    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.importance import LayerImportance
 from dynrank.driver.learning_rates import factor_of_change
+from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError, shown
-from dynrank.layers.base import RankedLayer
+from dynrank.importance.importance import LayerImportance
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
@@ -43,6 +46,23 @@ class DueStage:
     directions: LayerDirections
     importance: Mapping[str, LayerImportance]
 
+    @classmethod
+    def now(
+        cls,
+        training: Training,
+        stage: Stage,
+        reason: str,
+        bounds: Mapping[str, RankBounds],
+        importance: Mapping[str, LayerImportance],
+        *,
+        last: bool,
+    ) -> DueStage:
+        """``stage`` with the present layers of ``training``."""
+        layers = dict(lora_layers(training.model))
+        # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
+        directions = LayerDirections({name: layer for name, layer in layers.items() if not bounds[name].pinned})
+        return cls(stage, last, reason, layers, bounds, directions, importance)
+
     def states(self) -> dict[str, LayerState]:
         """The state of each layer that the stage's target reads."""
         needs = self.stage.to.needs
@@ -60,6 +80,10 @@ class DueStage:
     def ranks(self) -> dict[str, int]:
         """The ranks that the stage's target gives for the present state of the layers."""
         return ranks_of_target(self.stage, self.bounds, self.states())
+
+    def change(self, training: Training, plan: Callable[[], Mapping[str, int]]) -> Change:
+        """The change to the ranks that ``plan`` returns, which is not yet made; a collective call."""
+        return Change.in_run(training.adapters, plan, self.directions, self.stage.how.optimizer_state, training.step)
 
     def event(
         self,
@@ -83,6 +107,22 @@ class DueStage:
         factor = 1.0 if undone else factor_of_change(self.stage.how, before, after)
         return RankEvent(step, reason, tuple(layers), undone, measured, factor)
 
+    def warn_of_unknown(self, training: Training, unmeasured: Sequence[str]) -> None:
+        """Warn if there is no importance of some of the layers that share ranks by it, or of any."""
+        free = {name for name, layer in self.layers.items() if not keeps_rank(layer, self.bounds[name])}
+        unknown = [name for name in unmeasured if name in free]
+        if unknown and len(unknown) == len(free):
+            training.warn(
+                f"the change of rank at step {training.step} shares ranks by importance, and nothing is known of any "
+                "layer, so all layers count alike: no gradients of the adapters were there when a step ended"
+            )
+        elif unknown:
+            training.warn(
+                f"{unknown[0]!r} and {len(unknown) - 1} other layers had no gradients before the change of rank at "
+                f"step {training.step}, so they count as unimportant. If a module reads their weights without calling "
+                "them, their LoRA does nothing: leave them out of target_modules"
+            )
+
 
 def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapping[str, LayerState]) -> dict[str, int]:
     """The ranks that the target of ``stage`` gives; one of a user's that breaks the bounds of a layer is refused."""
@@ -99,13 +139,13 @@ def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapp
         # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
         if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
             continue
-        said = f"bound by rank_map to {_span(state)}"
+        reason = f"bound by rank_map to {_span(state)}"
         if own == FREE:
-            said = f"frozen at rank {state.rank}, or can have no other"
+            reason = f"frozen at rank {state.rank}, or can have no other"
         elif own.pinned:
-            said = f"pinned at rank {state.rank}"
+            reason = f"pinned at rank {state.rank}"
         raise ConfigurationError(
-            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {said}; let its ranks() "
+            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {reason}; let its ranks() "
             "return layer.shrunk(rank) or layer.grown(rank), which keep that",
             *stage.arguments,
         )

@@ -23,16 +23,14 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric directly before and directly after a change; ``all_data``: of all validation data, not of a share."""
+    """A metric directly before and directly after a change."""
 
     metric: str
     before: float
     after: float
-    all_data: bool = True
 
     def __str__(self) -> str:
-        share = "" if self.all_data else " on a share of the data"
-        return f"{self.metric} {self.before:.4g} → {self.after:.4g}{share}"
+        return f"{self.metric} {self.before:.4g} → {self.after:.4g}"
 
 
 @dataclass(frozen=True, repr=False)

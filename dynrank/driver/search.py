@@ -11,10 +11,9 @@ from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import UNDONE, Measured, RankEvent
-from dynrank.driver.in_processes import apply_change, compute_change
+from dynrank.driver.regression import RegressionTest
 from dynrank.driver.training import Training
-from dynrank.driver.undo import RegressionTest, Undo
-from dynrank.driver.validation import validate
+from dynrank.driver.undo import Undo
 from dynrank.targets import Budget
 
 
@@ -40,7 +39,7 @@ def cut_to_smallest(training: Training, undo: Undo, due: DueStage, parameters_be
     if search.passes(steps):
         change = search.compute(steps)
         with uninterrupted():
-            apply_change(training, change)
+            change.apply()
         return due.event(training.step, change.reports, f"{due.reason}: {found}", measured)
     reason = f"{UNDONE}{found} ({due.reason})"
     return due.event(training.step, search.trials[steps].reports, reason, measured, undone=True)
@@ -84,7 +83,7 @@ class Search:
 
     def compute(self, steps: int) -> Change:
         """The cut to so many steps, which is not yet made."""
-        return compute_change(self._training, lambda: self.ranks(steps), self._due.directions, self._how)
+        return self._due.change(self._training, lambda: self.ranks(steps))
 
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
@@ -93,7 +92,7 @@ class Search:
 
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass; it has been tried."""
-        self._test = RegressionTest(self._training, self._how, None)
+        self._test = RegressionTest(self._training, self._how)
         fewest = bisect_left(range(len(self._order)), True, key=self.passes)
         steps = fewest if self.ranks(fewest) != self.now else fewest - 1
         self._tried(steps)
@@ -103,10 +102,10 @@ class Search:
         if steps not in self.trials:
             change = self.compute(steps)
             with uninterrupted():
-                apply_change(self._training, change)
-            metrics = validate(self._training)
+                change.apply()
+            measured = self._test.measure()
             self._undo.restore()
-            self.trials[steps] = Trial(self._test.value(metrics), change.reports)
+            self.trials[steps] = Trial(measured.after, change.reports)
         return self.trials[steps]
 
     def measured(self, steps: int) -> Measured:

@@ -14,7 +14,7 @@ from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name, parameter_count
 from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.kinds import OFFLOADED, is_offloaded, layer_class
-from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
+from dynrank.patterns import EXPRESSION_ERRORS, kind_of
 
 PRESETS = ("attention", "all-linear")
 # Their forward passes the children's weights to a fused function and does not call the children.

@@ -15,10 +15,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def uncompiled(model: M) -> M:
     """The model inside the wrapper that ``torch.compile(model)`` returns; any other model itself."""
-    while _INSIDE in model._modules:
-        inside: Any = model._modules[_INSIDE]
-        model = inside
-    return model
+    inside: Any = _inside(model)
+    return model if inside is None else uncompiled(inside)
 
 
 def plain_name(name: str) -> str:
@@ -33,13 +31,19 @@ def plain_name(name: str) -> str:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the wrappers of torch.compile."""
     for name, module in model.named_modules():
-        if _INSIDE not in module._modules:
+        if _inside(module) is None:
             yield plain_name(name), module
 
 
 def compiled_alone(model: nn.Module) -> set[int]:
     """Ids of the modules that a wrapper inside ``model`` holds: the wrapper would not call a replacement."""
-    return {id(uncompiled(module)) for module in model.modules() if module is not model and _INSIDE in module._modules}
+    inside = [module for module in model.modules() if module is not model]
+    return {id(uncompiled(module)) for module in inside if _inside(module) is not None}
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What ``module`` is a wrapper around; not by getattr, which other wrappers pass on to what they hold."""
+    return dict(module.named_children()).get(_INSIDE)
 
 
 def forget_compiled() -> None:

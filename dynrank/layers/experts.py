@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.foreign import class_if_imported
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.linalg import split
 from dynrank.private import gated, is_expert_parallel
 
@@ -215,7 +215,7 @@ class RouterWeight(BareParameter):
 
 def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
     """{"weight": the weight of ``owner``} if it is a matrix and owner no layer of torch: most likely a router."""
-    weight = owner._parameters.get("weight")
+    weight = dict(owner.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
     layers = (nn.Linear, nn.Embedding, class_if_imported("transformers.pytorch_utils.Conv1D"))
     layer = isinstance(owner, layers) or type(owner).__module__.startswith("torch.nn.")
     if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():

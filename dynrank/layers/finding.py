@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, RankedLayer
 from dynrank.layers.compiled import named_modules, uncompiled
 from dynrank.layers.experts import LoRAOwner, LoRAParameter, expert_stacks, router_weight
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.peft_layers import peft_layers
+from dynrank.layers.ranked_layer import RankedLayer
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
@@ -69,8 +70,14 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             module = module.base
         yield name, module
         children = {**module._modules, **expert_stacks(module), **router_weight(module)}
-        named = ((f"{name}.{key}" if name else key, child) for key, child in children.items())
-        found += reversed([(key, child) for key, child in named if child is not None])
+        below = ((f"{name}.{key}" if name else key, child) for key, child in children.items())
+        found += reversed([(key, child) for key, child in below if child is not None])
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, parameter or buffer) of ``module`` itself, by all names of those that have several."""
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    return [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.quantized import plain_values
 from dynrank.layers.vocabulary import extended_parameters
 from dynrank.private import source_of
@@ -57,7 +57,7 @@ def without_base(
     kept = dict(state_dict)
     for prefix, root in adapted_models(model).items():
         spared = {*map(id, trained), *map(id, extended_parameters(root))}
-        mark = {}
+        fingerprints = {}
         for name, parameter in root.named_parameters(remove_duplicate=False):
             key = prefix + name
             frozen = not (parameter.requires_grad or id(parameter) in spared or _ADAPTER.search(name))
@@ -65,13 +65,13 @@ def without_base(
                 value = kept.pop(key)
                 if key not in known:
                     known[key] = fingerprint(value)
-                mark[name] = known[key]
+                fingerprints[name] = known[key]
         # bitsandbytes stores further entries under the name of a weight.
-        quantisation = tuple(f"{prefix}{name}." for name in mark)
+        quantisation = tuple(f"{prefix}{name}." for name in fingerprints)
         kept = {key: value for key, value in kept.items() if not key.startswith(quantisation)}
         source = source_of(root)
         title = f"{type(root).__name__} {source!r}" if source else type(root).__name__
-        kept[prefix + MARK] = {"model": title, "parameters": mark}
+        kept[prefix + MARK] = {"model": title, "parameters": fingerprints}
     return kept
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
-from dynrank.layers.base import LoRALayer, whole_shape
 from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.foreign import class_if_imported
+from dynrank.layers.lora_layer import LoRALayer
+from dynrank.layers.partitioned import whole_shape
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
 from dynrank.private import has_device_hook, has_hooks, in_transform
 
@@ -182,7 +183,8 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     A subclass with its own forward (scaled, quantised by another library, ...) cannot have LoRA, except Falcon's, which
     computes the same as a plain linear layer. Nor can a layer that computes its weight (weight norm, pruning).
     """
-    if "weight" not in base._parameters and not isinstance(base, BareParameter):
+    own = dict(base.named_parameters(recurse=False, remove_duplicate=False))
+    if "weight" not in own and not isinstance(base, BareParameter):
         return None
     if is_quantized(base):
         return LoRAQuantizedLinear

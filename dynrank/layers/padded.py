@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, RankedLayer, whole_shape
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.foreign import store_on, stored_on
+from dynrank.layers.lora_layer import LoRALayer
+from dynrank.layers.partitioned import whole_shape
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.layers.vocabulary import extended_parameters
 from dynrank.linalg import joined, split
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import OfFactors, put_factors, take_rank
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
-from dynrank.rank_map import FREE, first_matches, peft_ranks
+from dynrank.layers.ranked_layer import OfFactors, take_rank
+from dynrank.patterns import first_matches, peft_ranks
+from dynrank.rank_map import FREE
 
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 # Initialisations that do not change the base weight. The others subtract a part from it that depends on the rank, and
@@ -24,7 +25,7 @@ HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class PeftLayer(OfFactors):
-    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.base.RankedLayer`.
+    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked_layer.RankedLayer`.
 
     ``module`` is a peft.tuners.lora.LoraLayer, ``adapter`` the name of one of its adapters. All data is stored on the
     module, so two views of one adapter are equivalent.
@@ -81,13 +82,13 @@ class PeftLayer(OfFactors):
         return bool(self.module.merged)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """As :meth:`dynrank.layers.base.LoRALayer.set_factors`; also updates the rank that PEFT's module records.
+        """As in :class:`OfFactors`; also updates the rank that PEFT's module records.
 
         :func:`config_changes` updates PEFT's config and alphas, once for all layers.
         """
         of_A = self.lora_A.shape[1:]
         of_B = self.lora_B.shape[2:]
-        put_factors(self, lora_A.reshape(-1, *of_A), lora_B.reshape(len(lora_B), -1, *of_B))
+        super().set_factors(lora_A.reshape(-1, *of_A), lora_B.reshape(len(lora_B), -1, *of_B))
         if not self.of_embedding:
             kind = "channels" if of_B else "features"
             rows = len(self.lora_A)

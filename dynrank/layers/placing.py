@@ -12,14 +12,14 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call
 from dynrank.kernels.backends import Backend
-from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import PRESETS, target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.experts import LoRAOwner, stand_ins
-from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
+from dynrank.layers.finding import modules_by_name, own_layers, own_tensors, tied_weights
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
+from dynrank.layers.lora_layer import LoRALayer, initial_scaling
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.quantized import is_quantized
 from dynrank.rank_map import RankRule, read_rank_map, resolve_rank_map
@@ -147,7 +147,7 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
         placed.train(placed.base.training)
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
-            for leaf in [*module._parameters, *module._buffers]:
+            for leaf, _ in own_tensors(module):
                 trained_whole(module).add(leaf)
     store_on(model, "adapted", True)
     follow_base(model)
@@ -241,7 +241,7 @@ def _untie(model: nn.Module) -> None:
     """
     seen = set()
     for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if id(parameter) in seen and parameter is not None:
+        for leaf, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            if id(parameter) in seen:
                 setattr(module, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(id(parameter))

@@ -21,7 +21,7 @@ class How:
     It replaces the whole ``how`` of a preset: ``early_budget`` and ``auto`` have ``lr_factor="sqrt"``.
 
     Args:
-        lr_factor: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
+        lr_factor: factor of the adapters' learning rates inside each optimizer step after the change. "sqrt":
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Name, Share, checked
 from dynrank.linalg import energy_rank
-from dynrank.rank_map import by_layer
+from dynrank.patterns import by_layer
 from dynrank.targets.base import LayerState, Target
 
-# One rank for all layers, or {key: rank} with the keys of dynrank.rank_map.by_layer.
+# One rank for all layers, or {key: rank} with the keys of dynrank.patterns.by_layer.
 RankByKey = Count | Annotated[Mapping[Name, Count], Field(min_length=1)]
 
 

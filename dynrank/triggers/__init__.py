@@ -1,4 +1,4 @@
-"""When to change ranks: at a known time, or by logged metrics."""
+"""When to change ranks: at a known time, or by metrics of validations."""
 
 from dynrank.triggers.base import Trigger
 from dynrank.triggers.clock import At, Run

@@ -1,4 +1,4 @@
-"""Triggers on logged metrics: a metric has stopped improving, or validation is worse than training."""
+"""Triggers on metrics: one has stopped improving, or validation is worse than training."""
 
 from dataclasses import field
 from math import isfinite
@@ -19,7 +19,7 @@ class Plateau(Trigger):
     sign of the metric). A value that is not finite says nothing, and is left out.
 
     Args:
-        monitor: name of a logged metric.
+        monitor: name of a metric of validations, or ``train/loss``.
         mode: "min" if smaller is better, else "max".
         patience: observations in a row without improvement.
         min_delta: smallest relative improvement that counts.
@@ -63,7 +63,8 @@ class Gap(Trigger):
     The gap of two losses is relative to the training loss: ``(validation - training) / |training|``.
 
     Args:
-        train: name of a logged training metric. Its last logged value counts, so log a mean if it is noisy.
+        train: ``train/loss``, the mean loss of the steps since the last validation; or a metric of training data that
+            validations log.
         val: name of the validation metric.
         mode: "min" if smaller is better, else "max".
         threshold: smallest gap that fires.

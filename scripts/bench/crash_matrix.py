@@ -46,7 +46,7 @@ from dynrank.app.runs.overrides import usage_errors
 from dynrank.app.runs.trainer import STOP_SIGNALS, stoppable
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.lora_layer import LoRALayer
 from dynrank.output.whole_file import PART
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank

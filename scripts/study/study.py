@@ -55,8 +55,8 @@ from study_bench import (
 
 from dynrank import lora_layers, resize, save_adapter
 from dynrank.app.tasks.classification import Classification
-from dynrank.driver.importance import Importance, LayerImportance
 from dynrank.driver.learning_rates import LearningRates
+from dynrank.importance.importance import Importance, LayerImportance
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
 

@@ -26,9 +26,9 @@ from dynrank.app.tasks.adapter_module import IGNORED
 from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.change.directions import LayerDirections
-from dynrank.driver.importance import LayerImportance
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
+from dynrank.importance.importance import LayerImportance
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run

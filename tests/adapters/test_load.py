@@ -16,7 +16,7 @@ import dynrank
 from dynrank.adapters.base import base_of
 from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.lora_layer import LoRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 

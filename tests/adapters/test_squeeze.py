@@ -6,6 +6,7 @@
 import json
 
 import pytest
+import rich
 import torch
 from dense import truncation
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -213,3 +214,21 @@ def test_commands_take_the_folder_of_a_run_and_inspect_draws_all_layers(blocks, 
     assert (rows[-1][0], rows[-1][2], rows[-1][-1]) == ("22 layers", "4.0 (mean)", f"{22 * 4 * 16:,}")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert launch("squeeze", run, "--rank", 1, "--out", tmp_path / "small")[0] == 0
+
+
+def test_stored_adapters_are_short_tables_in_a_session_and_lists(tmp_path, capsys):
+    blocks = [nn.ModuleDict({kind: nn.Linear(6, 6) for kind in ("q_proj", "up_proj")}) for _ in range(40)]
+    net = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+    model = updated(dynrank.add_lora(net, rank=4, alpha=4, rank_map={r"0\..*": 2}))
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    for layers, ranks, total in (
+        (dynrank.inspect(tmp_path / "adapter"), "2-4", 12 * (78 * 4 + 2 * 2)),
+        (squeeze(tmp_path / "adapter", tmp_path / "small", rank=2), "2-4 → 2", 12 * 78 * 2),
+    ):
+        assert isinstance(layers, list)
+        assert len(layers) == 80
+        assert len(repr(layers).splitlines()) < 20
+        rich.print(layers.table())
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"│ all │ 80 │ {ranks} │" in printed
+        assert f"{total:,} │" in printed

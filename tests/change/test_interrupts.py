@@ -8,6 +8,7 @@ from interrupted import interrupted
 from torch import nn
 
 import dynrank
+from dynrank.change.change import Adapters
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.snapshot import Snapshot
 
@@ -62,7 +63,7 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
 def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
     net, optimizer = made(cls)
     before = contents(net, optimizer)
-    snapshot = Snapshot(net, [optimizer])
+    snapshot = Snapshot(Adapters(net, [optimizer]))
     for rank in (2, 6):
         dynrank.resize(net, rank, optimizers=[optimizer])
         net(torch.ones(2, 7)).square().mean().backward()

@@ -436,6 +436,14 @@ def test_check_optimizer_refuses_state_of_another_shape_or_kind(cls, key, value,
         check_optimizer(optimizer, [parameter], "transport")
 
 
+def test_factor_of_a_convolution_is_refused_to_adafactor_before_the_first_step():
+    """It has four dimensions, of which the optimizer keeps rows of the last."""
+    factor = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    with pytest.raises(ConfigurationError, match=r"Adafactor keeps means .*\[4, 3, 3, 3\].*optimizer_state=.reset"):
+        check_optimizer(torch.optim.Adafactor([factor]), [factor], "transport")
+    check_optimizer(torch.optim.Adafactor([factor]), [factor], "reset")
+
+
 # Bounds
 
 

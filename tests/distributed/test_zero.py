@@ -12,11 +12,11 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.distributed.zero import ZeroOptimizer, ZeroTensors
 from dynrank.distributed.zero_checks import END, FIRST, check_config
-from dynrank.driver.importance import Importance
-from dynrank.driver.last_step import LastSteps
 from dynrank.driver.learning_rates import LearningRates
-from dynrank.driver.zero_importance import ZeroImportance
 from dynrank.errors import ConfigurationError
+from dynrank.importance.importance import Importance
+from dynrank.importance.step_gradients import StepsOfAll
+from dynrank.importance.zero_importance import ZeroImportance
 
 X = torch.randn(9, 8, 6, generator=torch.Generator().manual_seed(1))
 
@@ -69,7 +69,7 @@ def test_importance_of_flat_partitions_is_that_of_whole_factors():
     whole = model()
     expected = Importance(dict(dynrank.lora_layers(whole)))
     optimizer = torch.optim.AdamW(dynrank.adapter_parameters(whole), lr=1e-2)
-    steps = LastSteps(expected, [optimizer], dynrank.adapter_parameters(whole))
+    steps = StepsOfAll(expected, [optimizer], dynrank.adapter_parameters(whole))
     net = model()
     engine = Engine(net)
     tensors = ZeroTensors(engine, dynrank.adapter_parameters(net))
@@ -112,21 +112,15 @@ def test_whole_parameters_and_moments_are_read_and_written():
     assert torch.equal(engine.flat[between], before[between])
 
 
-def test_rates_and_hooks_are_those_of_the_optimizer_that_steps():
-    net = model()
-    engine = Engine(net)
+def test_factor_reaches_the_optimizer_that_steps_in_its_steps_alone():
+    engine = Engine(model())
     inner = engine.optimizer.optimizer
-    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
-    factors = dynrank.adapter_parameters(net)
-    standing = ZeroOptimizer(inner, [factors])
-    training = dynrank.Training(net, [], schedulers=[scheduler])
-    rates = LearningRates(standing, factors, 1.0, training)
-    rates.multiply(4.0)
-    assert inner.param_groups[0]["lr"] == 4e-2
+    taken = []
+    LearningRates(ZeroOptimizer(inner, [engine.factors]), engine.factors, 4.0)
+    inner.register_step_pre_hook(lambda inner, *_: taken.append(inner.param_groups[0]["lr"]))
     inner.step()
-    scheduler.step()
-    assert inner.param_groups[0]["lr"] == 2e-2
-    assert standing.param_groups[0]["lr"] == 2e-2
+    assert taken == [4e-2]
+    assert inner.param_groups == [{**inner.param_groups[0], "lr": 1e-2, "params": [engine.flat]}]
 
 
 FINE = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}

@@ -100,7 +100,8 @@ RUNS = {
 # Those whose checkpoints are resumed from, by the kind of these; and from which ones.
 RESUMED = {
     "peft": (Run(), SAVED),
-    "own, shards": (Run(own, fsdp=SHARDS), SAVED[2:]),
+    # SGD has no state of its own.
+    "own, shards": (Run(own, trainer={"optim": "sgd", "learning_rate": 1.0}, fsdp=SHARDS), SAVED[::2]),
     "own": (Run(own), SAVED[1:2]),
     "peft, shards": (Run(fsdp=SHARDS), SAVED[:1]),
 }
@@ -145,7 +146,7 @@ def trainer_of(
     if "RANK" in os.environ:
         settings |= {"fsdp": True, "fsdp_config": dict(run.fsdp)}
     arguments = kind(output_dir=str(folder), **settings | run.trainer | options)
-    schedule = RankTrainerCallback(run.stages, evaluate=lambda: made.evaluate())
+    schedule = RankTrainerCallback(run.stages)
     place = "meta" if run.is_sent and os.environ.get("RANK") == "1" else "cpu"
     if place == "meta":
         with torch.device("meta"):

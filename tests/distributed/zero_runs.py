@@ -264,7 +264,7 @@ def trainer_of(
     made = None if run.partitioned and stage == 3 else run.make(hf.LlamaForCausalLM.from_pretrained(base))
     arguments = kind(output_dir=str(folder), **given | run.trainer | options)
     model = made or run.make(hf.LlamaForCausalLM.from_pretrained(base))
-    schedule = RankTrainerCallback(run.stages, evaluate=lambda: trainer.evaluate())
+    schedule = RankTrainerCallback(run.stages)
     trainer = OptimizerTrainer(model, arguments, train_dataset=data(), eval_dataset=data()[:16], callbacks=[schedule])
     trainer.made = run.optimizer
     return trainer, schedule
@@ -295,7 +295,7 @@ def outcome(trainer: Any, schedule: Any, folder: Path) -> dict[str, Any]:
     ]
     return {
         "losses": [row["loss"] for row in log if "loss" in row],
-        "rates": [row["learning_rate"] for row in log if "learning_rate" in row],
+        "rates": [row[name] for row in log for name in ("learning_rate", "lr/adapter") if name in row],
         "events": events,
         "importance": [layer.importance for event in schedule.history for layer in event.layers],
         **stored(folder),
@@ -543,7 +543,7 @@ class Lion(Optimizer):
 
 # {name: (run, stage of ZeRO, words of the message)}
 REFUSED: dict[str, tuple[Run, int, str]] = {
-    "a head, and a raised rate": (Run(with_head), 2, "def create_optimizer"),
+    "a head, and a raised rate": (Run(with_head), 2, "in create_optimizer of a derived class"),
     "growth above the first rank": (Run(stages=[Stage(At(step=2), GrowTo(8))]), 2, "above the first rank"),
     "reset": (Run(stages=replace(CUT, how=How(optimizer_state="reset"))), 2, 'optimizer_state="transport"'),
     "Lion": (Run(optimizer=(Lion, {"lr": 0.1})), 2, ".Lion"),

@@ -1,44 +1,72 @@
-"""What a schedule means for a model: bounds, needs, where ranks may end, and what does not fit."""
+"""What a schedule and its rank map mean for the layers of a model, where ranks may end, and what does not fit."""
 
-import peft
+import re
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from trained import updated
+from trained import drive, updated
 
 import dynrank
 from dynrank.change.directions import LayerDirections
 from dynrank.driver.bounds import bounds_of
-from dynrank.driver.checks import NO_RULES, check_model, check_training, depends_on_data, final_ranks
+from dynrank.driver.checks import NO_RULES, check_model, final_ranks
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
+from dynrank.rank_map import RankBounds, read_rank_map
+from dynrank.schedules import (
+    Stage,
+    after_convergence,
+    anneal,
+    auto,
+    early_budget,
+    energy,
+    fixed,
+    grow,
+    milestones,
+    rebalance,
+)
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
 from dynrank.triggers import At, Run
 
-RUN = Run(total_steps=100)
-NOW = At(step=1)
+RUN = Run(total_steps=10)
 
 
-def model(rank=8, **rank_map):
-    """Three layers, (d_out, d_in) = (24, 16), (12, 24) and (40, 12)."""
+def to(*targets):
+    return [Stage(At(step=1), target) for target in targets]
+
+
+def rules_of(**rank_map):
+    return read_rank_map(rank_map, RankBounds)
+
+
+def due(model, target, rules, *, last=True):
+    (stage,) = to(target)
+    layers = dict(dynrank.lora_layers(model))
+    return DueStage(stage, last, "", layers, bounds_of(layers, rules), LayerDirections(layers), {})
+
+
+def refusal(model, schedule, rules=NO_RULES):
+    with pytest.raises(ConfigurationError) as caught:
+        check_model(model, schedule, RUN, rules)
+    return f"{caught.value} {caught.value.arguments}"
+
+
+# Where the schedule leads the layers of a small model
+
+# Parameters of a direction in each layer, and of all.
+SIZES = (40, 36, 52)
+COST = 8 * sum(SIZES)
+
+
+def small(rank=8, **rank_map):
+    """Three layers, (d_out, d_in) = (24, 16), (12, 24) and (40, 12), with the rules ``of_0``, ``of_1``, ``of_2``."""
     net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 12), nn.Linear(12, 40))
-    rules = {key.removeprefix("layer_"): rule for key, rule in rank_map.items()}
+    rules = {key.removeprefix("of_"): rule for key, rule in rank_map.items()}
     return dynrank.add_lora(net, rank=rank, alpha=rank, rank_map=rules, target_modules=["0", "1", "2"])
-
-
-def layers_of(net):
-    return dict(dynrank.lora_layers(net))
-
-
-def states_of(net, target, *, last):
-    return due(net, target, last=last).states()
-
-
-def due(net, target, *, last=True, rules=NO_RULES):
-    layers = layers_of(net)
-    return DueStage(Stage(NOW, target), last, "", layers, bounds_of(layers, rules), LayerDirections(layers), {})
 
 
 class Double(Target):
@@ -48,216 +76,286 @@ class Double(Target):
         return {name: layer.grown(2 * layer.rank) for name, layer in layers.items()}
 
 
-# Bounds and measurements
-
-
-def test_states_bound_each_layer():
-    net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
-    bounds = {}
-    for last in (False, True):
-        states = states_of(net, Rank(4), last=last)
-        assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
-        # The target does not ask for singular values.
-        assert {s.values for s in states.values()} == {None}
-        bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
-    assert bounds[False] == [(1, 16, None), (5, 5, None), (3, 12, 3)]
-    assert bounds[True] == [(1, 16, None), (5, 5, None), (3, 3, 3)]
-
-
-def test_a_frozen_layer_keeps_its_rank_before_the_run_as_in_it():
-    net = model()
-    layers_of(net)["2"].requires_grad_(False)
-    assert final_ranks(net, early_budget(2))["2"] == 8
-    # The frozen layer alone has 8 * (12 + 40) parameters.
-    with pytest.raises(ConfigurationError, match="at least 492 parameters"):
-        check_model(net, [Stage(NOW, Budget(parameters=450))], RUN)
-    check_model(net, [Stage(NOW, Budget(parameters=500))], RUN)
-
-
-class Half(Target):
-    """Of a user's who does not know of pinned layers."""
-
-    def ranks(self, layers):
-        return {name: layer.rank // 2 for name, layer in layers.items()}
-
-
-def test_a_target_that_changes_a_pinned_layer_is_refused_by_name():
-    net = model(layer_1={"pinned": True})
-    with pytest.raises(ConfigurationError, match=r"gives rank 4 to the layer '1', which is pinned at rank 8"):
-        check_model(net, [Stage(NOW, Half())], RUN)
-    with pytest.raises(ConfigurationError, match="'1', which is pinned"):
-        due(net, Half()).ranks()
-
-
-def test_a_target_that_changes_a_frozen_layer_or_leaves_one_out_is_refused_by_name():
-    class OfOthers(Target):
-        def ranks(self, layers):
-            return {name: layer.rank for name, layer in layers.items() if name != "1"}
-
-    net = model()
-    layers_of(net)["2"].requires_grad_(False)
-    with pytest.raises(ConfigurationError, match=r"gives rank 4 to the layer '2', which is frozen at rank 8"):
-        check_model(net, [Stage(NOW, Half())], RUN)
-    with pytest.raises(ConfigurationError, match=r"gives no rank to the layer '1'"):
-        check_model(net, [Stage(NOW, OfOthers())], RUN)
-
-
-def test_states_hold_the_singular_values_of_each_update():
-    net = updated(model())
-    for layer in layers_of(net).values():
-        layer.scaling = 3.0
-    states = states_of(net, Energy(0.9), last=True)
-    for name, layer in layers_of(net).items():
-        dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
-        torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)
-
-
-# Where ranks may end
+BOUND = {"of_1": {"rank": 5, "pinned": True}, "of_2": {"rank": 6, "final_rank": 3}}
 
 
 @pytest.mark.parametrize(
-    ("schedule", "ends"),
+    ("rules", "schedule", "ends"),
     [
-        ([], [8, 5, 6]),
-        (after_convergence(4, shared=False), [4, 5, 3]),
-        (anneal(2, shared=False), [2, 5, 3]),
+        (BOUND, fixed(), [8, 5, 6]),
+        # The last stage brings layers to final ranks of their own.
+        (BOUND, rebalance(), [8, 5, 3]),
+        *((BOUND, schedule, None) for schedule in (early_budget(4), auto(share=0.5))),
+        (BOUND, after_convergence(4, shared=False), [4, 5, 3]),
+        (BOUND, anneal(2, shared=False), [2, 5, 3]),
         # 0.9 of the sum of 1/i^2 up to 8 is in the first 4.
-        (energy(0.9, lowest=2), [4, 5, 3]),
-        (energy(0.9, lowest=7), [7, 5, 3]),
-        # The last layer's own final rank would be a shrink.
-        (grow(10), [10, 5, 6]),
-        ([Stage(NOW, GrowTo(10)), Stage(NOW, Rank(4))], [4, 5, 3]),
-        ([Stage(NOW, Double())], [16, 5, 6]),
-        ([Stage(NOW, Rank({"0": 4, "[12]": 2})), Stage(NOW, GrowTo({"0": 9}))], [9, 5, 3]),
+        (BOUND, energy(0.9, lowest=2), [4, 5, 3]),
+        (BOUND, energy(0.9, lowest=7), [7, 5, 3]),
+        (BOUND, to(GrowTo(10), Rank(4)), [4, 5, 3]),
+        (BOUND, to(Double(), Rank(3)), [3, 5, 3]),
+        (BOUND, to(Rank({"0": 4, "[12]": 2}), GrowTo({"0": 9}), Rank(8)), [8, 5, 3]),
+        # A pinned layer does not grow, and one that is small already stays below.
+        ({"of_1": {"rank": 5, "pinned": True}, "of_2": {"rank": 6, "final_rank": 6}}, grow(16), [16, 5, 6]),
+        ({"of_0": {"highest": 9}, "of_1": {"lowest": 10}, "of_2": {"final_rank": 11}}, grow(10), [9, 10, 11]),
+        ({"of_0": {"rank": 16}, "of_1": {"rank": 4}}, after_convergence(14, shared=False), [14, 4, 8]),
+        # A pool that all layers share alike; a layer with a final rank reaches the share alone.
+        ({}, early_budget(share=0.5), [4, 4, 4]),
+        ({"of_0": 4, "of_1": {"rank": 8, "final_rank": 2}, "of_2": 4}, early_budget(share=0.8), [4, 2, 4]),
+        # A stage may name ranks that layers have already, and leave out some layers.
+        *(({}, to(target), [8] * 3) for target in (Rank(8), Towards(8), Energy(0.5, lowest=8), GrowTo(8))),
+        ({}, to(Budget(final_rank=8)), [8, 8, 8]),
+        ({}, to(Rank({"0": 4})), [4, 8, 8]),
+        # What only the data will tell is not refused.
+        *(({}, to(first, Budget(share=0.1, lowest=3)), None) for first in (Energy(0.9), Budget(share=0.5))),
     ],
 )
-def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
-    net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
-    assert list(final_ranks(net, schedule).values()) == ends
+def test_schedules_lead_layers_to_these_ranks_within_their_bounds(rules, schedule, ends):
+    check_model(small(**rules), schedule, RUN)
+    assert ends is None or [*final_ranks(small(**rules), schedule).values()] == ends
 
 
-def test_expected_ranks_of_a_budget_spend_its_pool_and_are_only_expected():
-    schedule = early_budget(share=0.5, highest=6)
-    ranks = final_ranks(model(), schedule)
-    spent = sum(ranks[name] * size for name, size in zip("012", (40, 36, 52), strict=True))
-    assert COST / 2 - 52 < spent <= COST / 2
-    assert depends_on_data(schedule)
-    assert not depends_on_data(anneal(2, shared=False))
-
-
-# What does not fit
-
-
-COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
-
-
-def refusal(net, schedule):
-    with pytest.raises(ConfigurationError) as caught:
-        check_model(net, schedule, RUN)
-    return f"{caught.value} {caught.value.arguments}"
-
-
-def test_model_without_lora_layers_is_refused():
-    assert "dynrank.add_lora" in refusal(nn.Linear(2, 2), [])
+def test_a_frozen_layer_keeps_its_rank_and_its_update_before_the_run_as_in_it():
+    """It brings nothing, so the pool alone would leave one direction of it."""
+    model = updated(small())
+    frozen = model[2].requires_grad_(False)
+    update = frozen.delta_weight()
+    assert final_ranks(model, early_budget(2))["2"] == 8
+    # The frozen layer alone has 8 * 52 parameters.
+    assert "at least 492 parameters" in refusal(model, to(Budget(parameters=450)))
+    check_model(model, early_budget(2), RUN, rules_of(**{"2": {"highest": 8}}))
+    loop = Training(model, [torch.optim.AdamW(dynrank.adapter_parameters(model))])
+    drive(to(Budget(parameters=500)), loop, 8, lambda: model(torch.ones(4, 16)).square().mean())
+    assert (model[0].rank, model[1].rank, frozen.rank) == (1, 1, 8)
+    torch.testing.assert_close(frozen.delta_weight(), update)
 
 
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
         # Layer 0 has room for rank 16.
-        (
-            [Stage(NOW, Rank(8)), Stage(NOW, GrowTo(13), arguments=["K"])],
-            ["stage 2: rank 13 is", "12 of '1'", "('K',)"],
-        ),
-        ([Stage(NOW, GrowTo({"1": 13}))], ["stage 1: rank 13 is above min(d_in, d_out) = 12 of '1'"]),
-        ([Stage(NOW, GrowTo(14)), Stage(NOW, Budget(parameters=1), arguments=["L"])], ["of '1'", "of '2'", "'L'"]),
-        ([Stage(NOW, Rank({"0": 4, "attention": 2}))], ["'attention' matches no LoRA layer"]),
+        ([*to(Rank(8)), Stage(At(step=1), GrowTo(13), arguments=["K"])], "stage 2: rank 13 is|12 of '1'|('K',)"),
+        (to(GrowTo({"1": 13})), "stage 1: rank 13 is above min(d_in, d_out) = 12 of '1'"),
+        (to(GrowTo(14), Budget(parameters=1)), "of '1'|of '2'|stage 2: the budget must be at least"),
+        (to(Rank({"0": 4, "attention": 2})), "'attention' matches no LoRA layer"),
         # A shrink to a higher rank, a growth to a lower one, a lowest rank above that of the layers.
-        ([Stage(NOW, Rank(9), arguments=["K"])], ["stage 1: Rank(rank=9) changes none of the ranks", "'K'"]),
-        ([Stage(NOW, Rank({"0": 12}))], ["changes none of the ranks"]),
-        ([Stage(NOW, GrowTo(7))], ["changes none of the ranks"]),
-        ([Stage(NOW, Energy(0.9, lowest=9))], ["changes none of the ranks"]),
-        ([Stage(NOW, Rank(4)), Stage(NOW, Rank(8))], ["stage 2: Rank(rank=8) changes none of the ranks [4]"]),
+        (to(Rank(9)), "stage 1: Rank(rank=9) changes none of the ranks [8]|('to',)"),
+        *((to(target), "changes none of") for target in (Rank({"0": 12}), GrowTo(7), Energy(0.9, lowest=9))),
+        (to(Rank(4), Rank(8)), "stage 2: Rank(rank=8) changes none of the ranks [4]"),
     ],
 )
 def test_stage_that_cannot_act_is_refused_with_layers_and_argument(schedule, said):
-    message = refusal(model(), schedule)
-    assert all(words in message for words in said), message
+    message = refusal(small(), schedule)
+    assert all(words in message for words in said.split("|")), message
     assert "of '0'" not in message
+    assert "dynrank.add_lora" in refusal(nn.Linear(2, 2), schedule)
 
 
 @pytest.mark.parametrize(
-    ("rules", "schedule"),
+    ("before", "rules", "enough", "short", "words"),
     [
-        # Growth of a pinned layer is nobody's concern.
-        ({"layer_1": {"rank": 5, "pinned": True}, "layer_2": {"rank": 6, "final_rank": 6}}, grow(16)),
-        # What only the data will tell is.
-        ({}, [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))]),
-        ({}, [Stage(NOW, Budget(share=0.5)), Stage(NOW, Budget(share=0.1, lowest=3))]),
-        # A stage may name ranks that layers have already, and leave out some layers.
-        ({}, [Stage(NOW, Rank(8))]),
-        ({}, [Stage(NOW, Towards(8))]),
-        ({}, [Stage(NOW, Energy(0.5, lowest=8))]),
-        ({}, [Stage(NOW, GrowTo(8))]),
-        ({}, [Stage(NOW, Budget(final_rank=8))]),
-        ({}, [Stage(NOW, Rank({"0": 4}))]),
-    ],
-)
-def test_stage_that_could_act_is_allowed(rules, schedule):
-    check_model(model(**rules), schedule, RUN)
-
-
-def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
-    """A layer that the rank map has made small stays below; nobody asks it to grow."""
-    net = model(rank=12, layer_0={"rank": 16}, layer_1={"rank": 4})
-    check_model(net, after_convergence(14, shared=False), RUN)
-    check_model(net, energy(0.9), RUN)
-    assert final_ranks(net, after_convergence(14, shared=False)) == {"0": 14, "1": 4, "2": 12}
-
-
-def test_share_that_a_layer_with_a_final_rank_reaches_alone_is_a_change():
-    net = model(rank=4, layer_1={"rank": 8, "final_rank": 2})
-    check_model(net, early_budget(share=0.8), RUN)
-    assert final_ranks(net, early_budget(share=0.8)) == {"0": 4, "1": 2, "2": 4}
-    assert "changes none of the ranks [4]" in refusal(net, early_budget(share=1.0))
-
-
-def test_contradictions_of_the_schedule_come_first():
-    net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
-    assert "changes none of the ranks [4]" in refusal(net, after_convergence(8))
-    check_model(net, after_convergence(4), RUN)
-
-
-@pytest.mark.parametrize(
-    ("before", "enough", "short", "words"),
-    [
-        ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers parameters"),
-        ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 share lowest"),
+        ([], {}, {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers parameters"),
+        ([], {}, {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 share lowest"),
         # The lowest ranks cost 10/8 of COST.
-        ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),
-        ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 share"),
-        # wherever the first ends
-        ([Energy(0.9, lowest=4)], {"parameters": 512, "lowest": 4}, {"parameters": 400}, "stage 2 400 512"),
+        ([GrowTo(12)], {}, {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),
+        ([Rank(4)], {}, {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 share"),
+        # Wherever the first ends.
+        ([Energy(0.9, lowest=4)], {}, {"parameters": 512, "lowest": 4}, {"parameters": 400}, "stage 2 400 512"),
+        ([], BOUND, {"parameters": 2 * 40 + 5 * 36 + 3 * 52, "lowest": 2}, {"parameters": 415}, "at least 416"),
     ],
 )
-def test_budget_below_the_lowest_ranks_is_refused(before, enough, short, words):
-    before = [Stage(NOW, target) for target in before]
-    check_model(model(), [*before, *early_budget(**enough)], RUN)
-    message = refusal(model(), [*before, *early_budget(**enough | short)])
+def test_budget_below_the_lowest_ranks_is_refused(before, rules, enough, short, words):
+    check_model(small(**rules), [*to(*before), *early_budget(**enough)], RUN)
+    message = refusal(small(**rules), [*to(*before), *early_budget(**enough | short)])
     assert all(word in message for word in words.split()), message
 
 
-def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
-    net = model(layer_1={"rank": 6, "pinned": True}, layer_2={"rank": 8, "final_rank": 5})
-    least = 2 * 40 + 6 * 36 + 5 * 52
-    check_model(net, early_budget(parameters=least, lowest=2), RUN)
-    assert f"at least {least:,}" in refusal(net, early_budget(parameters=least - 1, lowest=2))
+# A rank map, in models of PEFT and add_lora
 
 
-def test_convolution_of_peft_is_refused_to_adafactor_before_the_first_step():
-    """Its factor has four dimensions, of which the optimizer keeps rows of the last."""
-    net = peft.get_peft_model(nn.Sequential(nn.Conv2d(3, 8, 3)), peft.LoraConfig(r=4, target_modules=["0"]))
-    training = Training(net, [torch.optim.Adafactor(dynrank.adapter_parameters(net))])
-    with pytest.raises(ConfigurationError, match=r"Adafactor keeps means .*\[4, 3, 3, 3\].*optimizer_state=.reset"):
-        check_training(training, early_budget(2, how=How()))
-    check_training(training, early_budget(2, how=How(optimizer_state="reset")))
+class Block(nn.Module):
+    """Names as in a Llama: attention with o_proj, and an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: nn.Linear(12, 12) for name in ("q_proj", "o_proj")})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(12, 20), "down_proj": nn.Linear(20, 12)})
+
+
+def net():
+    return nn.ModuleDict({"layers": nn.Sequential(Block(), Block())})
+
+
+NAMES = [name for name, module in net().named_modules() if isinstance(module, nn.Linear)]
+
+
+def wrapped(frozen=None, **pattern):
+    """By PEFT, with its own rank_pattern; layers with the word ``frozen`` in their names are."""
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    model = get_peft_model(net(), LoraConfig(r=8, lora_alpha=8, target_modules=targets, rank_pattern=pattern))
+    for name, layer in dynrank.lora_layers(model):
+        if frozen is not None and frozen in name:
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+    return model
+
+
+def own(**rank_map):
+    return dynrank.add_lora(net(), rank=8, alpha=8, rank_map=rank_map)
+
+
+def ranks_of(model, word=""):
+    return [layer.rank for name, layer in dynrank.lora_layers(model) if word in name]
+
+
+def driven(driver, model, first, last):
+    """The steps from ``first`` up to before ``last``, whose updates are nobody's concern."""
+    loop = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model))], first)
+    driver.start(loop, RUN)
+    for loop.step in range(first, last):
+        driver.advance(loop)
+
+
+def test_a_key_that_begins_at_the_first_letter_of_a_name_is_of_the_model_that_peft_has_wrapped():
+    first = f"^{NAMES[0]}"
+    model = wrapped(**{first: 3})
+    assert ranks_of(model)[:2] == [3, 8]
+    for key in (first, f"^base_model.model.{NAMES[0]}"):
+        bounds = bounds_of(dict(dynrank.lora_layers(model)), rules_of(**{key: {"pinned": True}}))
+        assert [bound.pinned for bound in bounds.values()] == [True] + [False] * (len(NAMES) - 1)
+
+
+def test_the_first_of_the_schedules_rules_goes_before_the_layers_own_as_a_whole():
+    model = own(o_proj={"rank": 6, "final_rank": 2}, mlp={"pinned": True})
+    rules = {r"0\..*o_proj": {"highest": 4}, "down_proj": {"pinned": False}, "mlp": {"lowest": 3}}
+    bounds = bounds_of(dict(dynrank.lora_layers(model)), rules_of(**rules))
+    assert [bounds[name] for name in NAMES] == [
+        *(RankBounds(), RankBounds(highest=4), RankBounds(lowest=3), RankBounds()),
+        *(RankBounds(), RankBounds(final_rank=2), RankBounds(lowest=3), RankBounds()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected", "at_last"),
+    [
+        ({"pinned": True}, (8, 8), (8, 8)),
+        ({"highest": 20}, (1, 12), (1, 12)),
+        ({"lowest": 2, "highest": 4}, (2, 4), (2, 4)),
+        ({"final_rank": 6, "lowest": 4, "highest": 7}, (6, 7), (6, 6)),
+    ],
+)
+def test_targets_get_the_bounds_of_each_layer(rule, expected, at_last):
+    """What targets do with them is tested in tests/targets."""
+    for last, bounds in ((False, expected), (True, at_last)):
+        states = due(wrapped(), Rank(4), rules_of(attention=rule), last=last).states()
+        assert [(state.lowest, state.highest) for state in states.values()] == [bounds, bounds, (1, 12), (1, 12)] * 2
+
+
+@pytest.mark.parametrize("make", [wrapped, own])
+def test_peft_models_and_own_are_steered_alike(make):
+    """o_proj stays, and not even its factors are balanced; the MLP is capped; no layer of attention is below 3."""
+    model = updated(make())
+    layers = dict(dynrank.lora_layers(model))
+    before = {name: layer.lora_A.detach().clone() for name, layer in layers.items() if "o_proj" in name}
+    pool = Budget(final_rank=4).pool(due(model, Rank(1), rules_of(o_proj={"pinned": True})).states())
+    rules = {"o_proj": {"pinned": True}, "mlp": {"highest": 2}, "attention": {"lowest": 3}}
+    driver = RankDriver(early_budget(4, at=0.0), rank_map=rules)
+    driven(driver, model, 0, 1)
+    assert ranks_of(model, "o_proj") == [8, 8]
+    assert all(torch.equal(layers[name].lora_A, factor) for name, factor in before.items())
+    assert {report.layer for report in driver.history[0].layers} == layers.keys() - before.keys()
+    assert max(ranks_of(model, "mlp")) == 2
+    assert min(ranks_of(model, "q_proj")) >= 3
+    left = pool - sum(layer.rank * layer.params_per_rank for layer in layers.values())
+    # Bounds move parameters between layers, and leave some where all are at their highest.
+    assert 0 <= left < 24 or (left > 0 and ranks_of(model, "q_proj") == [8, 8])
+
+
+CUT = early_budget(4)
+TWICE = early_budget(6) + early_budget(4, at=0.7)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "key", "rule", "schedule", "said"),
+    [
+        (None, "o_prj", {"pinned": True}, CUT, "'o_prj' matches no LoRA layer; nearest: ['o_proj'"),
+        (None, "o_proj", {"lowest": 9}, CUT, "o_proj' and 1 more: lowest=9 is above its rank 8, and no stage raises"),
+        (None, "o_proj", {"final_rank": 9}, CUT, "final_rank=9 is above its rank 8|it there; set it to at most 8"),
+        (None, "mlp", {"highest": 4}, grow(10), "up_proj' and 3 more: highest=4 is below its rank 8|no stage lowers"),
+        (None, "mlp", {"highest": 2}, early_budget(4, lowest=3), "highest=2 is below lowest=3 of stage 1; change one"),
+        (None, "mlp", {"lowest": 6}, early_budget(6, highest=5), "lowest=6 is above highest=5 of stage 1; change one"),
+        ("o_proj", "o_proj", {"highest": 4}, CUT, "highest=4 is below its rank 8, and it is frozen; set it to at le"),
+        ("o_proj", "o_proj", {"final_rank": 4}, CUT, "final_rank=4 is below its rank 8, and it is frozen"),
+        # In a later stage, whatever the data.
+        (None, ".*", {"lowest": 5}, TWICE, "stage 2: the budget must be at least|(final_rank, lowest, rank_map)"),
+    ],
+)
+def test_a_rule_against_the_model_or_the_schedule_is_refused_by_name(frozen, key, rule, schedule, said):
+    message = refusal(wrapped(frozen), schedule, rules_of(**{key: rule}))
+    assert all(words in message for words in said.split("|")), message
+    assert "'rank_map'" in message or ", rank_map)" in message
+    hidden = rules_of(o_proj={"highest": 8}, **{r".*o_proj": {"pinned": True}})
+    assert "'.*o_proj' is hidden by 'o_proj'" in refusal(wrapped(frozen), schedule, hidden)
+
+
+class Blind(Target):
+    """Of a user's who does not ask for bounds, and leaves out a layer."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def ranks(self, layers):
+        return {name: self.rank for name in layers if "down" not in name}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "rules", "said"),
+    [
+        (None, {"o_proj": {"pinned": True}}, "rank 4 to the layer '.*o_proj', which is pinned at rank 8; let its"),
+        (None, {"o_proj": {"lowest": 6}}, "rank 4 to the layer '.*', which is bound by rank_map to ranks 6 to 12"),
+        (None, {"o_proj": {"highest": 3}}, "rank 4 to the layer '.*', which is bound by rank_map to ranks 1 to 3"),
+        (None, {"o_proj": {"final_rank": 5}}, "rank 4 to the layer '.*', which is bound by rank_map to rank 5"),
+        ("q_proj", {}, "rank 4 to the layer '.*q_proj', which is frozen at rank 8"),
+        (None, {}, "no rank to the layer '.*down_proj'"),
+    ],
+)
+def test_a_users_target_cannot_break_bounds_before_the_run_nor_in_it(frozen, rules, said):
+    model = wrapped(frozen)
+    with pytest.raises(ConfigurationError) as caught:
+        due(model, Blind(4), rules_of(**rules)).ranks()
+    for message in (str(caught.value), refusal(model, to(Blind(4)), rules_of(**rules))):
+        assert re.match(rf"Blind\(rank=4\) gives {said}", message)
+
+
+# Checkpoints
+
+PINNED = {"o_proj": {"pinned": True}}
+
+
+def resumed(step, rank_map):
+    """(driver, model) of a run with PINNED that stopped before ``step``, and went on with ``rank_map``."""
+    schedule = milestones([6, 3], at=[3, 7], unit="step")
+    model = wrapped()
+    first = RankDriver(schedule, rank_map=PINNED)
+    driven(first, model, 0, step)
+    driver = RankDriver(schedule, rank_map=rank_map)
+    driver.load_state_dict(first.state_dict())
+    driven(driver, model, step, 10)
+    return driver, model
+
+
+def test_a_resume_goes_on_with_the_rank_map_from_a_file_and_refuses_another(tmp_path):
+    (tmp_path / "ranks.yaml").write_text("rank_pattern: {o_proj: {pinned: true}}\n")
+    driver, model = resumed(5, tmp_path / "ranks.yaml")
+    assert [event.step for event in driver.history] == [3, 7]
+    assert ranks_of(model) == [3, 8, 3, 3] * 2
+    for other in (None, {"o_proj": {"highest": 8}}, {**PINNED, "mlp": {"highest": 8}}):
+        with pytest.raises(ConfigurationError, match=r"under another rank_map: .*'o_proj': RankBounds\(pinned=True\)"):
+            resumed(5, other)
+
+
+def test_another_rank_map_before_the_first_change_applies_with_a_warning():
+    with pytest.warns(UserWarning, match="the rank_map is not the checkpoint's: it applies from step 2 on"):
+        _, model = resumed(2, {"mlp": {"pinned": True}})
+    assert ranks_of(model) == [3, 3, 8, 8] * 2
+    with pytest.raises(ConfigurationError, match="'gate_proj' matches no LoRA layer"):
+        resumed(2, {"gate_proj": {"pinned": True}})

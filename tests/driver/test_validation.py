@@ -1,283 +1,270 @@
-"""A validation for a change leaves no trace in the program that is validated."""
+"""What a change costs is measured directly before and after it, and the run does not notice."""
 
 import csv
-from collections import deque
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import CatMetric, MaxMetric, MeanMetric, Metric, MetricCollection, MetricTracker
+from torchmetrics import MaxMetric, MeanMetric
 
 import dynrank
 from dynrank.callbacks import RankScheduler
-from dynrank.driver.schedulers import with_inner
+from dynrank.callbacks.lightning import validation
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
-from dynrank.driver.validation import attributes_kept, is_metric, validate
-from dynrank.schedules import How, Stage
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Rank
-from dynrank.triggers import At
+from dynrank.triggers import At, Plateau, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Metrics(nn.Module):
-    """Metrics of torchmetrics, and one of the user's."""
+class Loop(Training):
+    """A run whose validations have these metrics, one after the other; None: it has no validations."""
 
-    class Own(Metric):
-        full_state_update = False
+    validates = property(lambda self: self.metrics is not None)
 
-        def __init__(self):
-            super().__init__()
-            self.add_state("total", torch.zeros(()), "sum")
-            self.calls = 0
-            self.window = deque(maxlen=2)
-
-        def update(self, x):
-            self.total += x.sum()
-            self.calls += 1
-            self.window.append(float(x.max()))
-
-        def compute(self):
-            return self.total + 100 * self.calls + sum(self.window)
-
-    def __init__(self):
-        super().__init__()
-        self.best = MaxMetric()
-        self.group = MetricCollection({"mean": MeanMetric(), "all": CatMetric(), "own": self.Own()})
-        self.tracker = MetricTracker(MeanMetric(), maximize=False)
-
-    def forward(self, x):
-        self.tracker.increment()
-        for metric in (self.best, self.group, self.tracker):
-            metric.update(x)
-
-    def found(self):
-        tracked = [self.tracker.best_metric(return_step=True), self.tracker.n_steps] if len(self.tracker) > 1 else []
-        return str([self.best.compute(), self.group.compute(), tracked, len(self.tracker)])
-
-
-@pytest.mark.parametrize("calls", [0, 1, 3])
-@pytest.mark.parametrize("inference", [False, True])
-def test_metrics_are_as_if_nothing_had_been_validated(calls, inference):
-    metrics, other = Metrics(), Metrics()
-    for i in range(calls):
-        for each in (metrics, other):
-            each(torch.full((2,), float(i)))
-            each.found()
-    with attributes_kept([part for part in metrics.modules() if is_metric(part)]), torch.inference_mode(inference):
-        for x in (5.0, 6.0):
-            metrics(torch.full((2,), x))
-        assert metrics.found() != other.found()
-    for last in (0.5, 7.0):
-        assert metrics.found() == other.found()
-        for each in (metrics, other):
-            each(torch.full((2,), last))
-
-
-class Graph(Training):
-    """A loop that validates a module with buffers: one of a graph, one with NaN that is expanded, one that changes."""
+    def __init__(self, metrics=None):
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(3, 3)), rank=2, alpha=2)
+        super().__init__(model, [torch.optim.SGD(model.parameters())])
+        self.metrics = metrics
+        self.events = []
 
     def validate(self):
         assert dynrank.validating_change()
-        # As PyTorch's tutorials do, and leave the model so.
-        self.model.eval()
-        self.model(torch.ones(1, 4))
-        return {"val/loss": 1.0}
+        found = self.metrics.pop(0)
+        return found() if callable(found) else found
+
+    def tell(self, event):
+        self.events.append(event)
 
 
-class Buffered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(4, 4)
-        self.register_buffer("adjacency", torch.eye(4).to_sparse())
-        self.register_buffer("expanded", torch.tensor(float("nan")).expand(3))
-        self.register_buffer("seen", torch.zeros(4))
-        self.register_buffer("best", torch.tensor(torch.inf))
-        self.register_buffer("cache", torch.zeros(0), persistent=False)
-        self.drop = nn.Dropout(0.5)
-        self.size = 0
-        self.cached = None
-
-    def forward(self, x):
-        self.seen += x.sum(0)
-        self.best = torch.minimum(self.best, x.min())
-        # What belongs together stays together.
-        if self.size != len(x):
-            self.size = len(x)
-            self.cached = [len(x)]
-            self.cache = torch.zeros(len(x))
-        return self.drop(self.lin(x @ self.adjacency))
+def started(stage, loop, **options):
+    driver = RankDriver(stage, **options)
+    driver.start(loop, Run(total_steps=10))
+    return driver
 
 
-def test_buffers_are_as_before_and_what_a_layer_caches_stays():
-    model = dynrank.add_lora(Buffered(), rank=2, target_modules=["lin"])
-    loop = Graph(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)])
-    # Somebody has frozen the statistics of one layer.
-    model.lin.eval()
-    modes = [module.training for module in model.modules()]
-    assert validate(loop) == {"val/loss": 1.0}
-    assert not dynrank.validating_change()
-    assert [module.training for module in model.modules()] == modes
-    assert model.seen.tolist() == [0.0] * 4
-    assert model.best == torch.inf
-    assert (model.size, model.cached, len(model.cache)) == (1, [1], 1)
+def draw():
+    return torch.rand(()).item() + random.random() + np.random.rand()
 
 
-class Recording(Callback):
-    """What callbacks find after each batch and validation."""
+@pytest.mark.parametrize("measure", [False, True])
+def test_validations_directly_before_and_after_draw_the_same_numbers_and_the_run_goes_on_as_without(measure):
+    """What the run itself has validated, perhaps on other data, is not compared with them."""
+    loop = Loop([lambda: {"val/loss": draw() + loop.model[0].rank}] * 2)
+    stage = Stage(Plateau(patience=1), Rank(1), how=How(max_regression=None if measure else 0.0))
+    driver = started(stage, loop, measure=measure)
+    for loop.step in (1, 2):
+        driver.validated(loop, {"val/loss": 0.001})
+    drawn = []
+    for act in (lambda: None, lambda: driver.advance(loop)):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        act()
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    (event,) = driver.history
+    assert (event.undone, loop.metrics, dynrank.validating_change()) == (False, [], False)
+    # The layer has rank 2, then 1.
+    assert event.measured.before - event.measured.after == pytest.approx(1)
+    assert event.measured.after > 1
 
-    def __init__(self):
-        self.found = []
 
-    def _record(self, trainer, pl_module):
-        metrics = [{k: float(v) for k, v in m.items()} for m in (trainer.callback_metrics, trainer.logged_metrics)]
-        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
-        self.found.append((trainer.global_step, metrics, progress, float(pl_module.best.compute()), [*pl_module.curve]))
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._record(trainer, pl_module)
-
-    def on_validation_end(self, trainer, pl_module):
-        self._record(trainer, pl_module)
+@pytest.mark.parametrize("name", ["other", "val/loss"])
+def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(name):
+    """What a loop reports may lack it, so what it validates for a change decides, once."""
+    loop = Loop([{name: 1.0}])
+    driver = started(Stage(At(step=9), Rank(1), how=How(max_regression=0.1)), loop)
+    refused = pytest.raises(ConfigurationError, match=r"^check_monitor of How.*'val/loss'; logged: 'other'")
+    with refused if name == "other" else nullcontext():
+        for loop.step in (1, 2):
+            driver.validated(loop, {"loss": 1.0})
+    assert loop.metrics == []
 
 
-def of_lightning(make, folder):
-    """A module as they are in templates: with the best of its metric, a curve, and files beside its checkpoints."""
+@pytest.mark.parametrize(("name", "error", "rank"), [("val/loss", IndexError, 1), ("other", ConfigurationError, 2)])
+def test_change_is_told_if_its_measurement_fails_and_not_made_without_a_metric(name, error, rank):
+    """The first validation lacks the metric, or there are no data for a second one."""
+    loop = Loop([{name: 1.0}])
+    driver = started(Stage(At(step=0), Rank(1)), loop, measure=True)
+    with pytest.raises(error):
+        driver.advance(loop)
+    assert (loop.model[0].rank, len(loop.events)) == (rank, int(rank == 1))
 
-    class Module(make):
+
+@pytest.mark.parametrize(
+    ("measure", "most", "said"), [(True, None, "measure=True"), (False, 0.1, "max_regression=0.1")]
+)
+def test_judging_without_validations_is_refused_at_the_start(measure, most, said):
+    with pytest.raises(ConfigurationError, match=rf"{said} .*define validate\(\) in .*, or set {said[:7]}"):
+        started(Stage(At(step=1), Rank(1), how=How(max_regression=most)), Loop(), measure=measure)
+
+
+# Under Lightning
+
+
+def train(regression, make, loaders, *callbacks, **options):
+    """Train for 20 steps; without ``loaders`` for validations the module has them."""
+    _, data, trainer = regression
+    trainer(callbacks=[*callbacks], max_steps=20, **options).fit(make(), data()[0], loaders)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_metrics_of_a_validation_for_a_change_are_those_that_lightning_has(regression, several):
+    """Of hooks and steps with all their arguments, or with as few as Lightning allows."""
+    make, data, _ = regression
+
+    class Few(make):
         def __init__(self):
             super().__init__()
-            self.mean = MeanMetric()
-            self.best = MaxMetric()
-            self.curve = []
+            self.means = nn.ModuleList([MeanMetric(), MeanMetric()])
 
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.mean.update(self.net(batch[0]).square().mean())
-            self.log("val/mean", self.mean)
-
-        def on_validation_epoch_end(self):
-            self.best.update(self.mean.compute())
-            self.log("val/best", self.best.compute())
-            if not dynrank.validating_change():
-                self.curve.append(float(self.mean.compute()))
-            self.logger.log_metrics({"own": float(self.mean.compute())}, step=self.global_step)
-            assert folder in self.trainer.checkpoint_callback.dirpath
-            assert self.logger.log_dir
-            if not self.trainer.sanity_checking:
-                self.trainer.lr_scheduler_configs[0].scheduler.step(1.0)
-
-        def configure_optimizers(self):
-            optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
-            return [optimizer], [{"scheduler": plateau, "monitor": "val/loss", "interval": "epoch", "frequency": 99}]
-
-    return Module
-
-
-def rows(folder):
-    """What the logger has, without the words of the schedule."""
-    with open(next(folder.rglob("metrics.csv"))) as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_run_whose_change_is_undone_is_the_run_without_it(fit, regression, tmp_path):
-    """Also where its module keeps scores, logs by itself, and steps its scheduler in hooks of validations."""
-    results = []
-    for name, step in (("none", None), ("undone", 12)):
-        recording = Recording()
-        stage = Stage(At(step=step or 99), Rank(1), how=How("sqrt", max_regression=0.0))
-        scheduler = RankScheduler([stage] if step else [])
-        saver = ModelCheckpoint(tmp_path / name, monitor="val/loss")
-        module = of_lightning(regression[0], name)()
-        module, made = fit(
-            scheduler, saver, recording, module=module, logger=CSVLogger(tmp_path / name), log_every_n_steps=1
-        )
-        assert [event.undone for event in scheduler.history] == [True] * bool(step)
-        rates = [group["lr"] for group in made.optimizers[0].param_groups]
-        results.append((recording.found, rates, rows(tmp_path / name), module.curve, float(module.best.compute())))
-    assert results[0] == results[1]
-
-
-def test_measurements_see_the_data_of_the_epoch_and_so_does_the_run(regression):
-    """Where Lightning makes the loaders anew in each epoch; each batch has its number, and hooks find the data."""
-    make, data, trainer = regression
-    seen = []
-
-    class Changing(make):
         def val_dataloader(self):
-            batches = [(x + self.trainer.current_epoch, y) for x, y in DataLoader(data()[1].dataset, batch_size=4)]
-            self.epoch = self.trainer.current_epoch
-            return DataLoader([(x, y, self.epoch, i) for i, (x, y) in enumerate(batches)], batch_size=None)
+            # As those that Lightning makes anew in each epoch.
+            x, y = data()[1].dataset.tensors
+            x = x + self.trainer.current_epoch
+            batches = [[*zip(x.split(sizes), y.split(sizes), strict=True)] for sizes in ([10, 30, 40], [50, 5, 25])]
+            loaders = [DataLoader(each, batch_size=None) for each in batches]
+            return loaders if several else loaders[0]
 
         def on_validation_epoch_start(self):
-            assert len(self.trainer.val_dataloaders.dataset) == 20
-            seen.append([])
+            self.calls = 0
 
-        def validation_step(self, batch, batch_idx):
-            assert [self.epoch, batch_idx] == batch[2:]
-            seen[-1].append(batch[2])
-            super().validation_step(batch[:2], batch_idx)
+        def on_validation_batch_start(self, batch, batch_idx):
+            self.calls += 1 + batch_idx
 
-    for options, count in (({"measure": True}, 4), ({}, 20)):
-        seen.clear()
-        how = How(max_regression=None if options else 9.0)
-        scheduler = RankScheduler([Stage(At(step=13), Rank(1), how=how)], **options)
-        made = trainer(callbacks=[scheduler], max_epochs=3, reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0)
-        made.fit(Changing(), data()[0])
-        # The loader of an epoch has 10 batches.
-        assert seen == [[0] * 20, [1] * count, [1] * count, [1] * 20, [2] * 20]
+        def validation_step(self, batch):
+            self.judge(batch, 0)
+
+        def judge(self, batch, loader):
+            errors = (self.net(batch[0]) - batch[1]).square()
+            self.means[loader].update(errors)
+            self.log("val/mean", self.means[loader])
+            self.log("val/loss", errors.mean())
+            self.log("val/float", errors.mean().item(), batch_size=1)
+            self.log("val/nan", float("nan") if self.calls == 1 else 1.0)
+            self.log_dict({"val/most": errors.max(), "val/mode": float(self.training)}, reduce_fx="max")
+            self.log("val/sum", errors.sum(), reduce_fx=torch.sum)
+
+        def on_validation_epoch_end(self):
+            self.log("val/calls", float(self.calls))
+
+    class All(Few):
+        def on_validation_batch_start(self, batch, batch_idx, dataloader_idx):
+            self.calls += 1 + batch_idx + dataloader_idx
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.judge(batch, dataloader_idx)
+
+    class Comparing(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            self.expected = dict(trainer.callback_metrics)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.found = validation.validate(trainer, pl_module)
+
+    comparing = Comparing()
+    options = {"limit_val_batches": 2, "reload_dataloaders_every_n_epochs": 1}
+    train(regression, All if several else Few, None, comparing, **options)
+    assert len(comparing.expected) == (15 if several else 8)
+    torch.testing.assert_close(comparing.found, comparing.expected, check_dtype=False, equal_nan=True)
 
 
-def test_loaders_with_one_generator_of_their_own_go_on_as_if_nothing_had_been_validated(regression):
-    """As PyTorch's page on reproducibility makes them; both validations for a change have the same rows."""
+@pytest.mark.parametrize(
+    ("without", "most", "measure"),
+    [([], 0.0, False), ([Stage(At(step=3), Rank(1))], None, True)],
+    ids=["undone", "cut"],
+)
+def test_a_run_is_as_it_were_without_validations_for_a_change(fit, regression, tmp_path, without, most, measure):
+    """Also where its module keeps scores, which asks whether a validation is one for a change."""
+
+    class Keeping(regression[0]):
+        def __init__(self):
+            super().__init__()
+            self.best = MaxMetric()
+
+        def on_validation_epoch_end(self):
+            self.log("val/own", torch.rand(()))
+            if not dynrank.validating_change():
+                self.best.update(torch.rand(()))
+                self.log("val/best", self.best.compute())
+
+    class Recording(Callback):
+        found = []
+
+        def record(self, trainer, pl_module, *_):
+            metrics = [{k: float(v) for k, v in m.items()} for m in (trainer.callback_metrics, trainer.logged_metrics)]
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
+            modes = [part.training for part in pl_module.modules()]
+            weights = [p.tolist() for p in pl_module.parameters()]
+            self.found.append([trainer.global_step, str(trainer.state.stage), metrics, progress, modes, weights])
+
+        on_train_batch_start = on_validation_start = on_validation_end = record
+
+    runs = []
+    # No validation comes before the change: Lightning has not made the loaders.
+    options = {"check_val_every_n_epoch": 2, "log_every_n_steps": 1}
+    judged = [Stage(At(step=3), Rank(1), how=How(max_regression=most))]
+    for name, scheduler in (("without", RankScheduler(without)), ("with", RankScheduler(judged, measure=measure))):
+        Recording.found = []
+        logger = CSVLogger(tmp_path / name)
+        fit(scheduler, Recording(), module=Keeping(), logger=logger, **options)
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            runs.append([*Recording.found, *csv.DictReader(file)])
+    (event,) = scheduler.history
+    assert (event.undone, event.measured is None) == (not measure, False)
+    assert runs[0] == runs[1]
+
+
+class Scoring(Callback):
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "measure", "said", "step"),
+    [
+        (Stage(Plateau("val/los"), Rank(1)), False, "monitor of Plateau.*'val/los'; logged: 'train/loss', 'val/", 0),
+        (auto(how=How(check_monitor="val/los")), False, "check_monitor of How.*'val/los'; logged: 'val/loss'\\.", 10),
+        (Stage(At(step=15), Rank(1), how=How(check_monitor="val/los")), True, "check_monitor of How.*'val/los'", 10),
+        # What a callback logs is in no validation for a change, but a trigger reads it.
+        (
+            Stage(At(step=5), Rank(1), how=How(check_monitor="val/score")),
+            True,
+            "'val/score'; logged: 'val/loss'.*evaluate=",
+            5,
+        ),
+        (Stage(Plateau("val/score"), Rank(1), deadline=0.75), False, None, 20),
+    ],
+)
+def test_a_metric_that_no_validation_logs_is_refused_at_the_first_one(regression, schedule, measure, said, step):
+    """A trigger's in Lightning's check before training."""
     make, data, trainer = regression
-    rows = data()[1].dataset
-    trained = []
-    for stages in ([], [Stage(At(step=13), Rank(1), how=How(max_regression=0.0))]):
-        trained.append([])
-        validated = []
-
-        class Seeing(make):
-            def training_step(self, batch, batch_idx, seen=trained[-1]):
-                seen.append(batch[0].tolist())
-                return super().training_step(batch, batch_idx)
-
-            def validation_step(self, batch, batch_idx, seen=validated):
-                if dynrank.validating_change():
-                    seen.append(batch[0].tolist())
-                super().validation_step(batch, batch_idx)
-
-        generator = torch.Generator().manual_seed(0)
-        loaders = [DataLoader(rows, batch_size=8, shuffle=True, generator=generator) for _ in range(2)]
-        trainer(callbacks=[RankScheduler(stages)], max_epochs=3, limit_val_batches=2).fit(Seeing(), *loaders)
-        assert validated[:2] == validated[2:]
-        assert len(validated) == 4 * len(stages)
-    assert trained[0] == trained[1]
+    made = trainer(callbacks=[RankScheduler(schedule, measure=measure), Scoring()], max_steps=20)
+    with nullcontext() if said is None else pytest.raises(ConfigurationError, match=said):
+        made.fit(make(), *data())
+    assert made.global_step == step
 
 
-@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
-def test_measurements_take_all_of_loaders_that_are_read_together(regression, mode):
-    make, data, trainer = regression
-    rows = data()[1].dataset
-    loaders = {"a": DataLoader(rows, batch_size=4), "b": DataLoader(rows, batch_size=5)}
+def test_loaders_that_are_read_together_need_a_function_that_evaluates(regression):
+    make, data, _ = regression
 
     class Combined(make):
         def validation_step(self, batch, batch_idx):
-            super().validation_step(batch["a"], batch_idx)
+            super().validation_step(batch[0], batch_idx)
 
-    scheduler = RankScheduler([Stage(At(step=13), Rank(1))], measure=True)
-    trainer(callbacks=[scheduler], max_steps=20).fit(Combined(), data()[0], CombinedLoader(loaders, mode))
-    assert scheduler.history[0].measured.all_data
-
-
-def test_schedulers_inside_others_are_found():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    inner = [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.LinearLR(optimizer)]
-    outer = torch.optim.lr_scheduler.SequentialLR(optimizer, inner, milestones=[3])
-    assert {*with_inner([outer])} == {outer, *inner}
+    loader = CombinedLoader([data()[1]] * 2, "max_size_cycle")
+    stage = Stage(At(step=6), Rank(1), how=How(max_regression=0.1))
+    with pytest.raises(ConfigurationError, match=r"in sequential loaders, or RankScheduler\(…, evaluate=…\)"):
+        train(regression, Combined, loader, RankScheduler(stage))
+    scheduler = RankScheduler(stage, evaluate=lambda: {"val/loss": 1.0})
+    train(regression, Combined, loader, scheduler)
+    assert str(scheduler.history[0].measured) == "val/loss 1 → 1"

@@ -32,7 +32,7 @@ def wrapped():
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 CUT = Stage(At(step=4), Rank(2), how=How(lr_factor=2.0))
-SHRINK_AND_GROW = [CUT, Stage(At(step=7), GrowTo(3))]
+STAGES = [CUT, Stage(At(step=7), GrowTo(3))]
 
 
 def data(count=16):
@@ -51,12 +51,18 @@ def trainer(folder, model, callback, dataset=None, evaluated=None, model_init=No
 
 
 class Hearing(TrainerCallback):
+    """What callbacks hear: changes, (step, loss) of evaluations, and the steps of logs."""
+
     def __init__(self):
         self.heard = []
         self.evaluated = []
+        self.logged = []
 
     def on_rank_change(self, args, state, control, event, model, **_):
         self.heard.append((state.global_step, event, ranks(model)))
 
-    def on_evaluate(self, args, state, control, **_):
-        self.evaluated.append(state.global_step)
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.evaluated.append((state.global_step, metrics["eval_loss"]))
+
+    def on_log(self, args, state, control, **_):
+        self.logged.append(state.global_step)

@@ -80,6 +80,18 @@ def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank()
         assert counter.frame_count == graphs
 
 
+def test_every_rank_has_its_own_graph_also_the_ninth():
+    """torch keeps 8 versions of a function; after that it would silently run eagerly."""
+    layer = dynrank.add_lora(nn.Sequential(nn.Linear(16, 16)), rank=1, alpha=1)[0]
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=counter)
+    for rank in range(1, 10):
+        dynrank.resize(layer, rank, optimizers=())
+        nn.init.normal_(layer.lora_B)
+        assert_close(outputs(compiled), layer.base(X) + layer.scaling * X @ layer.lora_A.mT @ layer.lora_B.mT)
+        assert counter.frame_count == rank
+
+
 def test_layers_are_named_resized_and_saved_as_in_the_model_itself(tmp_path):
     options = {"rank_map": {"down": {"rank": 3, "alpha": 5}}, "modules_to_save": ["head"]}
     plain = adapted(**options)

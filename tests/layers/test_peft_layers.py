@@ -10,12 +10,16 @@ import transformers as hf
 from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.testing import assert_close
+from trained import drive
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import MARK, without_base
 from dynrank.layers.peft_layers import config_changes, follow_checkpoint_ranks
 from dynrank.rank_map import RankBounds
+from dynrank.schedules import Stage
+from dynrank.targets import Budget
+from dynrank.triggers import At
 
 pytestmark = [
     # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
@@ -327,3 +331,13 @@ def test_view_that_is_made_anew_each_time_takes_no_settings():
     assert layer.bounds == RankBounds()
     with pytest.raises(AttributeError, match="bounds"):
         layer.bounds = RankBounds(pinned=True)
+
+
+def test_layer_narrower_than_its_rank_is_cut_with_the_others():
+    """PEFT gives every layer of all-linear the one rank, Qwen2-MoE's gate of one output, too."""
+    options = LoraConfig(r=6, target_modules=["0", "1"], init_lora_weights=False)
+    net = get_peft_model(nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 1)), options)
+    loop = dynrank.Training(net, [torch.optim.SGD(dynrank.adapter_parameters(net), lr=1e-2)])
+    drive(Stage(At(step=1), Budget(share=0.5)), loop, 2, lambda: net(torch.ones(1, 12)).sum())
+    wide, narrow = (layer.rank for _, layer in dynrank.lora_layers(net))
+    assert (narrow, wide < 6) == (1, True)

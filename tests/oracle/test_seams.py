@@ -4,18 +4,17 @@ import gc
 import importlib
 
 import pytest
-import torch
 import torch.nn.functional as F
 
+import dynrank
 from dynrank.app.commands import predict
 from dynrank.app.tasks import account
 from dynrank.app.tasks.classification import Classification, Classifier
 from dynrank.app.tasks.data import splits
 from dynrank.app.tasks.data.columns import find_columns
-from dynrank.callbacks import BestWeights, RankScheduler
-from dynrank.callbacks.lightning import best as lightning_best
+from dynrank.callbacks import BestWeights
+from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.transformers import rank_trainer_callback
-from dynrank.driver import driver, learning_rates, schedulers
 from dynrank.driver.learning_rates import LearningRates
 
 
@@ -42,10 +41,6 @@ def nothing(*_, **__):
     pass
 
 
-def of_none(_):
-    return ()
-
-
 def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
     """As it was: torch weighs the smoothed mass by the class that receives it, and divides by the batch's weights."""
     if not self.several:
@@ -54,18 +49,19 @@ def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
     return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
 
 
-def in_place(present, rate):
-    return present.fill_(rate) if isinstance(present, torch.Tensor) else rate
+def whole_groups(self):
+    """The rate of a group is multiplied for all that is in it."""
+    self.used = {}
+    self._outside = [(group, group["lr"], group["params"]) for group in self._optimizer.param_groups]
+    for number, (group, rate, _) in enumerate(self._outside):
+        self.used[number] = group["lr"] = rate * self.factor
 
 
-load = torch.optim.SGD.load_state_dict
+load = dynrank.RankDriver.load_state_dict
 
 
 def forgetting(self, state):
-    """As it was: a resumed run does not know that the program has set a group's rate."""
-    load(self, state)
-    for group in self.param_groups:
-        group[learning_rates.LR_FACTOR] = abs(group.get(learning_rates.LR_FACTOR, 1.0))
+    load(self, {**state, "lr_factor": 1.0})
 
 
 def of_training(self, trained, every):
@@ -80,17 +76,13 @@ def by_usual_names(*args, trained, **options):
 # {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
 # change of the random cases, scripts/bench/fuzz.py finds other seeds.
 FAULTS = {
-    "rates of the program lose the factor": (32, "rates", LearningRates, "_notice", LearningRates._leave),
-    "a head's rate in a shared tensor is raised": (24, "rates", schedulers, "_as", in_place),
-    "limits are raised": (309, "rates", schedulers, "keep_limit", nothing),
-    "base rates are not raised": (1, "rates", schedulers, "multiply_bases", nothing),
-    "rates are not raised in the step": (3, "rates", LearningRates, "_change", nothing),
-    "a plateau goes on waiting": (12, "rates", driver, "forget_plateau", nothing),
-    "a part of a SequentialLR acts before its turn": (178, "rates", schedulers, "_waiting", of_none),
-    "a resumed run forgets who sets the rate": (126, "rates", torch.optim.SGD, "load_state_dict", forgetting),
+    "rates are not multiplied": (0, "rates", LearningRates, "_multiply", nothing),
+    "rates stay multiplied after a step": (5, "rates", LearningRates, "_end", nothing),
+    "a closure finds multiplied rates": (1, "rates", LearningRates, "_as_outside", lambda self, closure: closure),
+    "a head's rate is multiplied": (0, "rates", LearningRates, "_multiply", whole_groups),
+    "a resumed run forgets the factor": (0, "rates", dynrank.RankDriver, "load_state_dict", forgetting),
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
-    "Lightning's best is of before a cut": (70, "best", lightning_best, "_begin_anew", nothing),
-    "a score that Lightning keeps counts again": (110, "best", RankScheduler, "on_validation_start", nothing),
+    "Lightning's best is of before a cut": (70, "best", BestSoFar, "load", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
     "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
     "a label is in no training text": (154, "data", splits, "with_each_label", lambda numbers, *_: numbers),

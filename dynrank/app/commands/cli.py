@@ -119,7 +119,7 @@ def print_ranks(config: DictConfig) -> None:
     from dynrank.app.keys import keys_of
     from dynrank.app.runs.job import build
     from dynrank.driver.checks import depends_on_data, final_ranks
-    from dynrank.driver.reserved import slot_notice
+    from dynrank.driver.slot_notice import slot_notice
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
     from dynrank.output.ranks import ranks

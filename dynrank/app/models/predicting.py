@@ -111,8 +111,8 @@ class Answerer:
     def texts(self, rows: Rows) -> list[str]:
         """The text that greedy decoding generates for each row of a batch."""
         # An answer goes on from a decoder's prompt. An encoder may count positions from the begin of its row.
-        self.tokenizer.padding_side = "right" if self.model.config.is_encoder_decoder else "left"
-        inputs = self.prompts.tokens(rows, padding=True, return_tensors="pt").to(self.model.device)
+        side = "right" if self.model.config.is_encoder_decoder else "left"
+        inputs = self.prompts.tokens(rows, padding=True, padding_side=side, return_tensors="pt").to(self.model.device)
         tokens = inputs["input_ids"], inputs["attention_mask"]
         is_turn = "messages" in rows[0]
         end = end_of_turn_of(self.tokenizer, self.prompts.turns(rows[0])) if is_turn else None

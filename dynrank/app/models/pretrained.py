@@ -335,9 +335,9 @@ def _keep_packing(model: nn.Module) -> None:
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Every parameter and buffer, and the scales and tables of weights that bitsandbytes has packed."""
+    yield from model.parameters()
+    yield from model.buffers()
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            yield from (tensor for tensor in tensors.values() if tensor is not None)
         if is_quantized(module):
             weight: Any = module.weight
             state = getattr(weight, "quant_state", None)
@@ -349,8 +349,7 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 def storage_key(tensor: Tensor) -> int:
     """A number that is the same for all tensors with the same storage, while one of them exists."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return id(tensor.untyped_storage())
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:

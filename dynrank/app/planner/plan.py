@@ -19,8 +19,8 @@ from dynrank.app.planner.step import count_forward, token_batch, without_values
 from dynrank.app.runs.config import PlanKeys, argument, plain
 from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
-from dynrank.driver.importance import bytes_held, shares_by_importance
 from dynrank.errors import ConfigurationError
+from dynrank.importance.importance import bytes_held, shares_by_importance
 from dynrank.layers.finding import adapter_parameters, own_layers, parameter_count
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds

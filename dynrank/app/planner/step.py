@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from dynrank.app.models.pretrained import storage_key, tensors_of
 from dynrank.errors import ConfigurationError
 from dynrank.layers.experts import expert_stacks, experts_forward
+from dynrank.layers.finding import own_tensors
 from dynrank.layers.quantized import is_quantized
 from dynrank.private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -43,17 +44,13 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
             if is_quantized(module):
                 weight: Any = module.weight
                 known[id(weight)] = (weight, _packed(module))
-            for tensors in (module._parameters, module._buffers):
-                replaced: Any = tensors
-                for name, tensor in replaced.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in known:
-                        fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                        if isinstance(tensor, nn.Parameter):
-                            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                        known[id(tensor)] = (tensor, fake)
-                    replaced[name] = known[id(tensor)][1]
+            for name, tensor in own_tensors(module):
+                if id(tensor) not in known:
+                    fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    known[id(tensor)] = (tensor, fake)
+                setattr(module, name, known[id(tensor)][1])
 
 
 def _packed(module: Any) -> nn.Parameter:

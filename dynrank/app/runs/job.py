@@ -31,7 +31,8 @@ from dynrank.app.runs.summary import Summary
 from dynrank.app.runs.trainer import finished, make_trainer, quiet_training, stoppable
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
-from dynrank.driver.checks import checked_metrics
+from dynrank.driver.checks import check_model
+from dynrank.driver.metrics import judging_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call, read_as
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
@@ -39,6 +40,8 @@ from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
 VAL_LOSS = "val/loss"
+# In a schedule of at most so many changes each one is measured.
+_MEASURED = 2
 # Parts that a checkpoint must have to resume from it.
 _PARTS = {
     "state_dict": dict,
@@ -95,6 +98,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
                 # There the n-th step has number n - 1.
                 go_on(folder, step, csv_logger)
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
+        if config.export_weights == "best" and best.misses(trainer):
+            # The run was killed in the validation after its last step.
+            trainer.validate(job.module, job.task, verbose=False)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
         weights = _choose_weights(job.module, best, config.export_weights, trainer.global_step)
@@ -139,9 +145,10 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
-    # A task of your own need not log what is measured.
-    measured = checked_metrics(scheduler.driver.stages, measure=True)
-    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
+    # A task of your own need not log what is measured, and each of many changes would take two validations.
+    stages = scheduler.driver.stages
+    is_logged = judging_metrics(stages, measure=True).keys() <= {*task.metrics}
+    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     before = None if adapter is None else Path(adapter.source)
     # A task of your own need not name its model.
@@ -156,7 +163,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
         # The factors of a checkpoint replace these.
         start_from(module.model, adapter)
     with named(keys_of(config, made="schedule")):
-        scheduler.driver.check_model(module.model, run)
+        check_model(module.model, scheduler.driver.stages, run, scheduler.driver.rules)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)

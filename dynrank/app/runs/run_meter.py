@@ -52,6 +52,10 @@ class RunMeter(Callback):
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # A change in the last step leaves the steps before it.
+        if self._ranks_are_new:
+            self._step_seconds = []
+            self._ranks_are_new = False
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -64,9 +68,6 @@ class RunMeter(Callback):
         self._seconds_since_step += seconds
         # With gradient accumulation several batches make one step.
         if trainer.global_step > self._steps_made:
-            if self._ranks_are_new:
-                self._step_seconds = []
-                self._ranks_are_new = False
             self._step_seconds.append(self._seconds_since_step)
             self._seconds_since_step = 0.0
             self._steps_made = trainer.global_step

@@ -28,7 +28,7 @@ from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
-from dynrank.callbacks.lightning.private import save_now
+from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import table_console
@@ -84,6 +84,7 @@ class _RunCheckpoint(AdapterCheckpoint):
         super().__init__(
             file.parent, filename=file.stem, every_n_train_steps=every, save_top_k=1, enable_version_counter=False
         )
+        self._file = file
         self._every = every
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
@@ -91,7 +92,7 @@ class _RunCheckpoint(AdapterCheckpoint):
         # At the end of training, Lightning's loops count an epoch as whole that max_steps has cut short, and a run that
         # is to train on would skip the rest of it.
         if _is_last_step(trainer) and trainer.global_step % self._every:
-            save_now(self, trainer)
+            save_as(self, trainer, str(self._file))
 
 
 def _is_last_step(trainer: Trainer) -> bool:
@@ -184,9 +185,6 @@ def quiet_training() -> None:
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
     # A resumed run goes on in a folder of its own.
     warnings.filterwarnings("ignore", "The dirpath has changed")
-    # A run exports its model. Its checkpoint is only there to resume from, and a change after the last step is made
-    # after it.
-    warnings.filterwarnings("ignore", "the last checkpoint, ")
     # Lightning 2.6 itself uses what torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
     # Batches are ready in memory, so workers would not help.

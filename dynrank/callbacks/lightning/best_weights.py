@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.callbacks.lightning.private import metrics_kept
-from dynrank.callbacks.lightning.validations import run_validation, silent, validation_metrics
+from dynrank.callbacks.lightning.resume import has_missed_validation
+from dynrank.callbacks.lightning.validation import ValidationMetrics, validate
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
 from dynrank.errors import ConfigurationError
@@ -27,7 +27,8 @@ class BestWeights(Checkpoint):
     Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept forgets them,
     because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same ones.
     Validations that check or measure a change, or are NaN, do not count. If no validation came after the last step, one
-    is made, which nothing logs. In several processes the mean of their metrics decides.
+    is made, which nothing logs; a run that is resumed behind it calls no hook, so ``trainer.validate`` counts, too. In
+    several processes the mean of their metrics decides.
 
     Args:
         monitor: a metric that validations log.
@@ -60,8 +61,7 @@ class BestWeights(Checkpoint):
         self._last_validated = 0
         # Whether there was a validation since the last change.
         self._was_validated = False
-        # Whether a validation has logged the metric; otherwise training may.
-        self._is_of_validations = False
+        self._metrics = ValidationMetrics()
         # The parameters of which ``_weights`` has the value in the best validation.
         self._kept: set[int] = set()
 
@@ -75,6 +75,8 @@ class BestWeights(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = dict(pl_module.named_parameters())
         self._kept = {id(parameters[name]) for name in self._weights.keys() & parameters.keys()}
+        if self._last_validated != trainer.global_step and has_missed_validation(trainer):
+            self._validate(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # A parameter that was frozen in the best validation, and is not any more, has its value of then.
@@ -89,6 +91,7 @@ class BestWeights(Checkpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = {}
+        self._metrics.begin(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -98,19 +101,28 @@ class BestWeights(Checkpoint):
             self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            metrics = validation_metrics(trainer)
-            self._is_of_validations |= self.monitor in metrics
-            # Lightning also has the value of an earlier validation, if this one logs none.
-            self._take(trainer, metrics if self._is_of_validations else trainer.callback_metrics)
+        metrics = self._metrics.end(trainer)
+        if trainer.state.fn in ("fit", "validate") and not trainer.sanity_checking:
+            self._take(trainer, metrics)
         self._validated = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without an earlier validation the weights of the last step are the only ones.
-        if self.step is not None and self._last_validated < trainer.global_step:
-            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-            with silent(others, "on_"), silent(trainer.loggers, "log_"), metrics_kept(trainer):
-                run_validation(trainer)
+        if self.misses(trainer):
+            self._validate(trainer, pl_module)
+
+    def misses(self, trainer: Trainer) -> bool:
+        """Whether there is a best validation, and none of the weights of the last step."""
+        return self.step is not None and self._last_validated < trainer.global_step
+
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the present weights, of which nobody else hears."""
+
+        def begun() -> None:
+            self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
+
+        self._take(trainer, validate(trainer, pl_module, begun=begun))
+        self._validated = {}
 
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""
@@ -148,7 +160,6 @@ class BestWeights(Checkpoint):
             "weights": self._weights,
             "last_validated": self._last_validated,
             "was_validated": self._was_validated,
-            "is_of_validations": self._is_of_validations,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -160,7 +171,6 @@ class BestWeights(Checkpoint):
         self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
         self._was_validated = state_dict["was_validated"]
-        self._is_of_validations = state_dict["is_of_validations"]
 
 
 def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import take_saved_ranks, trains_shards
-from dynrank.distributed.wrappers import unwrapped_optimizer
-from dynrank.driver.learning_rates import mark
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
 
@@ -33,9 +31,6 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
         in_one_file = not Path(checkpoint_path).is_dir()
         without_base = in_one_file and lacks_base(module, from_first(lambda: _names_and_marks(checkpoint_path)))
         take_saved_ranks(module, checkpoint_path)
-        for optimizer in optimizers:
-            # Shards are read only for keys that are there.
-            mark(unwrapped_optimizer(optimizer))
         by_place = in_one_file and not any(map(trains_shards, optimizers))
         module.strict_loading = strict and not without_base
         strategy.optimizers = [] if by_place else optimizers

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
-from dynrank.driver.reserved import slot_notice
+from dynrank.driver.slot_notice import slot_notice
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
 from dynrank.output.ranks import rank_totals
@@ -93,7 +93,7 @@ class RankMonitor(Callback):
                 logger.log_metrics(self._ranks, step=max(0, trainer.global_step - 1))
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        event = self._named(event)
+        event = self._shortened(event)
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
@@ -122,9 +122,9 @@ class RankMonitor(Callback):
             return
         events = [e for c in trainer.callbacks if isinstance(c, RankScheduler) for e in c.history]  # type: ignore[attr-defined]
         with whole_file(self.history_file) as part, part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([FIELDS, *(row for event in events for row in _rows(self._named(event)))])
+            csv.writer(file).writerows([FIELDS, *(row for event in events for row in _rows(self._shortened(event)))])
 
-    def _named(self, event: RankEvent) -> RankEvent:
+    def _shortened(self, event: RankEvent) -> RankEvent:
         """The event with the layers' names relative to the model."""
         layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
         return replace(event, layers=layers)

@@ -1,19 +1,22 @@
 """Lightning's Trainer as a training run whose ranks change."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.validations import generators_of, validate_silently
+from dynrank.callbacks.lightning.validation import validate
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
+from dynrank.driver.metrics import TRAIN_LOSS
 from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
 from dynrank.triggers import Run
 
 
@@ -25,62 +28,43 @@ class LightningTraining(Training):
     Args:
         trainer: the trainer, in ``fit``.
         pl_module: the module that it trains.
+        evaluate: evaluates the present model for a change; None: the module's validation steps do.
     """
 
-    validate_by = "give fit() validation data"
-    log_by = ""
-    validates_alike = True
-    knows_schedulers = True
+    validate_by = "give fit() validation data, in sequential loaders, or RankScheduler(…, evaluate=…) a function"
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, evaluate: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
-        # A run that is resumed behind the last step of an epoch has forgotten the means over it.
-        self._first_epoch = trainer.current_epoch + trainer.is_last_batch
-        # An own optimizer_step may set rates, as Lightning's manual shows it.
-        self._sets_rates = is_overridden("optimizer_step", pl_module)
         # The trainer's model is wrapped by DDP.
         self.ddp = ddp_modules(trainer.strategy.model or pl_module)
         self.trainer = trainer
         self.pl_module = pl_module
+        self._evaluate = evaluate
+        self._first_step = trainer.global_step
 
-    def now(self) -> "LightningTraining":
+    def now(self) -> LightningTraining:
         """The run itself, at its present step."""
         self.step = self.trainer.global_step
         return self
 
-    def present_schedulers(self) -> Sequence[Any] | None:
-        return None if self._sets_rates else [config.scheduler for config in self.trainer.lr_scheduler_configs]
+    def check_is_stepped(self) -> None:
+        """Refuse manual optimization that makes optimizer steps and never reports one."""
+        steps = self.trainer.global_step - self._first_step
+        if steps and not self.pl_module.automatic_optimization:
+            raise ConfigurationError(
+                f"RankScheduler.step was not called in {steps} optimizer steps of manual optimization, so no rank "
+                "could change: call scheduler.step(self) in training_step, after the optimizer's step"
+            )
 
     @property
     def validates(self) -> bool:
-        return bool(self.trainer.enable_validation)
+        own = bool(self.trainer.enable_validation) and private.is_sequential(self.trainer)
+        return self._evaluate is not None or own
 
-    def logs_later(self, name: str) -> bool:
-        """A mean over the epoch is known when the first one has ended, after the validation of its last batch."""
-        return self.trainer.current_epoch <= self._first_epoch and not name.startswith("val")
-
-    @property
-    def validation_batches(self) -> int | None:
-        # Where no validation came yet, Lightning has no numbers of batches.
-        private.validation_loaders(self.trainer)
-        batches = sum(self.trainer.num_val_batches)
-        return int(batches) if 0 < batches < float("inf") and private.is_sequential(self.trainer) else None
-
-    def generators(self) -> Iterable[torch.Generator]:
-        loaders = private.validation_loaders(self.trainer)
-        return () if loaders is None else generators_of(loaders.flattened)
-
-    def validate(self) -> Mapping[str, float]:
-        """Validate for the metrics only."""
-        return validate_silently(self.trainer)
-
-    def validate_share(self, most: int) -> Mapping[str, float]:
-        return validate_silently(self.trainer, most)
-
-    def record(self, metrics: Mapping[str, float]) -> None:
-        for logger in self.trainer.loggers:
-            # Lightning, too, logs a validation with the number of the step before it.
-            logger.log_metrics(dict(metrics), step=max(0, self.trainer.global_step - 1))
+    def validate(self) -> Mapping[str, Any]:
+        return validate(self.trainer, self.pl_module) if self._evaluate is None else self._evaluate()
 
     def tell(self, event: RankEvent) -> None:
         """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""
@@ -91,6 +75,27 @@ class LightningTraining(Training):
 
     def warn(self, message: str) -> None:
         rank_zero_warn(message)
+
+
+def loss_of(outputs: Any, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+    """The loss in what ``training_step`` has returned, as ``on_train_batch_end`` gets it; None: it skips the batch."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if isinstance(loss, Tensor):
+        # Lightning divides it for the accumulation of gradients.
+        return loss.detach() * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+    if not pl_module.automatic_optimization:
+        raise ConfigurationError(
+            f"a trigger reads {TRAIN_LOSS}, and training_step of this manual optimization returns no loss; return it, "
+            "or observe a metric of validations"
+        )
+    return None
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether no batch follows the one that ends now, unless something stops the run earlier."""
+    if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
+        return True
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def run_length(trainer: Trainer, pl_module: LightningModule) -> Run:
@@ -108,6 +113,14 @@ def steps_per_epoch(trainer: Trainer, pl_module: LightningModule) -> int | None:
     if batches == float("inf") or not _steps_are_known(trainer, pl_module):
         return None
     return max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+
+
+def steps_before_epoch(trainer: Trainer) -> int:
+    """The number of optimizer steps before the present epoch, within which a run may be resumed."""
+    # A batch that an exception has ended, in whose checkpoint it has begun, is not processed.
+    of_epoch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    batches = 0 if trainer.is_last_batch else of_epoch.processed
+    return trainer.global_step - int(batches) // trainer.accumulate_grad_batches
 
 
 def _steps_are_known(trainer: Trainer, pl_module: LightningModule) -> bool:

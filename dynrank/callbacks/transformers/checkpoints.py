@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dynrank.adapters.save import save_adapter, trained_heads
-from dynrank.distributed.accelerated import fsdp_plugin
+from dynrank.adapters.save import save_adapter
+from dynrank.callbacks.transformers.last_updates import expect_updates
+from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.sharding import shard_frozen, take_saved_ranks
-from dynrank.driver.learning_rates import mark
+from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -29,7 +31,17 @@ def is_prepared(trainer: Trainer) -> bool:
 
 
 def prepare_trainer(trainer: Trainer) -> None:
-    """Prepare the Trainer's model, each that its ``model_init`` makes later, and resumes from FSDP2's shards."""
+    """Check the Trainer's arguments, and prepare its model before it is wrapped or loads a checkpoint.
+
+    So is each model that its ``model_init`` makes later, and a resume from FSDP2's shards.
+    """
+    check_arguments(trainer.args)
+    if trainer.args.restore_callback_states_from_checkpoint:
+        raise ConfigurationError(
+            "restore_callback_states_from_checkpoint makes all callbacks anew, so RankTrainerCallback would have no "
+            "schedule; set it to False: this callback restores its own state in any case",
+            "restore_callback_states_from_checkpoint",
+        )
     prepare_model(trainer.model)
     if trainer in _PREPARED:
         return
@@ -58,11 +70,6 @@ def prepare_model(model: nn.Module) -> None:
         shard_frozen(model)
 
 
-def check_storable(model: nn.Module) -> None:
-    """Refuse, before training, trained parameters that the adapter in a checkpoint could not have."""
-    trained_heads(model, own_layers(model))
-
-
 def prepare_checkpoints(model: nn.Module) -> None:
     """Let ``model`` load checkpoints of other ranks; one of :func:`dynrank.add_lora` saves itself so that they fit."""
     follow_checkpoint_ranks(model)
@@ -87,10 +94,11 @@ def _resume_from_shards(trainer: Trainer) -> None:
 
     accelerate is imported here, because it is slow and few runs need it.
     """
-    from accelerate.utils.constants import FSDP_MODEL_NAME
+    from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 
     train = trainer.train
     create_optimizer = trainer.create_optimizer
+    create_scheduler = trainer.create_scheduler
     # Of the checkpoint from which train() resumes; None: there is none.
     shards: Path | None = None
 
@@ -111,9 +119,17 @@ def _resume_from_shards(trainer: Trainer) -> None:
     def of_saved_ranks(*args: Any, **kwargs: Any) -> Any:
         if shards is not None and shards.is_dir():
             take_saved_ranks(trainer.model, shards, prefix="model.")
-        optimizer = create_optimizer(*args, **kwargs)
-        mark(optimizer)
-        return optimizer
+        return create_optimizer(*args, **kwargs)
+
+    # And this when accelerate has prepared the optimizer.
+    @wraps(create_scheduler)
+    def with_saved_updates(*args: Any, **kwargs: Any) -> Any:
+        of_optimizer = shards and shards.with_name(f"{OPTIMIZER_NAME}_0")
+        # A checkpoint of the model alone (save_only_model) has none.
+        if of_optimizer is not None and of_optimizer.is_dir():
+            expect_updates(unwrapped_optimizer(trainer.optimizer), trainer.model, of_optimizer)
+        return create_scheduler(*args, **kwargs)
 
     trainer.train = from_any_ranks
     trainer.create_optimizer = of_saved_ranks
+    trainer.create_scheduler = with_saved_updates

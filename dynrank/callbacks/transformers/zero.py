@@ -6,7 +6,7 @@ alone (:mod:`dynrank.layers.padded`), and written back with zeros behind them. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,14 @@ from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.change.optimizer_state import rule_name
 from dynrank.distributed.zero import OWN_STATE, ZeroOptimizer, ZeroTensors, moments
 from dynrank.distributed.zero_checks import check_config, check_optimizer
-from dynrank.driver.importance import ImportanceSums
-from dynrank.driver.training import MeasuredSteps
-from dynrank.driver.zero_importance import ZeroImportance
+from dynrank.driver.training import ImportanceSteps
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
+from dynrank.importance.importance import ImportanceSums
+from dynrank.importance.zero_importance import ZeroImportance
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.padded import LiveLayer, keep_shapes, live_copy, live_rank, live_values
 from dynrank.layers.peft_layers import record_ranks
+from dynrank.layers.ranked_layer import RankedLayer
 
 
 class ZeroTraining(TrainerTraining):
@@ -103,7 +103,7 @@ class ZeroTraining(TrainerTraining):
                 self._optimizer.state[factor][key] = layer.live(value, layer.rank, dim)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def write_back(self) -> None:
         places = [(layer, *pair) for layer in self._layers.values() for pair in layer.factors()]
         self._tensors.write([layer.padded(factor, dim) for layer, dim, factor in places])
         known = moments(self._tensors.state()) if self._optimizer.state else []
@@ -119,12 +119,9 @@ class ZeroTraining(TrainerTraining):
     def importance_of(self, layers: Mapping[str, RankedLayer]) -> ImportanceSums:
         return ZeroImportance(layers, self._tensors, self._device)
 
-    def steps_of(self, importance: ImportanceSums) -> MeasuredSteps:
+    def steps_of(self, importance: ImportanceSums) -> ImportanceSteps:
         assert isinstance(importance, ZeroImportance)
         return importance
-
-    def modules(self) -> Iterable[nn.Module]:
-        return self._trained.modules()
 
 
 def _check_layers(model: nn.Module) -> None:

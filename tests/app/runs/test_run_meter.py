@@ -49,7 +49,7 @@ def test_tokens_of_two_processes_count_once(fit, monkeypatch):
     monkeypatch.setattr(run_meter, "from_all", lambda tokens: [tokens, tokens])
     meter = Tokens()
     fit(RankScheduler([Stage(At(fraction=1.0), Rank(3))]), meter, max_steps=3)
-    # A change after the last step leaves the steps before it.
+    # A change in the last step leaves the steps before it.
     assert (meter.tokens, len(meter._step_seconds)) == (48, 3)
 
 

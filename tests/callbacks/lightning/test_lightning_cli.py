@@ -11,11 +11,25 @@ from dynrank.app.runs.config import plain
 from dynrank.app.runs.job import make_scheduler
 from dynrank.callbacks import RankScheduler
 from dynrank.rank_map import RankBounds
+from dynrank.schedules import How, Stage
+from dynrank.targets import Rank
+from dynrank.triggers import Plateau
 
 jsonargparse = pytest.importorskip("jsonargparse", reason="needs jsonargparse: pip install 'jsonargparse[signatures]'")
 
 SCHEDULES = Path(dynrank.__file__).parent / "conf" / "schedule"
 NAMES = [f"schedule={file.stem}" for file in SCHEDULES.glob("*.yaml") if file.stem != "stages"]
+RUN = r"""
+trainer:
+  logger: false
+  callbacks:
+    class_path: dynrank.callbacks.RankScheduler
+    init_args:
+      schedule:
+        - {when: {class_path: dynrank.triggers.Plateau, init_args: {monitor: val/los}}, deadline: 0.5,
+           to: {class_path: dynrank.targets.Rank, init_args: {rank: 2}}, how: {lr_factor: sqrt}}
+      rank_map: {q_proj: {pinned: true}, 'layers\.[0-3]\..*': {highest: 8, lowest: 2}}
+"""
 PARTS = [f"schedule/trigger={file.stem}" for file in (SCHEDULES / "trigger").glob("*.yaml")]
 
 
@@ -46,25 +60,13 @@ def test_schedule_is_built_as_hydra_builds_it(override, parser):
 def test_stages_of_ones_own_and_a_rank_map_stand_in_the_file_of_a_lightning_cli(regression, tmp_path, monkeypatch):
     from lightning.pytorch.cli import LightningCLI
 
-    module_class, _, _ = regression
-    stage = {"when": {"class_path": "dynrank.triggers.Plateau"}, "to": {"class_path": "dynrank.targets.Rank"}}
-    stage["when"]["init_args"] = {"monitor": "val/loss"}
-    stage["to"]["init_args"] = {"rank": 2}
-    callback = {"class_path": "dynrank.callbacks.RankScheduler"}
-    rank_map = {"q_proj": {"pinned": True}, r"layers\.[0-3]\..*": {"highest": 8, "lowest": 2}}
-    callback["init_args"] = {
-        "schedule": [{**stage, "deadline": 0.5, "how": {"lr_factor": "sqrt"}}],
-        "rank_map": rank_map,
-    }
     file = tmp_path / "run.yaml"
-    # The order of the rules counts.
-    file.write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": [callback]}}, sort_keys=False))
+    file.write_text(RUN)
     monkeypatch.setattr(sys, "argv", ["fit.py", "--config", str(file)])
-    cli = LightningCLI(module_class, run=False, save_config_callback=None, seed_everything_default=1)
-    (scheduler,) = (found for found in cli.trainer.callbacks if isinstance(found, RankScheduler))
-    assert scheduler.driver.stages[0].deadline == 0.5
-    assert scheduler.driver.stages[0].to.rank == 2
-    assert scheduler.driver.stages[0].how.lr_factor == "sqrt"
-    pinned, bound = scheduler.driver.rules.items()
+    cli = LightningCLI(regression[0], run=False, save_config_callback=None, seed_everything_default=1)
+    (driver,) = (found.driver for found in cli.trainer.callbacks if isinstance(found, RankScheduler))
+    assert driver.stages == [Stage(Plateau("val/los"), Rank(2), deadline=0.5, how=How(lr_factor="sqrt"))]
+    # The order of the rules counts.
+    pinned, bound = driver.rules.items()
     assert pinned == ("q_proj", RankBounds(pinned=True))
     assert bound == (r"layers\.[0-3]\..*", RankBounds(highest=8, lowest=2))

@@ -1,5 +1,8 @@
 """Manual optimization: with one optimizer it is the automatic run, several work, silence is refused."""
 
+from contextlib import nullcontext
+
+import lightning
 import pytest
 import torch
 
@@ -11,94 +14,79 @@ from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Plateau
 
 
+def plateau(monitor, patience):
+    return Stage(Plateau(monitor, patience=patience, min_delta=0.99, warmup_steps=0), Rank(3))
+
+
+SCHEDULES = {
+    "budget": Stage(At(step=8), Budget(share=0.5), how=How(lr_factor=2.0)),
+    "checked": Stage(At(step=8), Rank(1), how=How(max_regression=0.0)),
+    "end": Stage(At(fraction=1.0), Rank(3)),
+    "loss": plateau("train/loss", 1),
+    # The third validation, after the fifth batch of the second epoch, decides.
+    "plateau": plateau("val/loss", 2),
+    "nothing": [],
+}
+
+
 @pytest.fixture
 def manual(regression, fit):
     """Trains by a module that has the loop in its own hands, and makes a step every so many batches."""
 
-    def run(scheduler, *callbacks, base=regression[0], every=1, told=True, zeroed=False, **options):
-        class Manual(base):
+    def run(scheduler, *callbacks, every=1, told=True, zeroed=False, returns=True, **options):
+        class Manual(regression[0]):
             automatic_optimization = False
 
             def training_step(self, batch, batch_idx):
-                optimizers = self.optimizers()
-                optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
                 if batch_idx % every == 0:
                     self.zero_grad()
-                self.manual_backward(super().training_step(batch, batch_idx) / every)
+                loss = super().training_step(batch, batch_idx)
+                self.manual_backward(loss / every)
                 if batch_idx % every == every - 1:
-                    for optimizer in optimizers:
-                        optimizer.step()
+                    self.optimizers().step()
                     if zeroed:
                         self.zero_grad()
                     if told:
                         scheduler.step(self)
                     self.lr_schedulers().step()
+                return loss if returns else None
 
         return fit(scheduler, *callbacks, module=Manual(), **{"max_steps": 20, **options})
 
     return run
 
 
-SCHEDULES = {
-    "budget": lambda: RankScheduler(Stage(At(step=8), Budget(share=0.5), how=How(lr_factor=2.0))),
-    "plateau": lambda: RankScheduler(Stage(Plateau(patience=1, min_delta=0.99), Rank(3))),
-    "checked": lambda: RankScheduler(Stage(At(step=8), Rank(1), how=How(max_regression=0.0))),
-}
+class Seeing(lightning.Callback):
+    def on_rank_change(self, trainer, pl_module, event):
+        self.batch = trainer.fit_loop.batch_idx
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_manual_run_with_a_step_each_batch_is_the_automatic_run_also_resumed(manual, fit, assert_same, tmp_path, kind):
-    automatic, whole, rest = (SCHEDULES[kind]() for _ in range(3))
-    expected, _ = fit(automatic, max_steps=20)
-    assert_same(manual(whole, saved=tmp_path)[0], expected)
+@pytest.mark.parametrize(
+    ("kind", "every", "batch"),
+    [("budget", 1, 8), ("checked", 1, 8), ("end", 1, 9), ("loss", 1, 0), ("plateau", 1, 5), ("plateau", 2, 6)],
+)
+def test_manual_run_is_the_automatic_run_also_resumed(manual, fit, assert_same, tmp_path, kind, every, batch):
+    """A change that is decided between the two batches of a step waits for the next batch behind its end."""
+    automatic, whole, rest = (RankScheduler(SCHEDULES[kind]) for _ in range(3))
+    seeing = Seeing(), Seeing()
+    expected, _ = fit(automatic, seeing[0], max_steps=20, accumulate_grad_batches=every)
+    module, _ = manual(whole, seeing[1], every=every, saved=tmp_path)
+    assert seeing[0].batch == seeing[1].batch == batch
+    # Of two batches, a validation between them takes the first one's gradients in Lightning's manual optimization.
+    if every == 1:
+        assert_same(module, expected)
+        assert whole.history == automatic.history
     # The next batch makes the change of the budget.
-    assert_same(manual(rest, ckpt_path=tmp_path / "step=8.ckpt")[0], expected)
-    assert automatic.history
-    assert rest.history == whole.history == automatic.history
+    assert_same(manual(rest, every=every, ckpt_path=tmp_path / "step=8.ckpt")[0], module)
+    assert rest.history == whole.history
+    saved = torch.load(tmp_path / "step=20.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("automatic", [True, False])
-def test_a_change_decided_between_the_two_batches_of_a_step_waits_for_its_end(manual, fit, automatic):
-    batches = []
+def test_optimizers_of_factors_and_of_others_make_as_many_steps_as_they_like(regression, fit):
+    """As the critic of a GAN, after the step of the adapters; Lightning counts the steps of all."""
 
-    class Spy(RankScheduler):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            before = len(self.history)
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            batches.extend([batch_idx] * (len(self.history) - before))
-
-    # The third validation, after the fifth batch of the second epoch, decides.
-    scheduler = Spy(Stage(Plateau(patience=2, min_delta=0.99, warmup_steps=0), Rank(3)))
-    if automatic:
-        fit(scheduler, accumulate_grad_batches=2, max_steps=10)
-    else:
-        manual(scheduler, every=2, max_steps=10)
-    assert batches == [6]
-
-
-def test_several_optimizers_hold_the_factors_together(regression, manual):
-    class Two(regression[0]):
-        def configure_optimizers(self):
-            layers = [layer for _, layer in dynrank.lora_layers(self)]
-            adam = torch.optim.AdamW([layer.lora_A for layer in layers], lr=1e-2)
-            sgd = torch.optim.SGD([layer.lora_B for layer in layers], lr=1e-2, momentum=0.9)
-            return [adam, sgd], [torch.optim.lr_scheduler.ConstantLR(adam)]
-
-    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(lr_factor=2.0)))
-    module, fitted = manual(scheduler, base=Two)
-    # Four batches make two steps each.
-    assert [event.step for event in scheduler.history] == [8]
-    adam, sgd = fitted.optimizers
-    for _, layer in dynrank.lora_layers(module):
-        assert layer.rank == 3
-        assert adam.state[layer.lora_A]["exp_avg"].shape == layer.lora_A.shape
-        assert sgd.state[layer.lora_B]["momentum_buffer"].shape == layer.lora_B.shape
-
-
-def test_optimizer_without_adapters_makes_as_many_steps_as_it_likes(regression, fit):
-    """As the critic of a GAN, after the step of the adapters; Lightning counts the steps of both."""
-
-    class Two(regression[0]):
+    class Three(regression[0]):
         automatic_optimization = False
 
         def __init__(self):
@@ -106,55 +94,50 @@ def test_optimizer_without_adapters_makes_as_many_steps_as_it_likes(regression, 
             self.critic = torch.nn.Linear(12, 1)
 
         def configure_optimizers(self):
-            own = torch.optim.SGD(self.critic.parameters(), lr=1e-2)
-            return torch.optim.AdamW(dynrank.adapter_parameters(self), lr=1e-2), own
+            layers = [layer for _, layer in dynrank.lora_layers(self)]
+            adam = torch.optim.AdamW([layer.lora_A for layer in layers], lr=1e-2)
+            sgd = torch.optim.SGD([layer.lora_B for layer in layers], lr=1e-2, momentum=0.9)
+            return adam, sgd, torch.optim.SGD(self.critic.parameters(), lr=1e-2)
 
         def training_step(self, batch, batch_idx):
-            adapters, others = self.optimizers()
+            *own, others = self.optimizers()
             self.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
-            adapters.step()
+            for optimizer in own:
+                optimizer.step()
             scheduler.step(self)
             for _ in range(3):
                 self.manual_backward(self.critic(batch[0]).square().mean())
                 others.step()
 
-    scheduler = RankScheduler(Stage(At(step=16), Budget(share=0.5)))
-    fit(scheduler, module=Two(), max_steps=40)
+    scheduler = RankScheduler(Stage(At(step=20), Budget(share=0.5)))
+    module, fitted = fit(scheduler, module=Three(), max_steps=40)
     (event,) = scheduler.history
-    assert (event.step, event.lowers) == (16, True)
+    assert (event.step, event.lowers) == (20, True)
     assert all(report.importance for report in event.layers)
+    for _, layer in dynrank.lora_layers(module):
+        assert fitted.optimizers[0].state[layer.lora_A]["exp_avg"].shape == layer.lora_A.shape
+        assert fitted.optimizers[1].state[layer.lora_B]["momentum_buffer"].shape == layer.lora_B.shape
 
 
-def test_module_that_never_says_so_is_refused(manual):
-    with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
-        manual(SCHEDULES["budget"](), told=False)
-    # Without stages there is nothing to do.
-    manual(RankScheduler([]), told=False)
-
-
-def test_step_after_zero_grad_is_refused(manual):
-    with pytest.raises(ConfigurationError, match="before zero_grad"):
-        manual(SCHEDULES["budget"](), zeroed=True)
-    # This schedule needs no importance.
-    manual(SCHEDULES["checked"](), zeroed=True)
-
-
-def test_share_of_a_run_without_max_steps_is_refused(manual):
-    with pytest.raises(ConfigurationError, match=r"known length; set max_steps"):
-        manual(RankScheduler([Stage(At(fraction=0.5), Rank(3))]), max_steps=-1, max_epochs=2)
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("checked", {"told": False}, r"10 optimizer steps.*scheduler\.step\(self\) in training_step"),
+        ("budget", {"told": False}, r"manual optimization scheduler\.step\(self\)"),
+        ("budget", {"zeroed": True}, "before zero_grad"),
+        ("end", {"max_steps": -1, "max_epochs": 2}, "known length; set max_steps"),
+        ("loss", {"returns": False}, "train/loss, and training_step of this manual optimization returns no loss"),
+        # These need neither importance nor a step.
+        ("checked", {"zeroed": True}, None),
+        ("nothing", {"told": False}, None),
+    ],
+)
+def test_what_a_module_does_not_say_is_refused_if_the_schedule_needs_it(manual, kind, options, message):
+    with pytest.raises(ConfigurationError, match=message) if message else nullcontext():
+        manual(RankScheduler(SCHEDULES[kind]), **options)
 
 
 def test_step_under_automatic_optimization_is_an_error(regression):
     with pytest.raises(RuntimeError, match="manual optimization"):
         RankScheduler([]).step(regression[0]())
-
-
-def test_manual_run_resumed_after_its_last_step_makes_the_change_at_its_end(manual, tmp_path):
-    """No step is made in the resumed run, so nobody can have reported one."""
-    schedule = [Stage(At(fraction=1.0), Rank(2))]
-    manual(RankScheduler(schedule), saved=tmp_path)
-    resumed = RankScheduler(schedule)
-    module, _ = manual(resumed, ckpt_path=str(tmp_path / "step=20.ckpt"))
-    assert [event.step for event in resumed.history] == [20]
-    assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {2}

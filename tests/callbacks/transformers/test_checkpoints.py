@@ -1,6 +1,7 @@
 """Checkpoints of transformers' Trainer with layers of dynrank: what they hold, for PEFT too, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,29 +9,31 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_trainer import (
-    CUT,
-    SAVING,
-    SHRINK_AND_GROW,
-    base,
-    own,
-    trainer,
-)
+from small_trainer import SAVING, base, own, trainer, wrapped
 from trained import ranks
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.callbacks.transformers.checkpoints import prepare_checkpoints
 from dynrank.errors import ConfigurationError
+from dynrank.schedules import early_budget
+
+# All layers get rank 2, and importance is measured for it.
+SCHEDULE = early_budget(2, lowest=2, at=0.5)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder of the checkpoints of a run of dynrank's layers, its trainer)."""
     folder = tmp_path_factory.mktemp("finished")
-    made = trainer(folder, own(), RankTrainerCallback(SHRINK_AND_GROW), **SAVING)
+    made = trainer(folder, own(), RankTrainerCallback(SCHEDULE), **SAVING)
     made.train()
     return folder, made
+
+
+def resume(folder, checkpoint, model=None):
+    made = trainer(folder, model or own(), RankTrainerCallback(SCHEDULE))
+    made.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_checkpoint_made_without_the_callback_is_refused(finished, tmp_path):
@@ -39,16 +42,27 @@ def test_checkpoint_made_without_the_callback_is_refused(finished, tmp_path):
     del content["stateful_callbacks"]["RankTrainerCallback"]
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigurationError, match=r"step 2 has no state of a.*resume_from_checkpoint"):
-        trainer(tmp_path, own(), RankTrainerCallback(SHRINK_AND_GROW)).train(resume_from_checkpoint=str(file.parent))
+        resume(tmp_path, file.parent)
 
 
-def test_weight_under_lora_that_no_checkpoint_could_have_as_an_adapter_is_refused_before_training(tmp_path):
-    model = own()
-    made = trainer(tmp_path, model, RankTrainerCallback(SHRINK_AND_GROW))
-    next(layer for _, layer in dynrank.lora_layers(model)).base.weight.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match=r"q_proj\.weight' and 0 other parameters of layers with LoRA are"):
-        made.train()
-    assert made.state.global_step == 0
+@pytest.mark.parametrize("step", [4, 8])
+def test_state_is_a_few_plain_values_for_each_layer(finished, step):
+    """And no text that stands for something else."""
+    state = json.loads((finished[0] / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    text = json.dumps(state["stateful_callbacks"]["RankTrainerCallback"])
+    assert not re.search(r"[\w+/]{60}", text)
+    assert text.count(",") < 20 * len(dict(dynrank.lora_layers(finished[1].model)))
+
+
+def test_checkpoint_goes_on_without_dynrank(assert_same, tmp_path):
+    """With the steps of a run that never had a schedule; the optimizer's file also has last updates."""
+    plain, model, again = wrapped(), wrapped(), wrapped()
+    trainer(tmp_path, model, RankTrainerCallback(SCHEDULE), **SAVING).train()
+    stored = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert {"exp_avg", "dynrank_last_update"} < stored[0].keys()
+    trainer(tmp_path / "plain", plain, None).train()
+    trainer(tmp_path / "again", again, None).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(again, plain)
 
 
 def test_model_of_add_lora_is_saved_for_peft_too(finished, tmp_path):
@@ -60,8 +74,7 @@ def test_model_of_add_lora_is_saved_for_peft_too(finished, tmp_path):
         expected = made.model.eval()(inputs).logits
         loaded = PeftModel.from_pretrained(base(), tmp_path / "last")
         torch.testing.assert_close(loaded.eval()(inputs).logits, expected)
-    found = {step: PeftModel.from_pretrained(base(), folder / f"checkpoint-{step}") for step in (2, 6)}
-    assert [ranks(found[step]) for step in (2, 6)] == [{4}, {2}]
+    assert [ranks(PeftModel.from_pretrained(base(), folder / f"checkpoint-{step}")) for step in (4, 6)] == [{4}, {2}]
 
 
 def test_checkpoint_lacks_the_frozen_base_and_refuses_another(finished, tmp_path):
@@ -70,7 +83,7 @@ def test_checkpoint_lacks_the_frozen_base_and_refuses_another(finished, tmp_path
     other = own()
     other.model.norm.weight.data.mul_(2)
     with pytest.raises(ConfigurationError, match=r"another base: 'model\.norm\.weight'"):
-        trainer(tmp_path, other, RankTrainerCallback(CUT)).train(resume_from_checkpoint=str(file.parent))
+        resume(tmp_path, file.parent, other)
 
 
 def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_path):

@@ -44,7 +44,6 @@ class Case:
         patience: validations without a new best after which the run stops.
         keep: whether the best may be one of before a cut.
         resume: the step of the checkpoint from which the run goes on; None: it is not interrupted.
-        every: the first validation of so many logs the metric; Lightning keeps its value in the others.
         first: whether dynrank's callbacks are the first of the list.
     """
 
@@ -56,12 +55,7 @@ class Case:
     patience: int
     keep: bool
     resume: int | None = None
-    every: int = 1
     first: bool = True
-
-    def logs(self, step):
-        """Whether the validation after this step has the metric."""
-        return (step - 1) % self.every == 0
 
 
 def make_case(seed):
@@ -74,12 +68,7 @@ def make_case(seed):
     mode = draw.choice(["min", "max"])
     case = Case(seed, driver, values, mode, changes, draw.choice([2, 3, 99]), draw.random() < 0.2)
     case = replace(case, resume=draw.choice([None, draw.randrange(1, TOTAL)]))
-    if driver != "lightning":
-        return case
-    every = draw.choice([1, 2, 3])
-    # A resumed run knows no value of before, which Lightning takes for an error of the user's.
-    resume = case.resume and (case.resume // every * every or None)
-    return replace(case, every=every, resume=resume, first=draw.random() < 0.5)
+    return replace(case, first=draw.random() < 0.5)
 
 
 # The oracle
@@ -101,10 +90,7 @@ def expected(case):
             step_of_best = None
             waited = 0
         value = case.values[step - 1]
-        if not case.logs(step):
-            # To EarlyStopping it is one more that is not better, unless nothing is known of these ranks.
-            waited += best is not None
-        elif best is None or better(case, value, best):
+        if best is None or better(case, value, best):
             best = value
             step_of_best = step
             waited = 0
@@ -120,8 +106,7 @@ def expected(case):
 def best_of_these_ranks(case, last):
     """The step of the best validation since the last change of any kind, in a run of ``last`` steps; None: no one."""
     start = max((step for step in case.changes if step <= last), default=0)
-    # After a change behind the last step the weights are validated once more.
-    steps = [step for step in range(start + 1, last + 1) or [last] if case.logs(step)]
+    steps = range(start + 1, last + 1)
     return (min if case.mode == "min" else max)(steps, key=lambda step: case.values[step - 1], default=None)
 
 
@@ -139,8 +124,7 @@ class Module(lightning.LightningModule):
         return self.net(torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(2, 8)).square().mean()
 
     def validation_step(self, batch, batch_idx):
-        if self.case.logs(self.global_step):
-            self.log("score", self.case.values[self.global_step - 1], batch_size=1)
+        self.log("score", self.case.values[self.global_step - 1], batch_size=1)
 
     def configure_optimizers(self):
         return torch.optim.SGD(dynrank.adapter_parameters(self.net), lr=0.1)
@@ -187,8 +171,8 @@ def in_lightning(case):
     """{what: (found, expected)}"""
     step_of_best, last = expected(case)
     if case.changes.get(last) == "cut" and not case.keep:
-        # Behind the last step; the model is saved once more.
-        step_of_best = last
+        # Behind a step that was the last one by early stopping.
+        step_of_best = None
 
     with tempfile.TemporaryDirectory() as folder:
 
@@ -206,8 +190,7 @@ def in_lightning(case):
             trainer.fit(Module(case), *loaders, **options)
             best = Path(saver.best_model_path).stem
             return {
-                # Where nothing is known of the present ranks, any file of theirs will do.
-                "ModelCheckpoint": (best, best if step_of_best is None else f"step={step_of_best}"),
+                "ModelCheckpoint": (best, "" if step_of_best is None else f"step={step_of_best}"),
                 "EarlyStopping": (trainer.global_step, last),
                 "BestWeights": (weights.step, best_of_these_ranks(case, last)),
             }
@@ -246,7 +229,7 @@ def by_events(case):
     callback = RankTrainerCallback(stages_of(case), keep_best_before=case.keep)
     net = nn.Module()
     net.a = dynrank.add_lora(nn.Sequential(nn.Linear(8, 9)), rank=4)
-    log = types.SimpleNamespace(log=lambda _: None, present_schedulers=lambda: [], model=net)
+    log = types.SimpleNamespace(log=lambda _: None, trainer=made, model=net)
     driver = callback.driver
     loop = dynrank.Training(net, [torch.optim.SGD(dynrank.adapter_parameters(net), lr=0.1)])
     loop.tell = lambda event: callback.on_rank_change(made.args, made.state, control, event=event, model=net)

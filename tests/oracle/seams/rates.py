@@ -1,24 +1,23 @@
-"""Random rates: which rate must each step of a parameter use, if schedulers, the program and changes set rates?
+"""Random programs that set rates: each step of an adapter has the program's own rate times the factors so far.
 
-The answer comes from the same program without dynrank, run again for each factor: a group that known schedulers
-alone rule goes on as if they had been made with the multiplied rate; any other has its own rate times the factor. The
-used rate is read from what the optimizer does to a parameter. Changes are made in a plain loop, which may be resumed at
-any step, under Lightning and under transformers' Trainer.
+The rate of a step is what the optimizer reads within it. The program's own is that of the same program without dynrank,
+which is run beside it. Outside of steps nothing differs from that one, to the bit: no entry of a param group, no state
+of a scheduler. Changes are made in a plain loop, which may be resumed at any step, under Lightning, automatic or
+manual, and under transformers' Trainer.
 """
 
 import contextlib
 import copy
 import io
 import logging
-import math
 import random
 import tempfile
 import warnings
-from dataclasses import dataclass, field
 
 import lightning
 import torch
 import transformers
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import lr_scheduler as lr
 from torch.utils.data import DataLoader
@@ -31,414 +30,324 @@ from dynrank.triggers import At, Run
 
 TOTAL = 12
 RANK = 6
-# So each step moves a parameter by the rate, whatever its gradient.
-SIGN_ONLY = {"betas": (0.0, 0.0), "eps": 1e-30, "weight_decay": 0.0}
-BEST = math.inf
 
 
-def in_turn(optimizer, first, lowest=0.01):
-    parts = first(optimizer, 0.2, total_iters=3), lr.CosineAnnealingLR(optimizer, 12, eta_min=lowest)
-    return lr.SequentialLR(optimizer, [*parts], [3])
+def watched(optimizer):
+    """``optimizer``, which keeps {id of a parameter: its rate} of each step, read where torch's own code reads it."""
+    optimizer.seen = []
+    read = optimizer._init_group
+
+    def reading(group, *args):
+        # All groups of a step come in turn.
+        if group is optimizer.param_groups[0]:
+            optimizer.seen.append({})
+        optimizer.seen[-1].update({id(parameter): float(group["lr"]) for parameter in group["params"]})
+        return read(group, *args)
+
+    optimizer._init_group = reading
+    return optimizer
 
 
-def chained(optimizer, second):
-    return lr.ChainedScheduler([lr.LinearLR(optimizer, 0.2, total_iters=5), second])
-
-
-def cyclic(optimizer, rates):
-    low, high = [0.2 * rate for rate in rates], [*rates]
-    return lr.CyclicLR(optimizer, low, high, 3, mode="triangular2", cycle_momentum=False)
-
-
-def plateau(optimizer, _):
-    return lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, min_lr=0.02)
-
-
-def polynomial(optimizer, _):
-    return transformers.get_polynomial_decay_schedule_with_warmup(optimizer, 2, 10, lr_end=0.02, power=2.0)
-
-
-# From an optimizer and the rates of its groups.
+# From an optimizer and the highest rate of its groups.
 SCHEDULERS = {
     "Lambda": lambda o, _: lr.LambdaLR(o, lambda step: 1 / (1 + 0.3 * step)),
+    "Multiplicative": lambda o, _: lr.MultiplicativeLR(o, lambda step: 0.9),
     "Step": lambda o, _: lr.StepLR(o, 3, 0.5),
     "MultiStep": lambda o, _: lr.MultiStepLR(o, [2, 7], 0.3),
-    "Cosine": lambda o, _: lr.CosineAnnealingLR(o, 15, eta_min=0.02),
-    "OneCycle": lambda o, rates: lr.OneCycleLR(o, [*rates], total_steps=TOTAL + 1, cycle_momentum=False),
-    "Exponential": lambda o, _: lr.ExponentialLR(o, 0.9),
+    "Constant": lambda o, _: lr.ConstantLR(o, 0.3, 4),
     "Linear": lambda o, _: lr.LinearLR(o, 0.3, total_iters=5),
-    "Sequential": lambda o, _: in_turn(o, lr.LinearLR),
-    "Sequential, constant": lambda o, _: in_turn(o, lr.ConstantLR, 0.03),
-    "Chained": lambda o, _: chained(o, lr.ExponentialLR(o, 0.9)),
-    "Chained to a limit": lambda o, _: chained(o, lr.CosineAnnealingLR(o, 15, eta_min=0.02)),
-    "Cyclic": cyclic,
+    "Exponential": lambda o, _: lr.ExponentialLR(o, 0.9),
+    "Polynomial": lambda o, _: lr.PolynomialLR(o, 15, 2.0),
+    "Cosine": lambda o, _: lr.CosineAnnealingLR(o, 15, eta_min=0.02),
     "Restarts": lambda o, _: lr.CosineAnnealingWarmRestarts(o, 4, eta_min=0.01),
-    "Plateau": plateau,
-    "polynomial": polynomial,
+    "Cyclic": lambda o, rate: lr.CyclicLR(o, 0.2 * rate, rate, 3, mode="triangular2"),
+    "OneCycle": lambda o, rate: lr.OneCycleLR(o, rate, total_steps=TOTAL + 1),
+    "SWA": lambda o, _: torch.optim.swa_utils.SWALR(o, 0.01, anneal_epochs=4),
+    "Plateau": lambda o, _: lr.ReduceLROnPlateau(o, factor=0.5, patience=1, min_lr=0.02),
+    "Sequential": lambda o, _: lr.SequentialLR(o, [lr.LinearLR(o, 0.2), lr.CosineAnnealingLR(o, 12, 0.01)], [3]),
+    "Chained": lambda o, _: lr.ChainedScheduler([lr.LinearLR(o, 0.2), lr.CosineAnnealingLR(o, 15, 0.02)]),
+}
+OF_TRANSFORMERS = {
+    **dict.fromkeys(["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"], {}),
+    "cosine_with_restarts": {"num_cycles": 2},
+    "cosine_with_min_lr": {"min_lr_rate": 0.2},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 4, "min_lr_ratio": 0.1},
 }
 
 
-@dataclass
 class Case:
-    """A program that sets rates, and the changes of rank in its run.
+    """A program that sets rates, and the changes of rank in its run, all drawn from ``seed``."""
 
-    Attributes:
-        groups: the parameters of each param group: those of the adapter, of the head, or of both.
-        named: whether the loop tells dynrank of its scheduler; a trainer always does.
-        own: how the program sets rates by itself, from the step ``begins`` on: "" (not at all), "absolute", "relative",
-            or "once" (relative in that step alone).
-        place: where it does so: "before" the change of a step, "after" it, or "within" the optimizer's step.
-        changes: {step: (whether ranks fall, the factor)}.
-    """
+    def __init__(self, seed):
+        draw = random.Random(seed)
+        self.seed = seed
+        self.driver = draw.choice(["plain", "plain", "automatic", "manual", "finder", "trainer"])
+        self.optimizer = draw.choice([torch.optim.SGD, torch.optim.AdamW])
+        self.tensor = draw.random() < 0.2
+        self.groups = draw.choice([["adapter"], ["adapter head"], ["adapter", "head"], ["first", "second head"]])
+        self.scheduler = draw.choice([None, *SCHEDULERS, *OF_TRANSFORMERS])
+        # {step: how the program sets rates before it}
+        steps = draw.sample(range(TOTAL), draw.choice([0, 0, 1, 5]))
+        self.own = {step: (draw.choice(["absolute", "relative"]), draw.uniform(0.3, 2.0)) for step in steps}
+        self.closure = draw.random() < 0.5
+        # {step: (whether ranks fall, the factor)}
+        at = sorted(draw.sample(range(1, TOTAL), draw.choice([1, 2, 3])))
+        self.changes = {step: (draw.random() < 0.7, draw.choice([2.0, 0.5, 1.0, 1.7])) for step in at}
+        self.resume = draw.choice([None, *range(1, TOTAL)])
 
-    seed: int
-    driver: str
-    optimizer: str
-    foreach: bool
-    tensor: bool
-    groups: list
-    rates: list
-    scheduler: str | None
-    named: bool
-    own: str
-    begins: int
-    place: str
-    changes: dict = field(default_factory=dict)
-    resume: int | None = None
-
-    @property
-    def knows(self):
-        """Whether dynrank knows what rules the rates."""
-        return self.scheduler not in (None, "Chained to a limit") and (self.named or self.driver != "plain")
+    def __repr__(self):
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
 
     def factor(self, step):
-        return math.prod(factor for at, (_, factor) in self.changes.items() if at <= step)
+        """The product of the factors before the step with this number."""
+        product = 1.0
+        for at, (_, factor) in self.changes.items():
+            product *= factor if at <= step else 1.0
+        return product
 
-    def metric(self, step):
-        """What ReduceLROnPlateau gets: it is worse after each change, and falls from there."""
-        return sum(10.0 for at in self.changes if at <= step) + (5.0 - 0.1 * step if step % 3 else 5.0)
+    def stages(self):
+        rank = RANK
+        stages = []
+        for step, (falls, factor) in self.changes.items():
+            rank -= falls
+            target = Rank(rank) if falls else Unchanged()
+            stages.append(Stage(At(step=step), target, how=How(lr_factor=factor)))
+        return stages
+
+    def made(self, net):
+        """The optimizer and its scheduler, or None."""
+        own = [*dynrank.adapter_parameters(net)]
+        parts = {"adapter": own, "first": own[:2], "second": own[2:], "head": [net.head.weight]}
+        groups = [[p for name in names.split() for p in parts[name]] for names in self.groups]
+        rate = torch.tensor(0.1) if self.tensor else 0.1
+        optimizer = watched(self.optimizer([{"params": group} for group in groups], lr=rate))
+        if self.scheduler in OF_TRANSFORMERS:
+            more = OF_TRANSFORMERS[self.scheduler]
+            made = transformers.get_scheduler(self.scheduler, optimizer, 2, TOTAL, scheduler_specific_kwargs=more)
+            return optimizer, made
+        if self.optimizer is torch.optim.SGD and self.scheduler in ("Cyclic", "OneCycle"):
+            # They also move the momentum.
+            for group in optimizer.param_groups:
+                group["momentum"] = 0.9
+        return optimizer, SCHEDULERS[self.scheduler](optimizer, 0.1) if self.scheduler else None
 
     def set_rates(self, optimizer, step):
-        if not self.own or step < self.begins or (self.own == "once" and step > self.begins):
-            return
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=False):
-            new = 0.7 * rate * 0.93**step if self.own == "absolute" else group["lr"] * 0.8
-            group["lr"] = torch.as_tensor(new, dtype=torch.float64) if self.tensor else float(new)
-
-    def optimizer_of(self, parameters, rates):
-        """``parameters``: {"adapter": ..., "head": ...}"""
-        make = torch.optim.SGD if self.optimizer == "SGD" else torch.optim.AdamW
-        options = {"foreach": self.foreach} | ({} if self.optimizer == "SGD" else SIGN_ONLY)
-        groups = [{"params": [p for part in parts for p in parameters[part]]} for parts in self.groups]
-        as_rate = (lambda rate: torch.tensor(rate, dtype=torch.float64)) if self.tensor else float
-        # A rate that all groups share is one object in all of them.
-        if len({*rates}) > 1:
-            groups = [group | {"lr": as_rate(rate)} for group, rate in zip(groups, rates, strict=True)]
-        optimizer = make(groups, lr=as_rate(rates[0]), **options)
-        return optimizer, SCHEDULERS[self.scheduler](optimizer, rates) if self.scheduler else None
-
-
-def make_case(seed):
-    draw = random.Random(seed)
-    driver = draw.choices(["plain", "lightning", "trainer"], [94, 3, 3])[0]
-    groups = draw.choice([["a"], ["a", "h"], ["h", "a"], ["ah"], ["h", "ah"]])
-    groups = [[{"a": "adapter", "h": "head"}[part] for part in parts] for parts in groups]
-    if sum("head" in parts for parts in groups) > 1:
-        groups = [["head"], ["adapter"]]
-    shared = draw.random() < 0.5
-    rates = [0.1] * len(groups) if shared else [draw.choice([0.1, 0.2, 0.4]) for _ in groups]
-    optimizer = draw.choice(["SGD", "AdamW"])
-    tensor = draw.random() < 0.2
-    foreach = draw.random() < 0.5 and not (tensor and optimizer == "AdamW")
-    scheduler = draw.choice([None, *SCHEDULERS])
-    # torch lowers a rate that groups share once for each of them; transformers' function makes floats of tensors.
-    if (tensor and scheduler in ("Plateau", "polynomial")) or (driver == "trainer" and scheduler in (None, "Plateau")):
-        scheduler = "Step"
-    # Its limit is a share of the first group's rate.
-    if scheduler == "polynomial" and groups != [["adapter"]]:
-        scheduler = "Lambda"
-    steps = sorted(draw.sample(range(1, TOTAL), draw.choice([1, 1, 2])))
-    changes = {step: (draw.random() < 0.8, draw.choice([0.5, 1.5, 2.0, 3.0])) for step in steps}
-    named = draw.random() < 0.7
-    own = draw.choice(["", "", "", "absolute", "relative", "once"])
-    # It starts at 0, of which every multiple is 0.
-    if scheduler == "polynomial" and own != "absolute":
-        own = ""
-    place = draw.choice(["before", "after", "within"]) if driver == "plain" else draw.choice(["before", "after"])
-    case = Case(seed, driver, optimizer, foreach, tensor, groups, rates, scheduler, named, own, 0, place, changes)
-    # Beside a known scheduler nobody can tell a rate that is first set after a change from a share of the raised one:
-    # a trainer takes it as absolute, a plain loop as a share, and both warn.
-    free = not case.knows or (own == "absolute" and driver != "plain")
-    case.begins = draw.randrange(TOTAL if free else steps[0])
-    case.resume = draw.choice([None, draw.randrange(1, TOTAL)]) if driver == "plain" else None
-    return case
-
-
-# The oracle
-
-
-def without_dynrank(case, times):
-    """The rate of each group in each step, if the groups of adapters alone are made with their rate times ``times``."""
-    parameters = {name: [nn.Parameter(torch.zeros(1, dtype=torch.float64))] for name in ("adapter", "head")}
-    alone = [parts == ["adapter"] for parts in case.groups]
-    rates = [rate * (times if is_alone else 1.0) for rate, is_alone in zip(case.rates, alone, strict=True)]
-    optimizer, scheduler = case.optimizer_of(parameters, rates)
-    found = []
-    for step in range(TOTAL):
-        if (
-            case.scheduler == "Plateau"
-            and case.changes.get(step, (False,))[0]
-            and (case.named or case.driver != "plain")
-        ):
-            scheduler.best = BEST
-            scheduler.num_bad_epochs = 0
-        case.set_rates(optimizer, step)
-        found.append([float(group["lr"]) for group in optimizer.param_groups])
-        optimizer.step()
-        step_scheduler(case, scheduler, step)
-    return found
-
-
-def expected(case):
-    """{parameters: the rate of each step}"""
-    plain = without_dynrank(case, 1.0)
-    wanted = {"adapter": [], "head": []}
-    for step in range(TOTAL):
-        factor = case.factor(step)
-        ruled = case.knows and not (case.own and step >= case.begins)
-        for number, parts in enumerate(case.groups):
-            if "head" in parts:
-                wanted["head"].append(plain[step][number])
-            if parts == ["adapter"] and ruled:
-                wanted["adapter"].append(without_dynrank(case, factor)[step][number])
-            elif "adapter" in parts:
-                wanted["adapter"].append(plain[step][number] * factor)
-    return wanted
-
-
-# The runs
+        """What the program does by itself before a step."""
+        kind, value = self.own.get(step, ("", 1.0))
+        for group in optimizer.param_groups if kind else ():
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value / 10 if kind == "absolute" else group["lr"] * value)
+            else:
+                group["lr"] = value / 10 if kind == "absolute" else group["lr"] * value
 
 
 class Net(lightning.LightningModule):
-    """A layer with an adapter, and a head; under Lightning and the Trainer, too."""
+    """Two layers with LoRA and a head; also a program under Lightning, whose steps tell how rates are outside."""
 
-    def __init__(self, case):
+    def __init__(self, case, ranks=None):
         super().__init__()
+        torch.manual_seed(0)
+        self.net = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=RANK)
+        self.head = nn.Linear(8, 1, bias=False)
         self.case = case
-        torch.manual_seed(case.seed)
-        self.layers = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 3))
-        dynrank.add_lora(self.layers, rank=RANK, target_modules=["0"], modules_to_save=["1"], dtype=torch.float64)
-        self.to(torch.float64)
-        self.layers.requires_grad_(False)
-        self.adapter = [*dynrank.adapter_parameters(self.layers)]
-        self.head = [self.layers[1].weight]
-        used = {name for parts in case.groups for name in parts}
-        for parameter in [*self.adapter, *(self.head if "head" in used else [])]:
-            parameter.requires_grad_(True)
+        self.ranks = ranks
+        self.automatic_optimization = case.driver != "manual"
+        self.trace = []
 
-    def loss(self):
-        x = torch.linspace(-1, 1, 21, dtype=torch.float64).reshape(3, 7)
-        # So small that no rate lets it diverge.
-        return 1e-4 * (self.layers(x) * torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)).sum()
-
-    def forward(self, labels=None, **_):
-        return {"loss": self.loss()}
-
-    def training_step(self, *_):
-        return self.loss()
+    def forward(self, labels=None):
+        return {"loss": self.head(self.net(torch.ones(2, 8))).sin().mean()}
 
     def configure_optimizers(self):
-        optimizer, scheduler = self.made = self.case.optimizer_of(
-            {"adapter": self.adapter, "head": self.head}, self.case.rates
-        )
+        optimizer, scheduler = self.case.made(self)
+        self.optimizer, self.scheduler = optimizer, scheduler
         if scheduler is None:
             return optimizer
-        config = {
-            "scheduler": scheduler,
-            "interval": "step",
-            "monitor": "metric",
-            "reduce_on_plateau": self.case.scheduler == "Plateau",
-        }
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return [optimizer], [{"scheduler": scheduler, "interval": "step", "monitor": "metric", "strict": False}]
 
-    def watched(self):
-        """One parameter of each part; B of the adapter, whose gradient is never zero."""
-        return {"adapter": self.layers[0].lora_B, "head": self.head[0]}
+    def on_train_batch_start(self, batch, batch_idx):
+        self.case.set_rates(self.optimizer, self.global_step)
 
-
-def used_rates(case, net, before):
-    """{parameters: the rate by which the step has moved them}"""
-    found = {}
-    for name, parameter in net.watched().items():
-        if parameter.grad is not None:
-            moved = (parameter.detach() - before[name]).abs().max()
-            found[name] = float(moved / parameter.grad.abs().max()) if case.optimizer == "SGD" else float(moved)
-    return found
+    def training_step(self, batch, batch_idx):
+        self.log("metric", 5.0 - self.global_step % 4)
+        self.trace.append(outside(self.optimizer, self.scheduler))
+        loss = self()["loss"]
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        if self.scheduler is not None:
+            step_scheduler(self.scheduler, self.global_step)
+        if self.ranks is not None:
+            self.ranks.step(self)
+        return None
 
 
-def values(net):
-    return {name: parameter.detach().clone() for name, parameter in net.watched().items()}
+def outside(optimizer, scheduler):
+    """What everybody sees of rates outside of a step."""
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    state = {} if scheduler is None else scheduler.state_dict()
+    # Functions and optimizers are the same objects in no two runs.
+    return str(groups), {key: str(value) for key, value in state.items() if " at 0x" not in str(value)}
 
 
-def stages_of(case):
-    ranks = iter(range(RANK - 1, 0, -1))
-    targets = {step: Rank(next(ranks)) if falls else Unchanged() for step, (falls, _) in case.changes.items()}
-    return [Stage(At(step=at), targets[at], how=How(lr_factor=factor)) for at, (_, factor) in case.changes.items()]
+def step_scheduler(scheduler, step):
+    scheduler.step(*[5.0 - step % 4] * isinstance(scheduler, lr.ReduceLROnPlateau))
 
 
-def step_scheduler(case, scheduler, step):
-    if case.scheduler == "Plateau":
-        scheduler.step(case.metric(step))
-    elif scheduler is not None:
-        scheduler.step()
+def named(net, optimizer):
+    """{name: its rate} of each step."""
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    return [{names[key]: rate for key, rate in rates.items()} for rates in optimizer.seen]
 
 
-def plain(case):
-    """({parameters: the rate of each step}, fault of what is shown or "")"""
-    found = []
+def plain(case, *, changes):
+    """The trace of a loop: ({name: rate}, what is outside) of each step."""
+    trace = []
 
-    def go(end, saved=None):
+    def go(until, saved=None):
         net = Net(case)
-        optimizer, scheduler = net.configure_optimizers() and net.made
-        loop = dynrank.Training(net.layers, [optimizer], schedulers=[scheduler] if scheduler and case.named else None)
-        driver = dynrank.RankDriver(stages_of(case))
-        parts = {"net": net, "optimizer": optimizer, "driver": driver} | ({"scheduler": scheduler} if scheduler else {})
+        optimizer, scheduler = case.made(net)
+        driver = dynrank.RankDriver(case.stages())
+        loop = dynrank.Training(net, [optimizer])
+        parts = {"net": net, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler else {})
+        parts |= {"driver": driver} if changes else {}
         if saved is not None:
-            loop.step = case.resume
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        driver.start(loop, Run(TOTAL))
-        while loop.step < end:
-            step = loop.step
-            if case.place == "before":
-                case.set_rates(optimizer, step)
-            driver.advance(loop)
-            if case.place == "after":
-                case.set_rates(optimizer, step)
-            optimizer.zero_grad()
-            before = values(net)
-            hidden = driver.unlogged_adapter_rates(loop)
-            numbers = [number for number, group in enumerate(case.groups) if "adapter" in group]
-            shown = [hidden.get("lr/adapter", optimizer.param_groups[number]["lr"]) for number in numbers]
+            loop.step = case.resume
+        optimizer.seen = []
+        if changes:
+            driver.start(loop, Run(TOTAL))
+        begin = len(trace)
+        for step in range(loop.step, until):
+            if changes:
+                driver.advance(loop)
+            case.set_rates(optimizer, step)
+            trace.append(outside(optimizer, scheduler))
 
             def closure():
-                net.loss().backward()
-                if case.place == "within":
-                    case.set_rates(optimizer, loop.step)
+                optimizer.zero_grad()
+                trace[-1] = outside(optimizer, scheduler)
+                loss = net()["loss"]
+                loss.backward()
+                return loss
 
-            optimizer.step(closure) if case.place == "within" else (closure(), optimizer.step())
-            used = used_rates(case, net, before)
-            if not (case.place == "within" and case.own) and not math.isclose(
-                float(shown[0]), used["adapter"], rel_tol=1e-6
-            ):
-                raise AssertionError(f"step {step}: shown {float(shown[0])}, used {used['adapter']}")
-            found.append(used)
+            if case.closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
             loop.step += 1
-            driver.end_step(loop)
-            step_scheduler(case, scheduler, step)
-        if end == TOTAL:
+            if changes:
+                driver.end_step(loop)
+            if scheduler is not None:
+                step_scheduler(scheduler, step)
+        seen = named(net, optimizer)
+        trace[begin:] = zip(seen, trace[begin:], strict=True)
+        state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        if changes and until == TOTAL:
             driver.finish(loop)
-        return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        return state
 
-    if case.resume is None:
-        go(TOTAL)
-    else:
-        go(TOTAL, go(case.resume))
-    return found
-
-
-class Watching(lightning.Callback):
-    def __init__(self, case, found):
-        self.case = case
-        self.found = found
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before = values(pl_module)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.found.append(used_rates(self.case, pl_module, self.before))
-
-
-class Metric(lightning.Callback):
-    """Gives ReduceLROnPlateau its metric, before Lightning steps it."""
-
-    def __init__(self, case):
-        self.case = case
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        pl_module.log("metric", self.case.metric(trainer.global_step))
-
-
-class Setting(lightning.Callback):
-    def __init__(self, case):
-        self.case = case
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.case.set_rates(trainer.optimizers[0], trainer.global_step)
+    go(TOTAL, None if case.resume is None else go(case.resume))
+    return trace
 
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 QUIET |= {"enable_checkpointing": False, "max_steps": TOTAL}
 
 
-def in_lightning(case):
-    found = []
-    ranks = RankScheduler(stages_of(case))
-    order = [Setting(case), ranks] if case.place == "before" else [ranks, Setting(case)]
-    trainer = lightning.Trainer(callbacks=[*order, Metric(case), Watching(case, found)], **QUIET)
-    trainer.fit(Net(case), DataLoader(range(TOTAL)))
-    return found
+class Saving(lightning.Callback):
+    def __init__(self, step, path):
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def in_lightning(case, *, changes):
+    def go(folder, *callbacks, **options):
+        ranks = RankScheduler(case.stages(), keep_best_before=True) if changes else None
+        net = Net(case, ranks)
+        callbacks = [ranks, *callbacks] if changes else [*callbacks]
+        trainer = lightning.Trainer(callbacks=callbacks, default_root_dir=folder, **QUIET)
+        if case.driver == "finder":
+            # A finder of rates before the fit leaves nothing behind.
+            Tuner(trainer).lr_find(net, DataLoader(range(TOTAL)), num_training=3, update_attr=False)
+            net.trace.clear()
+        trainer.fit(net, DataLoader(range(TOTAL)), **options)
+        return [*zip(named(net, net.optimizer), net.trace, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        if case.resume is None:
+            return go(folder)
+        path = f"{folder}/at.ckpt"
+        first = go(folder, Saving(case.resume, path))
+        return first[: case.resume] + go(folder, ckpt_path=path, weights_only=False)
 
 
 class InTrainer(transformers.TrainerCallback):
-    def __init__(self, case, found):
+    """The program's own rates, set before each step, and what is outside then."""
+
+    def __init__(self, case):
         self.case = case
-        self.found = found
+        self.trace = []
 
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **_):
+    def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
         self.case.set_rates(optimizer, state.global_step)
-        self.before = values(model)
-
-    def on_optimizer_step(self, args, state, control, model=None, **_):
-        self.found.append(used_rates(self.case, model, self.before))
+        self.trace.append(outside(optimizer, lr_scheduler))
 
 
-def in_trainer(case):
-    found = []
-    net = Net(case)
-    net.configure_optimizers()
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"max_steps": TOTAL, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-        options |= {"max_grad_norm": 0.0, "logging_strategy": "no", "remove_unused_columns": False}
+def in_trainer(case, *, changes):
+    def go(folder, **more):
+        net = Net(case)
+        optimizer, scheduler = case.made(net)
+        watching = InTrainer(case)
+        options = {"max_steps": TOTAL, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "steps"}
+        options |= {"logging_strategy": "no", "remove_unused_columns": False, "per_device_train_batch_size": 1}
+        ranks = [RankTrainerCallback(case.stages(), keep_best_before=True)] if changes else []
         trainer = transformers.Trainer(
             net,
-            transformers.TrainingArguments(folder, per_device_train_batch_size=1, **options),
+            transformers.TrainingArguments(folder, save_steps=case.resume or TOTAL, **options),
             train_dataset=[{"labels": 0}] * TOTAL,
-            optimizers=net.made,
-            callbacks=[RankTrainerCallback(stages_of(case)), InTrainer(case, found)],
+            optimizers=(optimizer, scheduler or lr.LambdaLR(optimizer, lambda _: 1.0)),
+            callbacks=[*ranks, watching],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    return found
+        trainer.train(**more)
+        return [*zip(named(net, optimizer), watching.trace, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = go(folder)
+        if case.resume is None:
+            return found
+        return found[: case.resume] + go(folder, resume_from_checkpoint=f"{folder}/checkpoint-{case.resume}")
 
 
 def judged(seed):
     """(the kind of the case, its fault or "")"""
-    case = make_case(seed)
+    case = Case(seed)
+    run = {"plain": plain, "trainer": in_trainer}.get(case.driver, in_lightning)
+    if case.driver == "trainer" and case.scheduler == "Plateau":
+        # It wants a metric of the Trainer's evaluations.
+        case.scheduler = None
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        wanted = expected(case)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                found = {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case)
-        except AssertionError as error:
-            return case.driver, f"{error}; {case}"
+        wanted = run(case, changes=False)
+        found = run(case, changes=True)
     if len(found) != TOTAL:
         return case.driver, f"{len(found)} steps; {case}"
-    for step, used in enumerate(found):
-        for name, rate in used.items():
-            if not math.isclose(rate, wanted[name][step], rel_tol=1e-6, abs_tol=1e-9):
-                return case.driver, f"step {step}: {name} has {rate:.6g}, expected {wanted[name][step]:.6g}; {case}"
+    for step, ((rates, seen), (own, before)) in enumerate(zip(found, wanted, strict=True)):
+        if seen != before:
+            return case.driver, f"step {step}: outside is {seen}, without dynrank {before}; {case}"
+        for name, rate in rates.items():
+            expected = own[name] * (case.factor(step) if "lora_" in name else 1.0)
+            if abs(rate - expected) > 1e-6 * expected:
+                return case.driver, f"step {step}: {name} has {rate:.6g}, expected {expected:.6g}; {case}"
     return case.driver, ""

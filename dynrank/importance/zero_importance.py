@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.zero import OWN_STATE, ZeroTensors
-from dynrank.driver.importance import ImportanceSums
-from dynrank.layers.base import RankedLayer
+from dynrank.importance.importance import ImportanceSums
+from dynrank.layers.ranked_layer import RankedLayer
 
 
 class ZeroImportance(ImportanceSums):
@@ -41,11 +41,6 @@ class ZeroImportance(ImportanceSums):
         self._has_update = False
         before = self._optimizer.register_step_pre_hook(self._measure)
         self._handles = [before, self._optimizer.register_step_post_hook(self._take_update)]
-
-    @property
-    def missed(self) -> int:
-        """None: the Trainer's callback passes every step on."""
-        return 0
 
     def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
         # DeepSpeed makes its tensors anew for each training.

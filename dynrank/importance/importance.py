@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.change.reports import score
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.private import foreach_copy_, foreach_mul_, foreach_sub_
 from dynrank.schedules import Stage
 
@@ -90,8 +90,8 @@ class ImportanceSums:
         squares = self._squares.tolist()
         for name, value, square, count in zip(self._names, sums, squares, steps, strict=True):
             # The standard deviation of a step's term, times the root of the number of steps.
-            spread = max(square - value**2 / max(count, 1.0), 0.0)
-            found[name] = LayerImportance(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
+            deviations = max(square - value**2 / max(count, 1.0), 0.0)
+            found[name] = LayerImportance(value, sqrt(deviations * count / (count - 1)) if count > 1 else 0.0)
         return found
 
     def unmeasured(self) -> list[str]:
@@ -99,14 +99,13 @@ class ImportanceSums:
         return [name for name, count in zip(self._names, self._steps.tolist(), strict=True) if not count]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return {"sums": self._sums.clone(), "squares": self._squares.clone(), "steps": self._steps.clone()}
+        """Plain lists of numbers."""
+        return {"sums": self._sums.tolist(), "squares": self._squares.tolist(), "steps": self._steps.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; the layers hold the factors of the same checkpoint."""
-        self._sums.copy_(state["sums"])
-        self._squares.copy_(state["squares"])
-        self._steps.copy_(state["steps"])
+        for sums, saved in ((self._sums, "sums"), (self._squares, "squares"), (self._steps, "steps")):
+            sums.copy_(torch.tensor(state[saved], dtype=torch.float64))
 
 
 class Importance(ImportanceSums):

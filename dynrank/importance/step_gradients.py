@@ -1,4 +1,4 @@
-"""The last step of each optimizer, as the importance of layers needs it."""
+"""The gradients of each optimizer's last step, as the importance of layers needs them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.change.closures import Closure, with_closure
 from dynrank.change.optimizer_state import overwrites_gradients
-from dynrank.driver.closures import Closure, with_closure
-from dynrank.driver.importance import Importance
 from dynrank.errors import ConfigurationError
+from dynrank.importance.importance import Importance
 from dynrank.private import version_of
 
 
-class LastStep:
+class StepGradients:
     """Watches the steps of an optimizer, until :meth:`remove`.
 
     Args:
@@ -90,8 +90,31 @@ class LastStep:
         own = [parameter for parameter in self.parameters if id(parameter) in self._adapters]
         self.gradients = {id(p): p.grad.detach().clone() for p in own if p.grad is not None}
 
+    @property
+    def _moves_nothing(self) -> bool:
+        """Whether the step's rates and gradients are zero: so torch makes the state of an optimizer before it saves it.
+
+        torch.distributed.checkpoint makes such a step in each save of an optimizer that has no state, as SGD.
+        """
+        for group in self._optimizer.param_groups:
+            rate = group.get("lr")
+            # That of torch is no tensor of a GPU, whose value would have to be waited for.
+            if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0:
+                return False
+        return not any(p.grad is not None and p.grad.any() for p in self.parameters)
+
     def _after(self, *_: Any) -> None:
+        if self._moves_nothing:
+            return
         self.made += 1
+        if self.made > 1 and self.trains_adapters:
+            # A loop that calls end_step before it counts the step is one step behind.
+            raise ConfigurationError(
+                "the importance of layers is measured by each step, and end_step was not called for the last one: call "
+                "driver.end_step(training) after each step, when training.step is raised and before zero_grad (under "
+                "Lightning's manual optimization scheduler.step(self)). A search for a rate or a batch size, which "
+                "makes steps of its own, belongs before the training"
+            )
         # GradScaler lends both to the optimizer for the step; without a scale the gradients were unscaled before it.
         scale = getattr(self._optimizer, "grad_scale", None)
         found_inf = getattr(self._optimizer, "found_inf", None)
@@ -105,14 +128,14 @@ class LastStep:
             self._witness = factor, version_of(factor.grad)
 
 
-class LastSteps:
+class StepsOfAll:
     """Passes the steps of the optimizers to the importance of layers, until :meth:`remove`."""
 
     def __init__(
         self, importance: Importance, optimizers: Iterable[Optimizer], adapters: Collection[nn.Parameter]
     ) -> None:
         self._importance = importance
-        self._steps = [LastStep(optimizer, adapters) for optimizer in optimizers]
+        self._steps = [StepGradients(optimizer, adapters) for optimizer in optimizers]
 
     def end_step(self) -> None:
         """Measure by the step just made; its gradients must still exist."""
@@ -130,11 +153,6 @@ class LastSteps:
         self._importance.end_step(ids, scales, kept)
         for step in made:
             step.forget()
-
-    @property
-    def missed(self) -> int:
-        """How many steps of the adapters were made since :meth:`end_step`, if more than one."""
-        return max((step.made for step in self._steps if step.made > 1 and step.trains_adapters), default=0)
 
     def remove(self) -> None:
         """Watch no longer."""

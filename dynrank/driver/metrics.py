@@ -1,0 +1,144 @@
+"""The metrics that a schedule reads, by the names that the user gives: of validations, and the loss of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dynrank.distributed.processes import mean_over_processes
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import Stage
+from dynrank.triggers import Trigger
+
+CHECK_MONITOR = "check_monitor of How"
+# The only metric of training that triggers read.
+TRAIN_LOSS = "train/loss"
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``metrics``; a program may also have lists, tables or texts there.
+
+    >>> numbers_in({"bleu": 31.5, "precisions": [60.0, 40.0], "length": np.int64(7)})
+    {'bleu': 31.5, 'length': 7.0}
+    """
+    return {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    # numpy's numbers are of Real, too.
+    return float(value) if isinstance(value, Real) else None
+
+
+class TrainingLoss:
+    """The mean loss of training since it was last looked at, or since ranks have changed.
+
+    >>> import torch
+    >>> loss = TrainingLoss()
+    >>> loss.add(1.0)
+    >>> loss.add(Tensor([4.0]), steps=2)
+    >>> loss.look(), loss.look()
+    (3.0, nan)
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, because ranks have changed."""
+        # A number or a tensor: reading it would wait for a GPU.
+        self._sum: Any = 0.0
+        self._steps = 0
+
+    def add(self, mean: Any, steps: int = 1) -> None:
+        """Add the ``mean`` loss of some steps; None: they had none."""
+        if mean is not None:
+            # A sum in bfloat16 would stay where it is after 256 steps.
+            self._sum = self._sum + (mean.float() if isinstance(mean, Tensor) else mean) * steps
+            self._steps += steps
+
+    def look(self) -> float:
+        """The mean of this process; NaN, which says nothing to a trigger, if there was no step."""
+        mean = float(self._sum) / self._steps if self._steps else math.nan
+        self.forget()
+        return mean
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {"sum": float(self._sum), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self._sum = state["sum"]
+        self._steps = int(state["steps"])
+
+
+def observed_metrics(stages: Sequence[Stage]) -> dict[str, str]:
+    """{metric that a trigger reads: the argument that names it, ``monitor of Plateau``, for errors}."""
+    triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
+    return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
+
+
+def _argument(trigger: Trigger, name: str) -> str:
+    values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
+    arguments = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
+    argument = arguments[0] if arguments else "monitors"
+    return f"{argument} of {type(trigger).__name__}"
+
+
+def judging_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
+    """The same for the metrics by which changes are judged or measured; a validation for a change must have them."""
+    hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
+    # Whoever writes another How has to repeat what the schedule's own has.
+    return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
+
+
+def check_observed(stages: Sequence[Stage], logged: Collection[str]) -> None:
+    """Refuse a trigger whose metric a validation, which has the metrics ``logged``, lacks."""
+    arguments = observed_metrics(stages)
+    for name in arguments.keys() - set(logged):
+        raise _not_there(name, arguments, logged, _CURES)
+
+
+def check_training_metrics(stages: Sequence[Stage], *, validates: bool, logged: Collection[str] = ()) -> None:
+    """Refuse a trigger on a metric of training other than its loss, such as those that training has ``logged``."""
+    arguments = observed_metrics(stages)
+    for name in arguments.keys() - {TRAIN_LOSS}:
+        if not validates or name.startswith("train") or name in logged:
+            raise _not_there(name, arguments, [TRAIN_LOSS], _CURES)
+
+
+def metric_value(
+    metrics: Mapping[str, float], name: str, arguments: Mapping[str, str], group: ProcessGroup | None
+) -> float:
+    """The metric, as the mean over all processes of ``group``."""
+    if name not in metrics:
+        raise _not_there(name, arguments, metrics, _JUDGED)
+    return mean_over_processes(float(metrics[name]), group)
+
+
+_JUDGED = (
+    ". A validation for a change has these, and calls no callback: log it in the module's own validation, or return it "
+    "from evaluate= (in a loop from validate())"
+)
+_CURES = (
+    f". A trigger reads the metrics of validations, and {TRAIN_LOSS}, the mean loss of the steps since the last one: "
+    f"log it in each validation, or observe {TRAIN_LOSS}"
+)
+
+
+def _not_there(name: str, arguments: Mapping[str, str], logged: Collection[str], advice: str) -> ConfigurationError:
+    found = ", ".join(map(repr, sorted(logged)))
+    argument = arguments[name].partition(" ")[0]
+    return ConfigurationError(
+        f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}{advice}", argument
+    )
