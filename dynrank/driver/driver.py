@@ -12,9 +12,9 @@ What happens at a change:
 4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
    before its first cut, and once for each cut that it tries and undoes. With ``measure`` they are validated before the
    change and after step 6.
-5. The change is applied by assignments, while DDP is paused and Ctrl-C waits (``Change.apply``). Without a check Ctrl-C
-   then comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit for bit,
-   and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
+5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
+   check it then comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
+   for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
 6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
    the last update, and the adapters' rate in each step is multiplied by ``lr_factor`` of the stage's How.
 7. At the end the event, also of a change that was undone, goes to every callback of the trainer that has
