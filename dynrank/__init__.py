@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dynrank.errors import ConfigurationError as ConfigurationError
     from dynrank.layers.finding import adapter_parameters as adapter_parameters
     from dynrank.layers.finding import lora_layers as lora_layers
+    from dynrank.layers.peft_kernel import apply_lora_kernel as apply_lora_kernel
+    from dynrank.layers.peft_kernel import remove_lora_kernel as remove_lora_kernel
+    from dynrank.layers.peft_layers import follow_checkpoint_ranks as follow_checkpoint_ranks
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.layers.placing import merge as merge
     from dynrank.output.ranks import ranks as ranks
@@ -35,8 +38,10 @@ _HOMES = {
     "Training": "dynrank.driver.training",
     "adapter_parameters": "dynrank.layers.finding",
     "add_lora": "dynrank.layers.placing",
+    "apply_lora_kernel": "dynrank.layers.peft_kernel",
     "compose": "dynrank.app.runs.config",
     "export_adapter": "dynrank.adapters.export",
+    "follow_checkpoint_ranks": "dynrank.layers.peft_layers",
     "load_adapter": "dynrank.adapters.load",
     "inspect": "dynrank.adapters.squeeze",
     "lora_layers": "dynrank.layers.finding",
@@ -44,6 +49,7 @@ _HOMES = {
     "ranks": "dynrank.output.ranks",
     "read_adapter": "dynrank.adapters.read",
     "read_run": "dynrank.app.runs.report.record",
+    "remove_lora_kernel": "dynrank.layers.peft_kernel",
     "resize": "dynrank.change.resize",
     "run": "dynrank.app.runs.in_python",
     "save_adapter": "dynrank.adapters.save",

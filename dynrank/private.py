@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch.autograd import forward_ad
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_copy_ = torch._foreach_copy_
@@ -66,9 +67,10 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) is running."""
-    return torch._C._are_functorch_transforms_active()
+def is_recorded() -> bool:
+    """Whether a compiler, jit.trace, torch.func or forward-mode AD needs plain operations instead of the op."""
+    compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return compiles or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dynrank.kernels.backends import Backend, products_of
 
@@ -68,6 +68,23 @@ def lora_linear(
     return _forward(x, lora_A, lora_B, constants)[0]
 
 
+def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``y + scaling * (x A^T) B^T`` by operations of torch: for inputs so small that only the number of calls counts.
+
+    Args:
+        y: (..., O), the output of the frozen layer.
+        x: (..., I) in the dtype of the factors, after dropout.
+        lora_A: (R, I).
+        lora_B: (O, R).
+        scaling: factor of the update.
+
+    Returns:
+        (..., O) in the dtype of y.
+    """
+    total = torch.add(y, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
+    return total if total.dtype == y.dtype else total.to(y.dtype)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A seed from the device's default generator, 0-d int64; restoring the generator's state repeats it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
@@ -109,14 +126,15 @@ class _Node(torch.autograd.Function):
         return y
 
     @staticmethod
-    # s is saved as a constant and not as a function of x, so a second derivative would be wrong.
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """``dB = scaling * dy^T s``, ``ds = scaling * dy B``, ``dA = ds^T drop(x)`` and ``dx = drop(ds A) + dy W``."""
         # This access lets torch check that no saved tensor, W and the seed included, was changed in place.
         x, s_MR, lora_A, lora_B, *_ = ctx.saved_tensors
         need_x, need_A, need_B, _ = ctx.needs_input_grad
         given: _Constants = ctx.given
+        if torch.is_grad_enabled():
+            # With create_graph. The saved s is a constant, and a second derivative has to know what it depends on.
+            return _recorded_gradients((x, lora_A, lora_B), dy, given, ctx.needs_input_grad)
         products = given.products
         x_MI = _rows(x)
         dy_MO = _rows(dy)
@@ -131,6 +149,27 @@ class _Node(torch.autograd.Function):
             dx = products.expand(ds_MR, lora_A, 1.0, None, dropout, x.dtype)
             dx = dx.addmm_(dy_MO, _unpacked(given.weight, x.dtype)).view(x.shape)
         return dx, d_A, d_B, None
+
+
+def _recorded_gradients(
+    operands: tuple[Tensor, Tensor, Tensor], dy: Tensor, given: _Constants, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, A and B by operations that autograd records, so that they can be differentiated again."""
+    x, lora_A, lora_B = operands
+    products = given.products
+    x_MI = _rows(x)
+    # 1 where dropout keeps an element: the backend's own mask, drawn over a bias of ones.
+    zeros_MR = x_MI.new_zeros(len(x_MI), len(lora_A))
+    ones_I = x_MI.new_ones(x_MI.shape[1])
+    dropout = products.dropout(x_MI, given.p, given.seed)
+    kept_MI = products.expand(zeros_MR, lora_A.detach(), 1.0, ones_I, dropout, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        dropped = (x_MI * kept_MI).to(lora_A.dtype) * dropout.rescale
+        update = F.linear(F.linear(dropped, lora_A), lora_B) * given.scaling
+        y = F.linear(x_MI, _unpacked(given.weight, x.dtype)) + update
+        wanted = [operand for operand, needed in zip(operands, needs, strict=False) if needed]
+        found = iter(torch.autograd.grad(y.to(x.dtype), wanted, _rows(dy), create_graph=True))
+    return (*(next(found) if needed else None for needed in needs),)
 
 
 def _check_shapes(x: Tensor, weight: Weight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -19,6 +19,7 @@ LOOP = (ROOT / "docs/own_loop.md").read_text(encoding="utf-8")
 FOREIGN = {
     "callbacks": "lightning|transformers",
     "integrations": "transformers",
+    "layers.peft_op": "peft",
     "kernels.triton_kernels": "triton",
     "plot": "matplotlib",
 }

@@ -1,13 +1,16 @@
 """Saving adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
+import copy
 import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE
@@ -44,8 +47,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that have parameters with requires_grad
             are saved whole (PEFT's ``modules_to_save``), with their buffers; a BatchNorm whose running statistics move
-            belongs to them. If get_peft_model has returned the model, its active adapter is saved as save_pretrained
-            would.
+            belongs to them. If PEFT's get_peft_model or inject_adapter_in_model has returned the model, its active
+            adapter is saved as PEFT would.
         path: folder to write to; made if missing.
         dtype: torch.float32, torch.bfloat16 or torch.float8_e4m3fn; None: as in the model. PEFT loads all three. In
             float8 the factors of a layer are balanced and multiplied by a power of two, which its alpha undoes, and
@@ -68,8 +71,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, dtype: torch.dtype | Non
     check_file_dtype(dtype)
     model = uncompiled(model)
     with live_values(model):
-        if peft_layers(model):
-            return _save_wrapped(model, Path(path), dtype)
+        if theirs := peft_layers(model):
+            return _save_peft(model, next(iter(theirs.values())).adapter, Path(path), dtype)
         return _save_own(model, Path(path), dtype)
 
 
@@ -141,20 +144,17 @@ def _extended(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if name not in absent}
 
 
-def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
-    """Write the active adapter of PEFT's ``model``."""
-    # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
+def _save_peft(model: nn.Module, adapter: str, folder: Path, dtype: torch.dtype | None) -> Rounding | None:
+    """Write this adapter of PEFT's ``model``."""
+    if not isinstance(getattr(model, "peft_config", None), dict):
         raise ConfigurationError(
-            f"model must be what PEFT's get_peft_model returned, got a {type(model).__name__} that contains it; "
-            "pass the PeftModel to save_adapter"
+            "model must be what PEFT's get_peft_model or inject_adapter_in_model returned, got a "
+            f"{type(model).__name__} that contains it; pass PEFT's model to save_adapter"
         )
     _check_finite({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as place:
-        model.save_pretrained(place, selected_adapters=[model.active_adapter])
+        _write_by_peft(model, adapter, Path(place))
         if dtype is not None:
             return _written_again(next(Path(place).rglob(CONFIG_FILE)).parent, folder, dtype)
         # PEFT writes an adapter that is not named "default" to a folder of its name.
@@ -163,6 +163,23 @@ def _save_wrapped(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
             written.chmod(folder.stat().st_mode & 0o666)
             os.replace(written, folder / name)
     return None
+
+
+def _write_by_peft(model: Any, adapter: str, folder: Path) -> None:
+    """Write the adapter as PEFT does; the files of a model without PEFT's wrapper have the names of one with it."""
+    # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=[adapter])
+        return
+    values = get_peft_model_state_dict(model, adapter_name=adapter)
+    own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in values.items()}
+    save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or source_of(model) or None
+    config.save_pretrained(str(folder))
 
 
 def _written_again(source: Path, folder: Path, dtype: torch.dtype) -> Rounding | None:

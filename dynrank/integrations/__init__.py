@@ -15,8 +15,8 @@ def callback_of(settings: Mapping[str, Any] | None, rank: int | None) -> RankTra
 
     Args:
         settings: the name of a ``schedule`` (early_budget if there is none) and its arguments, as in
-            :mod:`dynrank.schedules`, and a ``rank_map`` as in :class:`RankTrainerCallback`; None: early_budget to half
-            of ``rank``.
+            :mod:`dynrank.schedules`, and ``rank_map`` and ``kernel`` as in :class:`RankTrainerCallback`; None:
+            early_budget to half of ``rank``.
         rank: the starting rank of the run.
 
     Raises:
@@ -31,11 +31,11 @@ def callback_of(settings: Mapping[str, Any] | None, rank: int | None) -> RankTra
         )
     arguments = dict(settings or {})
     name = arguments.pop("schedule", "early_budget")
-    rank_map = arguments.pop("rank_map", None)
+    others = {key: arguments.pop(key) for key in ("rank_map", "kernel") if key in arguments}
     if name not in _SCHEDULES:
         raise ConfigurationError(
             f"schedule of dynrank must be one of {', '.join(_SCHEDULES)}, got {name!r}", "schedule"
         )
     if name == "early_budget" and not arguments and rank is not None:
         arguments = {"final_rank": max(1, rank // 2)}
-    return RankTrainerCallback(getattr(schedules, name)(**arguments), rank_map=rank_map)
+    return RankTrainerCallback(getattr(schedules, name)(**arguments), **others)

@@ -14,7 +14,7 @@ from dynrank.integrations import callback_of
 
 
 class RankArgs(BaseModel):
-    """The key that the plugin adds to axolotl's YAML: the name of a schedule, its arguments, and a ``rank_map``."""
+    """The key that the plugin adds to axolotl's YAML: a schedule's name, its arguments, ``rank_map`` and ``kernel``."""
 
     dynrank: dict[str, Any] | None = None
 

@@ -22,8 +22,8 @@ def train(args: Mapping[str, Any] | None = None) -> None:
 
     Args:
         args: the contents of LLaMA-Factory's YAML, with the key ``dynrank``: the name of a ``schedule``, its arguments,
-            and a ``rank_map``. None: those of the file that the command line names. Without ``dynrank`` all layers get
-            one budget of half the rank at a third of the run.
+            ``rank_map`` and ``kernel``. None: those of the file that the command line names. Without ``dynrank`` all
+            layers get one budget of half the rank at a third of the run.
 
     Raises:
         ConfigurationError: if the run trains no LoRA, or the key ``dynrank`` cannot be used.

@@ -6,7 +6,7 @@ Transformers 5.0 and later stack the weights of a mixture of experts in 3-D para
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -145,18 +145,44 @@ class LoRAExpertStack(LoRAParameter):
 
     def forward(self, x_SI: Tensor, ends: Tensor) -> Tensor:
         """``x W_e^T + scaling * (drop(x) A_e^T) B_e^T``; rows are sorted by expert; those of e end at ``ends[e]``."""
-        weight_EIO = self.base.weight_EIO
-        x_SI = x_SI.to(weight_EIO.dtype)
-        # grouped_mm needs rows of a multiple of 16 bytes, so zeros pad the rank.
-        missing = -self.rank % 8
-        a_ERI = F.pad(split(self.lora_A, self.num_products, 0), (0, 0, 0, missing)).to(x_SI.dtype)
-        b_ERO = F.pad(split(self.lora_B, self.num_products, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
-        z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
-        return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
+        x_SI = x_SI.to(self.base.weight.dtype)
+        return grouped_lora(
+            x_SI, self.dropout(x_SI), self.base.weight_EIO, self.lora_A, self.lora_B, self.scaling, ends
+        )
+
+
+def grouped_lora(
+    x_SI: Tensor,
+    dropped_SI: Tensor,
+    weight_EIO: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    ends: Tensor,
+) -> Tensor:
+    """``x W_e^T + scaling * (dropped A_e^T) B_e^T`` of rows sorted by expert; those of e end at ``ends[e]``.
+
+    ``lora_A`` is (experts * rank, d_in) and ``lora_B`` (d_out, rank * experts), see :func:`dynrank.linalg.split`.
+    """
+    experts = len(weight_EIO)
+    # grouped_mm needs rows of a multiple of 16 bytes, so zeros pad the rank.
+    missing = -(len(lora_A) // experts) % 8
+    a_ERI = F.pad(split(lora_A, experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
+    b_ERO = F.pad(split(lora_B, experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
+    z_SR = grouped_product(dropped_SI, a_ERI.mT, ends)
+    return grouped_product(x_SI, weight_EIO, ends) + scaling * grouped_product(z_SR, b_ERO, ends)
+
+
+# What multiplies rows, sorted by expert and with the end of each, by one stacked weight with its update.
+StackLayer = Callable[[Tensor, Tensor], Tensor]
 
 
 def experts_forward(
-    owner: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layers: nn.ModuleDict | None = None
+    owner: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layers: Mapping[str, StackLayer] | nn.ModuleDict | None = None,
 ) -> Tensor:
     """The output of the experts of ``owner`` for each token, with LoRA in ``layers``.
 

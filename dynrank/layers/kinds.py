@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import Weight, lora_linear
+from dynrank.kernels.backends import op_pays
+from dynrank.kernels.lora_linear import Weight, add_update, lora_linear
 from dynrank.layers.experts import BareParameter, LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.partitioned import whole_shape
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
-from dynrank.private import has_device_hook, has_hooks, in_transform
+from dynrank.private import has_device_hook, has_hooks, is_recorded
 
 
 class LoRALinear(LoRALayer):
@@ -26,24 +27,40 @@ class LoRALinear(LoRALayer):
         return self.weight
 
     def reference(self, x: Tensor) -> Tensor:
-        """The output by an operation of torch for each part of the formula, in the dtype of x.
+        """The output by an operation of torch for each part of the formula.
 
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
-        the backward. This formula runs under ``torch.compile``, which can fuse plain operations; under ``torch.func``
-        and ``torch.jit.trace``, which do not support the op; if the base has hooks, which only its own call runs; and
-        if its weight or bias is trained, whose gradients the op does not compute.
+        the backward. This formula runs for inputs so small that it takes less time (on a CPU); under
+        ``torch.compile``, which can fuse plain operations; under ``torch.func`` and ``torch.jit.trace``, which do not
+        support the op; if the base has hooks, which only its own call runs; and if its weight or bias is trained, whose
+        gradients the op does not compute.
         """
-        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
         y: Tensor = self.base(x)
-        return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
+        if not lora_A.dtype == lora_B.dtype == x.dtype:
+            # As in the op: on a CPU, factors that are wider than x are multiplied in their own dtype.
+            dtype = torch.promote_types(x.dtype, lora_A.dtype) if x.device.type == "cpu" else x.dtype
+            x = x.to(dtype)
+            lora_A = lora_A.to(dtype)
+            lora_B = lora_B.to(dtype)
+        return add_update(y, self.dropout(x) if self._drops() else x, lora_A, lora_B, self.scaling)
+
+    def _drops(self) -> bool:
+        dropout = self.dropout
+        return dropout.training and dropout.p > 0
 
     def _needs_own_call(self) -> bool:
         """Whether only the base's own call does all that is wanted of it."""
         return has_hooks(self.base) or bool(self.trained_in_base())
 
+    def _op_pays(self, x: Tensor) -> bool:
+        return op_pays(x, self.lora_B.shape[0], self.base.weight.dtype, self._drops())  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
-        is_recorded = torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if self.backend == "reference" or is_recorded or self._needs_own_call():
+        if is_recorded() or self.backend == "reference" or (self.backend == "auto" and not self._op_pays(x)):
+            return self.reference(x)
+        if self._needs_own_call():
             return self.reference(x)
         return lora_linear(
             x,
@@ -52,7 +69,7 @@ class LoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             self.scaling,
-            self.dropout.p if self.dropout.training else 0.0,
+            self.dropout.p if self._drops() else 0.0,
             backend=self.backend,
         )
 
@@ -86,6 +103,10 @@ class LoRAQuantizedLinear(LoRALinear):
         # forward has checked that the weight can be unpacked.
         assert unpack is not None
         return unpack
+
+    def _op_pays(self, x: Tensor) -> bool:
+        # In bytes: by plain operations torch keeps an unpacked weight for the backward.
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         # In inference the library's own forward multiplies by the packed weight without unpacking it.

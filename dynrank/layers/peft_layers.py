@@ -134,6 +134,11 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     return layers
 
 
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether ``model`` has LoRA layers of PEFT, whatever their state."""
+    return bool(_lora_modules(model))
+
+
 def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
     for name, _ in _peft_modules(model, "tuners_utils.BaseTunerLayer"):
         raise ConfigurationError(f"{action} cannot work on a model wrapped by PEFT ({name!r} is PEFT's): {instead}")
@@ -192,6 +197,17 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
     frozen base (AdapterCheckpoint). RankScheduler calls this function in ``setup``. ``load_from_checkpoint`` runs no
     callbacks; for it, call this function at the end of the module's ``__init__``. The layers may be created later (in
     ``configure_model``), because only loading looks them up. A second call does nothing.
+
+    >>> import torch, dynrank
+    >>> from peft import LoraConfig, get_peft_model
+    >>> def wrapped(rank):
+    ...     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    ...     return get_peft_model(model, LoraConfig(r=rank, target_modules=["0"]))
+    >>> model = wrapped(4)
+    >>> dynrank.follow_checkpoint_ranks(model)
+    >>> _ = model.load_state_dict(wrapped(2).state_dict())
+    >>> [layer.rank for _, layer in dynrank.lora_layers(model)]
+    [2]
     """
     if not stored_on(model, "follows_ranks"):
         store_on(model, "follows_ranks", True)

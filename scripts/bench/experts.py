@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Trainer, TrainingArguments
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from dynrank import add_lora, lora_layers
+from dynrank import add_lora, apply_lora_kernel, lora_layers
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.layers.finding import adapter_parameters
 from dynrank.output.console import table_console
@@ -75,19 +75,27 @@ class Experts(nn.Module):
 def _layers(options: argparse.Namespace) -> None:
     ours: nn.Module = add_lora(Experts(options.width), rank=8, alpha=8, target_modules=EXPERTS)
     config = LoraConfig(r=8, target_modules=[], target_parameters=[f"experts.{name}" for name in EXPERTS])
-    modules = {"ours": ours, "PEFT": get_peft_model(Experts(options.width), config)}
+    modules = {
+        "ours": ours,
+        "PEFT": get_peft_model(Experts(options.width), config),
+        "PEFT, op": apply_lora_kernel(get_peft_model(Experts(options.width), config)),
+    }
     table = Table(title=f"32 experts, d = {options.width}, rank 8, float32, {torch.get_num_threads()} threads")
-    for heading in ("tokens", "ours / PEFT", "(quartiles)", "ours ms", "PEFT ms", "ours MiB kept", "PEFT MiB kept"):
+    table.add_column("tokens", justify="right")
+    for heading in ("ours / PEFT", "(quartiles)", "PEFT, op / PEFT", "(quartiles)"):
+        table.add_column(heading, justify="right")
+    for heading in (f"{name} {what}" for what in ("ms", "MiB kept") for name in modules):
         table.add_column(heading, justify="right")
     for tokens in options.tokens:
         x = torch.randn(tokens, options.width, requires_grad=True)
         dy = torch.randn(tokens, options.width)
         steps = {name: partial(_step, module, x, dy) for name, module in modules.items()}
         seconds = rounds(steps, options.rounds)
-        median, quartiles = ratio(seconds["ours"], seconds["PEFT"])
+        beside = [ratio(seconds[name], seconds["PEFT"]) for name in ("ours", "PEFT, op")]
+        ratios = [text for median, quartiles in beside for text in (f"{median:.2f}", quartiles)]
         times = [f"{1e3 * statistics.median(seconds[name]):.1f}" for name in modules]
         kept = [f"{saved_bytes(module, x) / 2**20:.1f}" for module in modules.values()]
-        table.add_row(str(tokens), f"{median:.2f}", quartiles, *times, *kept)
+        table.add_row(str(tokens), *ratios, *times, *kept)
     table_console().print(table)
 
 

@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dynrank import add_lora
+from dynrank import add_lora, apply_lora_kernel
 from dynrank.kernels.backends import MEASURED
 
 # Time of Triton / time of the other, at p = 0 and p > 0, on an H100 with M = 8192 tokens and d = 4096.
@@ -155,7 +155,9 @@ def one_layer(d_in: int, d_out: int, rank: int, p: float, device: str) -> dict[s
         "frozen": base(),
         "ATen": ours("torch"),
         "PEFT": peft().bfloat16(),
+        "PEFT with the op": apply_lora_kernel(peft().bfloat16()),
         "PEFT autocast": _Autocast(peft(), device),
+        "PEFT autocast with the op": _Autocast(apply_lora_kernel(peft()), device),
     }
     if device == "cuda":
         layers |= {"Triton": ours("triton"), "Triton, float32 adapter": ours("triton", torch.float32)}

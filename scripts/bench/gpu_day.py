@@ -57,6 +57,12 @@ PHASES = {
         "tests/kernels/test_on_gpu.py tests/kernels/test_backends.py -q --disable-warnings",
         "tests/kernels/test_triton_interpreter.py -q --disable-warnings -k a_layer_touches",
     ),
+    "kernel": Phase(
+        3,
+        "gpu.py",
+        "--shapes 4096x4096 2048x2048 --tokens 512 8192 --ranks 16 --rounds 30",
+        "--device cpu --shapes 96x64 --tokens 32 --ranks 8 --rounds 2",
+    ),
     "backend": Phase(
         # Rows that were measured stay, so what is left is measured at the next start.
         9,
@@ -67,7 +73,7 @@ PHASES = {
     "step": Phase(
         7,
         "step.py",
-        "--device cuda --models smollm2 minilm --ranks 16 4 --blocks 24",
+        "--device cuda --dtype bfloat16 --models smollm2 minilm --ranks 16 4 --blocks 24",
         "--models minilm --ranks 8 4 --dropouts 0.1 --blocks 1 --rounds 3",
     ),
     "cut": Phase(

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynrank import add_lora
+from dynrank import add_lora, apply_lora_kernel
 from dynrank.output.console import table_console
 
 WIDTH = 16
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
     options = parser.parse_args()
-    headings = ("what", "p", "ours", "PEFT", "frozen", "ours / PEFT")
+    headings = ("what", "p", "ours", "PEFT", "PEFT, op", "frozen", "ours / PEFT", "PEFT, op / PEFT")
     table = Table(*headings, title="forward + backward, microseconds of one CPU thread")
     for (what, names), p in itertools.product(READERS.items(), (0.0, 0.1)):
         config = LoraConfig(r=RANK, target_modules=list(names), lora_dropout=p)
@@ -53,10 +53,12 @@ def main() -> None:
         models = {
             "ours": add_lora(Readers(names), **size),
             "PEFT": get_peft_model(Readers(names), config).base_model.model,
+            "PEFT, op": apply_lora_kernel(get_peft_model(Readers(names), config)).base_model.model,
             "frozen": Readers(names).requires_grad_(False),
         }
         cost = _microseconds({n: _step(model.train(), len(names)) for n, model in models.items()}, options.rounds)
-        table.add_row(what, str(p), *(f"{each:.0f}" for each in cost.values()), f"{cost['ours'] / cost['PEFT']:.2f}")
+        shares = (f"{cost[name] / cost['PEFT']:.2f}" for name in ("ours", "PEFT, op"))
+        table.add_row(what, str(p), *(f"{each:.0f}" for each in cost.values()), *shares)
     table_console().print(table)
 
 

@@ -1,6 +1,6 @@
-"""One LoRA layer, forward and backward: PEFT's, dynrank's and the frozen linear, interleaved in one process.
+"""One LoRA layer, forward and backward: PEFT's without and with the op, dynrank's and the frozen linear.
 
-Every round runs the three once in a new order. The table has the median over rounds of the ratios within a round, so
+Every round runs the four once in a new order. The table has the median over rounds of the ratios within a round, so
 a noisy machine disturbs all alike. Saved bytes are what autograd keeps between forward and backward besides the
 parameters (saved_tensors_hooks). Floor: the frozen linear's time x (1 + 3 r / d), the share of floating-point
 operations that the update adds.
@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import nn
 
-from dynrank import add_lora
+from dynrank import add_lora, apply_lora_kernel
 from dynrank.output.console import table_console
 
 # The dtype of the base. The adapters are float32, the default of both libraries.
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     table = Table(title=f"forward + backward, {options.tokens} tokens, {torch.get_num_threads()} threads")
-    for heading in ("base", "d", "r", "p", "ours / PEFT", "(quartiles)", "ours / frozen", "PEFT / frozen", "floor"):
+    for heading in ("base", "d", "r", "p", "ours / PEFT", "(quartiles)", "PEFT, op / PEFT", "(quartiles)"):
         table.add_column(heading, justify="right")
-    for heading in ("frozen ms", "saved bytes / PEFT"):
+    for heading in ("ours / frozen", "PEFT / frozen", "floor", "frozen ms", "saved bytes / PEFT: ours", "PEFT, op"):
         table.add_column(heading, justify="right")
     for kind, width, rank, p in itertools.product(options.kinds, options.widths, options.ranks, (0.0, 0.1)):
         table.add_row(kind, str(width), str(rank), str(p), *_measure(kind, width, rank, p, options))
@@ -51,6 +51,7 @@ def _measure(kind: str, width: int, rank: int, p: float, options: argparse.Names
     layers = {
         "frozen": frozen(width, dtype),
         "PEFT": peft(width, rank, p, dtype),
+        "PEFT, op": apply_lora_kernel(peft(width, rank, p, dtype)),
         "ours": ours(width, rank, p, dtype),
     }
     x = torch.randn(options.tokens, width).to(dtype).requires_grad_()
@@ -59,15 +60,14 @@ def _measure(kind: str, width: int, rank: int, p: float, options: argparse.Names
         {name: lambda layer=layer: layer(x).backward(dy) for name, layer in layers.items()}, options.rounds
     )
     saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
-    median, quartiles = ratio(seconds["ours"], seconds["PEFT"])
+    beside = (ratio(seconds[name], seconds["PEFT"]) for name in ("ours", "PEFT, op"))
     return [
-        f"{median:.2f}",
-        quartiles,
+        *(text for median, quartiles in beside for text in (f"{median:.2f}", quartiles)),
         f"{ratio(seconds['ours'], seconds['frozen'])[0]:.2f}",
         f"{ratio(seconds['PEFT'], seconds['frozen'])[0]:.2f}",
         f"{1 + 3 * rank / width:.2f}",
         f"{1e3 * statistics.median(seconds['frozen']):.2f}",
-        f"{saved['ours'] / saved['PEFT']:.2f}",
+        *(f"{saved[name] / saved['PEFT']:.2f}" for name in ("ours", "PEFT, op")),
     ]
 
 

@@ -1,17 +1,17 @@
-"""Whole training steps: of MiniLM and SmolLM2-135M under PEFT and dynrank; of a small model with a waiting callback.
+"""Whole training steps: of three models under PEFT and dynrank; of a small model with a waiting callback.
 
-All models of a comparison live in one process. A round makes one step of each in a random order, and the table has
-medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
-memory is what a step allocates at one time beyond weights, adapters and optimizer state. "State" is adapters, their
-gradients and their moments, in MB; beside it its mean over a run that is cut after a third of its steps. SmolLM2 has
-its architecture and random weights, because the time of a step does not depend on their values. On a GPU the frozen
-model is in bfloat16.
+The models are MiniLM, SmolLM2-135M, and a Llama of four blocks of width 64. All models of a comparison live in one
+process. A round makes one step of each in a random order, and the table has medians over rounds of the ratios within a
+round. Adapters are on every linear layer but the head, in float32. Peak memory is what a step allocates at one time
+beyond weights, adapters and optimizer state. "State" is adapters, their gradients and their moments, in MB; beside it
+its mean over a run that is cut after a third of its steps. SmolLM2 has its architecture and random weights, because the
+time of a step does not depend on their values. The frozen model is in --dtype.
 
 The last table has the host time of a step, in CPU seconds of the process, with a callback whose stage is not due yet,
 divided by the time without it. The model has --blocks blocks of width 64, PEFT's adapters on all linear layers and two
 batches in a step; --blocks 0 leaves it out.
-Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2] [--ranks 32 16] [--dropouts 0 0.1] [--blocks 24]
-     [--rounds N] [--device cuda]
+Run: .venv/bin/python scripts/bench/step.py [--models minilm smollm2 small] [--dtype bfloat16] [--ranks 32 16]
+     [--dropouts 0 0.1] [--blocks 24] [--rounds N] [--device cuda]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from stepping import by_lightning, by_transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynrank import add_lora, lora_layers, resize
+from dynrank import add_lora, apply_lora_kernel, lora_layers, resize
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.callbacks import RankMonitor, RankScheduler, RankTrainerCallback
 from dynrank.output.console import table_console
@@ -42,7 +43,7 @@ from dynrank.triggers import At
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "use_cache": False}
 # Rows, and tokens in a row.
-BATCHES = {"minilm": (32, 16), "smollm2": (4, 128)}
+BATCHES = {"minilm": (32, 16), "smollm2": (4, 128), "small": (2, 16)}
 
 
 def main() -> None:
@@ -54,12 +55,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     for name in options.models:
         rows, length = BATCHES[name]
         tokens = rows * length
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-        table = Table(title=f"{name}: steps of {rows} x {length} tokens, {where}")
+        table = Table(title=f"{name}: steps of {rows} x {length} tokens, {options.dtype}, {where}")
         for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's", "state", "mean"):
             table.add_column(heading, justify="left" if heading == "step" else "right")
         for dropout in options.dropouts:
@@ -77,14 +79,16 @@ def main() -> None:
 
 def _compare(name: str, dropout: float, tokens: int, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     high, low = options.ranks
-    peft = _Training(name, dropout, -high, options.device)
-    uncut = _Training(name, dropout, high, options.device)
-    cut = _Training(name, dropout, high, options.device)
-    from_the_start = _Training(name, dropout, low, options.device)
+    peft = _Training(name, dropout, -high, options)
+    uncut = _Training(name, dropout, high, options)
+    cut = _Training(name, dropout, high, options)
+    with_op = _Training(name, dropout, -high, options)
+    apply_lora_kernel(with_op.model)
+    from_the_start = _Training(name, dropout, low, options)
     cut.step()
     before = cut.state_bytes()
     cut.drop(low)
-    trainings = {"PEFT": peft, "high": uncut, "cut": cut, "low": from_the_start}
+    trainings = {"PEFT": peft, "PEFT, op": with_op, "high": uncut, "cut": cut, "low": from_the_start}
     steps = {key: training.step for key, training in trainings.items()}
     seconds = rounds(steps, options.rounds)
     peak = {key: peak_bytes(step) for key, step in steps.items()}
@@ -93,6 +97,7 @@ def _compare(name: str, dropout: float, tokens: int, options: argparse.Namespace
     rate = tokens / statistics.median(seconds["PEFT"])
     yield f"PEFT, r = {high}", "1", "", f"{rate:.0f}", "1", state["PEFT"], mean["PEFT"]
     for label, above, below in (
+        (f"PEFT with the op / PEFT, r = {high}", "PEFT, op", "PEFT"),
         (f"dynrank, r = {high} / PEFT, r = {high}", "high", "PEFT"),
         (f"dynrank, {high} cut to {low} / r = {low} from the start", "cut", "low"),
         (f"dynrank, {high} cut to {low} / r = {high}", "cut", "high"),
@@ -133,13 +138,13 @@ def _small(blocks: int) -> nn.Module:
 class _Training:
     """A model with its optimizer and one batch; a negative rank is PEFT's."""
 
-    def __init__(self, name: str, dropout: float, rank: int, device: str) -> None:
+    def __init__(self, name: str, dropout: float, rank: int, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model, labels = MODELS[name]()
-        if device == "cuda":
-            model = model.to(device, torch.bfloat16)
+        device = options.device
+        model = model.to(device, getattr(torch, options.dtype))
         rows, length = BATCHES[name]
-        ids = torch.randint(1000, 20000, (rows, length), device=device)
+        ids = torch.randint(model.config.vocab_size, (rows, length), device=device)
         classes = None if labels is None else torch.randint(0, labels, (rows,), device=device)
         self.batch = {"input_ids": ids, "labels": ids if classes is None else classes}
         heads = [] if labels is None else ["classifier"]
@@ -180,7 +185,12 @@ def _smollm2() -> tuple[nn.Module, int | None]:
     return LlamaForCausalLM(LlamaConfig(**SMOLLM2)), None
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, int | None]]] = {"minilm": _minilm, "smollm2": _smollm2}
+def _tiny() -> tuple[nn.Module, int | None]:
+    size = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=4, use_cache=False)), None
+
+
+MODELS: dict[str, Callable[[], tuple[Any, int | None]]] = {"minilm": _minilm, "smollm2": _smollm2, "small": _tiny}
 
 
 if __name__ == "__main__":

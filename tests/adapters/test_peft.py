@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers as hf
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from torch.testing import assert_close
 
@@ -116,3 +116,25 @@ def test_hotswap_between_adapters_of_unlike_ranks(zoo, tmp_path):
         hotswap_adapter(theirs, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
         close(zoo.outputs(theirs), zoo.outputs(ours))
         close(zoo.outputs(dynrank.swap_adapter(zoo.plain("llama"), tmp_path / folder)), zoo.outputs(ours))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_model_of_inject_adapter_in_model_is_saved_for_peft(dtype, zoo, tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    plain = copy.deepcopy(base)
+    config = LoraConfig(r=5, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    ours = inject_adapter_in_model(config, base, adapter_name="mine")
+    dynrank.resize(ours, 3, optimizers=())
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    dynrank.save_adapter(ours, tmp_path, dtype=dtype)
+    x = torch.randn(2, 4)
+    theirs = PeftModel.from_pretrained(plain, tmp_path)
+    assert_close(theirs(x), ours(x), rtol=0 if dtype is None else 2e-2, atol=0 if dtype is None else 2e-2)
+    # The config of the model that trains on is not that of a stored adapter.
+    assert not config.inference_mode
+    assert config.base_model_name_or_path is None
+    with pytest.raises(dynrank.ConfigurationError, match="inject_adapter_in_model returned, got a Sequential"):
+        dynrank.save_adapter(torch.nn.Sequential(ours), tmp_path)

@@ -270,7 +270,8 @@ def test_after_a_resize_what_either_library_saves_loads_in_both(kind, tmp_path):
 
 
 def test_save_refuses_nested_wrapped_models_and_numbers_not_finite(tmp_path):
-    with pytest.raises(ConfigurationError, match="what PEFT's get_peft_model returned, got a ModuleDict"):
+    message = "get_peft_model or inject_adapter_in_model returned, got a ModuleDict"
+    with pytest.raises(ConfigurationError, match=message):
         dynrank.save_adapter(nn.ModuleDict({"lm": wrapped()}), tmp_path / "out")
     model = wrapped("bert")
     model.base_model.model.classifier.modules_to_save["default"].bias.data[0] = torch.nan

@@ -161,8 +161,10 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
 
 def _model(config: DictConfig, adapter: Adapter | None, rank: int) -> PreTrainedModel:
     """The model of the task with its LoRA layers, on the meta device."""
-    # Every backend saves the same tensors, and torch's can run on tensors without values.
-    lora = {**lora_arguments(config, adapter), "rank": rank, "backend": "torch"}
+    lora = {**lora_arguments(config, adapter), "rank": rank}
+    if lora["backend"] == "triton":
+        # It saves the same tensors as torch's, which can run on tensors without values.
+        lora["backend"] = "torch"
     task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()

@@ -15,38 +15,36 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import History, RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed, check_training_metrics
 from dynrank.driver.validation import validate
+from dynrank.layers.peft_kernel import apply_lora_kernel
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.rank_map import RankMap
 from dynrank.schedules import Schedule
 
 
 class RankScheduler(Callback):
-    """Changes the ranks of LoRA layers during training.
+    """Changes the ranks of LoRA layers during training, of dynrank or of PEFT, in any LightningModule.
 
-    Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Under
-    manual optimization, which may have several optimizers, the module must call :meth:`step`. A change is made at the
-    start of a batch, between an optimizer step and the next forward; what is due at the end of the run, when the batch
-    of the last step ends, before the last validation and checkpoint. A checkpoint contains everything that a resumed
-    run needs, before, during and after a change. One scheduler drives one run.
+    Under manual optimization, which may have several optimizers, the module must call :meth:`step`. A change is made at
+    the start of a batch, between an optimizer step and the next forward; what is due at the end of the run, when the
+    batch of the last step ends, before the last validation and checkpoint. A checkpoint contains everything that a
+    resumed run needs.
 
     Triggers read the metrics of each validation, and ``train/loss``: the mean loss of the steps since the last one, or
     since ranks have changed (without validation, they read it after each epoch). After a change that lowers ranks, the
     best so far no longer counts: ModelCheckpoint, EarlyStopping and ReduceLROnPlateau start anew. A change multiplies
-    the adapters' rate by ``lr_factor`` of the stage's How inside of each optimizer step; everywhere else rates are
-    those without the factor, and ``lr/adapter`` is logged. Callbacks of the trainer that define
-    ``on_rank_change(trainer, pl_module, event)`` are called after each change was made or undone.
+    the adapters' rate by ``lr_factor`` of the stage's How inside of each optimizer step alone, and ``lr/adapter`` is
+    logged. Callbacks with ``on_rank_change(trainer, pl_module, event)`` are called after each change and each undo.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
-        evaluate: evaluates the present model and returns the metrics, for stages whose changes are judged. None: the
-            module's own validation steps, of which no callback and no logger hears.
+        evaluate: returns the metrics of the present model, for stages whose changes are judged. None: the module's own
+            validation steps, of which no callback and no logger hears.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        measure: validate directly before and after each change, and put the ``check_monitor`` of the stage's How into
-            the event.
-        rank_map: what the rank of single layers may become: {pattern or word: a mapping of ``pinned``, ``highest``,
-            ``lowest`` or ``final_rank``} (:class:`dynrank.rank_map.RankBounds`), or the path of a YAML file with this
-            mapping below ``rank_pattern``. Patterns match as PEFT's, the words "attention" and "mlp" mean kinds of
-            layers, and the first that matches decides; where none does, the rank map of ``add_lora``.
+        measure: validate directly before and after each change; the event has the How's ``check_monitor`` of both.
+        rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its:
+            {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}, or the
+            path of a YAML file with this mapping below ``rank_pattern``.
+        kernel: let PEFT's layers compute by the fused op, see :func:`dynrank.apply_lora_kernel`.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -54,10 +52,7 @@ class RankScheduler(Callback):
     Raises:
         ConfigurationError: if a value cannot be used; when training starts, if ``rank_map`` does not fit.
 
-    >>> from lightning import Trainer
-    >>> scheduler = RankScheduler(4, rank_map={"o_proj": {"pinned": True}, "mlp": {"highest": 8}})
-    >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[scheduler])
-    >>> trainer.callbacks[0].history
+    >>> RankScheduler(4, rank_map={"o_proj": {"pinned": True}, "mlp": {"highest": 8}}).history
     []
     """
 
@@ -69,10 +64,12 @@ class RankScheduler(Callback):
         keep_best_before: bool = False,
         measure: bool = False,
         rank_map: RankMap | None = None,
+        kernel: bool = False,
     ) -> None:
         self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
+        self.kernel = kernel
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
         self._loss = TrainingLoss()
@@ -114,6 +111,11 @@ class RankScheduler(Callback):
             if self.driver.stages:
                 check_callbacks(trainer, RankScheduler)
             self._best = BestSoFar(trainer, self._best)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In setup the module may have no layers yet (configure_model).
+        if self.kernel:
+            apply_lora_kernel(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         private.load_place_in_data(trainer)
@@ -186,12 +188,10 @@ class RankScheduler(Callback):
         self._run = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A callback that is kept does not keep the trainer.
         self._run = None
 
     @property
     def _training(self) -> training.LightningTraining:
-        """The run at its present step."""
         assert self._run is not None
         return self._run.now()
 

@@ -19,6 +19,7 @@ from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
+from dynrank.layers.peft_kernel import apply_lora_kernel
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 
 # The Trainers that are prepared. A callback that kept them itself could not be pickled.
@@ -30,10 +31,11 @@ def is_prepared(trainer: Trainer) -> bool:
     return trainer in _PREPARED
 
 
-def prepare_trainer(trainer: Trainer) -> None:
+def prepare_trainer(trainer: Trainer, *, kernel: bool) -> None:
     """Check the Trainer's arguments, and prepare its model before it is wrapped or loads a checkpoint.
 
-    So is each model that its ``model_init`` makes later, and a resume from FSDP2's shards.
+    So is each model that its ``model_init`` makes later, and a resume from FSDP2's shards. With ``kernel`` PEFT's
+    layers compute by the fused op.
     """
     check_arguments(trainer.args)
     if trainer.args.restore_callback_states_from_checkpoint:
@@ -42,7 +44,7 @@ def prepare_trainer(trainer: Trainer) -> None:
             "schedule; set it to False: this callback restores its own state in any case",
             "restore_callback_states_from_checkpoint",
         )
-    prepare_model(trainer.model)
+    prepare_model(trainer.model, kernel=kernel)
     if trainer in _PREPARED:
         return
     _PREPARED.add(trainer)
@@ -56,14 +58,16 @@ def prepare_trainer(trainer: Trainer) -> None:
     @wraps(make)
     def prepared(*args: Any, **kwargs: Any) -> Any:
         model = make(*args, **kwargs)
-        prepare_model(model)
+        prepare_model(model, kernel=kernel)
         return model
 
     trainer.call_model_init = prepared
 
 
-def prepare_model(model: nn.Module) -> None:
+def prepare_model(model: nn.Module, *, kernel: bool) -> None:
     """Prepare ``model`` before it is wrapped, and before a checkpoint is loaded."""
+    if kernel:
+        apply_lora_kernel(model)
     prepare_checkpoints(model)
     if fsdp_plugin() is not None:
         # accelerate does not shard a model again that is sharded when it is prepared.

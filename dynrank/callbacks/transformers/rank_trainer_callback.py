@@ -32,9 +32,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several.
 
     Pass it to the Trainer's constructor (``callbacks=[...]``), or a Trainer that is made already to :meth:`attach`;
-    ``trainer.add_callback`` alone is refused, because its checkpoints could not be resumed. Changes are made before the
-    first batch of an optimizer step; what is due at the end of the run, in the last step, before the last evaluation
-    and checkpoint. Several processes train under DDP, accelerate's FSDP2 or DeepSpeed's ZeRO.
+    ``trainer.add_callback`` alone is refused. Changes are made before the first batch of an optimizer step; what is due
+    at the end of the run, in the last step, before the last evaluation and checkpoint.
 
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss`` is ``eval_loss``. Triggers read those of
     each evaluation, and ``train/loss``, or ``loss``: the mean of the losses that were logged since the last one, or
@@ -43,9 +42,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     next evaluation; EarlyStoppingCallback and ``reduce_lr_on_plateau`` start anew.
 
     ``rank/mean``, ``rank/max`` and ``rank/parameters`` are logged at the start and at each change, and ``lr/adapter``
-    with each loss, if changes have raised the adapters' rate (``learning_rate`` is the rate without the factor).
-    Callbacks that define ``on_rank_change(args, state, control, event, **kwargs)`` are called after each change was
-    made or undone. A Trainer with a ``model_init`` begins the schedule anew in each ``train()`` and trial of a search.
+    with each loss, if changes have raised the adapters' rate. Callbacks with ``on_rank_change(args, state, control,
+    event, **kwargs)`` are called after each change and each undo. A Trainer with a ``model_init`` begins the schedule
+    anew in each ``train()`` and trial of a search.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
@@ -53,6 +52,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         measure: as in RankScheduler.
         rank_map: as in RankScheduler.
+        kernel: as in RankScheduler.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -60,9 +60,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Raises:
         ConfigurationError: if a value cannot be used; when training starts, if ``rank_map`` does not fit.
 
-    >>> from dynrank.schedules import auto
-    >>> RankTrainerCallback(auto()).driver.monitors
-    ['val/loss']
+    >>> RankTrainerCallback(4).history
+    []
     """
 
     def __init__(
@@ -73,10 +72,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         keep_best_before: bool = False,
         measure: bool = False,
         rank_map: RankMap | None = None,
+        kernel: bool = False,
     ) -> None:
         self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
+        self.kernel = kernel
         # The model of the last run, as long as somebody has it.
         self._last_model: ref[nn.Module] | None = None
         # From attach() on, or while it trains; and the run, while it trains.
@@ -99,11 +100,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self.trainer = trainer
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, kernel=self.kernel)
         return self
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        prepare_trainer(calling_trainer())
+        prepare_trainer(calling_trainer(), kernel=self.kernel)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # After attach() the Trainer is known. Its state tells it from another one that has the same callback.
@@ -153,7 +154,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if args.load_best_model_at_end:
             training.best_is_loaded()
         self.driver.finish(training)
-        # A callback that is kept does not keep the model's wrappers and the optimizer.
         self._run = None
 
     def on_rank_change(self, args: Any, state: TrainerState, control: Any, event: RankEvent, **_: Any) -> None:
