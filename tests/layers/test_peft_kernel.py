@@ -283,11 +283,10 @@ def test_checkpointing_of_activations_gives_the_same_gradients(use_reentrant, wa
 
 
 def penalty(model):
-    """The gradients of all factors, of a sum with the gradient of x."""
-    x = X.clone().requires_grad_()
-    y = model(x).square().sum()
-    (slope,) = torch.autograd.grad(y, x, create_graph=True)
-    return torch.autograd.grad(y + slope.square().sum(), trained(model))
+    """All gradients of the sum of the squares of all gradients."""
+    leaves = [X.clone().requires_grad_(), *trained(model)]
+    slopes = torch.autograd.grad(model(leaves[0]).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(slope.square().sum() for slope in slopes), leaves)
 
 
 def input_gradients(model):
@@ -381,11 +380,13 @@ def test_a_cut_of_ranks_and_steps_with_optimizer_state_end_as_in_peft(calls):
 
 def test_layers_of_other_kinds_stay_pefts():
     modules = {"words": nn.Embedding(9, 16), "image": nn.Conv2d(3, 4, 1), "bytes": bitsandbytes.nn.Linear8bitLt(16, 16)}
-    base = nn.ModuleDict(modules | {"plain": nn.Linear(16, 16)})
+    base = nn.ModuleDict(modules | {"other": nn.Linear(16, 16), "plain": nn.Linear(16, 16)})
     base.is_loaded_in_8bit = True
-    model = dynrank.apply_lora_kernel(get_peft_model(base, LoraConfig(r=2, target_modules=[*base])))
-    kinds = [type(layer) for layer in layers(model)]
-    assert kinds == [lora.layer.Embedding, lora.layer.Conv2d, lora.bnb.Linear8bitLt, peft_op.Linear]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[*base]))
+    # As fully_shard does.
+    layers(model)[-2].__class__ = other = type("Other", (lora.layer.Linear,), {})
+    kinds = [type(layer) for layer in layers(dynrank.apply_lora_kernel(model))]
+    assert kinds == [lora.layer.Embedding, lora.layer.Conv2d, lora.bnb.Linear8bitLt, other, peft_op.Linear]
 
 
 @pytest.mark.parametrize("model", [net(), dynrank.add_lora(net(), rank=2, target_modules=["0"])])
@@ -414,6 +415,12 @@ def test_layers_in_4_bits_train_by_the_op_and_generate_by_bitsandbytes(options, 
     calls.clear()
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
+    hooks = [layers(model)[0].base_layer.register_forward_hook(lambda m, x, y: 2 * y) for model in (ours, theirs)]
+    assert_close(outcome(ours, x, autocast), outcome(theirs, x, autocast), rtol=0, atol=0)
+    for hook in hooks:
+        hook.remove()
+    monkeypatch.setattr(peft_op_4bit, "op_pays", lambda *args: False)
+    assert_close(outcome(ours, x, autocast), outcome(theirs, x, autocast), rtol=0, atol=0)
     assert calls == {}
 
 
