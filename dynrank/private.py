@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_copy_ = torch._foreach_copy_
@@ -73,10 +74,18 @@ def is_recorded() -> bool:
     return compiles or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks of its own."""
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return bool(hooks) or has_device_hook(module)
+def need_own_call(*modules: torch.nn.Module) -> bool:
+    """Whether a call of one of ``modules`` does more than the forward of its class.
+
+    It has hooks, or all modules have, or somebody has set a forward on the object, as accelerate does.
+    """
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    for module in modules:
+        before = module._forward_pre_hooks or module._backward_pre_hooks
+        if before or module._forward_hooks or module._backward_hooks or "forward" in vars(module):
+            return True
+    return False
 
 
 def has_device_hook(module: torch.nn.Module) -> bool:

@@ -198,7 +198,7 @@ def _in_working_dtypes(
         raise ValueError(f"x must have the dtype of the weight, {weight.dtype}, got {x.dtype}")
     # A check takes less time than a call of torch that changes nothing.
     wide = x.dtype if autocast else torch.promote_types(x.dtype, lora_A.dtype)
-    if lora_A.dtype != wide:
+    if not lora_A.dtype == lora_B.dtype == wide:
         lora_A = lora_A.to(wide)
         lora_B = lora_B.to(wide)
     if bias is not None and bias.dtype != x.dtype:

@@ -205,7 +205,7 @@ def experts_forward(
     if getattr(owner, "has_post_expert_norm", False):
         down = owner.post_expert_norm(down)
     weighted = down * top_k_weights.flatten()[order, None]
-    by_token = weighted[order.argsort()].view(*top_k_index.shape, -1)
+    by_token = weighted[order.argsort()].view(*top_k_index.shape, weighted.shape[-1])
     return by_token.sum(1).to(hidden_states.dtype)
 
 

@@ -15,7 +15,7 @@ from dynrank.layers.foreign import class_if_imported
 from dynrank.layers.lora_layer import LoRALayer
 from dynrank.layers.partitioned import whole_shape
 from dynrank.layers.quantized import computes_in, is_quantized, unpacker
-from dynrank.private import has_device_hook, has_hooks, is_recorded
+from dynrank.private import has_device_hook, is_recorded, need_own_call
 
 
 class LoRALinear(LoRALayer):
@@ -31,9 +31,9 @@ class LoRALinear(LoRALayer):
 
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
         the backward. This formula runs for inputs so small that it takes less time (on a CPU); under
-        ``torch.compile``, which can fuse plain operations; under ``torch.func`` and ``torch.jit.trace``, which do not
-        support the op; if the base has hooks, which only its own call runs; and if its weight or bias is trained, whose
-        gradients the op does not compute.
+        ``torch.compile``, which can fuse plain operations; under ``torch.func``, ``torch.jit.trace`` and forward-mode
+        AD, which do not support the op; if the base has hooks or a forward of its own, which only its call runs; and
+        if its weight or bias is trained, whose gradients the op does not compute.
         """
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
@@ -52,10 +52,10 @@ class LoRALinear(LoRALayer):
 
     def _needs_own_call(self) -> bool:
         """Whether only the base's own call does all that is wanted of it."""
-        return has_hooks(self.base) or bool(self.trained_in_base())
+        return need_own_call(self.base) or bool(self.trained_in_base())
 
     def _op_pays(self, x: Tensor) -> bool:
-        return op_pays(x, self.lora_B.shape[0], self.base.weight.dtype, self._drops())  # type: ignore[arg-type]
+        return op_pays(x, self.lora_B.shape[0], self.weight.dtype, self._drops())
 
     def forward(self, x: Tensor) -> Tensor:
         if is_recorded() or self.backend == "reference" or (self.backend == "auto" and not self._op_pays(x)):

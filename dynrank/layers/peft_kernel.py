@@ -28,9 +28,10 @@ def apply_lora_kernel(model: M) -> M:
     Nothing else changes: not the parameters, their names, the files, or what PEFT's methods do. Linear layers, those
     packed by bitsandbytes into 4 bits, and experts' weights take part; others stay as they are. Each call decides.
     Inputs for which the op does not pay (:func:`dynrank.kernels.backends.op_pays`) are computed by the same formula in
-    fewer calls than PEFT's, and so are layers whose base is trained or has hooks. PEFT's own forward computes wherever
-    the op would compute something else: with several active adapters, none, merged ones, DoRA and other variants,
-    ``adapter_names``, hooks on an adapter, under ``torch.compile``, ``torch.func`` and forward-mode AD.
+    fewer calls than PEFT's, and so are layers whose base is trained. PEFT's own forward computes wherever this would be
+    something else: with several active adapters, none, merged ones, DoRA and other variants, ``adapter_names``; with
+    parts of other classes, with hooks, sharded or offloaded; under ``torch.compile``, ``torch.func`` and forward-mode
+    AD.
 
     Call it before ``fully_shard`` of single layers, which otherwise stay PEFT's. A second call does nothing; layers
     that another adapter adds later need one.
@@ -66,6 +67,8 @@ def apply_lora_kernel(model: M) -> M:
 
 def remove_lora_kernel(model: M) -> M:
     """Undo :func:`apply_lora_kernel`, in place: PEFT's layers have their own classes again.
+
+    Call it before ``fully_shard`` of single layers: the classes that FSDP2 makes stay as they are.
 
     Returns:
         ``model`` itself.

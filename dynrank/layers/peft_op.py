@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.kernels.backends import experts_pay, op_pays
 from dynrank.kernels.lora_linear import add_update, lora_linear
 from dynrank.layers.experts import ExpertStack, StackLayer, expert_stacks, experts_forward, grouped_lora
-from dynrank.private import has_hooks, is_recorded
+from dynrank.private import is_recorded, need_own_call
 
 
 class Parts(NamedTuple):
@@ -32,16 +32,24 @@ class Parts(NamedTuple):
     dropout: nn.Module
     p: float
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the base has a plain weight and nothing of it is trained; the op computes no gradients for it."""
+        return isinstance(self.base.weight, nn.Parameter) and not any(
+            parameter.requires_grad for parameter in self.base.parameters(recurse=False)
+        )
+
 
 class Linear(theirs.Linear):
     """PEFT's layer around a linear layer of torch, or transformers' Conv1D."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = None if args or kwargs or x.is_meta or is_recorded() else plain_parts(self)
-        if parts is None or not _has_dtypes_of_op(self, x, parts):
+        parts = None if args or kwargs else plain_parts(self, x, nn.Linear, Conv1D)
+        if parts is None or x.dtype != parts.base.weight.dtype and not is_autocast(x):
             return super().forward(x, *args, **kwargs)
         base, lora_A, lora_B, scaling, dropout, p = parts
-        if op_pays(x, len(lora_B), base.weight.dtype, p > 0) and (weight := _frozen_weight(base)) is not None:
+        if op_pays(x, len(lora_B), base.weight.dtype, p > 0) and parts.is_frozen:
+            weight = base.weight if type(base) is nn.Linear else base.weight.mT
             return lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, p)
         y: Tensor = base(x)
         if x.dtype != lora_A.dtype:
@@ -49,22 +57,28 @@ class Linear(theirs.Linear):
         return add_update(y, dropout(x) if p else x, lora_A, lora_B, scaling)
 
 
-def plain_parts(layer: Any) -> Parts | None:
-    """What ``layer`` computes with if one adapter alone decides, by the plain formula; None if PEFT has to compute."""
-    adapter = only_adapter(layer)
+def plain_parts(layer: Any, x: Tensor, *bases: type) -> Parts | None:
+    """What ``layer`` computes with; None if PEFT has to compute.
+
+    It has to unless one adapter alone decides, by the plain formula, all parts are exactly of the classes whose formula
+    is known (``bases`` for the base), and nobody reads or adds anything between them.
+    """
+    adapter = None if x.is_meta or is_recorded() else only_adapter(layer)
     if adapter is None:
         return None
+    base = layer.base_layer
     lora_A = layer.lora_A[adapter]
     lora_B = layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
     scaling = layer.scaling[adapter]
+    known = type(base) in bases and type(lora_A) is type(lora_B) is nn.Linear
     # PEFT's hotswap for compiled models makes scalings tensors.
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or isinstance(scaling, Tensor):
+    if not known or type(dropout) not in (nn.Dropout, nn.Identity) or isinstance(scaling, Tensor):
         return None
-    if type(dropout) not in (nn.Dropout, nn.Identity) or any(map(has_hooks, (lora_A, lora_B, dropout))):
+    if need_own_call(base, lora_A, lora_B, dropout) or not _is_cast_up(layer, x, lora_A.weight.dtype):
         return None
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return Parts(layer.base_layer, lora_A.weight, lora_B.weight, scaling, dropout, p)
+    return Parts(base, lora_A.weight, lora_B.weight, scaling, dropout, p)
 
 
 def only_adapter(layer: Any) -> str | None:
@@ -76,32 +90,24 @@ def only_adapter(layer: Any) -> str | None:
     return None if adapter in layer.lora_variant or layer.lora_bias.get(adapter) else adapter
 
 
-def _has_dtypes_of_op(layer: Any, x: Tensor, parts: Parts) -> bool:
-    """Whether PEFT multiplies by the base in the dtype of ``x``, and by the factors in theirs, as the op does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+def is_autocast(x: Tensor) -> bool:
+    """Whether products with ``x`` are computed in autocast's dtype."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def _is_cast_up(layer: Any, x: Tensor, factors: torch.dtype) -> bool:
+    """Whether PEFT multiplies by the factors in their dtype, which is that of ``x`` or wider, as the op does."""
+    if x.dtype == factors or is_autocast(x):
         return True
-    factors = parts.lora_A.dtype
-    is_cast = getattr(layer, "cast_input_dtype_enabled", True) and torch.promote_types(x.dtype, factors) == factors
-    return x.dtype == parts.base.weight.dtype and (x.dtype == factors or bool(is_cast))
-
-
-def _frozen_weight(base: Any) -> Tensor | None:
-    """The (d_out, d_in) weight of ``base``; None if ``base`` trains, has hooks or computes something else."""
-    weight = base.weight
-    if type(weight) is not nn.Parameter or "forward" in vars(base) or has_hooks(base):
-        return None
-    if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
-    if type(base).forward is nn.Linear.forward:
-        return weight
-    return weight.mT if type(base).forward is Conv1D.forward else None
+    return torch.promote_types(x.dtype, factors) == factors and getattr(layer, "cast_input_dtype_enabled", True)
 
 
 class ParamWrapper(theirs.ParamWrapper):
     """PEFT's layer around one stacked weight of a module of experts; the outer wrappers hold the inner ones."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layers = None if len(args) != 2 or kwargs or x.is_meta or is_recorded() else _stack_layers(self)
+        known = len(args) == 2 and not kwargs and not x.is_meta and not is_recorded()
+        layers = _stack_layers(self) if known else None
         if layers is None or not experts_pay(x, args[0].numel() / self.num_experts):
             return super().forward(x, *args, **kwargs)
         return experts_forward(self.get_base_layer(), x, args[0], args[1], layers)
@@ -111,15 +117,15 @@ def _stack_layers(wrapper: Any) -> dict[str, StackLayer] | None:
     """{stacked weight: what multiplies by it, with the update}; None if PEFT has to compute."""
     owner = wrapper.get_base_layer()
     stacks = expert_stacks(owner)
-    if not stacks or any(value.requires_grad for value in owner.parameters()) or has_hooks(owner):
+    if not stacks or any(value.requires_grad for value in owner.parameters()) or need_own_call(owner):
         return None
     layers: dict[str, StackLayer] = {}
     while isinstance(wrapper, theirs.ParamWrapper):
         adapter = only_adapter(wrapper)
         leaf = wrapper.parameter_name
         # The outermost wrapper is being called, and its own hooks run around this call.
-        inner_hooks = layers and has_hooks(wrapper)
-        if adapter is None or leaf not in stacks or leaf in layers or inner_hooks:
+        is_called = layers and need_own_call(wrapper)
+        if adapter is None or leaf not in stacks or leaf in layers or is_called:
             return None
         layers[leaf] = _stack_layer(wrapper, adapter, stacks[leaf])
         wrapper = wrapper.base_layer

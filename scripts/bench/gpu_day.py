@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import append_row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -111,7 +112,7 @@ def main() -> None:
         start = time.perf_counter()
         code = run(PHASES[name], options.device, options.out / f"{name}.txt")
         seconds = time.perf_counter() - start
-        append(rows, (card, name, str(code), f"{seconds:.0f}"))
+        append_row(rows, FIELDS, (card, name, str(code), f"{seconds:.0f}"))
         print(f"{name}: exit code {code}, {seconds:.0f} s, {options.out / f'{name}.txt'}", flush=True)
         if code:
             failed.append(name)
@@ -141,16 +142,6 @@ def has_passed(rows: Path, card: str, name: str) -> bool:
         return False
     with rows.open(encoding="utf-8", newline="") as file:
         return any((row["card"], row["phase"], row["exit"]) == (card, name, "0") for row in csv.DictReader(file))
-
-
-def append(rows: Path, row: tuple[str, ...]) -> None:
-    """Add a row, below a heading in a new file."""
-    is_new = not rows.exists()
-    with rows.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(FIELDS)
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,16 @@ def peak_bytes(function: Function) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def append_row(file: Path, fields: Sequence[str], row: Sequence[str]) -> None:
+    """Add a row, below a heading in a new file."""
+    is_new = not file.exists()
+    with file.open("a", encoding="utf-8", newline="") as rows:
+        writer = csv.writer(rows, lineterminator="\n")
+        if is_new:
+            writer.writerow(fields)
+        writer.writerow(row)
 
 
 def _finish() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measuring import ratio, rounds
+from measuring import append_row, ratio, rounds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
@@ -78,7 +78,7 @@ def main() -> None:
     for case in cases():
         key = tuple(map(str, case))
         if key not in known:
-            append((*key, *measure(case, seconds=options.seconds)))
+            append_row(ROWS, FIELDS, (*key, *measure(case, seconds=options.seconds)))
     rows = stored_rows()
     tables = {
         "sizes.csv": [("weight", "computes", "dropout", "tokens", "elements"), *paying(rows)],
@@ -160,16 +160,6 @@ def stored_rows() -> list[dict[str, str]]:
         return []
     with ROWS.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(row: tuple[str, ...]) -> None:
-    """Add a row, below a heading in a new file."""
-    is_new = not ROWS.exists()
-    with ROWS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(FIELDS)
-        writer.writerow(row)
 
 
 def paying(rows: list[dict[str, str]]) -> Iterator[tuple[str, str, str, int, int]]:

@@ -174,9 +174,18 @@ DECIDED = {name: (net, {}, change, OP if by_op else {}) for name, (change, by_op
     "trained biases": (net, {"bias": "lora_only"}, id, PLAIN),
     "a trained base": (net, {}, lambda model: layers(model)[0].base_layer.weight.requires_grad_(), EACH),
     "a trained head": (net, {"target_modules": ["0"], "modules_to_save": ["2"]}, id, {"lora_linear": 1}),
-    "a base of a subclass": (lambda: net(Doubled), {}, id, EACH),
-    "a parametrized base": (parametrized, {"target_modules": ["a", "c"]}, id, EACH),
-    "a base with a forward of its own": (net, {}, lambda model: double_forward(layers(model)[0].base_layer), EACH),
+    "a base of a subclass": (lambda: net(Doubled), {}, id, {"lora_linear": 1}),
+    "a parametrized base": (parametrized, {"target_modules": ["a", "c"]}, id, {"lora_linear": 1}),
+}
+PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
+DECIDED |= {
+    f"a forward of its own in {part}": (
+        net,
+        {},
+        lambda model, part=part: double_forward(layers(model)[0].get_submodule(part)),
+        {"lora_linear": 1},
+    )
+    for part in PARTS
 }
 
 
@@ -215,7 +224,7 @@ def test_input_that_peft_is_told_not_to_cast_is_an_error_as_in_peft(calls):
 
 
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+@pytest.mark.parametrize("part", PARTS)
 def test_hooks_on_the_parts_of_a_layer_are_called_and_change_what_they_change_in_peft(part, kind, calls):
     theirs = wrapped()
     ours = dynrank.apply_lora_kernel(copy.deepcopy(theirs))
@@ -234,6 +243,56 @@ def test_hooks_on_the_parts_of_a_layer_are_called_and_change_what_they_change_in
     assert not all(torch.equal(one, other) for one, other in zip(expected, unhooked, strict=True))
     # The other layer has no hooks.
     assert calls["lora_linear"] == 1
+
+
+def test_hooks_of_all_modules_are_called_and_change_what_they_change_in_peft(calls):
+    heard = Counter()
+    outcomes = []
+    for change in (lambda model: model, dynrank.apply_lora_kernel):
+        model = change(wrapped())
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, x, y, model=model: (heard.update([model]), y / 2 if type(module) is nn.Linear else y)[1]
+        )
+        outcomes.append(outcome(model))
+        hook.remove()
+    assert_close(*outcomes)
+    assert [*heard.values()] == [max(heard.values())] * 2
+    assert calls == {}
+
+
+def test_a_base_that_computes_its_weight_computes_it_as_often_as_in_peft(calls):
+    theirs = wrapped(parametrized(), target_modules=["a", "c"])
+    counts = []
+    for model in (theirs, dynrank.apply_lora_kernel(copy.deepcopy(theirs))):
+        made = Counter()
+        halve = layers(model)[0].base_layer.parametrizations.weight[0]
+        halve.register_forward_hook(lambda *_, made=made: made.update("w"))
+        model(X)
+        counts.append(made["w"])
+    assert counts == [1, 1]
+
+
+def test_gradients_in_batches_are_pefts_and_refused_by_torch_with_dropout(calls):
+    """The backward draws dropout's mask again, which torch forbids there."""
+    theirs = wrapped()
+    x = X.clone().requires_grad_()
+    found = []
+    for model in (theirs, dynrank.apply_lora_kernel(copy.deepcopy(theirs))):
+        y = model(x)
+        found.append(torch.autograd.grad(y, x, torch.stack([torch.ones_like(y), y]), is_grads_batched=True))
+    assert_close(*found)
+    y = dynrank.apply_lora_kernel(wrapped(lora_dropout=0.5))(x)
+    with pytest.raises(RuntimeError, match="random operations"):
+        torch.autograd.grad(y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)
+
+
+def test_factors_of_two_dtypes_train_under_autocast_as_in_peft(way, calls):
+    theirs = wrapped()
+    for layer in layers(theirs):
+        layer.lora_A.bfloat16()
+    ours = dynrank.apply_lora_kernel(copy.deepcopy(theirs))
+    assert_near(outcome(ours, autocast=True), outcome(theirs, autocast=True), 3e-2)
+    assert calls == {way: 2}
 
 
 def test_dropout_scales_what_it_keeps_and_backward_drops_what_forward_did(way, calls):
@@ -419,6 +478,8 @@ def test_layers_in_4_bits_train_by_the_op_and_generate_by_bitsandbytes(options, 
     assert_close(outcome(ours, x, autocast), outcome(theirs, x, autocast), rtol=0, atol=0)
     for hook in hooks:
         hook.remove()
+    with disable_input_dtype_casting(ours), pytest.raises(RuntimeError, match="same dtype"):
+        ours(x.bfloat16())
     monkeypatch.setattr(peft_op_4bit, "op_pays", lambda *args: False)
     assert_close(outcome(ours, x, autocast), outcome(theirs, x, autocast), rtol=0, atol=0)
     assert calls == {}
@@ -448,6 +509,16 @@ def expert_models(kind="eager", dtype=torch.float32, **options):
 
 def rows(count=9):
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_no_tokens_and_a_forward_of_the_experts_own_give_what_peft_gives(calls):
+    theirs, ours = expert_models()
+    assert ours(rows(0)).shape == theirs(rows(0)).shape == (0, 16)
+    assert calls == {"experts_forward": 1}
+    for model in (theirs, ours):
+        double_forward(next(module for module in model.modules() if type(module) is Qwen3MoeExperts))
+    assert_close(outcome(ours, rows()), outcome(theirs, rows()), rtol=0, atol=0)
+    assert calls == {"experts_forward": 1}
 
 
 @pytest.mark.parametrize("kind", ["eager", "grouped_mm"])
