@@ -18,7 +18,6 @@ from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_copy_ = torch._foreach_copy_
@@ -79,7 +78,7 @@ def need_own_call(*modules: torch.nn.Module) -> bool:
 
     It has hooks, or all modules have, or somebody has set a forward on the object, as accelerate does.
     """
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in modules:
         before = module._forward_pre_hooks or module._backward_pre_hooks

@@ -51,6 +51,7 @@ CPU_EXPERTS = {
     getattr(torch, row["weight"]): ExpertSize(int(row["width"]), float(row["rows_by_width"]))
     for row in _rows("expert_sizes.csv")
 }
+_LEAST_ELEMENTS = min(size.elements for size in CPU_SIZES.values())
 
 
 def products_of(backend: Backend, x: Tensor, rank: int) -> ModuleType:
@@ -69,6 +70,11 @@ def products_of(backend: Backend, x: Tensor, rank: int) -> ModuleType:
     if fault:
         raise ConfigurationError(f'{fault}; set backend="torch" or "auto"', "backend")
     return triton_launch
+
+
+def may_pay(x: Tensor) -> bool:
+    """Whether :func:`op_pays` can hold for ``x``, by the smallest size of all dtypes: a check that costs little."""
+    return x.device.type != "cpu" or x.numel() >= _LEAST_ELEMENTS
 
 
 def op_pays(x: Tensor, d_out: int, weight: torch.dtype, dropout: bool) -> bool:

@@ -68,20 +68,15 @@ def lora_linear(
     return _forward(x, lora_A, lora_B, constants)[0]
 
 
-def add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``y + scaling * (x A^T) B^T`` by operations of torch: for inputs so small that only the number of calls counts.
+def add_update(y: Tensor, update: Tensor, scaling: float) -> Tensor:
+    """``y + scaling * update`` in the dtype of y, in as few operations of torch as it takes.
 
     Args:
         y: (..., O), the output of the frozen layer.
-        x: (..., I) in the dtype of the factors, after dropout.
-        lora_A: (R, I).
-        lora_B: (O, R).
+        update: (..., O), ``(drop(x) A^T) B^T`` in the dtype of the factors.
         scaling: factor of the update.
-
-    Returns:
-        (..., O) in the dtype of y.
     """
-    total = torch.add(y, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling)
+    total = torch.add(y, update, alpha=scaling)
     return total if total.dtype == y.dtype else total.to(y.dtype)
 
 

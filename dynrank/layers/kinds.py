@@ -44,7 +44,8 @@ class LoRALinear(LoRALayer):
             x = x.to(dtype)
             lora_A = lora_A.to(dtype)
             lora_B = lora_B.to(dtype)
-        return add_update(y, self.dropout(x) if self._drops() else x, lora_A, lora_B, self.scaling)
+        x = self.dropout(x) if self._drops() else x
+        return add_update(y, F.linear(F.linear(x, lora_A), lora_B), self.scaling)
 
     def _drops(self) -> bool:
         dropout = self.dropout

@@ -27,11 +27,10 @@ def apply_lora_kernel(model: M) -> M:
     It pays where layers are wide, in bfloat16 or experts: less time, and about half of the memory for activations.
     Nothing else changes: not the parameters, their names, the files, or what PEFT's methods do. Linear layers, those
     packed by bitsandbytes into 4 bits, and experts' weights take part; others stay as they are. Each call decides.
-    Inputs for which the op does not pay (:func:`dynrank.kernels.backends.op_pays`) are computed by the same formula in
-    fewer calls than PEFT's, and so are layers whose base is trained. PEFT's own forward computes wherever this would be
-    something else: with several active adapters, none, merged ones, DoRA and other variants, ``adapter_names``; with
-    parts of other classes, with hooks, sharded or offloaded; under ``torch.compile``, ``torch.func`` and forward-mode
-    AD.
+    PEFT's modules are called for inputs for which the op does not pay (:func:`dynrank.kernels.backends.op_pays`), and
+    wherever it would compute something else: with several active adapters, none, merged ones, DoRA and other variants,
+    ``adapter_names``; with parts that are trained (but A and B), of other classes, with hooks, sharded or offloaded;
+    under ``torch.compile``, ``torch.func`` and forward-mode AD.
 
     Call it before ``fully_shard`` of single layers, which otherwise stay PEFT's. A second call does nothing; layers
     that another adapter adds later need one.

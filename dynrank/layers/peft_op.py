@@ -1,9 +1,9 @@
 """PEFT's LoRA layers with the fused op: subclasses with the same names, state and methods, and another forward.
 
-Each call decides. With one plain adapter it is the op, or below the size for which that pays, the same formula in fewer
-calls than PEFT's; else PEFT's own forward. All is read from PEFT's layer at that moment, so adapters that are added,
-merged or switched off count at once. Only :func:`dynrank.layers.peft_kernel.apply_lora_kernel` and pickles import this
-module, and with it PEFT.
+Each call decides. With one plain adapter it is the op, or where the op does not apply or not pay, the same modules in
+fewer operations than PEFT's; else it is PEFT's own forward. All is read from PEFT's layer at that moment, so adapters
+that are added, merged or switched off count at once. Only :func:`dynrank.layers.peft_kernel.apply_lora_kernel` and
+pickles import this module, and with it PEFT.
 """
 
 from __future__ import annotations
@@ -15,70 +15,74 @@ from peft.tuners.lora import layer as theirs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynrank.kernels.backends import experts_pay, op_pays
+from dynrank.kernels.backends import experts_pay, may_pay, op_pays
 from dynrank.kernels.lora_linear import add_update, lora_linear
 from dynrank.layers.experts import ExpertStack, StackLayer, expert_stacks, experts_forward, grouped_lora
 from dynrank.private import is_recorded, need_own_call
 
 
 class Parts(NamedTuple):
-    """What a layer with one plain adapter computes with."""
+    """What the op computes with in a layer with one plain adapter."""
 
     base: Any
+    weight: Any
     lora_A: Tensor
     lora_B: Tensor
-    scaling: float
-    # nn.Dropout or nn.Identity, and its probability at present.
-    dropout: nn.Module
+    # The probability of dropout at present.
     p: float
 
     @property
     def is_frozen(self) -> bool:
         """Whether the base has a plain weight and nothing of it is trained; the op computes no gradients for it."""
-        return isinstance(self.base.weight, nn.Parameter) and not any(
-            parameter.requires_grad for parameter in self.base.parameters(recurse=False)
-        )
+        trained = any(parameter.requires_grad for parameter in self.base.parameters(recurse=False))
+        return isinstance(self.weight, nn.Parameter) and not trained
 
 
 class Linear(theirs.Linear):
     """PEFT's layer around a linear layer of torch, or transformers' Conv1D."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = None if args or kwargs else plain_parts(self, x, nn.Linear, Conv1D)
-        if parts is None or x.dtype != parts.base.weight.dtype and not is_autocast(x):
+        adapter = None if args or kwargs or is_recorded() else only_adapter(self)
+        if adapter is None:
             return super().forward(x, *args, **kwargs)
-        base, lora_A, lora_B, scaling, dropout, p = parts
-        if op_pays(x, len(lora_B), base.weight.dtype, p > 0) and parts.is_frozen:
-            weight = base.weight if type(base) is nn.Linear else base.weight.mT
-            return lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, p)
-        y: Tensor = base(x)
-        if x.dtype != lora_A.dtype:
-            x = x.to(lora_A.dtype)
-        return add_update(y, dropout(x) if p else x, lora_A, lora_B, scaling)
+        parts = plain_parts(self, adapter, x, nn.Linear, Conv1D) if may_pay(x) else None
+        if parts is not None and (x.dtype == parts.weight.dtype or is_autocast(x)):
+            base, weight, lora_A, lora_B, p = parts
+            if op_pays(x, len(lora_B), weight.dtype, p > 0) and parts.is_frozen:
+                weight = weight if type(base) is nn.Linear else weight.mT
+                return lora_linear(x, weight, base.bias, lora_A, lora_B, self.scaling[adapter], p)
+        return self._plain_forward(x, adapter)
+
+    def _plain_forward(self, x: Tensor, adapter: str) -> Tensor:
+        """What PEFT's forward computes with this adapter alone, by the same modules."""
+        y: Tensor = self.base_layer(x)
+        lora_A = self.lora_A[adapter]
+        dtype: Any = lora_A.weight.dtype
+        if x.dtype != dtype and self.cast_input_dtype_enabled:
+            x = x.to(dtype)
+        update = self.lora_B[adapter](lora_A(self.lora_dropout[adapter](x)))
+        return add_update(y, update, self.scaling[adapter])
 
 
-def plain_parts(layer: Any, x: Tensor, *bases: type) -> Parts | None:
-    """What ``layer`` computes with; None if PEFT has to compute.
+def plain_parts(layer: Any, adapter: str, x: Tensor, *bases: type) -> Parts | None:
+    """What the op computes with; None if it would compute something else than the modules do.
 
-    It has to unless one adapter alone decides, by the plain formula, all parts are exactly of the classes whose formula
-    is known (``bases`` for the base), and nobody reads or adds anything between them.
+    All of them have to be exactly of the classes whose formula is known (``bases`` for the base), and nobody may read
+    or add anything between them.
     """
-    adapter = None if x.is_meta or is_recorded() else only_adapter(layer)
-    if adapter is None:
-        return None
+    # An access to a module's part takes as long as the rest of a check, so each part is read once.
     base = layer.base_layer
     lora_A = layer.lora_A[adapter]
     lora_B = layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
-    scaling = layer.scaling[adapter]
     known = type(base) in bases and type(lora_A) is type(lora_B) is nn.Linear
-    # PEFT's hotswap for compiled models makes scalings tensors.
-    if not known or type(dropout) not in (nn.Dropout, nn.Identity) or isinstance(scaling, Tensor):
+    if x.is_meta or not known or type(dropout) not in (nn.Dropout, nn.Identity):
         return None
-    if need_own_call(base, lora_A, lora_B, dropout) or not _is_cast_up(layer, x, lora_A.weight.dtype):
+    factor = lora_A.weight
+    if need_own_call(base, lora_A, lora_B, dropout) or not _is_cast_up(layer, x, factor.dtype):
         return None
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return Parts(base, lora_A.weight, lora_B.weight, scaling, dropout, p)
+    return Parts(base, base.weight, factor, lora_B.weight, p)
 
 
 def only_adapter(layer: Any) -> str | None:
@@ -87,7 +91,9 @@ def only_adapter(layer: Any) -> str | None:
     if len(active) != 1 or layer.disable_adapters or layer.merged:
         return None
     adapter: str = active[0]
-    return None if adapter in layer.lora_variant or layer.lora_bias.get(adapter) else adapter
+    # PEFT's hotswap for compiled models makes scalings tensors.
+    plain = not isinstance(layer.scaling[adapter], Tensor) and not layer.lora_bias.get(adapter)
+    return adapter if plain and adapter not in layer.lora_variant else None
 
 
 def is_autocast(x: Tensor) -> bool:

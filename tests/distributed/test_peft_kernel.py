@@ -53,6 +53,7 @@ def gradients(way, process):
 def main(place):
     op = peft_op.lora_linear
     peft_op.lora_linear = lambda *args: (CALLS.append(1), op(*args))[1]
+    peft_op.may_pay = lambda *args: True
     peft_op.op_pays = lambda *args: True
     distributed.init_process_group("gloo")
     process = distributed.get_rank()

@@ -49,7 +49,12 @@ def calls(monkeypatch):
     functions = [(peft_op, "lora_linear"), (peft_op, "add_update"), (peft_op, "experts_forward")]
     for module, name in [*functions, (peft_op_4bit, "lora_linear")]:
         monkeypatch.setattr(module, name, count(name, getattr(module, name)))
-    for module, name in ((peft_op, "op_pays"), (peft_op_4bit, "op_pays"), (peft_op, "experts_pay")):
+    for module, name in (
+        (peft_op, "may_pay"),
+        (peft_op, "op_pays"),
+        (peft_op_4bit, "op_pays"),
+        (peft_op, "experts_pay"),
+    ):
         monkeypatch.setattr(module, name, lambda *args: True)
     return made
 
@@ -174,8 +179,8 @@ DECIDED = {name: (net, {}, change, OP if by_op else {}) for name, (change, by_op
     "trained biases": (net, {"bias": "lora_only"}, id, PLAIN),
     "a trained base": (net, {}, lambda model: layers(model)[0].base_layer.weight.requires_grad_(), EACH),
     "a trained head": (net, {"target_modules": ["0"], "modules_to_save": ["2"]}, id, {"lora_linear": 1}),
-    "a base of a subclass": (lambda: net(Doubled), {}, id, {"lora_linear": 1}),
-    "a parametrized base": (parametrized, {"target_modules": ["a", "c"]}, id, {"lora_linear": 1}),
+    "a base of a subclass": (lambda: net(Doubled), {}, id, EACH),
+    "a parametrized base": (parametrized, {"target_modules": ["a", "c"]}, id, EACH),
 }
 PARTS = ("base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default")
 DECIDED |= {
@@ -183,7 +188,7 @@ DECIDED |= {
         net,
         {},
         lambda model, part=part: double_forward(layers(model)[0].get_submodule(part)),
-        {"lora_linear": 1},
+        EACH,
     )
     for part in PARTS
 }
@@ -242,7 +247,7 @@ def test_hooks_on_the_parts_of_a_layer_are_called_and_change_what_they_change_in
     assert heard[ours] == heard[theirs] > 0
     assert not all(torch.equal(one, other) for one, other in zip(expected, unhooked, strict=True))
     # The other layer has no hooks.
-    assert calls["lora_linear"] == 1
+    assert calls["lora_linear"] == calls["add_update"]
 
 
 def test_hooks_of_all_modules_are_called_and_change_what_they_change_in_peft(calls):
@@ -257,7 +262,7 @@ def test_hooks_of_all_modules_are_called_and_change_what_they_change_in_peft(cal
         hook.remove()
     assert_close(*outcomes)
     assert [*heard.values()] == [max(heard.values())] * 2
-    assert calls == {}
+    assert calls == PLAIN
 
 
 def test_a_base_that_computes_its_weight_computes_it_as_often_as_in_peft(calls):
@@ -337,8 +342,9 @@ def test_checkpointing_of_activations_gives_the_same_gradients(use_reentrant, wa
             return checkpoint(self.inside, x, use_reentrant=use_reentrant)
 
     assert_close(outcome(Checkpointed()), outcome(model), rtol=0, atol=0)
-    # Twice in the checkpointed pass, and once in the other.
-    assert calls == {way: 6}
+    # Twice in the checkpointed pass, and once in the other; torch ends the second time before the last sum.
+    early = way == "add_update" and not use_reentrant
+    assert calls == {way: 5 if early else 6}
 
 
 def penalty(model):
@@ -581,6 +587,7 @@ def test_the_op_pays_from_the_size_of_the_table_on(key):
     wide = math.ceil(elements / tokens)
     with torch.autocast("cpu", computes, enabled=weight != computes):
         for shape in ((tokens, wide), (1, tokens, wide)):
+            assert backends.may_pay(torch.empty(shape, dtype=weight))
             assert backends.op_pays(torch.empty(shape, dtype=weight), wide, weight, dropout)
         for shape, d_out in (
             ((tokens, wide - 1), wide),

@@ -22,7 +22,8 @@ def test_a_run_by_the_op_ends_as_without_it(place, regression, fit, monkeypatch)
     calls = []
     op = peft_op.lora_linear
     monkeypatch.setattr(peft_op, "lora_linear", lambda *args: (calls.append(torch.is_grad_enabled()), op(*args))[1])
-    monkeypatch.setattr(peft_op, "op_pays", lambda *args: True)
+    for name in ("may_pay", "op_pays"):
+        monkeypatch.setattr(peft_op, name, lambda *args: True)
 
     class Wrapped(regression[0]):
         def __init__(self):

@@ -19,7 +19,8 @@ def calls(monkeypatch):
     made = []
     op = peft_op.lora_linear
     monkeypatch.setattr(peft_op, "lora_linear", lambda *args: (made.append(len(args[3])), op(*args))[1])
-    monkeypatch.setattr(peft_op, "op_pays", lambda *args: True)
+    for name in ("may_pay", "op_pays"):
+        monkeypatch.setattr(peft_op, name, lambda *args: True)
     return made
 
 
