@@ -6,18 +6,19 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from hydra.utils import instantiate
 from pretrain_small import MODELS
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dynrank import RankDriver, Training, __version__, add_lora, compose, lora_layers
 from dynrank.app.models.pretrained import head_names, load_causal_lm, load_classifier
@@ -91,8 +92,9 @@ class Setting:
         self.heads: set[str] = set()
         self.task = instantiate(self.config.task, _convert_="all")
         self.task.setup("fit")
-        loader = self.task.train_dataloader()
-        self.batches: list[Batch] = list(islice(chain.from_iterable(repeat(loader)), steps))
+        examples = self.task.examples["train"]
+        drawn = drawn_batches(list(examples["length"]), self.task.batch_size, self.task.seed, steps)
+        self.batches: list[Batch] = list(DataLoader(examples, batch_sampler=drawn, collate_fn=self.task.collate))
         self.val: list[Batch] = list(self.task.val_dataloader()[0])
         self.test: list[Batch] = list(self.task.test_dataloader()[0])
 
@@ -116,6 +118,23 @@ class Setting:
         options = plain(self.config.optimizer) | optimizer | ({} if lr is None else {"lr": lr})
         made: Any = make_optimizer(adapter, head, self.steps, **options)
         return Trainee(self, model, made["optimizer"], made["lr_scheduler"]["scheduler"])
+
+
+def drawn_batches(lengths: Sequence[int], batch_size: int, seed: int, count: int) -> list[list[int]]:
+    """The first ``count`` batches of the study: indices that are drawn with replacement, as in all of its rows.
+
+    Epochs would let the training loss fall at the start of each pass over the data. Ten batches at a time are sorted by
+    length, which saves padding.
+    """
+    batches = list[list[int]]()
+    for chunk in range(-(-count // 10)):
+        (state,) = np.random.SeedSequence((seed % 2**64, chunk)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state))
+        picks = torch.randint(len(lengths), (10 * batch_size,), generator=generator).tolist()
+        picks.sort(key=lambda i: lengths[i])
+        parts = [picks[i : i + batch_size] for i in range(0, len(picks), batch_size)]
+        batches += [parts[i] for i in torch.randperm(10, generator=generator).tolist()]
+    return batches[:count]
 
 
 class Diverged(ArithmeticError):

@@ -1,4 +1,4 @@
-"""A data loader that can be resumed at any batch, and the division of examples among processes."""
+"""A data loader of epochs that can be resumed at any batch, and the division of examples among processes."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -11,18 +11,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dynrank.errors import ConfigurationError
 
-# How many batches are drawn together and sorted by length.
+# How many batches are sorted by length together.
 CHUNK = 10
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A stream of random batches of similar length, cut into epochs; the number of batches so far is its whole state.
+    """Epochs of batches of similar length, each a permutation; the number of batches so far is its whole state.
 
-    Examples are drawn with replacement, because with epochs the training loss falls at the start of each pass over the
-    data and rises during it, which hides the effect of a change of rank. An "epoch" is as many batches as the data set
-    has. Batch n depends only on (``seed``, n). N processes draw one batch of N times the size, and each takes its
-    share, so together they train on the same batch as one process would. The state does not depend on the number of
-    processes. Lightning saves and restores it.
+    An epoch has each example once, in an order that depends only on (``seed``, epoch). Its last batch may be smaller.
+    N processes draw one batch of N times the size, and each takes its share, so together they train on the same batch
+    as one process would; only where N does not divide the examples, an epoch repeats fewer than N of them. The state
+    does not depend on the number of processes. Lightning saves and restores it. Where Lightning leaves an epoch early
+    (``limit_train_batches``), the next one begins with the rest of the permutation.
 
     Examples are sorted by their ``lengths`` within ``CHUNK`` batches, which saves padding. ``batch_size`` counts the
     examples of one process, and ``share`` is (number of this process, number of processes). ``overfit`` is the
@@ -61,38 +61,44 @@ class ResumableLoader(DataLoader[Any]):
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
         # batch_size is that of all processes together; one process takes every share[1]th example of a batch.
-        self.lengths = lengths
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.seed = seed
-        self.own = slice(share[0], None, share[1])
+        self.share = share
         self.given = 0
         # After so many batches the same ones come again; None: never.
         self.different: int | None = None
 
     def __len__(self) -> int:
-        return len(self.lengths) // self.batch_size
+        return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Lightning may leave an epoch before its end (limit_train_batches), and the next one is a whole one again.
+        process, processes = self.share
         end = self.given + len(self)
-        chunk = -1
+        epoch = -1
         batches = list[list[int]]()
         while self.given < end:
             number = self.given % self.different if self.different else self.given
-            if number // CHUNK != chunk:
-                chunk = number // CHUNK
-                batches = self._draw(chunk)
+            if number // len(self) != epoch:
+                epoch = number // len(self)
+                batches = self._permuted(epoch)
             self.given += 1
-            yield batches[number % CHUNK][self.own]
+            yield batches[number % len(self)][process::processes]
 
-    def _draw(self, chunk: int) -> list[list[int]]:
+    def _permuted(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, for all processes together."""
         # The same number with every interpreter, which hash() is not.
-        (seed,) = np.random.SeedSequence((self.seed % 2**64, chunk)).generate_state(1, np.uint64)
+        (seed,) = np.random.SeedSequence((self.seed % 2**64, epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed))
-        picks = torch.randint(len(self.lengths), (CHUNK * self.batch_size,), generator=generator).tolist()
-        picks.sort(key=lambda i: self.lengths[i])
-        batches = [picks[i : i + self.batch_size] for i in range(0, len(picks), self.batch_size)]
-        return [batches[i] for i in torch.randperm(CHUNK, generator=generator).tolist()]
+        picks = torch.randperm(len(self.lengths), generator=generator)
+        # All processes get as many examples of the last batch.
+        picks = torch.cat([picks, picks[: -len(picks) % self.share[1]]])
+        batches = list[list[int]]()
+        for chunk in torch.split(picks, CHUNK * self.batch_size):
+            by_length = chunk[self.lengths[chunk].argsort(stable=True)]
+            parts = torch.split(by_length, self.batch_size)
+            batches += [parts[i].tolist() for i in torch.randperm(len(parts), generator=generator)]
+        return batches
 
 
 def evaluation_batches(count: int, batch_size: int, share: tuple[int, int]) -> list[list[int]]:

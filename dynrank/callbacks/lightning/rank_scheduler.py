@@ -125,10 +125,10 @@ class RankScheduler(Callback):
         # An epoch in which a run is resumed does not begin anew.
         length = training.steps_per_epoch(trainer, pl_module)
         self.driver.epoch_begins(trainer.current_epoch, training.steps_before_epoch(trainer), length)
-        if self.driver.progress.observed_step != trainer.global_step and has_missed_look(trainer):
-            # The run's own validation, which is not that of ``evaluate``.
+        seen = self.driver.progress.observed_step
+        if seen != trainer.global_step and has_missed_look(trainer):
             own = training.LightningTraining(trainer, pl_module)
-            self._observe(validate(own) if self.driver.observed and own.validates else {})
+            self._observe(validate(own) if own.validates and (self.driver.observed or seen is None) else {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics.begin(trainer)

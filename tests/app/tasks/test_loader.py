@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import TensorDataset, default_collate
 
-from dynrank.app.tasks.loader import CHUNK, ResumableLoader, evaluation_batches, spread
+from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
 
 LENGTHS = [1 + i % 7 for i in range(50)]
@@ -34,7 +34,7 @@ def test_loader_resumes_at_any_batch(given):
     assert stream(second, 10) == stream(loader(), given + 10)[given:]
 
 
-@pytest.mark.parametrize(("overfit", "different"), [(2, 2), (0.5, 3), (9, 6)])
+@pytest.mark.parametrize(("overfit", "different"), [(2, 2), (0.5, 3), (9, 7)])
 def test_every_epoch_has_the_same_batches_if_the_trainer_overfits_batches(overfit, different):
     """Lightning takes so many of each epoch (``limit_train_batches``)."""
     data = TensorDataset(torch.arange(50))
@@ -54,24 +54,39 @@ def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
     assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
 
 
-def test_loader_gives_epochs_of_full_batches_in_the_order_of_the_seed():
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_an_epoch_has_each_example_once(processes):
+    """In another order than the one before; only examples that do not divide among processes come again."""
+    sources = [loader(batch_size=12 // processes, share=(process, processes)) for process in range(processes)]
+    orders = []
+    for _ in range(3):
+        epochs = [[batch[0].tolist() for batch in source] for source in sources]
+        assert {len(epoch) for epoch in epochs} == {len(sources[0])} == {5}
+        # All processes have as many in each batch, and all batches but one are full.
+        sizes = [[len(batch) for batch in epoch] for epoch in epochs]
+        assert sizes == [sizes[0]] * processes
+        assert sorted(sizes[0])[1:] == [12 // processes] * 4
+        orders.append([i for epoch in epochs for batch in epoch for i in batch])
+        assert {*orders[-1]} == {*range(50)}
+        assert len(orders[-1]) == 50 + -50 % processes
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_the_order_of_epochs_is_that_of_the_seed():
+    assert stream(loader(1), 20) == stream(loader(1), 20) != stream(loader(2), 20)
+
+
+def test_an_epoch_that_is_left_early_goes_on_in_the_next_one():
     source = loader()
-    # The first epoch is left early.
-    next(iter(source))
-    batches = list(source)
-    assert len(batches) == len(source) == 50 // 8
-    assert {len(batch[0]) for batch in batches} == {8}
-    assert stream(loader(1), 12) == stream(loader(1), 12) != stream(loader(2), 12)
+    first = next(iter(source))[0].tolist()
+    rest = [batch[0].tolist() for batch in source][: len(source) - 1]
+    assert sorted([*first, *chain(*rest)]) == [*range(50)]
 
 
 def test_loader_batches_hold_similar_lengths():
     ranges = [batch[1].max() - batch[1].min() for batch in [b for _ in range(10) for b in loader()]]
     shuffled = torch.tensor(LENGTHS)[torch.randperm(50)][:48].view(6, 8)
     assert torch.stack(ranges).float().mean() < (shuffled.amax(1) - shuffled.amin(1)).float().mean() / 2
-
-
-def test_loader_uses_every_example_in_time():
-    assert {i for batch in stream(loader(), CHUNK * 10) for i in batch} == set(range(50))
 
 
 @pytest.mark.parametrize(

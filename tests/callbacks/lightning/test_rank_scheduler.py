@@ -44,8 +44,9 @@ SCHEDULES = {
     "checked": (lambda: RankScheduler(plateau(max_regression=0.05), evaluate=lambda: {"val/loss": 1.0}), {}),
     # A cut in the middle, and trials in the last step.
     "auto": (lambda: RankScheduler(auto(0.3, at=0.5)), {}),
+    # The loss falls, so the validation is below the mean of the steps before it.
     "gap to the loss": (
-        lambda: RankScheduler([at(4, Rank(4)), Stage(Gap(window=3, threshold=1e-9), Rank(3))]),
+        lambda: RankScheduler([at(4, Rank(4)), Stage(Gap(mode="max", window=3, threshold=1e-9), Rank(3))]),
         {"precision": "bf16-true"},
     ),
     "loss alone": (
@@ -81,6 +82,16 @@ def test_resume_from_any_checkpoint_is_bit_equal(regression, fit, assert_same, t
         assert resumed.history == whole.history, step
         assert str(resumed.state_dict()) == str(whole.state_dict()), step
         assert_same(module, reference, step)
+
+
+def test_a_run_that_never_validated_goes_on_behind_its_last_change_where_a_validation_is_due(regression, fit, tmp_path):
+    def schedule():
+        return RankScheduler(Stage(Plateau("val/loss"), Rank(3), deadline=0.25))
+
+    fit(schedule(), saved=tmp_path, val_check_interval=10, limit_val_batches=1, check_val_every_n_epoch=9)
+    resumed = schedule()
+    fit(resumed, ckpt_path=tmp_path / "step=10.ckpt", val_check_interval=10, limit_val_batches=1)
+    assert [event.step for event in resumed.history] == [6]
 
 
 @pytest.mark.parametrize("lengths", [(2, 4, 6, 8), (8, 6, 4, 2)])
