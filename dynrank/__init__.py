@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dynrank.layers.placing import merge as merge
     from dynrank.output.ranks import ranks as ranks
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOMES = {
     "ConfigurationError": "dynrank.errors",
