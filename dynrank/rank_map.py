@@ -80,7 +80,8 @@ class RankRule(RankBounds):
 
     Attributes:
         rank: starting rank.
-        alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
+        alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA). None: as much
+            as gives the layer the scaling of the others.
     """
 
     rank: Count | None = None
@@ -194,12 +195,14 @@ def resolve_rank_map(
     *,
     rank: int,
     alpha: float,
+    rslora: bool = False,
     capped: bool = False,
 ) -> dict[str, LayerValues]:
     """The values of each LoRA layer by the first rule that matches it, as in PEFT; later rules change nothing there.
 
     ``shapes`` is {layer: (d_out, d_in)} of every layer that gets LoRA. A layer that no rule sets gets ``rank`` and
-    ``alpha``; if ``capped``, it gets min(d_in, d_out) if that is less than ``rank``.
+    ``alpha``; if ``capped``, it gets min(d_in, d_out) if that is less than ``rank``. Where no rule sets alpha, it is as
+    much as gives another rank the scaling ``alpha / rank``, or with ``rslora`` ``alpha / sqrt(rank)``.
 
     Raises:
         ConfigurationError: if a rule matches no layer or only layers of earlier rules, or a rank does not fit a layer.
@@ -210,7 +213,9 @@ def resolve_rank_map(
         key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if capped else rank
-        layers[name] = layer = LayerValues(rule.rank or default, rule.alpha or alpha, rule.bounds, key)
+        own_rank = rule.rank or default
+        same_scaling = alpha * (own_rank / rank) ** (0.5 if rslora else 1)
+        layers[name] = layer = LayerValues(own_rank, rule.alpha or same_scaling, rule.bounds, key)
         most = min(d_out, d_in)
         if layer.rank > most:
             fault = f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {layer.rank}"

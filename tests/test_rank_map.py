@@ -71,7 +71,7 @@ def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
         "model.layers.0.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
         "model.layers.0.v_proj": (2, 4, RankBounds(pinned=True), "mlp"),
         "model.layers.1.q_proj": (6, 1.5, RankBounds(final_rank=3, highest=5), "q_proj"),
-        "model.layers.1.v_proj": (3, 4, RankBounds(), "1.v_proj"),
+        "model.layers.1.v_proj": (3, 6, RankBounds(), "1.v_proj"),
         "lm_head": (2, 4, RankBounds(), None),
     }
     assert resolve(rules) == {name: LayerValues(*expected) for name, expected in values.items()}

@@ -78,6 +78,14 @@ def check_model(
         )
     bounds = bounds_of(layers, rules)
     ranks = {name: layer.rank for name, layer in layers.items()}
+    if any(not isinstance(stage.to, Unchanged) for stage in schedule) and all(
+        keeps_rank(layer, bounds[name]) for name, layer in layers.items()
+    ):
+        raise ConfigurationError(
+            f"the schedule can change no rank: all {len(layers)} layers are pinned by rank_map, or frozen; unpin or "
+            "train some, or leave out the schedule",
+            "rank_map",
+        )
     faults = []
     arguments: list[str] = []
     for index, stage in enumerate(schedule):

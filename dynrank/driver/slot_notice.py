@@ -35,8 +35,11 @@ def slot_notice(
     >>> import dynrank
     >>> from dynrank.schedules import early_budget
     >>> layers = [nn.Linear(64, 64) for _ in range(4)]
-    >>> slot_notice(dynrank.add_lora(nn.Sequential(*layers), rank=16), early_budget(4))
-    'a server reserves the highest rank in every layer, up to 16; highest=8 limits it'
+    >>> line, limit = slot_notice(dynrank.add_lora(nn.Sequential(*layers), rank=16), early_budget(4)).split("; ")
+    >>> line
+    'a server reserves the highest rank of the adapter in every layer, up to 16'
+    >>> limit
+    'highest=8 in the schedule limits it, as early_budget(4, highest=8)'
     """
     # Only such stages leave it to the run which layers get more than others.
     if not depends_on_data(schedule):
@@ -45,7 +48,7 @@ def slot_notice(
     mean = average(final_ranks(model, schedule, rules))
     if slot_rank(top) <= slot_rank(ceil(mean)):
         return None
-    line = f"a server reserves the highest rank in every layer, up to {top}"
+    line = f"a server reserves the highest rank of the adapter in every layer, up to {top}"
     # A limit at the mean would make all ranks the same.
     limit = next(slot for slot in (*SLOTS, top) if slot > mean)
     is_lower = slot_rank(limit) < slot_rank(top)
@@ -53,7 +56,11 @@ def slot_notice(
     least = max(highest_ranks(model, _limited(schedule, limit if is_lower else top - 1), rules).values())
     if name is None or least >= top:
         return line
-    return f"{line}; {name}{f'={limit}' if is_lower else ''} limits it"
+    if not is_lower:
+        return f"{line}; {name} limits it"
+    # The default is a name in Python, where a schedule may have been given as its final rank alone.
+    example = f" in the schedule limits it, as early_budget({ceil(mean)}, highest={limit})" if name == "highest" else ""
+    return f"{line}; {name}={limit}{example or ' limits it'}"
 
 
 def highest_ranks(

@@ -85,12 +85,12 @@ def add_lora(
     alpha = alpha if alpha is not None else 2 * rank
     # A preset takes layers of all shapes, so one rank need not fit them all.
     targets = {target_modules} if isinstance(target_modules, str) else {*target_modules}
-    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=not targets.isdisjoint(PRESETS))
+    capped = not targets.isdisjoint(PRESETS)
+    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, rslora=rslora, capped=capped)
     options = {"dropout": dropout, "dtype": dtype, "backend": backend}
     layers = {}
     for name, at in resolved.items():
-        # A layer that is narrower than lora.rank gets the scaling of the other layers.
-        scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
+        scaling = initial_scaling(at.alpha, at.rank, rslora)
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
         layers[name].bounds = at.bounds
         layers[name].rule = at.rule

@@ -26,7 +26,7 @@ _NUMBER = r"(?<=[._])\d+(?=[._])"
 _ONE_LINE = 40
 _IMPORTANCE = (
     "importance: how much the layers' updates have lowered the loss so far, plus the standard error of that, as a "
-    "share of all layers'; a pool's ranks are in proportion to it"
+    "share of all layers'; a pool gives each layer a rank by it, within the layer's bounds"
 )
 
 

@@ -1,6 +1,7 @@
 """What an event, a history and the line before training say: short, whatever the model."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -67,7 +68,7 @@ def model(**rank_map):
     return dynrank.add_lora(blocks, rank=16, alpha=16, rank_map=rank_map)
 
 
-LIMITED = "up to 16; highest=8 limits it"
+LIMITED = "up to 16; schedule.highest=8 limits it"
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,12 @@ LIMITED = "up to 16; highest=8 limits it"
 def test_before_training_a_line_says_what_a_server_may_reserve_and_what_limits_it(schedule, rank_map, said):
     made = model(**rank_map)
     notice = slot_notice(made, schedule)
-    assert notice == (said and f"a server reserves the highest rank in every layer, {said}")
+    named = slot_notice(made, schedule, name="schedule.highest")
+    assert named == (said and f"a server reserves the highest rank of the adapter in every layer, {said}")
     if said == LIMITED:
-        named = notice.replace("highest=", "schedule.highest=")
-        assert slot_notice(made, schedule, name="schedule.highest") == named
-        assert slot_notice(made, schedule, name=None) == notice.partition(";")[0]
+        line = named.partition(";")[0]
+        assert slot_notice(made, schedule, name=None) == line
+        assert re.fullmatch(rf"{line}; highest=8 in the schedule limits it, as early_budget\(\d, highest=8\)", notice)
 
 
 @pytest.mark.parametrize("skewed", KINDS)

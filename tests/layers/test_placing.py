@@ -125,7 +125,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
     dynrank.add_lora(net, rank=2, alpha=4, rank_map=rules)
     layers = dict(dynrank.lora_layers(net))
     assert {name: (layer.rank, layer.scaling) for name, layer in layers.items()} == {
-        "body.0": (3, 4 / 3),
+        "body.0": (3, 2.0),
         "body.1": (2, 2.0),
         "head": (4, 0.5),
     }

@@ -255,7 +255,7 @@ def test_what_is_printed_has_the_trainer_s_names_and_begins_with_the_slot(tmp_pa
     assert (cut.measured.metric, undone.measured.metric, undone.undone) == ("eval_loss", "eval_loss", True)
     assert undone.reason == f"undone: {undone.measured} (plateau of eval_loss)"
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith("a server reserves the highest rank in every layer, up to 16; highest=8 limits it")
+    assert printed.startswith("a server reserves the highest rank of the adapter in every layer, up to 16; highest=8")
     assert printed.count("a server reserves") == 1
     assert "val/loss" not in printed
     assert f"rank change at step 2: {cut.reason_and_cost}; adapter's rate × {cut.lr_factor:.3g} from here" in printed
