@@ -25,8 +25,8 @@ from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.account import ClassResult, class_results
 from dynrank.app.tasks.adapter_module import AdapterModule
-from dynrank.app.tasks.data.source import say
-from dynrank.app.tasks.data.stored import counted
+from dynrank.app.tasks.data.labels import counted
+from dynrank.app.tasks.data.stored import say
 from dynrank.app.tasks.text_task import Recipe, TextTask
 from dynrank.errors import ConfigurationError, checked_call
 
