@@ -27,7 +27,7 @@ from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 9
+CACHED = 10
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class UnusableRow(ValueError):
 
 
 def features_of(columns: Columns) -> datasets.Features:
-    """The types of the columns that :func:`checked_row` makes."""
+    """The types of the columns that :func:`checked_rows` makes."""
     made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
     if columns.form == "chat":
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
@@ -31,15 +31,20 @@ def features_of(columns: Columns) -> datasets.Features:
     return datasets.Features({**made, "trimmed": number, "digest": number, "place": number, "fault": _TEXT})
 
 
-def checked_row(
-    row: Mapping[str, Any], index: int, *, columns: Columns, first: int, classes: Sequence[str] | None
-) -> dict[str, Any]:
-    """Our columns of a row; also its digest, its place and its fault.
+def checked_rows(
+    batch: Mapping[str, list[Any]],
+    indices: Sequence[int],
+    *,
+    columns: Columns,
+    first: int,
+    classes: Sequence[str] | None,
+) -> dict[str, list[Any]]:
+    """Our columns of a batch of rows; also the digest, the place and the fault of each.
 
     Args:
-        row: the user's row.
-        index: its index.
-        columns: its columns.
+        batch: the user's columns.
+        indices: the indices of the rows.
+        columns: how the user's columns are read.
         first: the place of the row with the index 0.
         classes: names of the labels, if ``datasets`` stores the labels as numbers, of which -1 is none.
 
@@ -47,20 +52,22 @@ def checked_row(
         the columns of the form; ``trimmed``, 1 if there were blanks around a label, which are left out; ``digest``, the
         same number for the same text; ``place``; and ``fault``, None or what is wrong with the row.
     """
-    values: Mapping[str, Any] = {}
-    fault = None
+    rows = (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
+    made = [_checked(row, columns, classes) | {"place": first + i} for i, row in zip(indices, rows, strict=True)]
+    return {name: [row.get(name) for row in made] for name in features_of(columns)}
+
+
+def _checked(row: Mapping[str, Any], columns: Columns, classes: Sequence[str] | None) -> dict[str, Any]:
     try:
         named = {ours: _joined(row, theirs) for ours, theirs in columns.names.items()}
         if classes is not None and named["label"] is not None:
             label = named["label"]
             named["label"] = [classes[i] for i in label] if isinstance(label, list) else [*classes, None][label]
-        values = _READ[columns.form](named, columns)
+        made = {"trimmed": 0, **_READ[columns.form](named, columns)}
     except UnusableRow as error:
-        fault = str(error)
-    text = str(values.get(COLUMNS[columns.form][0]))
-    digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
-    made = {name: values.get(name) for name in features_of(columns)}
-    return {**made, "trimmed": values.get("trimmed", 0), "digest": digest, "place": first + index, "fault": fault}
+        return {"trimmed": 0, "digest": 0, "fault": str(error)}
+    text = str(made[COLUMNS[columns.form][0]])
+    return {**made, "digest": int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)}
 
 
 def _joined(row: Mapping[str, Any], theirs: Theirs) -> Any:

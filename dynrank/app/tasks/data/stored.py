@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dynrank.app.console import print_facts
 from dynrank.app.tasks.data.columns import Columns, each
-from dynrank.app.tasks.data.rows import checked_row, features_of
+from dynrank.app.tasks.data.rows import checked_rows, features_of
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
 
@@ -47,7 +47,7 @@ class RawRows(NamedTuple):
 
 
 def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
-    """The rows, as :func:`dynrank.app.tasks.data.rows.checked_row` makes them, and the number of those left out.
+    """The rows, as :func:`dynrank.app.tasks.data.rows.checked_rows` makes them, and the number of those left out.
 
     Rows with a fault are left out with ``skip``; otherwise one error lists them.
     """
@@ -59,7 +59,8 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
     classes = kind.names if isinstance(kind, datasets.ClassLabel) else None
     with reading(raw.where), quiet():
         made = rows.map(
-            checked_row,
+            checked_rows,
+            batched=True,
             with_indices=True,
             fn_kwargs={"columns": columns, "first": raw.first, "classes": classes},
             remove_columns=rows.column_names,

@@ -3,7 +3,7 @@
 import pytest
 
 from dynrank.app.tasks.data.columns import COLUMNS, find_columns, form_of
-from dynrank.app.tasks.data.rows import checked_row
+from dynrank.app.tasks.data.rows import checked_rows
 from dynrank.errors import ConfigurationError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -47,7 +47,9 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_what_others_write_is_read_or_named(case):
     form, row, expected = ROWS[case]
-    found = checked_row(row, 5, columns=find_columns([row], {}, form, "data.train"), first=2, classes=None)
+    columns = find_columns([row], {}, form, "data.train")
+    made = checked_rows({name: [cell] for name, cell in row.items()}, [5], columns=columns, first=2, classes=None)
+    found = {name: cell for name, (cell,) in made.items()}
     assert found["place"] == 7
     if isinstance(expected, str):
         assert expected in found["fault"]
