@@ -186,16 +186,15 @@ def _missing(name: str, ours: str, columns: Sequence[str], form: Form, where: st
     """What to say of a column ``name`` that the data lack; "" is one with a usual name."""
     wanted = f"column {name!r}" if name else f"{ours} column with a usual name ({', '.join(_USUAL[ours])})"
     near = get_close_matches(name.lower(), columns, n=1)
-    fix = [f"give --columns {ours}=NAME with one of these"]
-    if where.startswith("data,"):
-        fix = [f"rename one of these to {ours}"]
-    elif where.startswith("data"):
-        fix = [f"set data.columns.{ours} to {f'the nearest, {near[0]}' if near else 'one of these'}"]
-        fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
-    fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
+    key = f"set data.columns.{ours} to" if where.startswith("data") else f"give --columns {ours}=NAME with"
+    fix = (
+        f"rename one of these to {ours}"
+        if where.startswith("data,")
+        else f"{key} {near[0] if near else 'one of these'}"
+    )
     others = [other for other in COLUMNS if all(_usual(columns, {}, _required(other, asked=False)).values())]
-    fix += [f"set task={other}, which takes them" for other in others if other != form and not name]
-    return f"{where} has no {wanted}; it has {[*columns]}; {', or '.join(fix)}"
+    fix += "".join(f", or set task={other}, which takes them" for other in others if other != form and not name)
+    return f"{where} has no {wanted}; it has {[*columns]}; {fix}"
 
 
 def _are_turns(sample: Sample, column: Theirs) -> bool:

@@ -113,14 +113,9 @@ def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
 
 def system_prompt(rows: datasets.Dataset) -> str | None:
     """The system prompt with which every chat begins; None if chats begin in different ways."""
-    found: set[tuple[str, str]] = set()
-    for batch in rows.select_columns("messages").with_format("arrow").iter(1000):
-        first = pc.list_element(batch["messages"], 0)
-        found |= {(turn["role"], turn["content"]) for turn in first.to_pylist()}
-        if len(found) > 1:
-            return None
-    ((role, content),) = found
-    return content if role == "system" else None
+    firsts = {(turns[0]["role"], turns[0]["content"]) for turns in rows["messages"]}
+    role, content = firsts.pop()
+    return content if role == "system" and not firsts else None
 
 
 def processes(rows: int) -> int | None:

@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import re
 
 import datasets
@@ -106,26 +105,6 @@ def test_of_several_labels_the_rarest_is_spread_alike(tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_each_label_has_a_training_text_though_its_texts_count_in_other_classes(several, tmp_path):
-    if several:
-        # Each row of a label "whole" counts in the class of a rarer label, which also has a row without it.
-        names = [(f"whole {i}", f"part {i}.{k}") for i in range(20) for k in range(3)]
-        labels = [[*own] for own in names] + [[part] for _, part in names]
-        rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
-    else:
-        texts = [f"text {i}" for i in range(60)]
-        rows = [{"text": text, "label": "common"} for text in texts]
-        rows += [{"text": text, "label": f"other {i}"} for i, text in enumerate(texts[:40])]
-    splits = read(write(tmp_path / "a.jsonl", rows), share=0.3)
-    sets = {
-        split: {label for _, own in pairs for label in (own if several else [own])} for split, pairs in splits.items()
-    }
-    assert sets["val"] | sets["test"] <= sets["train"]
-    texts = [{text for text, _ in pairs} for pairs in splits.values()]
-    assert sum(map(len, texts)) == len(set.union(*texts))
-
-
-@pytest.mark.parametrize("several", [False, True])
 def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
     labels = [" even" if i % 10 == 0 else "odd\t" if i % 10 == 1 else row["label"] for i, row in enumerate(ROWS)]
     rows = [{**row, "label": [own] if several else own} for row, own in zip(ROWS, labels, strict=True)]
@@ -156,21 +135,6 @@ def test_a_vector_with_a_flag_for_each_class_is_no_list_of_labels(flag, tmp_path
         row["label"] = [i % 2, 2 + i % 3]
     found = column(checked(write(tmp_path / "numbers.jsonl", rows)), "label")
     assert found == sorted([str(i % 2), str(2 + i % 3)] for i in range(60))
-
-
-def test_texts_whose_rows_do_not_agree_are_counted_by_label(tmp_path):
-    pairs = [("t 1", "a"), ("t 1", "b"), ("t 1", "a"), ("t 2", "b"), ("t 2", "b"), ("t 3", "a"), ("t 3", "c")]
-    data = {"train": pairs, "val": [("t 4", "a"), ("t 5", "b")], "test": [("t 6", "c"), ("t 6", "b")]}
-    found = rows_by_split(data, "classification").ambiguous
-    # By hand: t 1 is a, a and b; t 3 is a and c; t 6 is c and b.
-    assert found == {"train": {"a": 2, "b": 1, "c": 1}, "val": {}, "test": {"b": 1, "c": 1}}
-    lists = [{"text": "t 1", "label": ["a"]}, {"text": "t 1", "label": ["a", "b"]}, {"text": "t 2", "label": []}]
-    found = rows_by_split(dict.fromkeys(data, lists), "classification").ambiguous
-    assert found == dict.fromkeys(data, {"b": 1})
-    rows = [{"text": text, "label": own} for text, own in pairs] * 2 + ROWS
-    splits = checked(write(tmp_path / "a.jsonl", rows))
-    found = {label: sum(part.get(label, 0) for part in splits.ambiguous.values()) for label in "abc"}
-    assert found == {"a": 2, "b": 1, "c": 1}
 
 
 def test_texts_of_several_columns_are_joined(tmp_path, capsys):
@@ -354,11 +318,7 @@ def test_all_faults_of_a_file_are_listed_at_once_with_their_rows(tmp_path):
     ]
 
 
-def test_unusable_rows_are_left_out_and_counted_on_request(tmp_path):
-    file = write(tmp_path / "a.csv", [*ROWS, {"text": "x", "label": ""}, {"text": "", "label": "odd"}])
-    found = checked(file, skip_unusable=True)
-    assert column(found, "text") == sorted(row["text"] for row in ROWS)
-    assert found.unusable == {"train": 2}
+def test_rows_of_which_all_are_unusable_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
         read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
 
@@ -377,14 +337,6 @@ def test_cells_are_texts_as_they_stand_there(tmp_path):
     rows = [{"text": f"{text} {i}".removesuffix(" 0"), "label": label}
             for i, label in enumerate(labels * 5) for text in texts]  # fmt: skip
     assert all_of(read(write(tmp_path / "a.csv", rows))) == pairs(rows)
-
-
-def test_a_file_that_has_changed_is_read_anew(tmp_path):
-    file = tmp_path / "a.csv"
-    for time, new in enumerate(("even", "eVen")):
-        write(file, [{**row, "label": row["label"].replace("even", new)} for row in ROWS])
-        os.utime(file, (time, time))
-        assert {label for _, label in all_of(read(str(file)))} == {new, "odd"}
 
 
 @pytest.mark.parametrize(

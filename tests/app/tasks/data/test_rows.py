@@ -73,7 +73,7 @@ def test_columns_that_are_not_read_are_named():
 TEXT = {"text": "x", "label": "a"}
 # Each has a form, a row, and names of columns.
 WRONG = {
-    "no column 'txt'; it has .*; set data.columns.text to the nearest, text": ("classification", TEXT, {"text": "txt"}),
+    "no column 'txt'; it has .*; set data.columns.text to text": ("classification", TEXT, {"text": "txt"}),
     "no column 'body'; it has .*; set data.columns.text to one": (
         "classification",
         TEXT,
