@@ -10,7 +10,7 @@ import dynrank
 from dynrank.app.commands import predict
 from dynrank.app.tasks import account
 from dynrank.app.tasks.classification import Classification, Classifier
-from dynrank.app.tasks.data import splits
+from dynrank.app.tasks.data import labels
 from dynrank.app.tasks.data.columns import find_columns
 from dynrank.callbacks import BestWeights
 from dynrank.callbacks.lightning.best import BestSoFar
@@ -85,7 +85,7 @@ FAULTS = {
     "Lightning's best is of before a cut": (70, "best", BestSoFar, "load", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
     "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
-    "a label is in no training text": (154, "data", splits, "with_each_label", lambda numbers, *_: numbers),
+    "a label is in no training text": (154, "data", labels, "with_each_label", lambda numbers, *_: numbers),
     "nothing is strange about classes": (1, "data", account, "_remarks", lambda _: {}),
     "rows of tuples have optional columns": (50, "data", predict, "find_columns", by_usual_names),
     "a missing column is not missed": (41, "data", predict, "_refuse_missing", nothing),

@@ -44,8 +44,8 @@ def kept_cells(
                 f"the answers have a column {name!r} of their own; give another name: --keep NAME={kept[name]}"
             )
     wanted = {*places}
-    numbered = (row for part in table.parts for row in part.read())
-    rows = [row for number, row in numbered if number in wanted and not isinstance(row, str)]
+    numbered = (row for part in table.parts for row in enumerate(part.rows, start=part.first))
+    rows = [row for number, row in numbered if number in wanted]
     found = {}
     for name, column in kept.items():
         try:

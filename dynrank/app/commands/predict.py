@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,9 +33,8 @@ from dynrank.app.tasks.data.columns import (
     refuse_unknown,
     refuse_unread,
 )
-from dynrank.app.tasks.data.rows import Numbered
-from dynrank.app.tasks.data.source import READERS, Source, state_of
-from dynrank.app.tasks.data.stored import RawRows, refuse, usable_rows
+from dynrank.app.tasks.data.source import READERS, Source
+from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import new_file
@@ -184,10 +183,11 @@ def _questions(
         name = "prompt" if form == "chat" else COLUMNS[form][0]
         used = Columns(form, {name: name}, asked=True)
         where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
-        key = state_of(asking) if isinstance(asking, Path) and asking.exists() else str(asking)
-        rows, unusable = usable_rows(RawRows(where, key, partial(_named, name, asking)), used, skip=skip)
-        if not len(rows):
+        with reading(where):
+            texts = _lines(asking) if isinstance(asking, Path) else [*asking]
+        if not texts:
             raise ConfigurationError(f"{where} has no rows")
+        rows, unusable = usable_rows(RawRows(where, datasets.Dataset.from_dict({name: texts})), used, skip=skip)
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows, used.form, where
@@ -270,13 +270,9 @@ def _is_file(text: str) -> bool:
     return named or isfile(text)
 
 
-def _named(name: str, texts: Sequence[str] | Path) -> Iterator[Numbered]:
-    """Rows with one column ``name``: of each text, or of each line of a file."""
-    if isinstance(texts, Path):
-        with texts.open(encoding="utf-8-sig") as lines:
-            yield from enumerate(({name: line.removesuffix("\n")} for line in lines), start=1)
-    else:
-        yield from enumerate(({name: text} for text in texts), start=1)
+def _lines(file: Path) -> list[str]:
+    with file.open(encoding="utf-8-sig") as lines:
+        return [line.removesuffix("\n") for line in lines]
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
@@ -299,7 +295,7 @@ def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, The
     kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
     _refuse_missing(table, kept)
     options: Any = {"trained": kept if learned.form or trained else None, "asked": True}
-    found = find_columns(table.sample, given, form, table.where, table.types, **options)
+    found = find_columns(table.sample, given, form, table.where, **options)
     refuse_unread(given, found)
     return found
 

@@ -25,8 +25,8 @@ from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.account import ClassResult, class_results
 from dynrank.app.tasks.adapter_module import AdapterModule
-from dynrank.app.tasks.data.source import say
-from dynrank.app.tasks.data.stored import counted
+from dynrank.app.tasks.data.labels import counted
+from dynrank.app.tasks.data.stored import say
 from dynrank.app.tasks.text_task import Recipe, TextTask
 from dynrank.errors import ConfigurationError, checked_call
 
@@ -181,16 +181,15 @@ def _make_examples(
     texts = rows["text"]
     options = {"return_token_type_ids": False, "return_attention_mask": False}
     made = tokenizer(texts, truncation=True, max_length=max_length, **options)
-    full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
-    # Of the examples of full length, some were cut; a tokenizer in Python does not say which, so it runs again.
-    if made.is_fast:
-        longer = {i for i in full if made[i].overflowing}
-    else:
-        longer = {i for i in full if len(tokenizer(texts[i], verbose=False).input_ids) > max_length}
+    lengths = [len(ids) for ids in made["input_ids"]]
+    # Of the examples of full length, some were cut.
+    cut = [
+        length == max_length and len(tokenizer(text, verbose=False).input_ids) > max_length
+        for text, length in zip(texts, lengths, strict=True)
+    ]
     index = {label: i for i, label in enumerate(labels)}
     values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
-    cut = [i in longer for i in range(len(values))]
-    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut}
+    return {**made, "label": values, "length": lengths, "cut": cut}
 
 
 def problem_type(*, several: bool) -> str:

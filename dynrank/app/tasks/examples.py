@@ -1,8 +1,9 @@
-"""A language model's training examples from rows: prompts with answers, chats, or texts."""
+"""A language model's training examples from rows: prompts with answers, and chats, as TRL makes them; texts."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,10 +19,8 @@ _TEXT = datasets.Value("string")
 # learned: a flag for each token. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
-    | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
+    | {"asked": _IDS, "prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
 )
-# A word by which it is seen whether a tokenizer puts a blank before a text.
-_WORD = "x"
 # The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -29,13 +28,14 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Example(NamedTuple):
     """Tokens, a flag for each whether it is learned, and whether a text that was too long begins with them.
 
-    If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included, and the
-    ``opening``: what a chat template puts before the answer into the turn that is learned, as an empty block of
-    thoughts.
+    If there is a prompt, its tokens as they are ``asked``, its text, the answer's text and the number of the tokens
+    before the answer are included, and the ``opening``: what a chat template puts before the answer into the turn that
+    is learned, as an empty block of thoughts.
     """
 
     input_ids: list[int]
     learned: list[bool]
+    asked: Sequence[int] = ()
     prompt: str = ""
     answer: str = ""
     prompt_length: int = 0
@@ -51,7 +51,12 @@ def make_examples(
     If ``packed``, texts are one stream of tokens that is cut into examples, as in transformers' run_clm.
     """
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    found = _of_texts(rows, tokenizer, max_length, packed) if form == "text" else _OF[form](rows, tokenizer)
+    if form == "text":
+        found = _of_texts(rows["text"], tokenizer, max_length, packed)
+    elif form == "completion":
+        found = _of_completions(rows, tokenizer)
+    else:
+        found = (_of_chat(messages, tokenizer) for messages in rows["messages"])
     for example in found:
         row = {**example._asdict(), "length": len(example.input_ids)}
         # A single token has none before it that could predict it.
@@ -62,46 +67,89 @@ def make_examples(
 
 
 def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[Example]:
-    prompts = _open(rows["prompt"], tokenizer)
-    answers = _continuing(rows["answer"], tokenizer)
-    for text, wanted, prompt, answer in zip(rows["prompt"], rows["answer"], prompts, answers, strict=True):
-        learned = [False] * len(prompt) + [True] * (len(answer) + 1)
-        yield Example([*prompt, *answer, tokenizer.eos_token_id], learned, text, wanted, len(prompt))
+    end = tokenizer.eos_token
+    pairs = [*zip(rows["prompt"], rows["answer"], strict=True)]
+    wholes = [prompt + answer + ("" if answer.endswith(end) else end) for prompt, answer in pairs]
+    ids = zip(_open(rows["prompt"], tokenizer), _open(wholes, tokenizer), strict=True)
+    for (prompt, answer), (asked, whole) in zip(pairs, ids, strict=True):
+        start = len(commonprefix([asked, whole]))
+        yield Example(whole, _from(start, whole), asked, prompt, answer, start)
 
 
 def _open(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of texts that something goes on after: without an end that the tokenizer puts behind each."""
+    """The tokens of texts, without an end that the tokenizer puts behind each."""
     closing = closing_tokens(tokenizer)
     return [ids[: len(ids) - closing] for ids in tokenizer([*texts])["input_ids"]]
 
 
-def _continuing(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of texts that go on after another text.
+def _from(start: int, ids: Sequence[int]) -> list[bool]:
+    """The flags of tokens that are learned from ``start`` on."""
+    return [i >= start for i in range(len(ids))]
 
-    Some tokenizers (Llama 2, Mistral) put a blank before the first word of a text. Here a line break stands before it,
-    whose tokens are taken away again.
+
+def _of_texts(rows: Sequence[str], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:
+    texts = [[*ids, tokenizer.eos_token_id] for ids in _open(rows, tokenizer)]
+    for whole in [[*chain(*texts)]] if packed else texts:
+        for start in range(0, len(whole), max_length):
+            piece = whole[start : start + max_length]
+            is_cut = not packed and start == 0 and len(whole) > max_length
+            yield Example(piece, _from(0, piece), cut=is_cut)
+
+
+def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
+    turns = [dict(message) for message in messages]
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    try:
+        asked = tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True)["input_ids"]
+        ids, learned = _tokens_of_chat(tokenizer, turns, asked)
+    except TemplateError as error:
+        raise ConfigurationError(
+            f"the chat template refuses {shown(turns)}: {error}; correct this chat, or set data"
+        ) from error
+    if True not in learned:
+        raise ConfigurationError(
+            f"the chat template marks no tokens of the assistant in {shown(turns)}: it may be missing the "
+            "{% generation %} keyword, or drop whole turns; set task.model to another"
+        )
+    end = len(learned) - learned[::-1].index(True)
+    start = end - (learned[:end][::-1].index(False) if False in learned[:end] else end)
+    answer = turns[last]["content"]
+    opening = _opening(tokenizer.decode(ids[start:end], skip_special_tokens=True), answer)
+    return Example(ids, learned, asked, turns[last - 1]["content"], answer, start, opening)
+
+
+def _tokens_of_chat(tokenizer: Any, turns: list[dict[str, str]], asked: list[int]) -> tuple[list[int], list[bool]]:
+    """The tokens of a chat, and for each whether it is learned: the assistant's turns.
+
+    As SFTTrainer has them with assistant_only_loss. Where a template has no marks and the only answer is the last turn,
+    as it has them for a prompt, whose tokens are ``asked``, with a completion; this needs no marks.
     """
-    alone: list[list[int]] = tokenizer([*texts], add_special_tokens=False)["input_ids"]
-    word = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
-    if tokenizer.decode(word + word) == _WORD + _WORD:
-        return alone
-    line = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    after = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
-    pairs = zip(alone, after, strict=True)
-    return [ids[len(line) :] if line and ids[: len(line)] == line else own for own, ids in pairs]
+    template = None
+    if not _MARKED.search(str(tokenizer.chat_template)):
+        if [turn["role"] == "assistant" for turn in turns].index(True) == len(turns) - 1:
+            ids = tokenizer.apply_chat_template(turns)["input_ids"]
+            return ids, _from(len(commonprefix([asked, ids])), ids)
+        template = _marked_template(tokenizer)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    made = tokenizer.apply_chat_template(turns, chat_template=template, **options)
+    return made["input_ids"], [bool(own) for own in made["assistant_masks"]]
 
 
-def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any) -> Iterator[Example]:
-    for messages in rows["messages"]:
-        ids, learned = tokens_of_chat(tokenizer, messages)
-        if len({*learned}) == 1:
-            raise ConfigurationError(f"the chat template drops whole turns of {shown(messages)}; set task.model")
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        end = len(learned) - learned[::-1].index(True)
-        prompt_length = end - learned[:end][::-1].index(False)
-        prompt, answer = (messages[i]["content"] for i in (last - 1, last))
-        opening = _opening(tokenizer.decode(ids[prompt_length:end], skip_special_tokens=True), answer)
-        yield Example(ids, learned, prompt, answer, prompt_length, opening)
+def _marked_template(tokenizer: Any) -> str | None:
+    """TRL's template with marks in place of the tokenizer's."""
+    advice = "set task.model to one whose template has {% generation %}, or data to chats whose only answer is last"
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        raise ConfigurationError(
+            "the chat template has no {% generation %} marks, and TRL, which has such templates, is not installed: pip "
+            f"install trl, or {advice}"
+        ) from None
+    try:
+        found: str | None = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ConfigurationError(f"{error} Or {advice}") from error
+    return found
 
 
 def _opening(turn: str, answer: str) -> str:
@@ -111,70 +159,8 @@ def _opening(turn: str, answer: str) -> str:
     return before if before.strip() else ""
 
 
-def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:
-    texts = [[*ids, tokenizer.eos_token_id] for ids in _open(rows["text"], tokenizer)]
-    for whole in [[*chain(*texts)]] if packed else texts:
-        for start in range(0, len(whole), max_length):
-            piece = whole[start : start + max_length]
-            is_cut = not packed and start == 0 and len(whole) > max_length
-            yield Example(piece, [True] * len(piece), cut=is_cut)
-
-
 def check_template(tokenizer: Any, model: str) -> None:
     """Refuse a tokenizer without a chat template, or one that does not say where in a chat its tokens stand."""
     if not tokenizer.chat_template or not tokenizer.is_fast:
         fault = "is in Python and says no places of tokens" if tokenizer.chat_template else "has no chat template"
         raise ConfigurationError(f"the tokenizer of task.model={model} {fault}; set task.model")
-
-
-def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-    """The tokens of a chat in the template's format, and for each token whether it is learned (the assistant's turns).
-
-    A template with ``{% generation %}`` marks these turns. With another template, a turn is the text that it adds to
-    the earlier chat with the prompt for an answer.
-    """
-    turns = [dict(message) for message in messages]
-    try:
-        if _MARKED.search(str(tokenizer.chat_template)):
-            options = {"return_dict": True, "return_assistant_tokens_mask": True}
-            made = tokenizer.apply_chat_template(turns, **options)
-            return made["input_ids"], [bool(own) for own in made["assistant_masks"]]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        places = [_place(tokenizer, turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    except TemplateError as error:
-        raise ConfigurationError(
-            f"the chat template refuses {shown(turns)}: {error}; correct this chat, or set data"
-        ) from error
-    ids, offsets = _tokens_with_places(tokenizer, text)
-    last, end = places[-1]
-    if any(start < last < stop for start, stop in offsets):
-        # A token would contain the end of the prompt (a blank) and the begin of the answer. Who asks has the prompt
-        # alone, in which the earlier answers are one text with the rest.
-        ids, offsets = _tokens_with_places(tokenizer, text[:last])
-        for start, stop in ((last, end), (end, len(text))):
-            own = _continuing([text[start:stop]], tokenizer)[0]
-            ids += own
-            offsets += [(start, stop)] * len(own)
-    # A token that contains the begin of an earlier answer is learned, too. Some tokens have no characters.
-    return ids, [any(start < end and first < max(stop, start + 1) for first, end in places) for start, stop in offsets]
-
-
-def _tokens_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The tokens of ``text``, and for each its (start, end) in it."""
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return made["input_ids"], made["offset_mapping"]
-
-
-def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:
-    """(start, end) of turn ``i`` in ``text``, the whole chat."""
-    before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-    after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
-    if not (after.startswith(before) and text.startswith(after)):
-        raise ConfigurationError(
-            f"the chat template changes turn {i + 1} of {shown(turns)} when later turns follow, so the turn's tokens "
-            "are unknown; set task.model to one whose template has {% generation %}"
-        )
-    return len(before), len(after)
-
-
-_OF = {"completion": _of_completions, "chat": _of_chats}

@@ -202,21 +202,21 @@ class LanguageModeling(TextTask):
         if not count:
             return []
         rows = self.examples[split]
-        sizes = zip(rows["length"], rows["prompt_length"], strict=True)
+        sizes = zip(rows["length"], rows["prompt_length"], map(len, rows["asked"]), strict=True)
         new = self.max_new_tokens
         # The last token of an answer is not read.
         longest = self.positions - new + 1
-        short = rows.select([i for i, (n, prompt) in enumerate(sizes) if n - prompt <= new and prompt <= longest])
-        if not len(short):
+        short = [i for i, (n, prompt, asked) in enumerate(sizes) if n - prompt <= new and asked <= longest]
+        if not short:
             limit = f" and a prompt of up to {longest}, which the model reads" if longest < inf else ""
             raise ConfigurationError(
                 f"no {split} example has an answer of up to {new} tokens{limit}; set task.max_new_tokens"
             )
-        return [self.evaluation(spread(short, count), self._collate_prompts)]
+        return [self.evaluation(spread(rows.select(short), count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer", "opening")}
-        prompts = [torch.tensor(example["input_ids"][: example["prompt_length"]]) for example in examples]
+        prompts = [torch.tensor(example["asked"]) for example in examples]
         return {**self._padded(prompts, "left"), **texts, "is_turn": self.form == "chat"}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:

@@ -20,13 +20,14 @@ from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_tokenizer, positions
 from dynrank.app.tasks.account import SplitAccount, print_account
 from dynrank.app.tasks.data.columns import Form
+from dynrank.app.tasks.data.labels import counted
 from dynrank.app.tasks.data.splits import Checked, rows_by_split
-from dynrank.app.tasks.data.stored import column_of, counted, processes, quiet, system_prompt
+from dynrank.app.tasks.data.stored import column_of, processes, quiet, system_prompt
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 9
+CACHED = 10
 
 
 @dataclass(frozen=True)

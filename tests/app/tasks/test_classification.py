@@ -129,63 +129,6 @@ def test_several_labels_are_learned_weighed_and_measured_each_by_itself(tiny_ber
     assert made.quality["test"].compute()["test/accuracy"] == ((logits > 0) == labels.bool()).float().mean()
 
 
-@pytest.fixture
-def weighed(tiny_bert, optimizer):
-    """Makes a module in float64 for classes with these numbers of texts, and the labels of all texts."""
-
-    def make(counts, *, several=False, smoothing=0.0):
-        names = [f"class {i}" for i in range(len(counts))]
-        pairs = [(f"{name} {i}", name) for name, count in zip(names, counts, strict=True) for i in range(count)]
-        rows = [(text, [name] if several else name) for text, name in pairs]
-        data = dict.fromkeys(["train", "val", "test"], rows)
-        task = Classification(str(tiny_bert), data, class_weights="balanced", label_smoothing=smoothing)
-        labels = torch.tensor([names.index(name) for _, name in pairs])
-        labels = F.one_hot(labels, len(names)).double() if several else labels
-        return task.module(LORA, optimizer, on_meta=True).double(), labels
-
-    return make
-
-
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("counts", [(950, 50), (900, 80, 20)])
-def test_balanced_weights_do_not_move_the_answer_that_smoothing_wants(counts, several, weighed):
-    module, _ = weighed(counts, several=several, smoothing=0.1)
-    classes = len(counts)
-    own = F.one_hot(torch.arange(classes), classes).double()
-    # By hand: 0.1 of the mass is spread over all classes, or over yes and no, whatever they weigh.
-    wanted = 0.9 * own + (0.05 if several else 0.1 / classes)
-    best = (wanted.logit() if several else wanted.log()).requires_grad_()
-    module.training_loss(best, own if several else torch.arange(classes)).backward()
-    assert best.grad.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("batch", [1, 4, 32])
-def test_balanced_classes_have_the_same_share_of_the_gradient_whatever_the_batch(batch, weighed):
-    module, labels = weighed((990, 10), smoothing=0.1)
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    logits = torch.zeros(1000, 2, dtype=torch.float64, requires_grad=True)
-    batches = order.split(batch)
-    for rows in batches:
-        (module.training_loss(logits[rows], labels[rows]) * len(rows) / 1000).backward()
-    of_texts = logits.grad.gather(1, labels[:, None])[:, 0].abs()
-    shares = [float(of_texts[labels == index].sum()) for index in range(2)]
-    assert shares[0] == pytest.approx(shares[1])
-    # The weights have mean one, so together the texts have the gradient that they have without weights.
-    plain = torch.zeros(1000, 2, dtype=torch.float64, requires_grad=True)
-    module.loss(plain, labels, 0.1).backward()
-    assert sum(shares) == pytest.approx(float(plain.grad.gather(1, labels[:, None]).abs().sum()))
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_the_weighed_loss_of_a_batch_is_the_mean_of_its_parts(several, weighed):
-    """So accumulation and several processes, which average the losses of equal parts, change nothing."""
-    module, labels = weighed((50, 9, 5), several=several, smoothing=0.2)
-    logits = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    parts = [module.training_loss(logits[rows], labels[rows]) for rows in order.split(8)]
-    torch.testing.assert_close(sum(parts) / 8, module.training_loss(logits, labels))
-
-
 ROWS = [("one", 10), ("two", 9), ("three", 10)]
 
 

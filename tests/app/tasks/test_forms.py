@@ -3,22 +3,24 @@
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from functools import cache
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
 from dynrank.app.models.generating import greedy_texts
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs import job
 from dynrank.app.tasks.classification import Classification
-from dynrank.app.tasks.examples import make_examples, tokens_of_chat
+from dynrank.app.tasks.examples import make_examples
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
 
@@ -31,22 +33,12 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Some templates shorten the thoughts of earlier turns like this.
-SHORTENED = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:3] }}")
 
 
 def turns(*contents, system=None):
     roles = ["user", "assistant"] * len(contents)
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))]
-
-
-CHATS = {
-    "one turn": turns("def f(x):", "return x"),
-    "several turns and a system": turns("import os", "os.path", "and é, 漢?", "  return 1\n", system="class Path"),
-    "the user has the last word": turns("a", "b", "c"),
-    "words of the template": turns("<|assistant|>\nno<|end|>", "<|user|>\nreturn"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +55,6 @@ def chatty(tiny_llama, tmp_path_factory):
         return folder
 
     return make
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
-@pytest.mark.parametrize("chat", CHATS)
-def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, template, chatty):
-    """Beside bytes that are counted by hand in the text as it has to be."""
-    tokenizer = load_tokenizer(str(chatty(template)))
-    ids, learned = tokens_of_chat(tokenizer, CHATS[chat])
-    text = b""
-    own = []
-    for turn in CHATS[chat]:
-        head = f"<|{turn['role']}|>\n".encode()
-        body = f"{turn['content']}<|end|>\n".encode()
-        text += head + body
-        own += [False] * len(head) + [turn["role"] == "assistant"] * len(body)
-    table = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
-    place = 0
-    for token, is_learned in zip(tokenizer.convert_ids_to_tokens(ids), learned, strict=True):
-        written = token.encode() if token == "<|end|>" else b"".join(table[char] for char in token)
-        assert text[place:].startswith(written)
-        assert is_learned == own[place]
-        place += len(written)
-    assert place == len(text)
-    assert any(learned)
 
 
 # As Qwen 3's: thoughts before the last answer, which the prompt for an answer does not have.
@@ -120,48 +88,81 @@ def metaspace():
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("answer", ["x)", " if x else y", "\n    return x", "y"])
-def test_prompt_and_answer_are_learned_as_one_text(answer, metaspace, tiny_llama):
+# Chat templates of ten families, as TRL has them beside their marked ones.
+FAMILIES = ["cohere", "deepseekv3", "gemma", "glm4moe", "gptoss", "lfm2", "llama3", "phi3", "qwen2_5", "qwen3"]
+TALKS = [
+    turns("def f(x):", "return x", "and é, 漢?", "  return 1"),
+    turns("import os", "os.path", "more", "less", "words <|end|> in it", "y"),
+]
+
+
+@pytest.fixture
+def by_trl(tiny_llama, tmp_path):
+    """What SFTTrainer makes of rows: their tokens, and the tokens that are learned, with None for others."""
+    trl = pytest.importorskip("trl", reason="pip install trl")
+
+    def prepared(tokenizer, rows, **options):
+        model = hf.AutoModelForCausalLM.from_pretrained(tiny_llama)
+        options = {"max_length": None, "report_to": "none", "use_cpu": True, "bf16": False, **options}
+        made = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(str(tmp_path / "trl"), **options),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        ).train_dataset
+        return made["input_ids"][:], [[None if label == -100 else label for label in own] for own in made["labels"]]
+
+    return prepared
+
+
+def learned_of(rows, tokenizer, form):
+    """Our tokens, and those that are learned, with None for others."""
+    made = make_examples(rows, tokenizer=tokenizer, max_length=10_000, form=form, packed=False)
+    pairs = zip(made["input_ids"], made["learned"], strict=True)
+    return made["input_ids"], [[i if own else None for i, own in zip(*pair, strict=True)] for pair in pairs]
+
+
+@pytest.fixture
+def speaking(tiny_llama):
+    """Makes the tiny Llama's tokenizer with a chat template, or that of a family."""
+
+    def make(template):
+        tokenizer = load_tokenizer(str(tiny_llama))
+        tokenizer.bos_token = tokenizer.eos_token
+        tokenizer.chat_template = template
+        if template in FAMILIES:
+            trl = pytest.importorskip("trl", reason="pip install trl")
+            file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return tokenizer
+
+    return make
+
+
+@pytest.mark.parametrize("template", [*FAMILIES, MARKED])
+def test_chats_are_learned_as_sft_trainer_learns_them(template, speaking, by_trl):
+    tokenizer = speaking(template)
+    ours = learned_of({"messages": TALKS}, tokenizer, "chat")
+    assert ours == by_trl(tokenizer, [{"messages": talk} for talk in TALKS], assistant_only_loss=True)
+    assert all(None in own and {*own} != {None} for own in ours[1])
+
+
+@pytest.mark.parametrize("template", [*FAMILIES, PLAIN])
+def test_a_chat_whose_only_answer_is_last_needs_no_marks_and_is_learned_as_sft_trainer_learns_completions(
+    template, speaking, by_trl
+):
+    tokenizer = speaking(template)
+    talks = [turns("def f(x):", "return x"), turns("import os", "os.path and é, 漢?")]
+    ours = learned_of({"messages": talks}, tokenizer, "chat")
+    assert ours == by_trl(tokenizer, [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks])
+
+
+@pytest.mark.parametrize("answer", ["x)", " if x else y", "\n    return x", "y", "y<|end|>"])
+def test_completions_are_learned_as_sft_trainer_learns_them(answer, metaspace, tiny_llama, by_trl):
     for tokenizer in (metaspace, load_tokenizer(str(tiny_llama))):
-        rows = {"prompt": ["y = f("], "answer": [answer]}
-        made = make_examples(rows, tokenizer=tokenizer, max_length=100, form="completion", packed=False)
-        (ids,) = made["input_ids"]
-        assert tokenizer.decode(ids[:-1]) == f"y = f({answer}"
-        prompt = ids[: made["prompt_length"][0] or made["learned"][0].index(True)]
-        assert prompt == tokenizer("y = f(")["input_ids"]
-
-
-@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
-def test_an_answer_is_learned_whole_where_a_token_would_contain_the_end_of_the_prompt(kind, metaspace):
-    """As ``" x"`` is one behind ``"Assistant: "``."""
-    tokenizer = metaspace
-    if kind == "byte level":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["</s>"])
-        made.train_from_iterator(["return x if y else z f(x) y = x"] * 9, trainer)
-        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
-    before = tokenizer.chat_template
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'y: ' if m.role == 'user' else 'z: ' }}{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}z: {% endif %}"
-    )
-    try:
-        chat = turns("f", "x if y", "g", "else z")
-        ids, learned = tokens_of_chat(tokenizer, chat)
-        asked = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, tokenize=False)
-    finally:
-        tokenizer.chat_template = before
-    prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == "y: f</s>z: x if y</s>y: g</s>z: else z</s>"
-    # Who asks has the earlier answer in the prompt, there with a token that contains the blank before it.
-    assert ids[: len(prompt)] == prompt
-    assert tokenizer.decode(ids[len(prompt) :]) == "else z</s>"
-    assert all(learned[len(prompt) :])
-    assert not learned[len(prompt) - 1]
-    assert tokenizer.decode([i for i, own in zip(ids, learned, strict=True) if own]).strip() == "x if y</s>else z</s>"
+        rows = {"prompt": ["y = f(", "y = "], "answer": [answer, answer]}
+        expected = [{"prompt": prompt, "completion": answer} for prompt in rows["prompt"]]
+        assert learned_of(rows, tokenizer, "completion") == by_trl(tokenizer, expected)
 
 
 def test_the_blank_before_the_first_word_of_an_answer_is_kept(metaspace):
@@ -178,20 +179,34 @@ def test_the_blank_before_the_first_word_of_an_answer_is_kept(metaspace):
         assert greedy_texts(Writing(), metaspace, ids, torch.ones_like(ids), 9, is_turn=is_turn)[0].startswith(text)
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (SHORTENED, r"when later turns follow.*generation"),
-        ("{{ messages[0].content }}", r"drops whole turns.*set task\.model"),
-        ("{{ raise_exception('never') }}", "refuses .*never.*set data"),
-    ],
-    ids=["rewrites", "drops", "refuses"],
-)
-def test_a_template_that_rewrites_or_drops_turns_or_refuses_a_chat_is_named(template, said, chatty):
-    rows = {"messages": [turns("long question", "long answer", "q", "a")]}
-    tokenizer = load_tokenizer(str(chatty(template)))
+# Each has a template, a chat, and what is said of them.
+REFUSED = {
+    "unknown": (
+        PLAIN,
+        turns("q", "a", "q", "a"),
+        r"not training-compatible.*set task\.model to one whose",
+    ),
+    "drops": ("{{ messages[0].content }}", turns("question", "answer"), r"drop whole turns; set task\.model"),
+    "marks nothing": (
+        "{% generation %}{% endgeneration %}q",
+        turns("q", "a", "q", "a"),
+        "marks no tokens of the",
+    ),
+    "refuses": ("{{ raise_exception('never') }}", turns("q", "a"), "refuses .*never.*set data"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_template_that_cannot_be_learned_is_named(case, speaking):
+    template, chat, said = REFUSED[case]
     with pytest.raises(ConfigurationError, match=said):
-        make_examples(rows, tokenizer=tokenizer, max_length=99, form="chat", packed=False)
+        learned_of({"messages": [chat]}, speaking(template), "chat")
+
+
+def test_trl_that_is_not_installed_is_named(speaking, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
+    with pytest.raises(ConfigurationError, match=r"no {% generation %} marks.*pip install trl"):
+        learned_of({"messages": [turns("q", "a", "q", "a")]}, speaking(PLAIN), "chat")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +238,7 @@ def task_of(chatty, tiny_bert, tmp_path):
             file.write_text("\n".join(map(json.dumps, ROWS[form])))
         task = ["task=classification", f"task.model={tiny_bert}"]
         if form != "several":
-            task = [f"task={form}", f"task.model={chatty(PLAIN)}"]
+            task = [f"task={form}", f"task.model={chatty(MARKED)}"]
         options = [f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4", "plots=false"]
         made = job.make(dynrank.compose([*task, *options, *overrides]).task, "task")
         made.setup("fit")
@@ -270,7 +285,7 @@ def test_account_says_what_became_of_every_row(form, task_of, capsys):
         account = task.account[split]
         examples = task.examples[split]
         if form == "chat":
-            lengths = [len(tokens_of_chat(task.tokenizer, row["messages"])[0]) for row in rows]
+            lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
             assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
             assert account.tokens == sum(length for length in lengths if length <= LENGTH)
         elif form == "text":

@@ -1,35 +1,24 @@
 """The rows of a task's data by split: of files, folders and names on the hub, or of what a function returns."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
-from datasets.fingerprint import Hasher
 from pydantic import Field
 
 from dynrank.app.keys import below, named
-from dynrank.app.tasks.data.columns import COLUMNS, SNIFFED, Columns, Form, Given, Theirs, find_columns, refuse_unread
-from dynrank.app.tasks.data.source import Source, say
-from dynrank.app.tasks.data.stored import (
-    RawRows,
-    ambiguous_texts,
-    class_of_rows,
-    column_of,
-    of_dataset,
-    pairs_of,
-    usable_rows,
-)
+from dynrank.app.tasks.data.columns import COLUMNS, Columns, Form, Given, Theirs, find_columns, refuse_unread
+from dynrank.app.tasks.data.labels import ambiguous_texts, number_of, within_classes
+from dynrank.app.tasks.data.source import Source, first_rows
+from dynrank.app.tasks.data.stored import RawRows, column_of, reading, refuse, say, usable_rows
 from dynrank.errors import ConfigurationError, checked_call, shown
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
 # Columns of checked rows that no form has.
-_BESIDE = ("digest", "place", "trimmed")
+_BESIDE = ("digest", "place")
 
 
 class Checked(dict[str, datasets.Dataset]):
@@ -48,11 +37,6 @@ class Checked(dict[str, datasets.Dataset]):
     ambiguous: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
 
-def number_of(key: str, seed: int) -> int:
-    """A random whole number below 2**64 that depends only on (``seed``, ``key``)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8])
-
-
 def place(key: str, seed: int, train: float, val: float) -> str:
     """The split of ``key``, a text or the name of a group, which depends only on (``seed``, ``key``).
 
@@ -60,49 +44,6 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     """
     share = number_of(key, seed) / 2**64
     return "train" if share < train else "val" if share < val else "test"
-
-
-def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str], seed: int) -> Any:
-    """(rows,) numbers from 0 to below 1, alike in each class: a share of them is the same share of each class.
-
-    Rows of the same text have the same number, and count once, in the class of the first. No share of the highest
-    numbers has all texts of a class.
-
-    Args:
-        digests: (rows,) hashes of the texts.
-        numbers: (rows,) random numbers of the texts.
-        classes: (rows,) the index of each row's class in ``names``.
-        names: names of the classes.
-        seed: seed of the places where the shares begin; without these, small classes would all lack the same splits.
-    """
-    _, firsts, text = np.unique(digests, return_index=True, return_inverse=True)
-    of_texts = classes[firsts]
-    order = np.lexsort((numbers[firsts], of_texts))
-    starts = np.flatnonzero(np.diff(of_texts[order], prepend=-1))
-    sizes = np.diff(starts, append=len(order))
-    offsets = np.array([number_of(names[index], seed) / 2**64 for index in of_texts[order][starts]])
-    places = np.arange(len(order)) - np.repeat(starts, sizes)
-    found = np.empty(len(order))
-    found[order] = (places + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)
-    found[order[starts]] = 0
-    return found[text]
-
-
-def with_each_label(numbers: Any, digests: Any, rows: Any, labels: Any) -> Any:
-    """``numbers`` of rows (see :func:`within_classes`), with a text of each label at 0.
-
-    A label may have no text of its own: rows of the same text count in the class of the first, and a row with several
-    labels in one of their classes. Then its text with the lowest number is moved to 0.
-
-    Args:
-        numbers: (rows,) numbers of the rows.
-        digests: (rows,) hashes of their texts.
-        rows: (pairs,) for each pair of a row and one of its labels, the index of the row.
-        labels: (pairs,) the index of the label.
-    """
-    order = np.lexsort((digests[rows], numbers[rows], labels))
-    lowest = rows[order][np.flatnonzero(np.diff(labels[order], prepend=-1))]
-    return np.where(np.isin(digests, digests[lowest]), 0, numbers)
 
 
 def rows_by_split(data: Any, form: Form) -> Checked:
@@ -122,40 +63,43 @@ def rows_by_split(data: Any, form: Form) -> Checked:
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
     found = Checked()
     for split in SPLITS:
+        raw = _raw(splits[split], form, f"data, {split}")
         trained = None if split == "train" else found.columns
-        found[split], used = _rows(splits[split], form, f"data, {split}", trained)
+        used = find_columns(first_rows(raw.rows), {}, form, raw.where, trained=trained)
+        found[split], _ = usable_rows(raw, used)
         if any(isinstance(row, Mapping) for row in splits[split]):
             if split == "train":
                 found.columns = used.names
             else:
                 _say_columns(used, found.columns)
-    _say_trimmed(found)
     return _in_form(found)
 
 
-def _rows(part: Any, form: Form, where: str, trained: Mapping[str, Theirs] | None) -> tuple[datasets.Dataset, Columns]:
+def _raw(part: Any, form: Form, where: str) -> RawRows:
+    """The rows of a data set, or of a list of mappings or tuples."""
     if isinstance(part, str) or not hasattr(part, "__len__"):
         raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
-        rows = of_dataset(part, where)
-    else:
-        named = [*enumerate((_named(row, form) for row in part), start=1)]
-        rows = RawRows(where, Hasher.hash(str(named)), lambda: iter(named))
-    first = islice(rows.read(), SNIFFED)
-    sample = [row for _, row in first if isinstance(row, Mapping)]
-    columns = find_columns(sample, {}, form, where, rows.types, trained=trained)
-    made, _ = usable_rows(rows, columns)
-    return made, columns
-
-
-def _named(row: Any, form: Form) -> Mapping[str, Any] | str:
+        return RawRows(where, part)
     names = COLUMNS[form]
-    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
-        return dict(zip(names, row, strict=True))
     wanted = f"({', '.join(names)}{',' * (len(names) == 1)})"
-    return row if isinstance(row, Mapping) else f"must be a mapping or a tuple {wanted}, got {shown(row)}"
+    rows: list[Mapping[str, Any]] = []
+    faults: list[tuple[int, str]] = []
+    for place, row in enumerate(part, start=1):
+        if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
+            rows.append(dict(zip(names, row, strict=True)))
+        elif isinstance(row, Mapping):
+            rows.append(row)
+        else:
+            faults.append((place, f"must be a mapping or a tuple {wanted}, got {shown(row)}"))
+    if faults:
+        refuse(where, faults)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    with reading(where):
+        cells = {key: [row.get(key) for row in rows] for key in keys}
+        return RawRows(where, datasets.Dataset.from_dict(cells, on_mixed_types="use_json"))
 
 
 @checked_call
@@ -195,12 +139,11 @@ def from_files(
     for split, name in names.items():
         if split == "train" or name:
             source = Source(name, f"data.{split}", split)
-            used = find_columns(source.sample, columns, form, source.where, source.types, trained=found.columns or None)
+            used = find_columns(source.sample, columns, form, source.where, trained=found.columns or None)
             refuse_unread(columns, used, "data.columns")
             _say_columns(used, found.columns)
             found.columns = found.columns or used.names
             parts[split], unusable[split] = source.read(used, skip=skip_unusable)
-    _say_trimmed(parts)
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     numbers = _numbers(parts["train"], digests["train"], form, seed)
     # The split of each row, in one byte.
@@ -230,23 +173,13 @@ def _in_form(found: Checked) -> Checked:
     return found
 
 
-def _say_trimmed(parts: Mapping[str, datasets.Dataset]) -> None:
-    """Print how many rows had blanks around a label."""
-    count = sum(pc.sum(column_of(rows, "trimmed")).as_py() for rows in parts.values() if "trimmed" in rows.column_names)
-    if count:
-        say({"blanks": f"around the labels of {count:,} rows are left out"})
-
-
 def _numbers(rows: datasets.Dataset, digests: Any, form: Form, seed: int) -> Any:
     """(rows,) random numbers from 0 to below 1, the same for equal texts; those of each class are spread alike."""
     # An odd factor permutes the numbers below 2**64, so each seed draws others.
     numbers = digests * np.uint64(number_of("", seed) | 1)
     if form != "classification":
         return numbers / 2.0**64
-    classes = class_of_rows(rows)
-    found = within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
-    pairs = pairs_of(rows)
-    return with_each_label(found, digests, pairs.rows, pairs.labels)
+    return within_classes(rows, numbers, seed)
 
 
 def _say_columns(used: Columns, trained: Mapping[str, Theirs]) -> None:

@@ -1,8 +1,9 @@
 """Checked rows in the disk cache of ``datasets``, from which they are memory-mapped; all faults are listed at once."""
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,14 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from lightning.pytorch.utilities import rank_zero_only
 
-from dynrank.app.tasks.data.columns import Columns
-from dynrank.app.tasks.data.rows import Numbered, checked_rows, features_of
+from dynrank.app.console import print_facts
+from dynrank.app.tasks.data.columns import Columns, each
+from dynrank.app.tasks.data.rows import checked_rows, features_of
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
 
+# Only process 0 prints.
+say = rank_zero_only(print_facts)
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 9
+READ = 10
 # The fewest rows for which one more process is worth its start.
 _ENOUGH = 20_000
 # The most faults that one message lists, and the most rows of one fault.
@@ -32,45 +37,48 @@ class RawRows(NamedTuple):
 
     Attributes:
         where: their name in errors.
-        key: a text that changes with the rows.
-        read: function that reads them.
-        types: the types of the columns, if known.
+        rows: the rows.
+        first: the number of the first one, which is 2 after a heading.
     """
 
     where: str
-    key: str
-    read: Callable[[], Iterator[Numbered]]
-    types: Mapping[str, Any] = {}
+    rows: datasets.Dataset
+    first: int = 1
 
 
-def of_dataset(rows: datasets.Dataset, where: str) -> RawRows:
-    """The rows of a data set; pictures and sounds in them are not decoded."""
-
-    def read() -> Iterator[Numbered]:
-        batches = rows.with_format("arrow").iter(1000)
-        return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-
-    return RawRows(where, rows._fingerprint, read, rows.features)
-
-
-def usable_rows(rows: RawRows, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
+def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
     """The rows, as :func:`dynrank.app.tasks.data.rows.checked_rows` makes them, and the number of those left out.
 
     Rows with a fault are left out with ``skip``; otherwise one error lists them.
     """
-    key = Hasher.hash(str((READ, rows.key, columns)))
-    features = features_of(columns)
-    with reading(rows.where), quiet():
-        made = datasets.Dataset.from_generator(
-            lambda: checked_rows(rows.read(), columns), features=features, fingerprint=key
+    # Another file may have a column that this one lacks.
+    read = {name for theirs in columns.names.values() for name in each(theirs)}
+    rows = raw.rows.select_columns([name for name in raw.rows.column_names if name in read])
+    kind = rows.features.get(columns.names.get("label"))
+    kind = getattr(kind, "feature", kind)
+    classes = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    with reading(raw.where), quiet():
+        made = rows.map(
+            checked_rows,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"columns": columns, "first": raw.first, "classes": classes},
+            remove_columns=rows.column_names,
+            features=features_of(columns),
+            keep_in_memory=not rows.cache_files,
+            new_fingerprint=Hasher.hash(str((READ, raw.rows._fingerprint, columns, raw.first))),
+            num_proc=processes(len(rows)),
         )
     faults = column_of(made, "fault")
     wrong = np.flatnonzero(pc.is_valid(faults))
     if len(wrong) and not (skip and len(wrong) < len(made)):
         places = column_of(made, "place").take(wrong).to_pylist()
-        refuse(rows.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
+        refuse(raw.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
     kept = made.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else made
-    return kept.remove_columns("fault"), len(wrong)
+    trimmed = pc.sum(column_of(made, "trimmed")).as_py()
+    if trimmed:
+        say({"blanks": f"around the labels of {trimmed:,} rows are left out"})
+    return kept.remove_columns(["fault", "trimmed"]), len(wrong)
 
 
 def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
@@ -103,75 +111,11 @@ def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return found
 
 
-def counted(rows: datasets.Dataset) -> dict[str, int]:
-    """{label: number of its rows}, the most frequent first."""
-    labels = column_of(rows, "label")
-    if pa.types.is_list(labels.type):
-        labels = pc.list_flatten(labels)
-    counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-def class_of_rows(rows: datasets.Dataset) -> pa.DictionaryArray:
-    """The label of each row; of several labels, the rarest."""
-    labels = column_of(rows, "label").combine_chunks()
-    if pa.types.is_list(labels.type):
-        counts = counted(rows)
-        rarest = (min(each, key=lambda label: (counts[label], label), default="") for each in rows["label"])
-        labels = pa.array(rarest, pa.string())
-    return labels.dictionary_encode()
-
-
-class Pairs(NamedTuple):
-    """Each pair of a row and one of its labels.
-
-    Attributes:
-        rows: (pairs,) the index of the row.
-        labels: (pairs,) the index of the label in ``names``.
-        names: the labels.
-    """
-
-    rows: Any
-    labels: Any
-    names: list[str]
-
-
-def pairs_of(rows: datasets.Dataset) -> Pairs:
-    """Each pair of a row and one of its labels, in the order of the rows."""
-    labels = column_of(rows, "label").combine_chunks()
-    owners = np.arange(len(labels))
-    if pa.types.is_list(labels.type):
-        owners = pc.list_parent_indices(labels).to_numpy()
-        labels = pc.list_flatten(labels)
-    coded = labels.dictionary_encode()
-    return Pairs(owners, coded.indices.to_numpy(), coded.dictionary.to_pylist())
-
-
-def ambiguous_texts(rows: datasets.Dataset) -> dict[str, int]:
-    """{label: number of the texts that have it in some of their rows, and not in others}; 0 is left out.
-
-    The rows have the digests of their texts.
-    """
-    _, texts, sizes = np.unique(column_of(rows, "digest").to_numpy(), return_inverse=True, return_counts=True)
-    pairs = pairs_of(rows)
-    triples = np.stack([texts[pairs.rows], pairs.labels, pairs.rows])
-    # A list may have a label twice; most texts have one row.
-    once = np.unique(triples[:, sizes[triples[0]] > 1], axis=1)
-    (of_text, label), counts = np.unique(once[:2], axis=1, return_counts=True)
-    numbers = np.bincount(label[counts < sizes[of_text]], minlength=len(pairs.names))
-    return {name: count for name, count in sorted(zip(pairs.names, numbers.tolist(), strict=True)) if count}
-
-
 def system_prompt(rows: datasets.Dataset) -> str | None:
     """The system prompt with which every chat begins; None if chats begin in different ways."""
-    found: set[tuple[str, str]] = set()
-    for batch in rows.select_columns("messages").with_format("arrow").iter(1000):
-        first = pc.list_element(batch["messages"], 0)
-        found |= {(turn["role"], turn["content"]) for turn in first.to_pylist()}
-        if len(found) > 1:
-            return None
-    ((role, content),) = found
-    return content if role == "system" else None
+    firsts = {(turns[0]["role"], turns[0]["content"]) for turns in rows["messages"]}
+    role, content = firsts.pop()
+    return content if role == "system" and not firsts else None
 
 
 def processes(rows: int) -> int | None:
@@ -201,7 +145,7 @@ def reading(where: str) -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         if getattr(cause, "errno", None) in DISK_FULL:
             raise ConfigurationError(
@@ -210,6 +154,6 @@ def reading(where: str) -> Iterator[None]:
             ) from cause
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
-        # So says pyarrow of a row of csv that is longer than a block.
-        advice = "write texts of megabytes as jsonl" if "straddling" in said else advice
+        # So says pandas of a row of csv.
+        advice = "write texts that hold the delimiter in quotes" if re.search(r"Expected \d+ fields", said) else advice
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error

@@ -1,10 +1,8 @@
 import csv
 import json
-import os
+import re
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dynrank.app.tasks.data import source
@@ -107,26 +105,6 @@ def test_of_several_labels_the_rarest_is_spread_alike(tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_each_label_has_a_training_text_though_its_texts_count_in_other_classes(several, tmp_path):
-    if several:
-        # Each row of a label "whole" counts in the class of a rarer label, which also has a row without it.
-        names = [(f"whole {i}", f"part {i}.{k}") for i in range(20) for k in range(3)]
-        labels = [[*own] for own in names] + [[part] for _, part in names]
-        rows = [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)]
-    else:
-        texts = [f"text {i}" for i in range(60)]
-        rows = [{"text": text, "label": "common"} for text in texts]
-        rows += [{"text": text, "label": f"other {i}"} for i, text in enumerate(texts[:40])]
-    splits = read(write(tmp_path / "a.jsonl", rows), share=0.3)
-    sets = {
-        split: {label for _, own in pairs for label in (own if several else [own])} for split, pairs in splits.items()
-    }
-    assert sets["val"] | sets["test"] <= sets["train"]
-    texts = [{text for text, _ in pairs} for pairs in splits.values()]
-    assert sum(map(len, texts)) == len(set.union(*texts))
-
-
-@pytest.mark.parametrize("several", [False, True])
 def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
     labels = [" even" if i % 10 == 0 else "odd\t" if i % 10 == 1 else row["label"] for i, row in enumerate(ROWS)]
     rows = [{**row, "label": [own] if several else own} for row, own in zip(ROWS, labels, strict=True)]
@@ -134,14 +112,10 @@ def test_blanks_around_labels_go_and_are_said_once(several, tmp_path, capsys):
     val = write(tmp_path / "val.jsonl", rows[:10])
     assert read(write(tmp_path / "a.jsonl", rows), val=val) == read(write(tmp_path / "b.jsonl", clean), val=val)
     said = capsys.readouterr().out
-    # Those of the training and of the validation file; of the clean training file, those of the latter.
-    assert [line for line in said.splitlines() if line.startswith("blanks")] == [
-        "blanks           around the labels of 42 rows are left out",
-        "blanks           around the labels of 2 rows are left out",
-    ]
+    # Those of the training file, and twice those of the validation file.
+    assert re.findall(r"blanks +around the labels of (\d+) rows are left out", said) == ["40", "2", "2"]
     data = dict.fromkeys(("train", "val", "test"), rows)
     assert rows_by_split(data, "classification")["train"]["label"][:] == [row["label"] for row in clean]
-    assert "blanks           around the labels of 120 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", [int, float, bool])
@@ -161,21 +135,6 @@ def test_a_vector_with_a_flag_for_each_class_is_no_list_of_labels(flag, tmp_path
         row["label"] = [i % 2, 2 + i % 3]
     found = column(checked(write(tmp_path / "numbers.jsonl", rows)), "label")
     assert found == sorted([str(i % 2), str(2 + i % 3)] for i in range(60))
-
-
-def test_texts_whose_rows_do_not_agree_are_counted_by_label(tmp_path):
-    pairs = [("t 1", "a"), ("t 1", "b"), ("t 1", "a"), ("t 2", "b"), ("t 2", "b"), ("t 3", "a"), ("t 3", "c")]
-    data = {"train": pairs, "val": [("t 4", "a"), ("t 5", "b")], "test": [("t 6", "c"), ("t 6", "b")]}
-    found = rows_by_split(data, "classification").ambiguous
-    # By hand: t 1 is a, a and b; t 3 is a and c; t 6 is c and b.
-    assert found == {"train": {"a": 2, "b": 1, "c": 1}, "val": {}, "test": {"b": 1, "c": 1}}
-    lists = [{"text": "t 1", "label": ["a"]}, {"text": "t 1", "label": ["a", "b"]}, {"text": "t 2", "label": []}]
-    found = rows_by_split(dict.fromkeys(data, lists), "classification").ambiguous
-    assert found == dict.fromkeys(data, {"b": 1})
-    rows = [{"text": text, "label": own} for text, own in pairs] * 2 + ROWS
-    splits = checked(write(tmp_path / "a.jsonl", rows))
-    found = {label: sum(part.get(label, 0) for part in splits.ambiguous.values()) for label in "abc"}
-    assert found == {"a": 2, "b": 1, "c": 1}
 
 
 def test_texts_of_several_columns_are_joined(tmp_path, capsys):
@@ -205,7 +164,7 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     renamed = [{"review": row["text"], label: row["label"], "history": i, "id": i} for i, row in enumerate(ROWS)]
     found = read(write(tmp_path / "renamed.csv", renamed), columns={"label": None, **given})
     _, *said = capsys.readouterr().out.splitlines()
-    assert said == [f"columns          text <- review, label <- {label}", "not used         history"]
+    assert said == [f"columns          text <- review, label <- {label}", "not used         history, id"]
     assert found == read(write(tmp_path / "a.csv", ROWS))
 
 
@@ -245,10 +204,7 @@ def test_an_optional_column_is_read_wherever_it_begins(tmp_path):
     found = checked(str(tmp_path / "both"), **options)
     assert column(found, "prompt") == sorted([row["prompt"] for row in without] + [f"q {i}\non {i}" for i in range(50)])
     file = write(tmp_path / "one.jsonl", [*without, *rows])
-    with pytest.raises(
-        ConfigurationError, match=r"rows 1001, 1002,.* 30 more: each has a column 'input', which the first"
-    ):
-        checked(file, **options)
+    assert column(checked(file, **options), "prompt") == column(found, "prompt")
     found = checked(file, form="completion", columns={"input": ""})
     assert column(found, "prompt") == sorted(row["prompt"] for row in [*without, *rows])
 
@@ -264,13 +220,6 @@ def test_commas_in_a_quoted_heading_are_no_delimiters(tmp_path):
     lines = [f'"{row["text"]}";{row["label"]}' for row in ROWS]
     (tmp_path / "a.csv").write_text("\n".join(['"so, or, so";label', *lines]))
     assert all_of(read(str(tmp_path / "a.csv"), columns={"text": "so, or, so"})) == pairs(ROWS)
-
-
-def test_columns_of_types_that_are_not_read_do_no_harm(tmp_path):
-    table = datasets.Dataset.from_list(ROWS).data.table.replace_schema_metadata()
-    kind = pa.map_(pa.string(), pa.int64())
-    pq.write_table(table.append_column("more", pa.array([[("a", 1)]] * 200, kind)), tmp_path / "a.parquet")
-    assert all_of(read(str(tmp_path / "a.parquet"))) == pairs(ROWS)
 
 
 @pytest.mark.parametrize("name", ["org/rows", "org/Rows-2.5"])
@@ -316,18 +265,26 @@ def test_paragraphs_of_a_plain_file_are_texts(tmp_path):
 
 
 LABELLED = b"text,label\nx,a\ny,a\n"
-# Each has the name of the file, what is in it, and what the error says.
+# Each has the name of the file, what is in it, and what the error says: mostly in the words of the library that reads.
 BAD = {
-    "not UTF-8": ("a.csv", LABELLED + b"caf\xe9,a\n", "Row #4.*invalid UTF8.*save it as UTF-8"),
-    "broken JSON": ("a.jsonl", b'\n{"text": "x", "label": "a"}\n{"text": ', "row 3 is not JSON"),
-    "nested too deeply": ("a.jsonl", b'{"text": "x", "label": "a"}\n' + b"[" * 200_000, "row 2 is not JSON"),
-    "one document nested too deeply": ("a.json", b"[" * 200_000, "cannot be read: maximum recursion depth"),
+    "not UTF-8": ("a.csv", LABELLED + b"caf\xe9,a\n", "can't decode byte 0xe9.*save it as UTF-8"),
+    "broken JSON": ("a.jsonl", b'\n{"text": "x", "label": "a"}\n{"text": ', "JSON parse error.* in row 1"),
+    "half a letter": ("a.jsonl", b'{"text": "\\ud800", "label": "a"}\n', "JSON parse error.* in row 0"),
+    "no object": ("a.jsonl", b'{"text": "x", "label": "a"}\n[1, 2]\n', "JSON parse error"),
+    "nested too deeply": ("a.json", b"[" * 200_000, "depth limit"),
     "one name twice": ("a.csv", b"text,text,label\nx,y,a\n", "has two columns 'text'"),
+    "a cell too many": (
+        "a.csv",
+        LABELLED + b"x,y,a\n",
+        "Expected 2 fields in line 4, saw 3; write texts that",
+    ),
+    "one too many in each row": ("a.csv", b"text,label\nx,y,a\n", "row 2 has more cells than the heading: a text that"),
+    "an open quote": ("a.csv", LABELLED + b'a,"so it begins\nx,a\n', "EOF inside string starting at row 3"),
     "no list": ("a.json", b'{"columns": ["text"], "data": [["x"]]}', "no list of rows"),
-    "bad array": ("a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 column 10"),
-    "0 rows": ("a.csv", b"text,label\n", "has 0 rows"),
-    "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has 1 cells.*each line is a row"),
-    "a long row": ("a.csv", LABELLED + b"x" * 2**23 + b",a\n", "write texts of megabytes as jsonl"),
+    "bad array": ("a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "position 39"),
+    "0 rows": ("a.csv", b"text,label\n", "corresponds to no data"),
+    "an empty file": ("a.csv", b"", "No columns to parse from file"),
+    "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has no label"),
     "no parquet": ("a.parquet", b"x", "cannot be read: Parquet"),
     "no kind": ("a.doc", b"x", r"must be a file \(.csv, .*, or ORG/NAME on the hub, got "),
 }
@@ -348,54 +305,22 @@ def test_all_faults_of_a_file_are_listed_at_once_with_their_rows(tmp_path):
     rows = [{"text": f"x\n{i}", "label": "" if i % 3 == 0 else "a"} for i in range(90)]
     file = write(tmp_path / "a.csv", rows)
     with open(file, "a") as more:
-        more.write("one cell\n,a\n")
+        more.write('one cell\n,a\n"of\ntwo ""lines""",a\n')
     with pytest.raises(ConfigurationError) as caught:
         read(file)
     # The heading is row 1, and a row may take two lines.
     unlabelled = ", ".join(str(2 + i) for i in range(0, 60, 3))
     assert str(caught.value).splitlines() == [
         f"data.train={file}:",
-        f"  rows {unlabelled} and 10 more: each has no label",
-        "  row 92 has 1 cells, and the heading 2: a text that holds ',' belongs in quotes",
+        f"  rows {unlabelled} and 11 more: each has no label",
         "  row 93 has an empty text",
         "correct these 32, or set data.skip_unusable=true",
     ]
 
 
-def test_unusable_rows_are_left_out_and_counted_on_request(tmp_path):
-    file = write(tmp_path / "a.csv", [*ROWS, {"text": "x", "label": ""}, {"text": "", "label": "odd"}])
-    with open(file, "a") as more:
-        more.write("a,b,c\n")
-    found = checked(file, skip_unusable=True)
-    assert column(found, "text") == sorted(row["text"] for row in ROWS)
-    assert found.unusable == {"train": 3}
+def test_rows_of_which_all_are_unusable_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
         read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
-
-
-@pytest.mark.parametrize("ending", ["\n", "", "\r\n"])
-def test_a_quote_that_nothing_closes_is_named_and_one_of_many_lines_is_not(ending, tmp_path):
-    lines = [f'{row["label"]},"{row["text"]}"' for row in ROWS]
-    file = tmp_path / "a.csv"
-    file.write_bytes(
-        (ending or "\n").join(["label,text", *lines, 'odd,"of\ntwo ""lines"""  ']).encode() + ending.encode()
-    )
-    assert column(checked(str(file)), "text")[0].startswith('of\ntwo "lines"')
-    lines[20] = 'odd,"so it begins'
-    lines[21:] = [f"{row['label']},{row['text'].replace(',', ';')}" for row in ROWS[21:]]
-    file.write_bytes((ending or "\n").join(["label,text", *lines]).encode() + ending.encode())
-    with pytest.raises(
-        ConfigurationError, match=r": row 22 has a quote that nothing closes, so all that follows is in it"
-    ):
-        checked(str(file))
-
-
-def test_a_text_of_many_lines_before_an_unusable_last_line_is_no_open_quote(tmp_path):
-    lines = [f'{row["label"]},"{row["text"]}\nmore"' for row in ROWS]
-    (tmp_path / "a.csv").write_text("\n".join(["label,text", *lines, "(200 rows affected)", ""]))
-    with pytest.raises(ConfigurationError, match=r"a\.csv: row 202 has 1 cells, and the heading 2"):
-        checked(str(tmp_path / "a.csv"))
-    assert len(column(checked(str(tmp_path / "a.csv"), skip_unusable=True), "text")) == len(ROWS)
 
 
 def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
@@ -412,14 +337,6 @@ def test_cells_are_texts_as_they_stand_there(tmp_path):
     rows = [{"text": f"{text} {i}".removesuffix(" 0"), "label": label}
             for i, label in enumerate(labels * 5) for text in texts]  # fmt: skip
     assert all_of(read(write(tmp_path / "a.csv", rows))) == pairs(rows)
-
-
-def test_a_file_that_has_changed_is_read_anew(tmp_path):
-    file = tmp_path / "a.csv"
-    for time, new in enumerate(("even", "eVen")):
-        write(file, [{**row, "label": row["label"].replace("even", new)} for row in ROWS])
-        os.utime(file, (time, time))
-        assert {label for _, label in all_of(read(str(file)))} == {new, "odd"}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ ROWS = {
     "a context that is no text": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:], "context": [1]},
                                   "must have a text as its input"),
     "TRL's chat": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
-    "half a letter": ("text", {"text": "\ud800"}, "is not UTF-8"),
     "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "has an empty answer"),
     "the assistant first": ("chat", {"messages": TURNS[1:]}, "starts with the assistant"),
     "nobody answers": ("chat", {"messages": TURNS[:1]}, "without a turn of the assistant"),
@@ -48,7 +47,9 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_what_others_write_is_read_or_named(case):
     form, row, expected = ROWS[case]
-    (found,) = checked_rows([(7, row)], find_columns([row], {}, form, "data.train"))
+    columns = find_columns([row], {}, form, "data.train")
+    made = checked_rows({name: [cell] for name, cell in row.items()}, [5], columns=columns, first=2, classes=None)
+    found = {name: cell for name, (cell,) in made.items()}
     assert found["place"] == 7
     if isinstance(expected, str):
         assert expected in found["fault"]
@@ -63,23 +64,21 @@ def test_turns_as_a_prompt_are_a_chat():
     assert form_of([{"prompt": "q", "completion": "a"}], ("completion", "text"), {}, "") == "completion"
 
 
-def test_columns_that_are_known_and_not_used_are_named():
-    row = {"instruction": "x", "output": "7", "system": "s", "history": [], "id": 3}
-    assert find_columns([row], {}, "completion", "").unused == ["system", "history"]
+def test_columns_that_are_not_read_are_named():
     row = {"premise": "x", "hypothesis": "y", "label": 1}
     assert find_columns([row], {}, "classification", "").unused == ["hypothesis"]
     assert find_columns([row], {"text": ["premise", "hypothesis"]}, "classification", "").unused == []
-    row = {"messages": [{**turn, "weight": 1} for turn in TURNS]}
-    assert find_columns([row], {}, "chat", "").unused == ["messages.weight"]
-    asked = {"prompt": [{"role": "user", "content": "q", "name": "me"}]}
-    row = {**asked, "completion": [{"role": "assistant", "content": "a", "reasoning_content": "because"}]}
-    assert find_columns([row], {}, "chat", "").unused == ["prompt.name", "completion.reasoning_content"]
 
 
 TEXT = {"text": "x", "label": "a"}
 # Each has a form, a row, and names of columns.
 WRONG = {
-    "no column 'body'; it has .*; set data.columns.text to": ("classification", TEXT, {"text": ["body", "text"]}),
+    "no column 'txt'; it has .*; set data.columns.text to text": ("classification", TEXT, {"text": "txt"}),
+    "no column 'body'; it has .*; set data.columns.text to one": (
+        "classification",
+        TEXT,
+        {"text": ["body", "text"]},
+    ),
     "columns.text_pair names no column that is read; those": ("classification", TEXT, {"text_pair": "text"}),
     "label must be one column, got": ("classification", TEXT, {"label": ["text", "label"]}),
     r"no prompt column .*\['text', 'label'\]; set data.columns.prompt": ("completion", TEXT, {}),
