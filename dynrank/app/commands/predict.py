@@ -1,6 +1,5 @@
 """``dynrank predict``: answers to texts, or to the rows of a file as training reads them, printed or in a file."""
 
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from jinja2 import TemplateError
 from tqdm import tqdm
 
@@ -89,7 +89,8 @@ def predict(
         return
     bar = tqdm(answers, total=len(order), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30)
     found = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
-    cells = {"row": rows["place"][:], **_cells(table, kept, {*rows["place"]})}
+    places = rows["place"][:]
+    cells = {"row": places} | {name: [values[place] for place in places] for name, values in kept.items()}
     _write(out, cells | (_labels(found, pipe.model) if classifies else {"answer": found}))
 
 
@@ -119,9 +120,8 @@ def _plain(texts: Sequence[str], form: str, where: str) -> datasets.Dataset:
     if isfile(texts[0]):
         with reading(where):
             texts = Path(texts[0]).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    refuse_blank = [(number, "has an empty text") for number, text in enumerate(texts, start=1) if not text.strip()]
-    if refuse_blank:
-        refuse(where, refuse_blank)
+    if blank := [(number, "has an empty text") for number, text in enumerate(texts, start=1) if not text.strip()]:
+        refuse(where, blank)
     cells: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
     return datasets.Dataset.from_dict({of_data.COLUMNS[form][0]: cells, "place": range(1, len(texts) + 1)})
 
@@ -178,15 +178,16 @@ def _rendered(
 
 def _labels(answers: Sequence[Any], model: Any) -> dict[str, list[Any]]:
     """The label of each row and its probability; of a model of several labels, the lists of those of at least 0.5."""
+    keys = {"label": "label", "probability": "score"}
     if model.config.problem_type != "multi_label_classification":
-        return {name: [row[0][key] for row in answers] for name, key in (("label", "label"), ("probability", "score"))}
-    likely = [[pair for pair in row if pair["score"] >= 0.5] for row in answers]
-    names = [[pair["label"] for pair in row] for row in likely]
-    return {"label": names, "probability": [[pair["score"] for pair in row] for row in likely]}
+        return {name: [row[0][key] for row in answers] for name, key in keys.items()}
+    return {
+        name: [[pair[key] for pair in row if pair["score"] >= 0.5] for row in answers] for name, key in keys.items()
+    }
 
 
-def _kept(keep: Sequence[str], table: Source | None) -> dict[str, str]:
-    """{name of a column beside the answers: its name in the table} of texts COLUMN or NAME=COLUMN."""
+def _kept(keep: Sequence[str], table: Source | None) -> dict[str, dict[int, Any]]:
+    """{name beside the answers: {number of a row: its value}} of texts COLUMN or NAME=COLUMN."""
     known = of_data.names_in(table.sample) if table is not None else []
     parts = [("", text) if text in known else text.rpartition("=")[::2] for text in keep]
     kept = {name or column: column for name, column in parts}
@@ -196,32 +197,25 @@ def _kept(keep: Sequence[str], table: Source | None) -> dict[str, str]:
             f"--keep must name columns of FILE, which has {known}, beside --out; another name than {[*_ANSWERS]} is "
             f"given by --keep NAME=COLUMN; got {wrong}"
         )
-    return kept
-
-
-def _cells(table: Source | None, kept: Mapping[str, str], places: set[int]) -> dict[str, list[Any]]:
-    """The kept columns of the rows with the numbers ``places``."""
-    if table is None or not kept:
-        return {}
-    rows: list[Any] = [row for part in table.parts for number, row in part.read() if number in places]
-    return {name: [row.get(column) for row in rows] for name, column in kept.items()}
+    numbered = [pair for part in table.parts for pair in part.read()] if table is not None and kept else []
+    rows = {number: row for number, row in numbered if not isinstance(row, str)}
+    return {name: {number: row.get(column) for number, row in rows.items()} for name, column in kept.items()}
 
 
 def _write(out: Path, cells: Mapping[str, list[Any]]) -> None:
-    rows = zip(*cells.values(), strict=True)
+    def cell(value: Any) -> Any:
+        # A cell of csv is a text.
+        nested = out.suffix == ".csv" and isinstance(value, list | dict)
+        return json.dumps(value, ensure_ascii=False, default=str) if nested else value
+
+    try:
+        answers = datasets.Dataset.from_dict({name: [*map(cell, column)] for name, column in cells.items()})
+    except (pa.ArrowException, OverflowError) as error:
+        raise ConfigurationError(f"columns must have values of one type to be kept: {error} (--keep)") from error
     with new_file(out) as file:
-        if out.suffix == ".parquet":
-            with reading("what --keep brings along"):
-                datasets.Dataset.from_dict({**cells}).to_parquet(file)
-        elif out.suffix == ".jsonl":
-            lines = (json.dumps(dict(zip(cells, row, strict=True)), ensure_ascii=False, default=str) for row in rows)
+        if out.suffix == ".jsonl":
+            # Not by pandas, which rounds numbers, and writes dates as milliseconds.
+            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in answers)
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         else:
-            with file.open("w", encoding="utf-8", newline="") as text:
-                writer = csv.writer(text, lineterminator="\n")
-                writer.writerow(cells)
-                writer.writerows([_cell(value) for value in row] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+            (answers.to_csv if out.suffix == ".csv" else answers.to_parquet)(file)

@@ -1,7 +1,6 @@
 """``dynrank predict``: rows are answered in order as PEFT answers each alone; what cannot be answered is named."""
 
 import json
-import re
 import shutil
 
 import pandas as pd
@@ -138,17 +137,6 @@ def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classi
     assert len({row["label"] for row in answers}) > 1
     assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-4)
     assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
-
-
-def test_lists_and_mappings_that_are_kept_are_json_in_csv(classifier, launch, tmp_path):
-    cells = [{"tags": ["ä", 'b"'], "meta": {"n": [1]}}, {"tags": [], "meta": {"n": []}}, {"tags": None, "meta": None}]
-    write(tmp_path / "rows.jsonl", [{**row, **cell} for row, cell in zip(ROWS, cells, strict=False)])
-    options = ["--keep", "tags", "--keep", "meta", "--out", "out.csv"]
-    code, _, said = launch(cli.main, "predict", classifier, "rows.jsonl", *options)
-    assert code == 0, said
-    found = pd.read_csv("out.csv", dtype=str, keep_default_na=False)
-    back = [{name: json.loads(row[name] or "null") for name in ("tags", "meta")} for row in found.to_dict("records")]
-    assert back == cells
 
 
 def never(*_, **__):
@@ -491,39 +479,42 @@ USER = "<|user|>Q<|end|><|assistant|>"
 LEFT_ALONE = [
     ("texts", {"Subject": "S", "Body": "B", "text": "T", "queue": "login"}, [], "S\nB"),
     ("texts", {"Title": "S", "Body": "B"}, ["--columns", "text=Title,Body"], "S\nB"),
+    (
+        "texts",
+        {"Title": "S", "Body": "B"},
+        [],
+        "no column 'Subject'; it has ['Title', 'Body']; give --columns text=NAME",
+    ),
+    ("texts", {"text": "T"}, [], "no column 'Subject'; it has ['text']"),
     ("tuples", {"title": "no", "text": "T"}, [], "T"),
     ("prompts", {"prompt": "Q", "context": "note", "query": "q", "input": "i"}, [], "Q"),
     ("prompts", {"prompt": "Q", "note": "i"}, ["--columns", "input=note"], "Q\ni"),
     ("prompts with inputs", {"prompt": "Q", "input": "no", "context": "i"}, [], "Q\ni"),
     ("prompts with inputs", {"prompt": "Q"}, ["--columns", "input="], "Q"),
+    (
+        "prompts with inputs",
+        {"prompt": "Q", "input": "no"},
+        [],
+        "no column 'context'; it has ['prompt', 'input']; give",
+    ),
     ("prompts", {"prompt": "Q", "system": "S"}, ["--chat"], USER),
     ("chats of prompts", {"prompt": "Q", "system_prompt": "S", "messages": "none"}, [], USER),
     ("prompts", {"prompt": "no", "query": "Q", "input": "i"}, ["--columns", "prompt=query"], "Q"),
     ("chats of prompts", {"prompt": "no", "query": "Q"}, ["--columns", "prompt=query"], USER),
     ("one system in all chats", {"prompt": "Q"}, [], f"<|system|>Be kind.<|end|>{USER}"),
     ("chats with a system", {"prompt": "Q"}, ["--system", "S"], f"<|system|>S<|end|>{USER}"),
+    ("chats with a system", {"prompt": "Q"}, [], "no column 'rule'; it has ['prompt']; give --columns system=NAME"),
 ]
 
 
 @pytest.mark.parametrize(("trained", "row", "options", "expected"), LEFT_ALONE)
-def test_the_columns_that_training_read_are_read_and_others_left_alone(trained, row, options, expected, asked):
+def test_the_columns_that_training_read_are_read_or_missed_and_others_left_alone(
+    trained, row, options, expected, asked
+):
     code, said, texts = asked(TRAINED[trained], row, *options)
-    assert (code, texts) == (0, [expected]), said
-
-
-MISSING = [
-    ("texts", {"Title": "S", "Body": "B"}, "no column 'Subject'; it has ['Title', 'Body']; give --columns text=NAME"),
-    ("texts", {"content": "C"}, "no column 'Subject'; it has ['content']"),
-    ("prompts with inputs", {"prompt": "Q", "input": "i"}, "no column 'context'; .*; give --columns input=NAME"),
-    ("chats with a system", {"prompt": "Q"}, "no column 'rule'; .* --columns system=NAME"),
-]
-
-
-@pytest.mark.parametrize(("trained", "row", "message"), MISSING)
-def test_a_column_that_training_read_and_a_file_lacks_is_named(trained, row, message, asked):
-    code, said, texts = asked(TRAINED[trained], row)
-    assert (code, texts) == (2, [])
-    assert re.search(re.escape(message).replace(re.escape(".*"), ".*"), said), said
+    refused = expected.startswith("no column")
+    assert (code, texts) == ((2, []) if refused else (0, [expected])), said
+    assert not refused or expected in said
 
 
 def test_columns_that_another_program_may_have_read_are_named(classifier, launch, tmp_path):
