@@ -25,7 +25,7 @@ from transformers import (
 import dynrank
 from dynrank.adapters.base import base_of
 from dynrank.adapters.load import start_from
-from dynrank.adapters.sidecar_files import Inputs, with_labels, write_sidecar_files
+from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
 from dynrank.app.commands import cli
 from dynrank.app.console import one_line
 from dynrank.app.models.predicting import answering
@@ -35,7 +35,8 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-LABELS = ["billing", "login", "other"]
+# As transformers calls labels; sorted as texts they stand in another order.
+LABELS = ["LABEL_0", "LABEL_10", "LABEL_2"]
 SUBJECTS = ["" if i % 5 == 0 else f"Ticket {i}" for i in range(30)]
 BODIES = [f'first line {i * i}\nsecond, "{i}" ' * (i % 4 + 1) for i in range(30)]
 ROWS = [{"id": f"00{i}", "Subject": SUBJECTS[i], "Body": BODIES[i], "score": 1.5e-12 * i} for i in range(30)]
@@ -190,20 +191,6 @@ def test_a_model_whose_outputs_are_numbers_does_not_classify(labels, kind, tiny_
     code, printed, said = launch(cli.main, "predict", "adapter", "a text")
     assert (code, printed) == (2, "")
     assert f"got a BertForSequenceClassification with {labels} outputs of numbers" in said
-
-
-def test_labels_called_as_transformers_calls_them_keep_their_places(tiny_bert, tmp_path):
-    """Sorted as texts, LABEL_10 comes before LABEL_2."""
-    labels = ["LABEL_0", "LABEL_10", "LABEL_2"]
-    model = classifier_of(tiny_bert, problem_type="multi_label_classification")
-    model.config.id2label = dict(enumerate(labels))
-    write_sidecar_files(tmp_path, model, None)
-    config = with_labels(classifier_of(tiny_bert), tmp_path).config
-    assert [*config.id2label.values()] == labels
-    assert config.problem_type == "multi_label_classification"
-    # As a user writes it, who gives names to the classes of an adapter of another program.
-    (tmp_path / "labels.json").write_text(json.dumps({"labels": labels}))
-    assert with_labels(model, tmp_path).config.problem_type == "multi_label_classification"
 
 
 @pytest.mark.parametrize("command", ["predict", "merge"])
