@@ -7,10 +7,9 @@ import pytest
 import torch.nn.functional as F
 
 import dynrank
-from dynrank.app.commands import predict
 from dynrank.app.tasks import account
 from dynrank.app.tasks.classification import Classification, Classifier
-from dynrank.app.tasks.data import labels
+from dynrank.app.tasks.data import columns, labels
 from dynrank.app.tasks.data.columns import find_columns
 from dynrank.callbacks import BestWeights
 from dynrank.callbacks.lightning.best import BestSoFar
@@ -87,8 +86,8 @@ FAULTS = {
     "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
     "a label is in no training text": (154, "data", labels, "with_each_label", lambda numbers, *_: numbers),
     "nothing is strange about classes": (1, "data", account, "_remarks", lambda _: {}),
-    "rows of tuples have optional columns": (50, "data", predict, "find_columns", by_usual_names),
-    "a missing column is not missed": (41, "data", predict, "_refuse_missing", nothing),
+    "rows of tuples have optional columns": (50, "data", columns, "find_columns", by_usual_names),
+    "columns of training are forgotten": (41, "data", columns, "columns_to_ask", lambda *_: {}),
     "classes of an adapter move": (5, "data", Classification, "_labels_as_before", of_training),
 }
 

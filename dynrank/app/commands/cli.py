@@ -309,7 +309,7 @@ def predict(
         typer.Option(
             metavar="FILE",
             help="Write the answers here, in the order of the rows: .csv, .jsonl or .parquet; if this is interrupted, "
-            "the same command goes on",
+            "the same command begins anew",
         ),
     ] = None,
     model: Base = None,

@@ -2,55 +2,34 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
-from functools import partial
-from math import inf
-from os.path import exists, isdir, isfile
+from os.path import exists, isfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
+import pyarrow as pa
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import INPUTS_FILE, LABELS_FILE, Inputs, label_names, read_inputs
-from dynrank.app.commands.keep import as_cells_of_csv, kept_cells, kept_columns
+from dynrank.adapters.sidecar_files import INPUTS_FILE, LABELS_FILE, Inputs, label_names, read_inputs, tokenizer_source
 from dynrank.app.console import one_line, print_facts
-from dynrank.app.models.predicting import Answerer, Prompts
-from dynrank.app.tasks.data.columns import (
-    COLUMNS,
-    Columns,
-    Form,
-    Theirs,
-    columns_to_ask,
-    each,
-    find_columns,
-    form_of,
-    is_optional,
-    names_in,
-    refuse_unknown,
-    refuse_unread,
-)
+from dynrank.app.models.base_model import base_settings, base_source, class_of_base
+from dynrank.app.models.generating import end_of_turn_of
+from dynrank.app.models.predicting import answering
+from dynrank.app.models.pretrained import load_tokenizer
+from dynrank.app.tasks.data import columns as of_data
 from dynrank.app.tasks.data.source import READERS, Source
-from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
-from dynrank.digest import digest
+from dynrank.app.tasks.data.stored import reading, refuse
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import new_file
 
-# The forms of questions to a model that generates text; the first one whose columns the file has is used.
-_WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
-# PEFT's names of tasks.
-_CLASSIFYING = "SEQ_CLS"
-_WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_KINDS = (".csv", ".parquet", ".jsonl")
+_ANSWERS = ("row", "label", "probability", "answer")
 # How many labels are printed for each text.
 _SHOWN = 3
-# Batches that are sorted by length, and kept if the command is interrupted, together.
-_TOGETHER = 8
-_KINDS = (".csv", ".parquet", ".jsonl")
-
-T = TypeVar("T")
 
 
 def predict(
@@ -59,7 +38,7 @@ def predict(
     out: Path | None,
     *,
     model: str | None,
-    columns: Mapping[str, Theirs],
+    columns: Mapping[str, of_data.Theirs],
     keep: Sequence[str],
     system: str | None,
     chat: bool,
@@ -68,342 +47,175 @@ def predict(
     max_new_tokens: int,
 ) -> None:
     """Print the answers to ``texts``, or write them to ``out``; see ``dynrank predict --help``."""
-    if out is not None and out.suffix not in _KINDS:
-        raise ConfigurationError(f"--out must end in one of {[*_KINDS]}, got {str(out)!r}")
-    if out is not None and out.exists():
-        raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
-    if keep and out is None:
-        raise ConfigurationError(f"--keep must go with --out, which gets the columns, got {' '.join(keep)}")
-    refuse_unknown(columns, "FILE")
+    if out is not None and (out.suffix not in _KINDS or out.exists()):
+        raise ConfigurationError(f"--out must be a new file that ends in one of {[*_KINDS]}, got {str(out)!r}")
     learned = read_inputs(source)
+    learned.system = learned.system if system is None else system
     known = "chat" if chat or system is not None else learned.form
-    forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
-    system = learned.system if system is None else system
-    inputs = replace(learned, system=system)
-    sizes: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
+    forms = read_as(list[of_data.Form], [known] if known else [], str(source / INPUTS_FILE))
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
-        asking = _asking(texts, columns)
-        table = asking if isinstance(asking, Source) else None
-        kept = kept_columns(keep, table)
-        ask = partial(_questions, asking, learned=inputs, columns=columns, skip=skip_unusable)
-        # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
-        asked = ask(forms[0]) if forms else None
+        table = _table(texts, columns)
+        kept = _kept(keep, table if out else None)
         adapter = read_adapter(source)
-        if not forms and table is not None:
-            _refuse_in_every_form(table, adapter.config.task_type, inputs, columns)
-        prompts = Prompts(adapter, model, system)
-        accept = partial(_accepted, prompts, skip=skip_unusable)
-        asked = accept(*asked) if asked else None
-        answerer = Answerer(adapter, model, prompts, **sizes)
-        if not answerer.writes and not (source / LABELS_FILE).exists():
-            many = "several" if answerer.several else "one"
-            names = ", ".join(label_names(answerer.model) or ())
-            print_facts({"labels": f"{names}; {many} for each text: as the base says, for there is no {LABELS_FILE}"})
-        rows, form, where = asked or accept(*ask(None if answerer.writes else "classification"))
-    if form == "chat" and not answerer.writes:
-        raise ConfigurationError("chats (--chat, --system) need a model that generates text")
-    if (form == "classification") == answerer.writes:
-        raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form}")
-    if answerer.writes:
-        with redirect_stdout(sys.stderr):
-            rows = _within_positions(rows, answerer, where, skip=skip_unusable)
+        classifies = class_of_base(adapter, model).__name__.endswith("ForSequenceClassification")
+        if not forms and table is not None and not classifies:
+            forms = [of_data.form_of(table.sample, ("chat", "completion", "text"), columns, table.where)]
+        form = forms[0] if forms else "classification" if classifies else "completion"
+        if (form == "classification") != classifies:
+            raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form} (--chat, --system)")
+        where = f"FILE={texts[0]}" if isfile(texts[0]) else "TEXT"
+        rows = _plain(texts, form, where) if table is None else _rows(table, form, learned, columns, skip_unusable)
+        place = tokenizer_source(source, base_source(adapter, model))
+        tokenizer = load_tokenizer(place, "--model", base_settings(adapter, model))
+        turn = None
+        if form == "chat":
+            rows, turn = _rendered(rows, learned.system, tokenizer, where, skip_unusable)
+        sizes: Any = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
+        pipe = answering(adapter, model, tokenizer, turn=turn, **sizes)
+        if classifies and not (source / LABELS_FILE).exists():
+            names = ", ".join(label_names(pipe.model))
+            print_facts({"labels": f"{names}: as the base says, for there is no {LABELS_FILE}"})
+        if out is not None:
+            print_facts({"writing": f"{out}, {len(rows):,} rows; if this is interrupted, it begins anew"})
+    asked = rows["prompt" if "prompt" in rows.column_names else "text"][:]
+    # Batches of texts with similar lengths need less padding, and the longest tell first whether there is memory.
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i])) if out else [*range(len(asked))]
+    answers = pipe((asked[i] for i in order), batch_size=batch_size)
     if out is None:
-        for start in range(0, len(rows), batch_size):
-            batch = rows.select(range(start, min(start + batch_size, len(rows)))).to_list()
-            for line in answerer.texts(batch) if answerer.writes else map(_ranked, answerer.labels(batch)):
-                print(one_line(line) if answerer.writes else line, flush=True)
+        for answer in answers:
+            best = [f"{one_line(pair['label'])} {pair['score']:.4f}" for pair in answer[:_SHOWN] if classifies]
+            print("\t".join(best) if classifies else one_line(answer), flush=True)
         return
-    if out.suffix == ".csv" and answerer.several:
-        raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
-    beside = kept_cells(table, kept, rows["place"], [*_features(answerer)]) if table is not None and kept else None
-    if beside is not None and out.suffix == ".csv":
-        beside = as_cells_of_csv(beside)
-    how = (str(source.resolve()), model, system, batch_size, max_new_tokens)
-    key = digest((*how, _state_of(source), asdict(learned), rows._fingerprint))
-    _write(rows, out, key, answerer, batch_size, beside)
+    bar = tqdm(answers, total=len(order), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30)
+    found = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
+    places = rows["place"][:]
+    cells = {"row": places} | {name: [values[place] for place in places] for name, values in kept.items()}
+    _write(out, cells | (_labels(found, pipe.model) if classifies else {"answer": found}))
 
 
-def _asking(texts: Sequence[str], columns: Mapping[str, Theirs]) -> Source | Sequence[str] | Path:
-    """What asks: a table, texts, or a text file whose lines are texts.
-
-    Args:
-        texts: texts, or the name of one file.
-        columns: the user's names of columns, which only a table has.
-    """
-    if len(texts) == 1 and isdir(texts[0]):
-        raise ConfigurationError(f"TEXT must be a text or a file, got the folder {texts[0]!r}; name one of its files")
-    # Also what a shell puts in place of <(…).
-    pipes = [text for text in texts if text == "-" or (exists(text) and not (isfile(text) or isdir(text)))]
-    if pipes:
+def _table(texts: Sequence[str], columns: Mapping[str, of_data.Theirs]) -> Source | None:
+    """The file of columns that is named; None for texts, and for a file whose lines are texts."""
+    strange = [text for text in texts if text == "-" or (exists(text) and not isfile(text))]
+    if strange:
         raise ConfigurationError(
-            f"TEXT must be a text or a file, got {pipes[0]!r}; write what a pipe gives into a file"
+            f"TEXT must be a text or a file, got {strange[0]!r}; name one file of a folder, or write what a pipe gives "
+            "into a file"
         )
-    files = [text for text in texts if _is_file(text)]
+    # Also a misspelt name of a file.
+    files = [
+        text for text in texts if isfile(text) or (len(text.split()) == 1 and Path(text).suffix.lower() in READERS)
+    ]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
-    file = Path(files[0]) if files else None
-    if file is not None and file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
-        return Source(str(file), "FILE", "test")
+    if files and (not isfile(files[0]) or Path(files[0]).suffix.lower() in {*READERS} - {".txt"}):
+        return Source(files[0], "FILE", "test")
     if columns:
         raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
-    return texts if file is None else file
+    return None
 
 
-def _questions(
-    asking: Source | Sequence[str] | Path,
-    form: Form | None,
-    *,
-    learned: Inputs,
-    columns: Mapping[str, Theirs],
-    skip: bool,
-) -> tuple[datasets.Dataset, str, str]:
-    """The rows to answer, their form, and their name in errors.
-
-    Args:
-        asking: what asks.
-        form: form of the rows; None: by the columns of the table.
-        learned: how training made its inputs; the table must have the columns that it used. ``system`` is that of chats
-            without one.
-        columns: the user's names of columns.
-        skip: leave out rows that cannot be used; otherwise one error lists them.
-    """
-    if isinstance(asking, Source):
-        form = form or form_of(asking.sample, _WRITTEN, columns, asking.where)
-        used = _columns(asking, form, learned, columns)
-        facts: dict[str, object] = {"columns": used}
-        # Where it is known what training read, other columns are the user's own.
-        if used.unused and not learned.form:
-            facts["not used"] = ", ".join(used.unused)
-        print_facts(facts)
-        where = asking.where
-        rows, unusable = asking.read(used, skip=skip)
-    else:
-        form = form or "completion"
-        name = "prompt" if form == "chat" else COLUMNS[form][0]
-        used = Columns(form, {name: name}, asked=True)
-        where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
+def _plain(texts: Sequence[str], form: str, where: str) -> datasets.Dataset:
+    """Rows of texts, or of the lines of a file."""
+    if isfile(texts[0]):
         with reading(where):
-            texts = _lines(asking) if isinstance(asking, Path) else [*asking]
-        if not texts:
-            raise ConfigurationError(f"{where} has no rows")
-        rows, unusable = usable_rows(RawRows(where, datasets.Dataset.from_dict({name: texts})), used, skip=skip)
-    if unusable:
-        print_facts({"left out": f"{unusable:,} rows that cannot be used"})
-    return rows, used.form, where
+            texts = Path(texts[0]).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    if blank := [(number, "has an empty text") for number, text in enumerate(texts, start=1) if not text.strip()]:
+        refuse(where, blank)
+    cells: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
+    return datasets.Dataset.from_dict({of_data.COLUMNS[form][0]: cells, "place": range(1, len(texts) + 1)})
 
 
-def _refuse_in_every_form(table: Source, task_type: str | None, learned: Inputs, columns: Mapping[str, Theirs]) -> None:
-    """Refuse a table, or names of its columns, that fit no form; which one it is, only the model will tell for sure.
-
-    ``task_type`` is PEFT's name of the adapter's task, if it has one.
-    """
-    if task_type not in _WRITING:
-        try:
-            _columns(table, "classification", learned, columns)
-            return
-        except ConfigurationError:
-            if task_type == _CLASSIFYING:
-                raise
-    _columns(table, form_of(table.sample, _WRITTEN, columns, table.where), learned, columns)
-
-
-def _accepted(
-    prompts: Prompts, rows: datasets.Dataset, form: str, where: str, *, skip: bool
-) -> tuple[datasets.Dataset, str, str]:
-    """(the rows, without the chats that the chat template refuses, ``form``, ``where``); see :func:`_usable`."""
-    if form != "chat":
-        return rows, form, where
-    if not prompts.tokenizer.chat_template:
-        raise ConfigurationError("chats (--chat, --system) need a tokenizer with a chat template")
-    refusals = _of_each(rows, prompts.refusals)
-    faults = [None if why is None else f"is refused by the chat template: {why}" for why in refusals]
-    return _usable(rows, where, faults, "rows that the chat template refuses", skip=skip), form, where
-
-
-def _within_positions(rows: datasets.Dataset, answerer: Answerer, where: str, *, skip: bool) -> datasets.Dataset:
-    """The rows whose prompts leave positions of the model for an answer; see :func:`_usable`."""
-    longest = answerer.longest
-    if longest == inf:
-        return rows
-    new = answerer.max_new_tokens
-    if longest < 1:
-        raise ConfigurationError(
-            f"--max-new-tokens must be at most {answerer.positions}, which the model reads, got {new}"
-        )
-    fault = (
-        f"has a prompt of more than {longest} tokens, the model reads {answerer.positions}, and the answer may need "
-        f"{new} (--max-new-tokens)"
-    )
-    faults = [fault if length > longest else None for length in _of_each(rows, answerer.lengths)]
-    return _usable(rows, where, faults, f"rows whose prompts have more than {longest} tokens", skip=skip)
-
-
-def _of_each(rows: datasets.Dataset, find: Callable[[list[Any]], list[T]]) -> list[T]:
-    """What ``find`` finds for each of many rows."""
-    parts = (rows.select(range(start, min(start + 1000, len(rows)))) for start in range(0, len(rows), 1000))
-    return [found for part in parts for found in find(part.to_list())]
-
-
-def _usable(
-    rows: datasets.Dataset, where: str, faults: Sequence[str | None], left_out: str, *, skip: bool
+def _rows(
+    table: Source, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
 ) -> datasets.Dataset:
-    """The rows without a fault, if ``skip`` leaves the others out; otherwise one error lists them.
+    """The rows of a table by the columns that training read, unless the user has ``given`` others.
 
-    ``left_out`` says what they are.
-    """
-    kept = [i for i, fault in enumerate(faults) if fault is None]
-    count = len(rows) - len(kept)
-    if not count:
-        return rows
-    if not (skip and kept):
-        places = zip(rows["place"], faults, strict=True)
-        refuse(where, [(place, fault) for place, fault in places if fault is not None])
-    print_facts({"left out": f"{count:,} {left_out}"})
-    return rows.select(kept)
-
-
-def _is_file(text: str) -> bool:
-    """Whether a text is a file, or a misspelt name of one."""
-    named = len(text.split()) == 1 and Path(text).suffix.lower() in READERS
-    # Unlike Path.is_file, this raises no error for a text that is too long for a name.
-    return named or isfile(text)
-
-
-def _lines(file: Path) -> list[str]:
-    with file.open(encoding="utf-8-sig") as lines:
-        return [line.removesuffix("\n") for line in lines]
-
-
-def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
-    """The columns of a table: those that the user names, otherwise those of training.
-
-    Nothing else is read, such as a column of contexts that training did not have. Training rows without names of
-    columns had the columns that their form needs; the table has these by usual names. If nothing is known of training,
-    all columns are found by usual names.
+    Where it is not known what training read, columns are found by usual names. Unusable rows are left out if they are
+    to ``skip``, otherwise one error lists them.
     """
     columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
-    trained = columns_to_ask(columns, form)
-    # An optional column may be given as "": these rows have none.
-    given = {ours: theirs for ours, theirs in given.items() if theirs or is_optional(ours)}
-    replaced = {*given}
+    trained = of_data.columns_to_ask(columns, form)
     # Chats are in messages, or in prompts.
-    replaced |= {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
-    known = {*names_in(table.sample)}
-    if learned.system is not None and not known.issuperset(each(trained.get("system", ()))):
+    replaced = {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
+    known = {*of_data.names_in(table.sample)}
+    # The system prompt with which all chats began need not stand in each row.
+    if learned.system is not None and not known.issuperset(of_data.each(trained.get("system", ()))):
         replaced.add("system")
-    kept = {ours: theirs for ours, theirs in trained.items() if ours not in replaced}
-    _refuse_missing(table, kept)
-    options: Any = {"trained": kept if learned.form or trained else None, "asked": True}
-    found = find_columns(table.sample, given, form, table.where, **options)
-    refuse_unread(given, found)
-    return found
+    names = {ours: theirs for ours, theirs in trained.items() if ours not in replaced} | {**given}
+    options: Any = {"trained": {} if learned.form or trained else None, "asked": True}
+    used = of_data.find_columns(table.sample, names, form, table.where, **options)
+    of_data.refuse_unread(given, used)
+    unread = {"not used": ", ".join(used.unused)} if used.unused and not learned.form else {}
+    print_facts({"columns": used, **unread})
+    rows, unusable = table.read(used, skip=skip)
+    if unusable:
+        print_facts({"left out": f"{unusable:,} rows that cannot be used"})
+    return rows
 
 
-def _refuse_missing(table: Source, trained: Mapping[str, Theirs]) -> None:
-    """Refuse a table without a column that training read."""
-    known = names_in(table.sample)
-    lacking = {ours: [name for name in each(theirs) if name not in known] for ours, theirs in trained.items()}
-    lacking = {ours: names for ours, names in lacking.items() if names}
-    if not lacking:
-        return
-    missing = [repr(name) for names in lacking.values() for name in names]
-    read = ", ".join(f"{ours} <- {' + '.join(each(trained[ours]))}" for ours in lacking)
-    advice = [f"give {' '.join(f'--columns {ours}=NAME' for ours in lacking)} with these rows' own names"]
-    advice += [f"--columns {ours}= if these rows have none" for ours in lacking if is_optional(ours)]
-    raise ConfigurationError(
-        f"{table.where} has no column{'s' * (len(missing) > 1)} {' and '.join(missing)}, which training read ({read}); "
-        f"it has {known}; {', or '.join(advice)}"
-    )
+def _rendered(
+    rows: datasets.Dataset, system: str | None, tokenizer: Any, where: str, skip: bool
+) -> tuple[datasets.Dataset, str]:
+    """(the chats by the tokenizer's template, as prompts; the token by which it ends a turn, or "")."""
+    if not tokenizer.chat_template:
+        raise ConfigurationError("chats (--chat, --system) need a tokenizer with a chat template")
+    begin = [] if system is None else [{"role": "system", "content": system}]
+    prompts, faults = {}, {}
+    for place, messages in zip(rows["place"], rows["messages"], strict=True):
+        turns = messages if messages[0]["role"] == "system" else [*begin, *messages]
+        try:
+            prompts[place] = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            faults[place] = f"is refused by the chat template: {error}"
+    if faults and not (skip and prompts):
+        refuse(where, faults.items())
+    if faults:
+        print_facts({"left out": f"{len(faults):,} rows that the chat template refuses"})
+    end = end_of_turn_of(tokenizer, [*begin, {"role": "user", "content": "A question."}])
+    return datasets.Dataset.from_dict({"prompt": [*prompts.values()], "place": [*prompts]}), end or ""
 
 
-def _ranked(labels: list[tuple[str, float]]) -> str:
-    return "\t".join(f"{one_line(name)} {value:.4f}" for name, value in labels[:_SHOWN])
+def _labels(answers: Sequence[Any], model: Any) -> dict[str, list[Any]]:
+    """The label of each row and its probability; of a model of several labels, the lists of those of at least 0.5."""
+    keys = {"label": "label", "probability": "score"}
+    if model.config.problem_type != "multi_label_classification":
+        return {name: [row[0][key] for row in answers] for name, key in keys.items()}
+    return {
+        name: [[pair[key] for pair in row if pair["score"] >= 0.5] for row in answers] for name, key in keys.items()
+    }
 
 
-def _write(
-    rows: datasets.Dataset, out: Path, key: str, answerer: Answerer, batch_size: int, beside: datasets.Dataset | None
-) -> None:
-    """Write the answers to ``out``; an interrupted command goes on with the parts that the cache of ``datasets`` has.
+def _kept(keep: Sequence[str], table: Source | None) -> dict[str, dict[int, Any]]:
+    """{name beside the answers: {number of a row: its value}} of texts COLUMN or NAME=COLUMN."""
+    known = of_data.names_in(table.sample) if table is not None else []
+    parts = [("", text) if text in known else text.rpartition("=")[::2] for text in keep]
+    kept = {name or column: column for name, column in parts}
+    wrong = [column for name, column in kept.items() if column not in known or name in _ANSWERS]
+    if wrong:
+        raise ConfigurationError(
+            f"--keep must name columns of FILE, which has {known}, beside --out; another name than {[*_ANSWERS]} is "
+            f"given by --keep NAME=COLUMN; got {wrong}"
+        )
+    parts = table.parts if table is not None and kept else []
+    rows = {number: row for part in parts for number, row in enumerate(part.rows, start=part.first)}
+    return {name: {number: row.get(column) for number, row in rows.items()} for name, column in kept.items()}
 
-    ``key`` is in their fingerprints, and changes with everything on which the answers depend. ``beside`` has columns of
-    the same rows, which come before the answers.
-    """
-    print_facts({"writing": f"{out}, {len(rows):,} rows; if it is interrupted, the same command goes on"})
-    # One bar shows all parts.
-    datasets.disable_progress_bars()
-    together = _TOGETHER * batch_size
-    parts = []
-    with tqdm(total=len(rows), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for start in range(0, len(rows), together):
-            part = rows.select(range(start, min(start + together, len(rows))))
-            parts.append(
-                part.map(
-                    _answers,
-                    batched=True,
-                    batch_size=together,
-                    fn_kwargs={"answerer": answerer, "batch_size": batch_size},
-                    remove_columns=rows.column_names,
-                    features=_features(answerer),
-                    new_fingerprint=digest((key, start)),
-                )
-            )
-            bar.update(len(part))
-    answers = datasets.concatenate_datasets(parts)
-    stored = answers.cache_files
-    if beside is not None:
-        place, *own = answers.column_names
-        answers = datasets.concatenate_datasets([answers, beside], axis=1)
-        answers = answers.select_columns([place, *beside.column_names, *own])
+
+def _write(out: Path, cells: Mapping[str, list[Any]]) -> None:
+    def cell(value: Any) -> Any:
+        # A cell of csv is a text.
+        nested = out.suffix == ".csv" and isinstance(value, list | dict)
+        return json.dumps(value, ensure_ascii=False, default=str) if nested else value
+
+    try:
+        answers = datasets.Dataset.from_dict({name: [*map(cell, column)] for name, column in cells.items()})
+    except (pa.ArrowException, OverflowError) as error:
+        raise ConfigurationError(f"columns must have values of one type to be kept: {error} (--keep)") from error
     with new_file(out) as file:
-        if out.suffix == ".csv":
-            answers.to_csv(file)
-        elif out.suffix == ".jsonl":
+        if out.suffix == ".jsonl":
             # Not by pandas, which rounds numbers, and writes dates as milliseconds.
             lines = (json.dumps(row, ensure_ascii=False, default=str) for row in answers)
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         else:
-            answers.to_parquet(file)
-    # Another command answers anew, because the base model may be another by then.
-    for part in stored:
-        Path(part["filename"]).unlink(missing_ok=True)
-
-
-def _state_of(source: Path) -> list[tuple[str, int, int]]:
-    """What changes with a file in the adapter's folder: each one's name, size and time."""
-    files = [(file.name, file.stat()) for file in sorted(source.iterdir()) if file.is_file()]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in files]
-
-
-def _answers(columns: Mapping[str, list[Any]], *, answerer: Answerer, batch_size: int) -> dict[str, list[Any]]:
-    """The columns of the answers to rows, which are answered in batches of similar lengths."""
-    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    found: list[Any] = [None] * len(rows)
-    # Batches of texts with similar lengths need less padding.
-    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i])))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        asked = [rows[i] for i in batch]
-        for i, answer in zip(batch, answerer.texts(asked) if answerer.writes else answerer.labels(asked), strict=True):
-            found[i] = answer
-    if answerer.writes:
-        return {"row": columns["place"], "answer": found}
-    if not answerer.several:
-        best = [labels[0] for labels in found]
-        names = [name for name, _ in best]
-        return {"row": columns["place"], "label": names, "probability": [value for _, value in best]}
-    likely = [[pair for pair in labels if pair[1] >= 0.5] for labels in found]
-    return {
-        "row": columns["place"],
-        "label": [[name for name, _ in labels] for labels in likely],
-        "probability": [[value for _, value in labels] for labels in likely],
-    }
-
-
-def _features(answerer: Answerer) -> datasets.Features:
-    cells: dict[str, Any] = {"answer": datasets.Value("string")}
-    if not answerer.writes:
-        cells = {"label": datasets.Value("string"), "probability": datasets.Value("float64")}
-        if answerer.several:
-            cells = {name: datasets.List(kind) for name, kind in cells.items()}
-    return datasets.Features({"row": datasets.Value("int64"), **cells})
+            (answers.to_csv if out.suffix == ".csv" else answers.to_parquet)(file)

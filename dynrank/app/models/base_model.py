@@ -1,10 +1,9 @@
 """The base, the model on which a stored adapter was trained: its class, its tokens, and loading it with the adapter."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,20 +19,16 @@ from dynrank.adapters.stored import read_json
 from dynrank.app.models.names import ModelSettings, model_source, public_name, stored_source
 from dynrank.app.models.pretrained import load_weights, read_config
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import modules_by_name
 from dynrank.layers.vocabulary import token_embeddings
 
-# Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
-# stored as an encoder and trained with a head. Each has the task_type by which PEFT names it in the adapter, if any.
-_AUTO_CLASSES = {
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
-    "AutoModelForSequenceClassification": "SEQ_CLS",
-    "AutoModelForTokenClassification": "TOKEN_CLS",
-    "AutoModelForQuestionAnswering": "QUESTION_ANS",
-    "AutoModelForMaskedLM": "",
-    "AutoModelForImageClassification": "",
-    "AutoModel": "FEATURE_EXTRACTION",
+# PEFT's names of tasks, and the class of transformers for each, as PEFT's own auto classes have them.
+_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 
 
@@ -58,8 +53,7 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
 
     A base with other weights than those by which the adapter knows its base is refused.
     """
-    origin = base_source(adapter, given)
-    model = load_adapter(_base_model(origin, adapter, base_settings(adapter, given)), adapter)
+    model = load_adapter(_base_model(adapter, given), adapter)
     return with_labels(model, Path(adapter.source))
 
 
@@ -68,80 +62,74 @@ def base_settings(adapter: Adapter, given: str | None) -> ModelSettings:
     return ModelSettings(revision=None if given else adapter.config.revision or None)
 
 
-def _base_model(origin: str, adapter: Adapter, settings: ModelSettings) -> PreTrainedModel:
+def class_of_base(adapter: Adapter, given: str | None) -> Any:
+    """The class of transformers that was adapted: the adapter names it, or its task; otherwise the base's config.
+
+    Of a model that also reads images, the class for texts has a part of the config, so the auto class makes it.
+    """
+    config = read_config(base_source(adapter, given), "--model", base_settings(adapter, given))
+    mapping = adapter.config.auto_mapping
+    named = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    of_task = _OF_TASK.get(str(adapter.config.task_type), "")
+    for name in (named, of_task, f"AutoModelFor{named.partition('For')[2]}", *(config.architectures or ())):
+        cls: Any = getattr(transformers, name, None)
+        is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+        if (is_model and cls.config_class is type(config)) or (isinstance(cls, type) and name.startswith("AutoModel")):
+            return cls
+    raise ConfigurationError(
+        f"the adapter {adapter.source!r} must name a class of transformers for --model, a {type(config).__name__}, in "
+        f"task_type or auto_mapping of its {CONFIG_FILE}, got {adapter.config.task_type!r} and {named!r}"
+    )
+
+
+def _base_model(adapter: Adapter, given: str | None) -> PreTrainedModel:
     """The model that the adapter was trained on, with all its weights.
 
     Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
     """
+    origin = base_source(adapter, given)
+    settings = base_settings(adapter, given)
     shapes = {name: tuple(adapter.tensor(key).shape) for name, key in adapter.others.items()}
-    named = _named_classes(adapter)
-    # {class: what it lacks}, of several attempts the one that lacks least.
-    tried: dict[str, list[str]] = {}
-    # Names of classes that do not have the adapter's layers, whatever their heads are like.
-    unlike = set[str]()
-    for options in _options(read_config(origin, "--model", settings).num_labels, shapes):
-        config = read_config(origin, "--model", settings, **options)
-        for name, make in _makers(config, named):
-            if name in unlike:
-                continue
-            try:
-                with torch.device("meta"):
-                    empty = make(config)
-            # The first means that transformers has no class of this kind for the model, the second a wrong size.
-            except (ValueError, AssertionError):
-                continue
-            lacks = _lacking_modules(empty, adapter)
-            if lacks:
-                unlike.add(name)
-            lacks += _lacking_parameters(empty, shapes)
-            fits = not lacks
-            if fits:
-                model, lacks = _loaded(empty, origin, settings, shapes)
-                if not lacks:
-                    return model
-            cls = type(empty).__name__
-            if cls not in tried or len(lacks) < len(tried[cls]):
-                tried[cls] = lacks
-            # The class is known, so another one that has all weights would be something else.
-            if fits and name in named:
-                raise _not_its_base(adapter, origin, {cls: lacks})
-    raise _not_its_base(adapter, origin, tried)
-
-
-def _not_its_base(adapter: Adapter, origin: str, tried: Mapping[str, list[str]]) -> ConfigurationError:
-    return ConfigurationError(
-        f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has:\n  "
-        + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
-    )
-
-
-def _options(labels: int, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
-    """Changes of the base's config, of so many ``labels``, by which a class may have the heads of these shapes."""
-    rows = dict.fromkeys(shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) > 1)
-    found: list[dict[str, int]] = [{}]
-    found += [{"num_labels": count} for count in rows if count != labels]
-    # A detector has one more class, for nothing; the head of speech has the tokens of its tokenizer.
-    found += [{"num_labels": count - 1} for count in rows if count > 1]
-    return [*found, *({"vocab_size": count} for count in rows)]
-
-
-def _loaded(
-    empty: PreTrainedModel, origin: str, settings: ModelSettings, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[PreTrainedModel, list[str]]:
-    """(a model like ``empty`` with its weights, what is in neither the base's files nor the adapter's ``shapes``)."""
-    cls: Any = type(empty)
+    cls = class_of_base(adapter, given)
     # Of a model that also reads images, the class for texts has a part of the config.
-    given = {"config": empty.config, "dtype": "auto", "ignore_mismatched_sizes": True}
-    model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **given)
+    options = {"config": _config(adapter, cls, shapes, origin, settings)}
+    options |= {"dtype": "auto", "ignore_mismatched_sizes": True}
+    model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **options)
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - shapes.keys()
-    if absent:
-        return model, [f"would have no weights {sorted(absent)[:5]}"]
-    before = {name: len(parameter) for name, parameter in _embeddings(model).items()}
-    _give_tokens(model, shapes)
-    after = _embeddings(model)
-    stored = {id(parameter) for name, parameter in after.items() if _stored(name, shapes)}
-    drawn = [name for name, p in after.items() if len(p) > before.get(name, len(p)) and id(p) not in stored]
-    return model, [f"would have no rows of {drawn[0]!r} for the tokens that were added"] if drawn else []
+    lacks = f"no weights {sorted(absent)[:5]}" if absent else ""
+    if not absent:
+        before = {name: len(parameter) for name, parameter in _embeddings(model).items()}
+        _give_tokens(model, shapes)
+        after = _embeddings(model)
+        stored = {id(parameter) for name, parameter in after.items() if _stored(name, shapes)}
+        drawn = [name for name, p in after.items() if len(p) > before.get(name, len(p)) and id(p) not in stored]
+        lacks = f"no rows of {drawn[0]!r} for the tokens that were added" if drawn else ""
+    if lacks:
+        raise ConfigurationError(
+            f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has: "
+            f"{type(model).__name__} would have {lacks}"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _config(
+    adapter: Adapter, cls: Any, shapes: Mapping[str, tuple[int, ...]], origin: str, settings: ModelSettings
+) -> PretrainedConfig:
+    """The base's config with as many labels as the head in the adapter has."""
+    plain = read_config(origin, "--model", settings)
+    heads = {name: shape for name, shape in shapes.items() if len(shape) > 1 and adapter.is_trained(name)}
+    for labels in dict.fromkeys([plain.num_labels, *(shape[0] for shape in heads.values())]):
+        config = read_config(origin, "--model", settings, num_labels=labels)
+        try:
+            with torch.device("meta"):
+                empty = cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
+        except ValueError as error:
+            raise ConfigurationError(f"transformers has no {cls.__name__} of --model {origin!r}: {error}") from error
+        own = empty.state_dict()
+        if all(name in own and tuple(own[name].shape) == shape for name, shape in heads.items()):
+            return cast(PretrainedConfig, empty.config)
+    # Such a head has the rows of tokens that were added, or fits nothing, which is said when it is loaded.
+    return plain
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -173,42 +161,3 @@ def _give_tokens(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
     # MobileBERT's has no such argument. The mean of all rows would take long, and nothing needs it.
     takes_mean = "mean_resizing" in signature(model.resize_token_embeddings).parameters
     model.resize_token_embeddings(counts[0], **({"mean_resizing": False} if takes_mean else {}))
-
-
-def _named_classes(adapter: Adapter) -> list[str]:
-    """The classes that the adapter names: its model's, and those of its task."""
-    mapping = adapter.config.auto_mapping
-    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    by_task = [name for name, task in _AUTO_CLASSES.items() if task == adapter.config.task_type]
-    return [*([named] if isinstance(named, str) else []), *by_task]
-
-
-def _makers(
-    config: PretrainedConfig, named: Sequence[str]
-) -> Iterator[tuple[str, Callable[[PretrainedConfig], PreTrainedModel]]]:
-    """(name, class) to try in order: those ``named`` by the adapter, those in the model's config, the usual ones."""
-    names = [*named, *(config.architectures or ()), *_AUTO_CLASSES]
-    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
-        cls: Any = getattr(transformers, name, None)
-        is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
-        if name in _AUTO_CLASSES:
-            yield name, partial(cls.from_config, trust_remote_code=False)
-        elif is_model and cls.config_class is type(config):
-            yield name, cls
-
-
-def _lacking_modules(model: nn.Module, adapter: Adapter) -> list[str]:
-    modules = modules_by_name(model)
-    return [f"has no module {name!r}" for name in adapter.layers if name not in modules]
-
-
-def _lacking_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    # They are given other tokens when the model has its weights.
-    of_tokens = {name: (*shapes[name][:1], *own[name][1:]) for name in _embeddings(model).keys() & shapes.keys()}
-    own |= of_tokens
-    return [
-        f"has no {[*shape]} parameter {name!r}"
-        for name, shape in shapes.items()
-        if ".base_layer." not in name and own.get(name) != shape
-    ]

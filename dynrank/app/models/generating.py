@@ -68,28 +68,41 @@ def greedy_texts(
         )
     # Only a decoder repeats the prompt.
     start = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
-    texts: list[str] = tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
-    if is_turn or not start:
-        return texts
+    return [answer_text(tokenizer, ids.tolist(), start, is_turn=is_turn) for ids in made]
+
+
+def answer_text(tokenizer: Any, ids: list[int], start: int, *, is_turn: bool = False) -> str:
+    """The text of the tokens from ``start`` on, which go on from those before, with the blanks around it.
+
+    Args:
+        tokenizer: the tokenizer of the tokens.
+        ids: the tokens of a prompt and its answer.
+        start: where the answer begins.
+        is_turn: whether it is a turn of a chat, before which a template puts what it likes.
+    """
+    prompt, answer, whole = tokenizer.batch_decode([ids[:start], ids[start:], ids], skip_special_tokens=True)
     # Some tokenizers take the blank before the first word of a text away, and here it is not the first.
-    prompts = tokenizer.batch_decode(made[:, :start], skip_special_tokens=True)
-    whole = tokenizer.batch_decode(made, skip_special_tokens=True)
-    found = zip(whole, prompts, texts, strict=True)
-    return [both[len(prompt) :] if both.startswith(prompt) else text for both, prompt, text in found]
+    found: str = whole[len(prompt) :] if whole.startswith(prompt) and not is_turn else answer
+    return found
 
 
 @contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
-    """Within the block, ``model`` has no settings of generation but the tokens that begin an answer.
-
-    What ``generate`` is not given, it takes from the model's settings, also if it gets settings as a whole.
-    """
+    """Within the block, ``model`` has the settings of :func:`plain_config`."""
     of_base = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(of_base, name, None) for name in _BEGINNING})
+    model.generation_config = plain_config(model)
     try:
         yield
     finally:
         model.generation_config = of_base
+
+
+def plain_config(model: Any) -> GenerationConfig:
+    """The model's settings of generation without all but the tokens that begin an answer.
+
+    What ``generate`` is not given, it takes from the model's settings, also if it gets settings as a whole.
+    """
+    return GenerationConfig(**{name: getattr(model.generation_config, name, None) for name in _BEGINNING})
 
 
 def end_tokens(model: Any, tokenizer: Any, end_of_turn: str | None = None) -> list[int] | None:
@@ -116,24 +129,10 @@ def end_of_turn_of(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str
     return next((token for token in tokens if token in special), None) if answer else None
 
 
-def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool = False) -> str:
-    """A chat in the format of the tokenizer's template; with ``ask``, up to where the next answer begins."""
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat in the format of the tokenizer's template."""
     try:
-        return _by_template(tokenizer, messages, ask)
+        text: str = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
     except TemplateError as error:
         raise ConfigurationError(f"the chat template refuses {shown([*messages])}: {error}; correct it") from error
-
-
-def refusal(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str | None:
-    """Why the tokenizer's template refuses to ask the last question of a chat; None if it does not refuse."""
-    try:
-        _by_template(tokenizer, messages, ask=True)
-    except TemplateError as error:
-        return str(error)
-    return None
-
-
-def _by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], ask: bool) -> str:
-    turns = [dict(message) for message in messages]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
     return text
