@@ -22,13 +22,12 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
-from dynrank.app.runs.folder import CONFIG, checkpoint_of, locked
+from dynrank.app.runs.folder import CONFIG, METRICS, checkpoint_of, locked
 from dynrank.app.runs.going_on import check_base_name, ranks_from
-from dynrank.app.runs.metrics import go_on
 from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
-from dynrank.app.runs.trainer import finished, make_trainer, quiet_training, stoppable
+from dynrank.app.runs.trainer import finished, log_again, make_trainer, quiet_training, stoppable
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import check_model
@@ -96,7 +95,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             if resumed:
                 csv_logger: Any = trainer.loggers[0]
                 # There the n-th step has number n - 1.
-                go_on(folder, step, csv_logger)
+                log_again(folder / METRICS, step, csv_logger)
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         if config.export_weights == "best" and best.misses(trainer):
             # The run was killed in the validation after its last step.
