@@ -27,8 +27,8 @@ _COUNTED_EXPERTS = "dynrank"
 def without_values(model: nn.Module) -> FakeTensorMode:
     """Replace all parameters and buffers, in place, by fake CPU tensors of the same shapes and dtypes.
 
-    Returns the mode in which the model runs. bitsandbytes itself packs the weights of its layers. Tied parameters stay tied. Experts get an implementation of
-    their forward that does not count the tokens of each expert.
+    Returns the mode in which the model runs. bitsandbytes itself packs the weights of its layers. Tied parameters stay
+    tied. Experts get an implementation of their forward that does not count the tokens of each expert.
     """
     # bitsandbytes must make its tables before the mode begins, because in the mode they would have no values.
     if any(is_quantized(module) for module in model.modules()):
