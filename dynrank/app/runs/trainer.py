@@ -151,7 +151,7 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
         if trainer.is_global_zero:
-            advice = _way_on(saver.last_saved or checkpoint, folder)
+            advice = _advice(saver.last_saved or checkpoint, folder)
             name = "Ctrl-C" if pressed else "SIGTERM"
             print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
         if pressed:
@@ -161,7 +161,7 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         # Checkpoints have an error of their own; this is of metrics.csv, a logger's files, or the adapter.
         if error.errno not in DISK_FULL:
             raise
-        advice = _way_on(saver.last_saved or checkpoint, folder)
+        advice = _advice(saver.last_saved or checkpoint, folder)
         raise ConfigurationError(
             f"the run in {str(folder)!r} cannot write its files after step {trainer.global_step}: {error.strerror}; "
             f"free space; {advice}"
@@ -172,14 +172,12 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
                 signal.signal(number, handler)
 
 
-def _way_on(saved: str | Path | None, folder: Path) -> str:
-    return _advice(str(saved), folder) if saved else "there is no checkpoint yet"
-
-
-def _advice(saved: str, folder: Path) -> str:
+def _advice(saved: str | Path | None, folder: Path) -> str:
     """How to resume: a command to paste if the run was started by a command, otherwise a key."""
     if (folder / SUMMARY).exists():
         return f"the run has ended; its page: {shlex.join(['dynrank', 'report', str(folder)])}"
+    if not saved:
+        return "there is no checkpoint yet"
     changes = [override("ckpt_path", saved)]
     # Lightning follows links.
     if Path(saved).resolve() == last_checkpoint(folder).resolve():

@@ -188,9 +188,12 @@ def sorted_texts(tiny_bert, tmp_path_factory):
     ("labels", "stored", "named"),
     [
         (("a", "z"), {}, r"other classes: it alone has \['b'\], and the run alone has \['z'\]"),
-        (("a", "b", "c"), {}, r"it alone has \[\], and the run alone has \['c'\]"),
-        (("a", "b"), {"labels": ["b", "a"]}, r"the order \['b', 'a'\] there, and \['a', 'b'\] in the run"),
-        ((["a"], ["b"]), {}, "one label for each text, and the data have a list of labels"),
+        (
+            ("a", "b"),
+            {"labels": ["b", "a"]},
+            r"it alone has \[\], and the run alone has \[\] \(if both are empty, the order",
+        ),
+        ((["a"], ["b"]), {}, r"both are empty, .* a list of labels for each text"),
     ],
 )
 def test_a_checkpoint_of_other_classes_is_refused(labels, stored, named, sorted_texts, tmp_path):
@@ -200,7 +203,7 @@ def test_a_checkpoint_of_other_classes_is_refused(labels, stored, named, sorted_
     checkpoint["hyper_parameters"] |= stored
     torch.save(checkpoint, tmp_path / "other.ckpt")
     job.build(dynrank.compose([*overrides("a", "b"), f"ckpt_path={file}"]))
-    with pytest.raises(ConfigurationError, match=rf"other.ckpt.*{named}; set ckpt_path or data"):
+    with pytest.raises(ConfigurationError, match=rf"other.ckpt.*{named}.*set ckpt_path or data"):
         job.build(dynrank.compose([*overrides(*labels), f"ckpt_path={tmp_path / 'other.ckpt'}"]))
 
 

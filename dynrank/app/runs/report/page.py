@@ -194,27 +194,10 @@ def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...
     """(reason, overrides to add, groups to leave out) of each variation of the run."""
     ranks = run.summary.final_ranks.values()
     middle = round(sum(ranks) / len(ranks))
-    schedule = run.config["schedule"]
-    how = schedule.get("how")
     # The adapter that a run goes on from sets the ranks at its start.
-    free = run.config["lora"].get("from") is None
-    if run.made and free:
-        yield (
-            "compare with a run that has the final rank from the start",
-            [f"lora.rank={middle}", "schedule=fixed"],
-            ("schedule",),
-        )
-    if run.made:
-        if how and how.get("max_regression") is None:
-            yield "measure what a change costs, and undo one that costs much", ["schedule.how.max_regression=0.01"], ()
-        if "final_rank" in schedule and middle > 1:
-            yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
-    if len({*ranks}) == 1 and free:
-        yield (
-            "give all layers one budget, not one rank",
-            [f"lora.rank={2 * middle}", "schedule=early_budget"],
-            ("schedule",),
-        )
-    if run.summary.gap is not None and not run.config["lora"].get("dropout"):
-        yield "regularise, if the gap is wide", ["lora.dropout=0.1"], ()
+    if run.made and run.config["lora"].get("from") is None:
+        fixed = [f"lora.rank={middle}", "schedule=fixed"]
+        yield "compare with a run that has the final rank from the start", fixed, ("schedule",)
+    if run.made and "final_rank" in run.config["schedule"] and middle > 1:
+        yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
     yield "measure how much runs differ by chance", ["--multirun", "seed=1,2,3"], ()

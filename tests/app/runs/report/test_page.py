@@ -149,7 +149,7 @@ def trained(run):
 def test_commands_compose(smoke_run):
     run = read_run(smoke_run[0])
     commands = trained(run)
-    assert len(commands) >= 5
+    assert len(commands) == 3
     for arguments in commands.values():
         assert get_args_parser().parse_args(arguments).multirun is ("--multirun" in arguments)
         config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
@@ -159,17 +159,9 @@ def test_commands_compose(smoke_run):
     assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in used
 
 
-@pytest.mark.parametrize(
-    ("setting", "reason"),
-    [
-        ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
-        ({"lora": {"dropout": 0.1}}, "regularise"),
-        ({"lora": {"from": "adapter"}}, "compare with a run that has the final rank"),
-        ({"lora": {"from": "adapter"}}, "give all layers one budget"),
-    ],
-)
-def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):
+def test_a_start_that_the_adapter_sets_is_not_proposed(smoke_run):
     run = read_run(smoke_run[0])
-    assert any(why.startswith(reason) for why in trained(run))
-    run.config.update(setting)
-    assert not any(why.startswith(reason) for why in trained(run))
+    reason = "compare with a run that has the final rank from the start"
+    assert reason in trained(run)
+    run.config["lora"]["from"] = "adapter"
+    assert reason not in trained(run)
