@@ -68,17 +68,7 @@ def summarise(
         data=data,
         weights=weights,
         classes=classes,
-        cost=_cost(history, final),
     )
-
-
-def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
-    """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
-    for event in reversed([event for event in history if not event.undone]):
-        if event.measured is not None:
-            now = f", {final[event.measured.metric]:.4g} at the end" if event.measured.metric in final else ""
-            return f"{event.cost} at step {event.step:,}{now}"
-    return ""
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
