@@ -121,10 +121,9 @@ def _results(summary: Summary) -> dict[str, float]:
     return {name: float(value) for name, value in results.items() if value is not None}
 
 
-def _order(folder: Path) -> list[tuple[int, int, str]]:
+def _order(folder: Path) -> list[str | int]:
     """Sort key that orders numbers in a path by value."""
-    parts = re.split(r"(\d+)", str(folder))
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(folder))]
 
 
 def _shown(names: Sequence[str]) -> dict[str, str]:

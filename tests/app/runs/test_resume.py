@@ -115,10 +115,9 @@ KILLED_AT += "setattr(owner, name, kill); "
     [
         ("dynrank.callbacks.BestWeights.on_validation_end", STEPS),
         ("dynrank.callbacks.BestWeights.on_train_end", None),
-        ("lightning.Trainer.test", None),
         ("dynrank.app.runs.job.export", None),
     ],
-    ids=["last validation", "end of training", "test", "export"],
+    ids=["last validation", "end of training", "export"],
 )
 def test_a_run_that_is_killed_after_its_last_step_trains_no_step_again(launch, settings, whole, place, step):
     """Also if the last multiple of ``checkpoint_every`` is long ago."""
