@@ -88,13 +88,6 @@ def test_train_refuses_what_only_the_run_shows(launch, tiny_bert, overrides, nam
     assert not list(Path("run").rglob("*.csv"))
 
 
-def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert):
-    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
-    code, _, message = launch(train.main, "--multirun", "hydra.sweep.dir=sweep", "debug=smoke", *several)
-    assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
-    assert [*tmp_path.joinpath("sweep").iterdir()] == [tmp_path / "sweep" / "multirun.yaml"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [

@@ -18,7 +18,7 @@ from dynrank.app.console import one_line
 from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import REPORT
 from dynrank.app.runs.report.record import RunRecord, read_run
-from dynrank.app.runs.summary import Summary, read_summary
+from dynrank.app.runs.summary import Summary, read_summary, results_of
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
@@ -37,8 +37,8 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     Without matplotlib the page has no pictures, and says so. It compares the run with those in the folders ``against``.
     """
     run = read_run(folder)
-    results = _results(run.summary)
-    rivals = [_results(read_summary(other)) for other in against]
+    results = results_of(run.summary)
+    rivals = [results_of(read_summary(other)) for other in against]
     file = folder / REPORT
     try:
         page = template("page.html.jinja").render(
@@ -110,20 +110,6 @@ def _data_uri(picture: Path) -> str:
 def _run_name(folder: Path) -> str:
     """The last two parts of the path: the date and the time for a run without a name."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def _results(summary: Summary) -> dict[str, str]:
-    """{name: value} of what a run ended with; metrics of training and validation data are of the final weights."""
-    metrics = summary.test | {f"{name} at the end": value for name, value in summary.final.items()}
-    if summary.gap is not None:
-        metrics["gap: val/loss - train/loss"] = summary.gap
-    return {name: f"{value:.4g}" for name, value in metrics.items()} | {
-        "rank": span(summary.final_ranks.values()),
-        **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
-        "seconds": f"{summary.seconds:,.0f}",
-        "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
-        "peak memory": f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
-    }
 
 
 def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
