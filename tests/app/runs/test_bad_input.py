@@ -88,6 +88,13 @@ def test_train_refuses_what_only_the_run_shows(launch, tiny_bert, overrides, nam
     assert not list(Path("run").rglob("*.csv"))
 
 
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert):
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
+    code, _, message = launch(train.main, "--multirun", "hydra.sweep.dir=sweep", "debug=smoke", *several)
+    assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
+    assert [*tmp_path.joinpath("sweep").iterdir()] == [tmp_path / "sweep" / "multirun.yaml"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -112,10 +119,14 @@ REFUSED = [
     ("rnaks", ["rnaks"]),
     ("--frobnicate", ["--frobnicate"]),
     ("squeeze adapter --out out", ["--rank", "--energy", "--budget", "none"]),
+    ("squeeze adapter --out out --rank 2 --energy 0.5", ["rank=2, energy=0.5", "--rank", "--energy"]),
+    ("squeeze adapter --out out --rank 0", ["--rank", "0"]),
     ("squeeze adapter --out out --energy nan", ["--energy", "nan"]),
+    ("squeeze adapter --out out --budget 13", ["--budget", "13", "14"]),
     ("squeeze adapter --out out --budget half", ["--budget", "half"]),
     ("squeeze adapter --out used.png --rank 2", ["--out", "used.png"]),
     ("squeeze absent --out out --rank 2", ["absent"]),
+    ("inspect absent", ["absent"]),
     ("inspect adapter --plot spectra.txt", ["--plot", "spectra.txt"]),
     ("inspect adapter --plot used.png", ["--plot", "used.png"]),
 ]
