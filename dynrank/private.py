@@ -11,12 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-# Tensors without values, with which the planner runs a step, and the errors when code asks for their values.
-from torch._subclasses import FakeTensor as FakeTensor
-from torch._subclasses import FakeTensorMode as FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
-from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch.autograd import forward_ad
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.

@@ -16,9 +16,10 @@ from torch import Tensor
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.load import misfit
+from dynrank.adapters.modelfile import modelfile
 from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of
 from dynrank.adapters.read import Adapter, is_parameter, open_adapter
-from dynrank.adapters.sidecar_files import modelfile, new_adapter_folder, read_inputs
+from dynrank.adapters.sidecar_files import new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer, read_json, refuse_faults
 from dynrank.adapters.write import rewrite_adapter
 from dynrank.errors import ConfigurationError, Count, checked_call, train_packages

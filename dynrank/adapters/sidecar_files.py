@@ -1,4 +1,4 @@
-"""The other files in an adapter's folder: tokenizer, labels, inputs, weights of the base, Ollama's Modelfile."""
+"""The other files in an adapter's folder: tokenizer, labels, inputs, weights of the base."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from dynrank.adapters.base import BASE_FILE, Base
 from dynrank.adapters.stored import read_json
-from dynrank.errors import ConfigurationError, shown
+from dynrank.errors import ConfigurationError
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
 
@@ -150,31 +150,3 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
-
-
-def modelfile(base: str, inputs: Inputs, adapter: str | None = "./adapter.gguf") -> str:
-    """The text of a Modelfile for ``base`` with a GGUF file of an adapter (None: merged into it already).
-
-    A chat has the template of the base, which Ollama finds itself, and the system prompt that training learned. An
-    adapter that learned answers to plain prompts must get these without a template.
-    """
-    lines = [f"FROM {base}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {adapter}")
-    if inputs.form in ("completion", "text"):
-        lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
-    if inputs.system is not None:
-        lines.append(f"SYSTEM {_quoted(inputs.system)}")
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """A value of several lines, which Ollama ends at the next three quotes at the end of a line."""
-    # Ollama drops characters that cannot be printed.
-    strange = [char for char in text if not char.isprintable() and char not in "\n\r\t"]
-    if strange or '"""' in text:
-        what = f"characters that cannot be printed, {strange[:5]}" if strange else "three quotes"
-        raise ConfigurationError(
-            f"a Modelfile cannot hold a system prompt with {what}, got {shown(text)}; change it in {INPUTS_FILE}"
-        )
-    return f'"""{text}"""'

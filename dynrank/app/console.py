@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 def print_facts(facts: Mapping[str, object]) -> None:
     """Print one line per fact: its name, then its value."""
+    width = max([16, *map(len, facts)])
     for name, fact in facts.items():
-        print(f"{name:<16} {fact}", flush=True)
+        print(f"{name:<{width}} {fact}", flush=True)
 
 
 def one_line(text: str) -> str:

@@ -10,7 +10,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import dynrank
-from dynrank.adapters.sidecar_files import Inputs, modelfile, write_sidecar_files
+from dynrank.adapters.modelfile import modelfile
+from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
 from dynrank.errors import ConfigurationError
 
 CONFIG = "adapter_config.json"

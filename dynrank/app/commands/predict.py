@@ -197,8 +197,8 @@ def _kept(keep: Sequence[str], table: Source | None) -> dict[str, dict[int, Any]
             f"--keep must name columns of FILE, which has {known}, beside --out; another name than {[*_ANSWERS]} is "
             f"given by --keep NAME=COLUMN; got {wrong}"
         )
-    parts = table.parts if table is not None and kept else []
-    rows = {number: row for part in parts for number, row in enumerate(part.rows, start=part.first)}
+    files = table.parts if table is not None and kept else []
+    rows = {number: row for file in files for number, row in enumerate(file.rows, start=file.first)}
     return {name: {number: row.get(column) for number, row in rows.items()} for name, column in kept.items()}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from dynrank.adapters.modelfile import modelfile
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import (
     INPUT_FILES,
@@ -12,7 +13,6 @@ from dynrank.adapters.sidecar_files import (
     copy_files,
     input_files,
     label_names,
-    modelfile,
     read_inputs,
 )
 from dynrank.app.models.base_model import base_settings, base_source, on_base

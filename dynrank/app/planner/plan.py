@@ -24,7 +24,6 @@ from dynrank.importance.importance import bytes_held, shares_by_importance
 from dynrank.layers.finding import adapter_parameters, own_layers, parameter_count
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
-from dynrank.private import FakeTensorMode
 
 _PARTS = ("weights", "adapter", "optimizer", "importance", "activations", "gradients", "logits")
 # Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
@@ -184,9 +183,7 @@ def _need(
     if hasattr(model.config, "use_cache"):
         # A training step does not need the cache of keys and values.
         model.config.use_cache = False
-    # bitsandbytes has tables with values.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    without_values(model, mode)
+    mode = without_values(model)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     # bitsandbytes' forward for int8 takes tables off the weights, so they are counted before it.
     weights = storage_bytes(tensors_of(model)) - adapter

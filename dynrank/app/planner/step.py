@@ -8,6 +8,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -17,17 +19,16 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.experts import expert_stacks, experts_forward
 from dynrank.layers.finding import own_tensors
 from dynrank.layers.quantized import is_quantized
-from dynrank.private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 # The name in transformers' registry of experts_forward, which can run without values.
 _COUNTED_EXPERTS = "dynrank"
 
 
-def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
+def without_values(model: nn.Module) -> FakeTensorMode:
     """Replace all parameters and buffers, in place, by fake CPU tensors of the same shapes and dtypes.
 
-    bitsandbytes itself packs the weights of its layers. Tied parameters stay tied. Experts get an implementation of
-    their forward that does not count the tokens of each expert.
+    Returns the mode in which the model runs. bitsandbytes itself packs the weights of its layers. Tied parameters stay
+    tied. Experts get an implementation of their forward that does not count the tokens of each expert.
     """
     # bitsandbytes must make its tables before the mode begins, because in the mode they would have no values.
     if any(is_quantized(module) for module in model.modules()):
@@ -36,6 +37,8 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
     # {id: (old, new)}. The old tensors are kept so that Python does not reuse their ids.
     known: dict[int, tuple[Tensor, Tensor]] = {}
     ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
+    # bitsandbytes has tables with values.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         for module in model.modules():
             if expert_stacks(module):
@@ -51,6 +54,7 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     known[id(tensor)] = (tensor, fake)
                 setattr(module, name, known[id(tensor)][1])
+    return mode
 
 
 def _packed(module: Any) -> nn.Parameter:

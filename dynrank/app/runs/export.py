@@ -16,7 +16,6 @@ from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import ADAPTER
-from dynrank.app.runs.metrics import drop_repeated_rows
 from dynrank.app.runs.report.page import write_card, write_report
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.app.runs.summary import Summary, print_summary, write_summary
@@ -63,23 +62,13 @@ def summarise(
         },
         bytes=held,
         seconds=seconds,
-        step_seconds=meter.step_seconds,
+        step_seconds=meter.step_seconds(event.step for event in history if not event.undone),
         tokens_per_second=meter.tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
         data=data,
         weights=weights,
         classes=classes,
-        cost=_cost(history, final),
     )
-
-
-def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
-    """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
-    for event in reversed([event for event in history if not event.undone]):
-        if event.measured is not None:
-            now = f", {final[event.measured.metric]:.4g} at the end" if event.measured.metric in final else ""
-            return f"{event.cost} at step {event.step:,}{now}"
-    return ""
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
@@ -99,7 +88,6 @@ def export(
     # Not every task has a tokenizer, or says how it makes inputs.
     tokenizer = getattr(task, "tokenizer", None)
     inputs = getattr(task, "training_inputs", None)
-    drop_repeated_rows(folder)
     adapter = folder / ADAPTER
     lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
     if config.export_dtype != "float32":

@@ -22,13 +22,12 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
-from dynrank.app.runs.folder import CONFIG, checkpoint_of, locked
+from dynrank.app.runs.folder import CONFIG, METRICS, checkpoint_of, locked
 from dynrank.app.runs.going_on import check_base_name, ranks_from
-from dynrank.app.runs.metrics import go_on
 from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
-from dynrank.app.runs.trainer import finished, make_trainer, quiet_training, stoppable
+from dynrank.app.runs.trainer import finished, log_again, make_trainer, quiet_training, stoppable
 from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import check_model
@@ -96,7 +95,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             if resumed:
                 csv_logger: Any = trainer.loggers[0]
                 # There the n-th step has number n - 1.
-                go_on(folder, step, csv_logger)
+                log_again(folder / METRICS, step, csv_logger)
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         if config.export_weights == "best" and best.misses(trainer):
             # The run was killed in the validation after its last step.
@@ -280,16 +279,26 @@ def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module:
     if wrong:
         raise ConfigurationError(f"the checkpoint {path!r} lacks {wrong}, or holds something else there; set ckpt_path")
     stored = checkpoint["state_dict"]
-    try:
-        optimizer = _trained_with(checkpoint)["optimizer"]["name"]
-    except (KeyError, TypeError):
-        optimizer = "unknown"
+    # A module of your own need not save its arguments.
+    found = checkpoint.get("hyper_parameters")
+    before = found if isinstance(found, Mapping) else {}
+    trained = before.get("optimizer")
+    optimizer = trained.get("name") if isinstance(trained, Mapping) else "unknown"
     if optimizer != config.optimizer.name:
         raise ConfigurationError(
             f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
             "set ckpt_path or optimizer"
         )
-    _check_classes(path, checkpoint, module)
+    # As many of other classes would fit the head by their shape. Only a classifier has classes.
+    theirs, ours = ((of.get("labels"), of.get("several", False)) for of in (before, module.hparams))
+    if theirs[0] is not None and ours[0] is not None and theirs != ours:
+        lost = [label for label in theirs[0] if label not in ours[0]]
+        new = [label for label in ours[0] if label not in theirs[0]]
+        raise ConfigurationError(
+            f"the checkpoint {path!r} is of other classes: it alone has {lost[:9]}, and the run alone has {new[:9]} "
+            "(if both are empty, the order differs, or one of the two has a list of labels for each text); "
+            "set ckpt_path or data"
+        )
     mine = module.state_dict()
     absent = left_out(stored)
     shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
@@ -303,33 +312,3 @@ def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module:
             "set ckpt_path, task or lora.target_modules"
         )
     check_base(module, stored)
-
-
-def _trained_with(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of the module whose training left ``checkpoint``; a module of your own need not save them."""
-    found = checkpoint.get("hyper_parameters")
-    return found if isinstance(found, Mapping) else {}
-
-
-def _check_classes(path: str, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
-    """Refuse a checkpoint whose head has other classes than that of ``module``: as many of them fit by their shape."""
-    before = _trained_with(checkpoint)
-    now = module.hparams
-    theirs = before.get("labels")
-    mine = now.get("labels")
-    # Only a classifier has classes.
-    if not isinstance(theirs, list) or not isinstance(mine, list):
-        return
-    if theirs != mine:
-        lost = [label for label in theirs if label not in mine]
-        new = [label for label in mine if label not in theirs]
-        differ = f"it alone has {lost[:9]}, and the run alone has {new[:9]}"
-        if not lost and not new:
-            differ = f"they have the order {theirs[:9]} there, and {mine[:9]} in the run"
-        raise ConfigurationError(f"the checkpoint {path!r} is of other classes: {differ}; set ckpt_path or data")
-    if before.get("several", False) != now.get("several", False):
-        kinds = {False: "one label", True: "a list of labels"}
-        raise ConfigurationError(
-            f"the checkpoint {path!r} was made with {kinds[bool(before.get('several'))]} for each text, and the data "
-            f"have {kinds[bool(now.get('several'))]}; set ckpt_path or data"
-        )

@@ -4,6 +4,8 @@ import re
 import resource
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,68 +14,50 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynrank.distributed.processes import from_all
-from dynrank.driver.event import RankEvent
 
 
 class RunMeter(Callback):
-    """Measures the tokens and the seconds of training; a resumed run measures only what it trains itself.
+    """Counts the tokens and the seconds of training; a resumed run counts only what it trains itself.
 
-    Batches are mappings with an ``attention_mask``.
+    Lightning's ThroughputMonitor logs seven numbers a step, and a row for each batch of a validation or a test. Batches
+    are mappings with an ``attention_mask``.
 
     Attributes:
         tokens: input tokens without padding: of this process, and once training is over of all processes.
-        train_seconds: seconds in training batches, without validation.
+        seconds: {optimizer steps made before: seconds of the batches of the next one}, without validations.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.train_seconds = 0.0
-        # Seconds of each optimizer step, with all of its batches, at the present ranks.
-        self._step_seconds: list[float] = []
-        self._ranks_are_new = False
-        # Time at which the batch began, and seconds of batches since the last optimizer step.
-        self._start = 0.0
-        self._seconds_since_step = 0.0
-        self._steps_made = 0
+        self.seconds: dict[int, float] = defaultdict(float)
+        # Optimizer steps and the time at which the batch began.
+        self._begun = (0, 0.0)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.train_seconds if self.train_seconds else 0.0
+        return self.tokens / sum(self.seconds.values()) if self.seconds else 0.0
 
-    @property
-    def step_seconds(self) -> float | None:
-        """Median seconds of an optimizer step at the last ranks that were trained; None without a step."""
-        return median(self._step_seconds) if self._step_seconds else None
+    def step_seconds(self, changes: Iterable[int]) -> float | None:
+        """Median seconds of an optimizer step after the last of ``changes`` that a step followed; None without one."""
+        last = max(self.seconds, default=-1)
+        since = max((step for step in changes if step <= last), default=0)
+        return median(of for step, of in self.seconds.items() if step >= since) if self.seconds else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps_made = trainer.global_step
         if torch.cuda.is_available():
             # A sweep makes several runs in one process.
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # A change in the last step leaves the steps before it.
-        if self._ranks_are_new:
-            self._step_seconds = []
-            self._ranks_are_new = False
-        self._start = time.perf_counter()
+        self._begun = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Reading the sum waits for the device, so the clock is read after it.
         self.tokens += int(batch["attention_mask"].sum())
-        seconds = time.perf_counter() - self._start
-        self.train_seconds += seconds
-        self._seconds_since_step += seconds
-        # With gradient accumulation several batches make one step.
-        if trainer.global_step > self._steps_made:
-            self._step_seconds.append(self._seconds_since_step)
-            self._seconds_since_step = 0.0
-            self._steps_made = trainer.global_step
-
-    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        self._ranks_are_new = self._ranks_are_new or not event.undone
+        step, start = self._begun
+        self.seconds[step] += time.perf_counter() - start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tokens = sum(from_all(self.tokens))

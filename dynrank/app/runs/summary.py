@@ -30,15 +30,14 @@ class Summary:
         seconds: of the whole run.
         tokens_per_second: in training batches.
         peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
-        changes: step and reason of each change, whether it was undone, and the factor of the adapters' rate from there
-            on.
+        changes: step of each change, its reason and what it cost if that was measured, whether it was undone, and the
+            factor of the adapters' rate from there on.
         final: metric -> value on training and validation data, at the final weights.
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
         step_seconds: median of the optimizer steps at the last ranks that were trained; None where there was none.
         data: split -> its counts, if the task counts its data.
         weights: which step's weights are tested and exported, and why.
-        cost: what the last change of ranks cost when it was made; empty if it was not measured.
         classes: class -> its result on test data, for a classifier.
     """
 
@@ -55,7 +54,6 @@ class Summary:
     step_seconds: float | None = None
     data: dict[str, SplitAccount] = field(default_factory=dict)
     weights: str = ""
-    cost: str = ""
     classes: dict[str, ClassResult] = field(default_factory=dict)
 
 
@@ -77,23 +75,23 @@ def write_summary(summary: Summary, folder: Path) -> None:
         part.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
 
 
+def results_of(summary: Summary) -> dict[str, str]:
+    """{name: value} of what a run ended with; metrics of training and validation data are of the final weights."""
+    metrics = summary.test | {f"{name} at the end": value for name, value in summary.final.items()}
+    if summary.gap is not None:
+        metrics["gap: val/loss - train/loss"] = summary.gap
+    return {name: f"{value:.4g}" for name, value in metrics.items()} | {
+        "rank": span(summary.final_ranks.values()),
+        **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
+        "seconds": f"{summary.seconds:,.0f}",
+        "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
+        "peak memory": f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+
+
 def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
     if summary.classes:
         print_classes(summary.classes)
-    facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
-    if summary.gap is not None:
-        validation = summary.final["val/loss"]
-        training = summary.final["train/loss"]
-        facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
-    if summary.cost:
-        facts["cost"] = summary.cost
-    facts["weights"] = summary.weights
-    facts["final rank"] = span(summary.final_ranks.values())
-    facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)
-    facts["time"] = f"{summary.seconds:.0f} s, {summary.tokens_per_second:.0f} tokens/s in training"
-    facts["peak memory"] = f"{summary.peak_memory_bytes / 2**20:.0f} MiB"
-    facts["files"] = str(folder)
-    if report is not None:
-        facts["report"] = str(report)
-    print_facts(facts)
+    facts = results_of(summary) | {"weights": summary.weights, "files": str(folder)}
+    print_facts(facts if report is None else facts | {"report": str(report)})

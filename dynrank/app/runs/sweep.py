@@ -1,13 +1,13 @@
 """The runs of a sweep, and their table and picture from the files in the runs' folders."""
 
-import csv
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -49,33 +49,6 @@ class SweepRun:
     fault: str | None = None
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Runs that differ only in their seed.
-
-    Attributes:
-        setting: {override: value} of the overrides that differ between arms.
-        runs: all runs of the arm, finished or not.
-    """
-
-    setting: dict[str, str]
-    runs: list[SweepRun]
-
-    @property
-    def ended(self) -> int:
-        return sum(run.fault is None for run in self.runs)
-
-    def values(self, name: str) -> list[float]:
-        return [run.results[name] for run in self.runs if name in run.results]
-
-    def mean(self, name: str) -> float | None:
-        return fmean(self.values(name)) if self.values(name) else None
-
-    def deviation(self, name: str) -> float | None:
-        """Sample standard deviation; None for fewer than two values."""
-        return stdev(self.values(name)) if len(self.values(name)) > 1 else None
-
-
 def read_sweep(folder: Path) -> list[SweepRun]:
     """The runs of the sweep in ``folder``, in the order of their numbers, without those that were refused."""
     folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
@@ -85,36 +58,47 @@ def read_sweep(folder: Path) -> list[SweepRun]:
     return [_read_run(run) for run in sorted(found, key=_order)]
 
 
-def arms(runs: Sequence[SweepRun]) -> list[Arm]:
-    """Group runs whose overrides differ only in ``seed``; groups ascend if their settings are numbers."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.overrides if key not in _REPEATED))
-    varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
-    members: dict[tuple[str, ...], list[SweepRun]] = {}
-    for run in runs:
-        members.setdefault(tuple(run.overrides.get(key, "") for key in varied), []).append(run)
-    try:
-        settings = sorted(members, key=lambda setting: [float(text) for text in setting])
-    except ValueError:
-        settings = list(members)
-    return [Arm(dict(zip(varied, setting, strict=True)), members[setting]) for setting in settings]
-
-
 def show_sweep(folder: Path, plot: bool = True) -> None:
     """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
     runs = read_sweep(folder)
     names = list(dict.fromkeys(name for run in runs for name in run.results))
     if names:
-        made = arms(runs)
-        print_table(_table(made, names))
-        _write(folder / TABLE, made, names)
+        keys, arms, table = _arms(runs, names)
+        print_table(_shown_table(table, keys, names))
+        with whole_file(folder / TABLE) as part:
+            table.to_csv(part, index=bool(keys))
         print_facts({"table": folder / TABLE})
         if plot:
-            _draw(folder / PICTURE, made, names)
+            _draw(folder / PICTURE, arms, keys, names)
             print_facts({"plot": folder / PICTURE})
     for run in runs:
         if run.fault is not None:
             given = " ".join(f"{key}={value}" for key, value in run.overrides.items())
             print_facts({"no result": f"{run.folder} ({given}): {run.fault}"})
+
+
+def _arms(runs: Sequence[SweepRun], names: Sequence[str]) -> tuple[list[str], Any, Any]:
+    """The overrides that differ between runs but for the seed, the runs' results grouped by them, and the table.
+
+    Groups ascend if all values are numbers. The table has the means and sample deviations of the results ``names``.
+    """
+    # --help must not wait for this import.
+    import pandas as pd
+
+    given = pd.DataFrame([run.overrides for run in runs]).fillna("")
+    keys = [key for key in given if key not in _REPEATED and given[key].nunique() > 1]
+    results = pd.DataFrame([{**run.results, "ended": run.fault is None} for run in runs])
+    frame = pd.concat([given[keys], results], axis=1)
+    with suppress(ValueError):
+        frame = frame.sort_values(keys, key=pd.to_numeric, kind="stable")
+    arms = frame.groupby(keys or (lambda _: ""), sort=False)
+    mean = arms[names].mean()
+    deviation = arms[names].std()
+    ended = arms["ended"].sum()
+    columns = {"runs": ended, "without_result": arms.size() - ended}
+    for name in names:
+        columns |= {name: mean[name], f"{name}_sd": deviation[name]}
+    return keys, arms, pd.DataFrame(columns)
 
 
 def _read_run(folder: Path) -> SweepRun:
@@ -137,10 +121,9 @@ def _results(summary: Summary) -> dict[str, float]:
     return {name: float(value) for name, value in results.items() if value is not None}
 
 
-def _order(folder: Path) -> list[tuple[int, int, str]]:
+def _order(folder: Path) -> list[str | int]:
     """Sort key that orders numbers in a path by value."""
-    parts = re.split(r"(\d+)", str(folder))
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(folder))]
 
 
 def _shown(names: Sequence[str]) -> dict[str, str]:
@@ -149,48 +132,35 @@ def _shown(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names if name.startswith("test/")} | shown
 
 
-def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
+def _shown_table(table: Any, keys: Sequence[str], names: Sequence[str]) -> Table:
     shown = _shown(names)
-    several = any(arm.ended > 1 for arm in made)
-    title = "mean ± standard deviation over seeds" if several else "runs of the sweep"
-    table = empty_table(title, *made[0].setting, "runs", *shown.values())
-    for arm in made:
-        count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
+    title = "mean ± standard deviation over seeds" if (table.runs > 1).any() else "runs of the sweep"
+    made = empty_table(title, *keys, "runs", *shown.values())
+    for row in table.reset_index().to_dict("records"):
+        runs = row["runs"] + row["without_result"]
+        count = f"{runs}" if row["runs"] == runs else f"{row['runs']} of {runs}"
         # A value such as [query,value] must not be read as markup.
-        table.add_row(*map(escape, arm.setting.values()), count, *(_cell(arm, name) for name in shown))
-    return table
+        made.add_row(*(escape(row[key]) for key in keys), count, *(_cell(row, name) for name in shown))
+    return made
 
 
-def _cell(arm: Arm, name: str) -> str:
-    mean = arm.mean(name)
-    deviation = arm.deviation(name)
+def _cell(row: Mapping[str, Any], name: str) -> str:
     digits = _FORMATS.get(name, ".4f")
-    if mean is None:
+    if isnan(row[name]):
         return "-"
     # Parameters are the same for every seed, so they have no spread.
-    return f"{mean:{digits}}" + (f" ± {deviation:{digits}}" if deviation else "")
+    return f"{row[name]:{digits}}" + (f" ± {row[f'{name}_sd']:{digits}}" if row[f"{name}_sd"] > 0 else "")
 
 
-def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
-    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        columns = [column for name in names for column in (name, f"{name}_sd")]
-        writer.writerow([*made[0].setting, "runs", "without_result", *columns])
-        for arm in made:
-            numbers = [number for name in names for number in (arm.mean(name), arm.deviation(name))]
-            writer.writerow([*arm.setting.values(), arm.ended, len(arm.runs) - arm.ended, *numbers])
-
-
-def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
+def _draw(file: Path, arms: Any, keys: Sequence[str], names: Sequence[str]) -> None:
     # matplotlib is an optional dependency.
     from dynrank import plot
 
     shown = _shown(names)
     # The ranks decide it, so a panel of it would say nothing of the runs.
     shown.pop("adapter_parameters", None)
-    panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
-    settings = [list(arm.setting.values()) for arm in made]
-    plot.arms(settings, ", ".join(made[0].setting), panels).savefig(file)
+    panels = {heading: [arm[name].dropna().tolist() for _, arm in arms] for name, heading in shown.items()}
+    plot.arms([list(setting) for setting, _ in arms], ", ".join(keys), panels).savefig(file)
 
 
 def run_in_sweep(

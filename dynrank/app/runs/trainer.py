@@ -1,5 +1,6 @@
 """The lightning.Trainer of a run: its callbacks and loggers, its end by a signal, and silence of libraries."""
 
+import csv
 import logging
 import os
 import shlex
@@ -24,14 +25,12 @@ from dynrank.app.keys import keys_of
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
-from dynrank.app.runs.progress_lines import ProgressLines
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
 from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import table_console
 from dynrank.output.whole_file import DISK_FULL
 
 # AdapterCheckpoint saves after the step in which one of them comes.
@@ -46,7 +45,6 @@ def make_trainer(
     callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
     callbacks += [RankMonitor(folder / HISTORY, model_name="model", names=keys_of(config.schedule, "schedule"))]
     callbacks += [_Bar()] if config.trainer.enable_progress_bar else []
-    callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)
     if isinstance(config.trainer.strategy, DictConfig):
@@ -70,6 +68,19 @@ def make_trainer(
     # The scheduler checks this, too, but only when the other processes have been started.
     check_strategy(trainer)
     return trainer
+
+
+def log_again(file: Path, step: int, logger: CSVLogger) -> None:
+    """Log the rows of ``file`` before ``step`` again: Lightning's logger begins metrics.csv anew in a resumed run."""
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as opened:
+        # A row that was cut short by a kill may have no step.
+        rows = [row for row in csv.DictReader(opened) if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+    for row in rows:
+        values: dict[str, Any] = {name: value for name, value in row.items() if value and name not in ("step", None)}
+        logger.log_metrics(values, int(row["step"]))
+    logger.save()
 
 
 class _RunCheckpoint(AdapterCheckpoint):
@@ -140,7 +151,7 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
         if trainer.is_global_zero:
-            advice = _way_on(saver.last_saved or checkpoint, folder)
+            advice = _advice(saver.last_saved or checkpoint, folder)
             name = "Ctrl-C" if pressed else "SIGTERM"
             print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
         if pressed:
@@ -150,7 +161,7 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         # Checkpoints have an error of their own; this is of metrics.csv, a logger's files, or the adapter.
         if error.errno not in DISK_FULL:
             raise
-        advice = _way_on(saver.last_saved or checkpoint, folder)
+        advice = _advice(saver.last_saved or checkpoint, folder)
         raise ConfigurationError(
             f"the run in {str(folder)!r} cannot write its files after step {trainer.global_step}: {error.strerror}; "
             f"free space; {advice}"
@@ -161,14 +172,12 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
                 signal.signal(number, handler)
 
 
-def _way_on(saved: str | Path | None, folder: Path) -> str:
-    return _advice(str(saved), folder) if saved else "there is no checkpoint yet"
-
-
-def _advice(saved: str, folder: Path) -> str:
+def _advice(saved: str | Path | None, folder: Path) -> str:
     """How to resume: a command to paste if the run was started by a command, otherwise a key."""
     if (folder / SUMMARY).exists():
         return f"the run has ended; its page: {shlex.join(['dynrank', 'report', str(folder)])}"
+    if not saved:
+        return "there is no checkpoint yet"
     changes = [override("ckpt_path", saved)]
     # Lightning follows links.
     if Path(saved).resolve() == last_checkpoint(folder).resolve():

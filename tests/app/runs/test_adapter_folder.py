@@ -149,21 +149,6 @@ def test_probabilities_are_those_of_the_task_whatever_the_base_was_trained_for(
     assert dict(zip(labels, map(float, values), strict=True)) == pytest.approx(likely, abs=1e-4)
 
 
-def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):
-    (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
-    code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)
-    assert code == 0, said
-    trained = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(writer)
-    for model in (trained, card(writer)["model"]):
-        for prompt, line in zip(("def f7(x):", "class"), printed.splitlines(), strict=True):
-            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-            made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-            text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-            shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in text]
-            assert line == "".join(shown)
-
-
 def test_card_of_a_chat_asks_in_the_format_of_chats(writer, launch, tmp_path, capsys):
     folder = shutil.copytree(writer, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -195,26 +180,22 @@ def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke
     assert set(probabilities(printed.strip())) < set(json.loads((folder / "labels.json").read_text())["labels"])
 
 
-def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
-    def said(*arguments):
-        code, _, error = launch(cli.main, "predict", *arguments)
-        assert (code, error.count("error")) == (2, 1)
-        return error
-
-    assert "FILE=rows.txt does not exist" in said(classifier, "rows.txt")
-    assert "row 2 has an empty text" in said(classifier, "a", " ")
-    assert "--chat" in said(classifier, "a", "--chat")
-    assert "--model" in said(classifier, "a", "--model", "./absent")
-    assert "adapter_config.json" in said(tmp_path, "a")
-    file = classifier / "labels.json"
-    labels = file.read_text()
-    try:
-        file.write_text('{"labels": ["one"]}')
-        assert "must name 3 labels, got 1" in said(classifier, "a")
-        file.write_text("[" * 10_000)
-        assert f"{str(file)!r} cannot be read" in said(classifier, "a")
-    finally:
-        file.write_text(labels)
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ('{"labels": ["one"]}', [], "must name 3 labels, got 1"),
+        ("[" * 10_000, [], "labels.json' cannot be read"),
+        (None, ["--chat"], "--chat"),
+        (None, ["--model", "./absent"], "--model"),
+    ],
+    ids=["a label", "nested", "chat", "no model"],
+)
+def test_what_the_folder_cannot_answer_is_refused(labels, options, message, classifier, launch, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "adapter")
+    if labels is not None:
+        (folder / "labels.json").write_text(labels)
+    code, _, said = launch(cli.main, "predict", folder, "a", *options)
+    assert (code, said.count("error"), message in said) == (2, 1, True), said
 
 
 LABELS = ["<img src=x>", "[link](http://x)\nsecond line", "\x1b[31mred `code`"]

@@ -7,7 +7,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 
 from dynrank.app.runs import folder as run_folder
-from dynrank.app.runs.metrics import drop_repeated_rows, go_on
+from dynrank.app.runs.report.record import read_metrics
+from dynrank.app.runs.trainer import log_again
 from dynrank.errors import ConfigurationError
 
 
@@ -16,22 +17,20 @@ def write(path, text):
     path.write_text(text)
 
 
-def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
+def test_a_resumed_run_has_the_rows_before_its_checkpoint_and_reads_none_twice(tmp_path):
     metrics = tmp_path / "metrics.csv"
     write(metrics, "epoch,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n3,1,,4.0\n,2,0.8,\n,3,0.7\n4")
     logger = CSVLogger(tmp_path, name="", version="")
-    go_on(tmp_path / "none", 2, logger)
-    go_on(tmp_path, 2, logger)
+    log_again(tmp_path / "none.csv", 2, logger)
+    log_again(metrics, 2, logger)
     assert len(rows(metrics)) == 4
     # The checkpoint ended an epoch, so the validation after it is repeated in the next one.
     for values, step in (({"val": 4.0, "epoch": 4}, 1), ({"train": 0.8, "new": 1.0}, 2)):
         logger.log_metrics(values, step)
         logger.save()
-    drop_repeated_rows(tmp_path)
-    found = [(row["step"], row["train"], row["val"], row["new"]) for row in rows(metrics)]
-    assert found == [("0", "1.0", "", ""), ("1", "0.9", "", ""), ("1", "", "5.0", ""), ("1", "", "4.0", ""),
-                     ("2", "0.8", "", "1.0")]  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
+    found = read_metrics(metrics)
+    assert (found["train"], found["val"]) == (([0, 1, 2], [1.0, 0.9, 0.8]), ([1], [4.0]))
+    assert found["new"] == ([2], [1.0])
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line():

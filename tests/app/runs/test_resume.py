@@ -12,11 +12,11 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tables import rows
 
 import dynrank
 from dynrank.app import train
 from dynrank.app.runs import job
+from dynrank.app.runs.report.record import read_metrics
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 
@@ -94,11 +94,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(launch, set
     assert_same(Path("run"), whole)
     for metric in ("train/loss", "val/loss"):
         one, two = (
-            {row["step"]: row[metric] for row in rows(folder / "metrics.csv", metric)}
-            for folder in (Path("run"), whole)
+            dict(zip(*read_metrics(folder / "metrics.csv")[metric], strict=True)) for folder in (Path("run"), whole)
         )
         # Lightning leaves out the validation that was due when its checkpoint was written.
-        assert one == {key: value for key, value in two.items() if key in one or int(key) != saved - 1}
+        assert one == {key: value for key, value in two.items() if key in one or key != saved - 1}
 
 
 # At this place, "module.name" or "module.class.name", a run gets SIGKILL.
@@ -116,10 +115,9 @@ KILLED_AT += "setattr(owner, name, kill); "
     [
         ("dynrank.callbacks.BestWeights.on_validation_end", STEPS),
         ("dynrank.callbacks.BestWeights.on_train_end", None),
-        ("lightning.Trainer.test", None),
         ("dynrank.app.runs.job.export", None),
     ],
-    ids=["last validation", "end of training", "test", "export"],
+    ids=["last validation", "end of training", "export"],
 )
 def test_a_run_that_is_killed_after_its_last_step_trains_no_step_again(launch, settings, whole, place, step):
     """Also if the last multiple of ``checkpoint_every`` is long ago."""
@@ -132,8 +130,8 @@ def test_a_run_that_is_killed_after_its_last_step_trains_no_step_again(launch, s
     assert f"step {STEPS}, " in printed
     assert json.loads(Path("run/summary.json").read_text())["step_seconds"] is None
     assert_same(Path("run"), whole)
-    one, two = (rows(folder / "metrics.csv", "val/loss") for folder in (Path("run"), whole))
-    assert [(row["step"], row["val/loss"]) for row in one] == [(row["step"], row["val/loss"]) for row in two]
+    one, two = (read_metrics(folder / "metrics.csv")["val/loss"] for folder in (Path("run"), whole))
+    assert one == two
 
 
 def test_the_folder_of_a_finished_run_is_taken(launch, settings, whole):
@@ -189,9 +187,12 @@ def sorted_texts(tiny_bert, tmp_path_factory):
     ("labels", "stored", "named"),
     [
         (("a", "z"), {}, r"other classes: it alone has \['b'\], and the run alone has \['z'\]"),
-        (("a", "b", "c"), {}, r"it alone has \[\], and the run alone has \['c'\]"),
-        (("a", "b"), {"labels": ["b", "a"]}, r"the order \['b', 'a'\] there, and \['a', 'b'\] in the run"),
-        ((["a"], ["b"]), {}, "one label for each text, and the data have a list of labels"),
+        (
+            ("a", "b"),
+            {"labels": ["b", "a"]},
+            r"it alone has \[\], and the run alone has \[\] \(if both are empty, the order",
+        ),
+        ((["a"], ["b"]), {}, r"both are empty, .* a list of labels for each text"),
     ],
 )
 def test_a_checkpoint_of_other_classes_is_refused(labels, stored, named, sorted_texts, tmp_path):
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_other_classes_is_refused(labels, stored, named, sorted_
     checkpoint["hyper_parameters"] |= stored
     torch.save(checkpoint, tmp_path / "other.ckpt")
     job.build(dynrank.compose([*overrides("a", "b"), f"ckpt_path={file}"]))
-    with pytest.raises(ConfigurationError, match=rf"other.ckpt.*{named}; set ckpt_path or data"):
+    with pytest.raises(ConfigurationError, match=rf"other.ckpt.*{named}.*set ckpt_path or data"):
         job.build(dynrank.compose([*overrides(*labels), f"ckpt_path={tmp_path / 'other.ckpt'}"]))
 
 

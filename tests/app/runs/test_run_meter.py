@@ -27,30 +27,31 @@ class Tokens(RunMeter):
 def test_tokens_count_the_whole_run_and_steps_the_last_ranks(fit):
     meter = Tokens()
     fit(RankScheduler([Stage(At(step=5), Rank(3))]), meter, max_steps=8, accumulate_grad_batches=2)
-    assert meter.tokens == 128
-    assert meter.tokens_per_second == pytest.approx(128 / meter.train_seconds)
-    assert len(meter._step_seconds) == 3
-    assert 0 < meter.step_seconds < meter.train_seconds
+    assert (meter.tokens, [*meter.seconds]) == (128, [*range(8)])
+    assert meter.tokens_per_second == pytest.approx(128 / sum(meter.seconds.values()))
+    meter.seconds = {step: float(step) for step in range(8)}
+    assert meter.step_seconds([2, 5]) == 6
+    # A change in the last step leaves the steps before it.
+    assert meter.step_seconds([5, 8]) == 6
 
 
 def test_a_resumed_run_measures_what_it_trains_itself(fit, tmp_path):
-    def tokens(**options):
+    def measured(**options):
         meter = Tokens()
         fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, max_steps=8, **options)
-        return meter.tokens, len(meter._step_seconds)
+        return meter.tokens, [*meter.seconds], meter.step_seconds([4]) is None
 
-    assert tokens(saved=tmp_path, kind=AdapterCheckpoint) == (64, 4)
-    assert tokens(ckpt_path=tmp_path / "step=6.ckpt") == (16, 2)
-    assert tokens(ckpt_path=tmp_path / "step=8.ckpt") == (0, 0)
+    assert measured(saved=tmp_path, kind=AdapterCheckpoint) == (64, [*range(8)], False)
+    assert measured(ckpt_path=tmp_path / "step=6.ckpt") == (16, [6, 7], False)
+    assert measured(ckpt_path=tmp_path / "step=8.ckpt") == (0, [], True)
 
 
 def test_tokens_of_two_processes_count_once(fit, monkeypatch):
     """The second process has as many tokens as this one."""
     monkeypatch.setattr(run_meter, "from_all", lambda tokens: [tokens, tokens])
     meter = Tokens()
-    fit(RankScheduler([Stage(At(fraction=1.0), Rank(3))]), meter, max_steps=3)
-    # A change in the last step leaves the steps before it.
-    assert (meter.tokens, len(meter._step_seconds)) == (48, 3)
+    fit(meter, max_steps=3)
+    assert meter.tokens == 48
 
 
 # The function without its module, whose imports take seconds, on a machine that has no GPU.

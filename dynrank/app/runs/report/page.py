@@ -18,7 +18,7 @@ from dynrank.app.console import one_line
 from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import REPORT
 from dynrank.app.runs.report.record import RunRecord, read_run
-from dynrank.app.runs.summary import Summary, read_summary
+from dynrank.app.runs.summary import Summary, read_summary, results_of
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
@@ -37,8 +37,8 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     Without matplotlib the page has no pictures, and says so. It compares the run with those in the folders ``against``.
     """
     run = read_run(folder)
-    results = _results(run.summary)
-    rivals = [_results(read_summary(other)) for other in against]
+    results = results_of(run.summary)
+    rivals = [results_of(read_summary(other)) for other in against]
     file = folder / REPORT
     try:
         page = template("page.html.jinja").render(
@@ -112,20 +112,6 @@ def _run_name(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-2:])
 
 
-def _results(summary: Summary) -> dict[str, str]:
-    """{name: value} of what a run ended with; metrics of training and validation data are of the final weights."""
-    metrics = summary.test | {f"{name} at the end": value for name, value in summary.final.items()}
-    if summary.gap is not None:
-        metrics["gap: val/loss - train/loss"] = summary.gap
-    return {name: f"{value:.4g}" for name, value in metrics.items()} | {
-        "rank": span(summary.final_ranks.values()),
-        **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
-        "seconds": f"{summary.seconds:,.0f}",
-        "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
-        "peak memory": f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
-    }
-
-
 def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """{name: its value in each of ``runs``}; "–" means not measured."""
     names = dict.fromkeys(name for results in runs for name in results)
@@ -194,27 +180,10 @@ def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...
     """(reason, overrides to add, groups to leave out) of each variation of the run."""
     ranks = run.summary.final_ranks.values()
     middle = round(sum(ranks) / len(ranks))
-    schedule = run.config["schedule"]
-    how = schedule.get("how")
     # The adapter that a run goes on from sets the ranks at its start.
-    free = run.config["lora"].get("from") is None
-    if run.made and free:
-        yield (
-            "compare with a run that has the final rank from the start",
-            [f"lora.rank={middle}", "schedule=fixed"],
-            ("schedule",),
-        )
-    if run.made:
-        if how and how.get("max_regression") is None:
-            yield "measure what a change costs, and undo one that costs much", ["schedule.how.max_regression=0.01"], ()
-        if "final_rank" in schedule and middle > 1:
-            yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
-    if len({*ranks}) == 1 and free:
-        yield (
-            "give all layers one budget, not one rank",
-            [f"lora.rank={2 * middle}", "schedule=early_budget"],
-            ("schedule",),
-        )
-    if run.summary.gap is not None and not run.config["lora"].get("dropout"):
-        yield "regularise, if the gap is wide", ["lora.dropout=0.1"], ()
+    if run.made and run.config["lora"].get("from") is None:
+        fixed = [f"lora.rank={middle}", "schedule=fixed"]
+        yield "compare with a run that has the final rank from the start", fixed, ("schedule",)
+    if run.made and "final_rank" in run.config["schedule"] and middle > 1:
+        yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
     yield "measure how much runs differ by chance", ["--multirun", "seed=1,2,3"], ()

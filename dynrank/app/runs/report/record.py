@@ -166,8 +166,14 @@ def read_run(folder: str | Path) -> RunRecord:
 
 def read_metrics(file: Path) -> dict[str, Series]:
     """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
-    columns = {str(name): column.dropna() for name, column in pd.read_csv(file, index_col="step").items()}
-    return {name: (column.index.tolist(), column.tolist()) for name, column in columns.items() if len(column)}
+    found = {}
+    for name, column in pd.read_csv(file, index_col="step").items():
+        values = column.dropna()
+        # A resumed run repeats the validation after its checkpoint.
+        values = values[~values.index.duplicated(keep="last")]
+        if len(values):
+            found[str(name)] = (values.index.tolist(), values.tolist())
+    return found
 
 
 def _changes(file: Path, summary: Summary) -> list[RecordedChange]:

@@ -56,17 +56,16 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
 
 
 @pytest.mark.usefixtures("no_matplotlib")
-def test_page_begins_with_results_final_weights_cost_and_data(tmp_path):
-    said = {"weights": "of step 20 of 30: the best val/loss", "cost": "val/loss 1 → 2 by the cut at step 10, 1.5 now"}
+def test_page_begins_with_results_final_weights_and_data(tmp_path):
+    weights = "of step 20 of 30: the best val/loss"
     split = {"rows": 1234, "examples": 1200, "tokens": 9, "max_length": 8, "unusable": 31, "dropped": 3}
     # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
     more = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "data": {"train": split}}
-    report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], **said, **more)))
+    report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], weights=weights, **more)))
     facts = {"test/loss": "1.25", "steps": "30", "val/loss at the end": "0.9", "train/loss at the end": "0.2"}
     facts |= {"gap: val/loss - train/loss": "0.7", "rank": "4-8", "adapter parameters": "1,234"}
     assert facts.items() <= report.facts().items()
-    paragraphs = " ".join(report.texts("p"))
-    assert all(words in paragraphs for words in said.values())
+    assert weights in " ".join(report.texts("p"))
     counts = {"split": "train", "rows": "1,234", "unusable, left out": "31", "in another split, left out": "3"}
     counts |= {"too long, left out": "0", "too long, cut": "0", "examples": "1,200", "tokens": "9"}
     headings, row = report.table("The data")
@@ -149,7 +148,7 @@ def trained(run):
 def test_commands_compose(smoke_run):
     run = read_run(smoke_run[0])
     commands = trained(run)
-    assert len(commands) >= 5
+    assert len(commands) == 3
     for arguments in commands.values():
         assert get_args_parser().parse_args(arguments).multirun is ("--multirun" in arguments)
         config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
@@ -159,17 +158,9 @@ def test_commands_compose(smoke_run):
     assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in used
 
 
-@pytest.mark.parametrize(
-    ("setting", "reason"),
-    [
-        ({"schedule": {"how": {"max_regression": 0.1}}}, "measure what a change costs"),
-        ({"lora": {"dropout": 0.1}}, "regularise"),
-        ({"lora": {"from": "adapter"}}, "compare with a run that has the final rank"),
-        ({"lora": {"from": "adapter"}}, "give all layers one budget"),
-    ],
-)
-def test_what_the_run_has_already_is_not_proposed(smoke_run, setting, reason):
+def test_a_start_that_the_adapter_sets_is_not_proposed(smoke_run):
     run = read_run(smoke_run[0])
-    assert any(why.startswith(reason) for why in trained(run))
-    run.config.update(setting)
-    assert not any(why.startswith(reason) for why in trained(run))
+    reason = "compare with a run that has the final rank from the start"
+    assert reason in trained(run)
+    run.config["lora"]["from"] = "adapter"
+    assert reason not in trained(run)

@@ -66,14 +66,16 @@ def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
 
 
 def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path):
-    """Without any such job they are refused as well, see tests/app/runs/test_bad_input.py."""
     config = dynrank.compose(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
     arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter(), BestWeights("val/loss", "min"))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     assert make_trainer(*arguments, sweep=True).world_size == 2
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
-    with pytest.raises(ConfigurationError, match="submitit_slurm"):
-        make_trainer(*arguments, sweep=True)
+    for other in (["local"], []):
+        monkeypatch.delenv("SUBMITIT_EXECUTOR")
+        for executor in other:
+            monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+        with pytest.raises(ConfigurationError, match="--multirun cannot make a run of 2 processes.*submitit_slurm"):
+            make_trainer(*arguments, sweep=True)
 
 
 def test_missing_plugin_says_what_to_install(capsys):

@@ -8,7 +8,7 @@ from tables import rows
 
 from dynrank import plot
 from dynrank.app.commands import cli
-from dynrank.app.runs.sweep import arms, read_sweep, show_sweep
+from dynrank.app.runs.sweep import read_sweep, show_sweep
 
 
 def write(folder, overrides, test=None, **fields):
@@ -88,9 +88,10 @@ def test_results_are_what_the_summaries_hold_in_the_order_of_the_runs_numbers(tm
     runs = read_sweep(tmp_path / "sweep7")
     assert [run.folder.name for run in runs] == ["1", "2", "10"]
     assert list(runs[2].results) == ["test/loss", "test/bleu", "adapter_parameters"]
-    (arm,) = arms(runs)
-    assert (arm.setting, arm.values("test/bleu"), arm.mean("test/loss"), arm.mean("gap")) == ({}, [0.5], 13 / 3, None)
     show_sweep(tmp_path)
+    (row,) = rows(tmp_path / "sweep.csv")
+    assert (row["runs"], row["test/bleu"], float(row["test/loss"])) == ("3", "0.5", pytest.approx(13 / 3))
+    assert [*row][:3] == ["runs", "without_result", "test/loss"]
 
 
 def test_arms_of_several_settings_keep_all_that_differ(tmp_path, capsys):
@@ -98,10 +99,10 @@ def test_arms_of_several_settings_keep_all_that_differ(tmp_path, capsys):
     for number, (names, rank) in enumerate(settings):
         overrides = [f"lora.target_modules={names}", f"+lora.rank={rank}", "seed=1"]
         write(tmp_path / str(number), overrides, {"test/loss": 1.0})
-    made = arms(read_sweep(tmp_path))
-    assert [tuple(arm.setting.values()) for arm in made] == settings
-    assert list(made[0].setting) == ["lora.target_modules", "lora.rank"]
     show_sweep(tmp_path, plot=False)
+    found = [[*row.items()] for row in rows(tmp_path / "sweep.csv")]
+    assert [tuple(value for _, value in row[:2]) for row in found] == settings
+    assert [name for name, _ in found[0][:3]] == ["lora.target_modules", "lora.rank", "runs"]
     # It is no markup.
     assert "[query,value]" in capsys.readouterr().out
 
