@@ -33,7 +33,7 @@ from dynrank.app.tasks.data.columns import (
     refuse_unknown,
     refuse_unread,
 )
-from dynrank.app.tasks.data.source import READERS, Source
+from dynrank.app.tasks.data.source import READERS, Source, lines_of
 from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
@@ -184,10 +184,8 @@ def _questions(
         used = Columns(form, {name: name}, asked=True)
         where = f"FILE={asking}" if isinstance(asking, Path) else "TEXT"
         with reading(where):
-            texts = _lines(asking) if isinstance(asking, Path) else [*asking]
-        if not texts:
-            raise ConfigurationError(f"{where} has no rows")
-        rows, unusable = usable_rows(RawRows(where, datasets.Dataset.from_dict({name: texts})), used, skip=skip)
+            raw = lines_of(asking, name) if isinstance(asking, Path) else datasets.Dataset.from_dict({name: [*asking]})
+        rows, unusable = usable_rows(RawRows(where, raw), used, skip=skip)
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows, used.form, where
@@ -268,11 +266,6 @@ def _is_file(text: str) -> bool:
     named = len(text.split()) == 1 and Path(text).suffix.lower() in READERS
     # Unlike Path.is_file, this raises no error for a text that is too long for a name.
     return named or isfile(text)
-
-
-def _lines(file: Path) -> list[str]:
-    with file.open(encoding="utf-8-sig") as lines:
-        return [line.removesuffix("\n") for line in lines]
 
 
 def _columns(table: Source, form: Form, learned: Inputs, given: Mapping[str, Theirs]) -> Columns:
