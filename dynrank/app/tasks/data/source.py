@@ -99,6 +99,8 @@ def _from_file(path: Path, where: str) -> RawRows:
 
 def lines_of(path: Path, name: str) -> datasets.Dataset:
     """The lines of a file of texts, in a column ``name``."""
+    # The system says of a file that is not there what is wrong; datasets says that it finds no data.
+    path.stat()
     rows = _loaded("text", path, encoding="utf-8-sig")
     return rows if name == "text" else rows.rename_column("text", name)
 
