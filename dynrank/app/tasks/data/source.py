@@ -88,15 +88,18 @@ def _from_file(path: Path, where: str) -> RawRows:
     say({"reading": f"{path}, {path.stat().st_size / 1e6:,.1f} MB"})
     suffix = path.suffix.lower()
     builder, options = READERS[suffix]
-    with quiet():
-        chosen = options(path)
-        rows = datasets.load_dataset(builder, data_files=[escape(str(path.resolve()))], split="train", **chosen)
-    if suffix == ".tsv":
-        rows = rows.map(_unquoted_row)
+    rows = _loaded(builder, path, **options(path))
+    if suffix in _CLEANED:
+        rows = rows.map(_CLEANED[suffix])
     if builder == "csv":
         names = {name: (_unquoted(name) if suffix == ".tsv" else name).strip() for name in rows.column_names}
         rows = rows.rename_columns({name: ours for name, ours in names.items() if name != ours})
     return RawRows(where, rows, first=2 if builder == "csv" else 1)
+
+
+def _loaded(builder: str, path: Path, **options: Any) -> datasets.Dataset:
+    with quiet():
+        return datasets.load_dataset(builder, data_files=[escape(str(path.resolve()))], split="train", **options)
 
 
 def _cells(path: Path) -> dict[str, Any]:
@@ -150,7 +153,15 @@ def _no_options(path: Path) -> dict[str, Any]:
 
 
 def _paragraphs(path: Path) -> dict[str, Any]:
-    return {"sample_by": "paragraph"}
+    return {"sample_by": "paragraph", "encoding": "utf-8-sig"}
+
+
+def _within_blank_lines(row: dict[str, str]) -> dict[str, str]:
+    return {"text": row["text"].strip("\n")}
+
+
+# {the end of a file's name: what is done with each row that datasets has read}.
+_CLEANED: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {".tsv": _unquoted_row, ".txt": _within_blank_lines}
 
 
 # {the end of a file's name: (the reader of datasets, its options by the file)}.

@@ -260,7 +260,7 @@ def test_a_folder_has_its_own_splits_and_no_script_in_it_is_run(tmp_path):
 
 def test_paragraphs_of_a_plain_file_are_texts(tmp_path):
     texts = sorted(f"line {i}\nof text" for i in range(50))
-    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "a.txt").write_text("\n\n\n".join(texts) + "\n", encoding="utf-8-sig")
     assert column(checked(str(tmp_path / "a.txt"), form="text"), "text") == texts
 
 
