@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
 from dynrank.app.keys import below, keys_of, named, names_keys
-from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.names import ModelSettings, stored_source
 from dynrank.app.runs.overrides import check_keys, overrides_explained
 from dynrank.errors import ConfigurationError, Count, Name, checked
 from dynrank.rank_map import RankRule, load_rank_map, parse_rank_map
@@ -144,9 +144,14 @@ def _direction(metric: str | None) -> str:
     return f"{better(metric)}imize"
 
 
-# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
+def _base(default: str, place: str | None) -> str:
+    return default if place is None else _named_by(place)[0]
+
+
+# In a file: ${dynrank.half:${lora.rank}}, ${dynrank.direction:${objective}} and ${dynrank.base:minilm,${lora.from}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
 OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
+OmegaConf.register_new_resolver("dynrank.base", _base, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
@@ -182,6 +187,7 @@ def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NA
     """Check the keys of what was composed from ``conf/NAME.yaml``, and set the values that follow from others."""
     check_run_keys(config, name)
     _fill_length(config)
+    _fill_model(config)
     _fill_adapter(config, overrides)
 
 
@@ -214,6 +220,19 @@ def _fill_length(config: DictConfig) -> None:
     if interval is None:
         # An epoch may have fewer than 30 batches, which are counted across epochs where this is null.
         trainer.val_check_interval = 30 if trainer.get("check_val_every_n_epoch") is None else 0.25
+
+
+def _fill_model(config: DictConfig) -> None:
+    """Set the model where none was chosen: the base of the adapter ``lora.from``, at its revision, or the usual one."""
+    task = {} if config.task is None else OmegaConf.to_container(config.task, resolve=False)
+    if not str(task.get("model")).startswith("${dynrank.base:"):
+        return
+    place = config.lora.get("from")
+    if place is None:
+        config.task.model = config.task.model
+    else:
+        config.task.model, revision = _named_by(place)
+        config.model.revision = config.model.revision or revision
 
 
 # What an adapter sets in a run that goes on from it.
@@ -250,6 +269,18 @@ def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
     usual = isinstance(schedule, dict) and (schedule.get("_target_"), schedule.get("final_rank")) == _USUAL_SCHEDULE
     if usual and not any(re.match(r"schedule\b", key) for key in keys):
         config.schedule = {"_target_": "dynrank.schedules.fixed"}
+
+
+def _named_by(place: str) -> tuple[str, str | None]:
+    """(the base that the adapter at ``place`` names, as ``task.model`` takes it; its revision there, if any)."""
+    from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, adapter_folder
+    from dynrank.adapters.stored import read_json
+
+    config = read_json(AdapterConfig, adapter_folder(Path(place)) / CONFIG_FILE)
+    base = config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ConfigurationError(f"the adapter {place!r} (lora.from) names no base model; set task.model")
+    return stored_source(base), config.revision
 
 
 def make(node: Any, key: str) -> Any:

@@ -66,6 +66,22 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert 0 < abs(before - after) < 0.5 * before
 
 
+def test_a_run_takes_the_base_that_the_adapter_names_unless_another_is_set(task, theirs, tiny_llama, tmp_path):
+    without = [override for override in task if not override.startswith("task.model=")]
+    config = dynrank.compose([*without, f"lora.from={theirs}"])
+    assert (config.task.model, config.model.revision) == (str(tiny_llama), None)
+    assert dynrank.compose([*without, f"lora.from={theirs}", "task.model=mine"]).task.model == "mine"
+    assert dynrank.compose(without).task.model == "smollm2"
+    file = shutil.copytree(theirs, tmp_path / "copy") / "adapter_config.json"
+    of_hub = json.loads(file.read_text()) | {"base_model_name_or_path": "org/tiny", "revision": "v1"}
+    file.write_text(json.dumps(of_hub))
+    config = dynrank.compose([*without, f"lora.from={file.parent}"])
+    assert (config.task.model, config.model.revision) == ("org/tiny", "v1")
+    file.write_text(json.dumps(of_hub | {"base_model_name_or_path": None}))
+    with pytest.raises(ConfigurationError, match=r"\(lora\.from\) names no base model; set task\.model"):
+        dynrank.compose([*without, f"lora.from={file.parent}"])
+
+
 def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs, tiny_llama, tmp_path):
     """As TRL leaves it there, with an end of answers or a chat template of the user's."""
     own = shutil.copytree(theirs, tmp_path / "own")
