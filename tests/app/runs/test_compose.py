@@ -95,20 +95,8 @@ def test_compose_names_the_wrong_key_or_value(override, named):
     assert all(text in str(caught.value) for text in named), caught.value
 
 
-@pytest.mark.parametrize("plus", ["", "+"])
-def test_a_key_that_a_schedule_does_not_take_is_refused_when_it_is_made(plus):
-    with pytest.raises(ConfigurationError, match=r"finl_rank is unknown; nearest: final_rank \(schedule\.finl_rank\)"):
-        make_scheduler(dynrank.compose([f"{plus}schedule.finl_rank=1"]).schedule)
-
-
-@pytest.mark.parametrize("key", ["data.train=tickets.csv", "+data.train=tickets.csv", "data.val=tickets.csv"])
-def test_data_of_ones_own_need_a_task_for_it(key):
-    with pytest.raises(ConfigurationError, match="choose task=classification, completion, chat or text"):
-        dynrank.compose([key])
-    assert dynrank.compose(["task=classification", key])
-
-
-OPEN = ["optimizer.options.eps=1", "trainer.fast_dev_run=true", "rank_map.rank_pattern.q=4", "task.mine=1"]
+OPEN = ["optimizer.options.eps=1", "trainer.fast_dev_run=true", "rank_map.rank_pattern.q=4"]
+OPEN += ["logger.mine=1"]
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
