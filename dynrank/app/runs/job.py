@@ -34,6 +34,7 @@ from dynrank.driver.metrics import judging_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
+from dynrank.output.ranks import ranks, scalings_in_words
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -88,6 +89,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         place = config.lora.get("from")
         if first and place is not None and checkpoint is None:
             print(f"goes on from     the adapter {place}, {ranks_from(job.module, job.scheduler, config.schedule)}")
+        scalings = scalings_in_words(ranks(job.module))
+        if first and scalings:
+            print(f"scaling          {scalings}")
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")

@@ -59,6 +59,10 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     run(dynrank.compose(overrides), tmp_path / "run")
     said = capsys.readouterr().out
     assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
+    # By hand: of rsLoRA, alpha / sqrt(rank).
+    by_scaling = {f"{layer.scaling:.3g}" for layer in layers.values()}
+    (line,) = re.findall(r"^scaling +(.*)$", said, re.MULTILINE)
+    assert by_scaling == {"8", "16", "2.04"} == {part.split()[0] for part in line.split(", ")}
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
