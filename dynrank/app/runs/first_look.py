@@ -68,10 +68,10 @@ def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
         return
     columns = _columns(path) if path.is_file() else []
     # The other splits are read by the names that the training rows have.
-    if columns and key == "data.train":
+    if columns and key == "data.train" and data.get("form"):
         from dynrank.app.tasks.data.columns import find_columns
 
-        given = {ours: theirs for ours, theirs in data["columns"].items() if theirs}
+        given = {ours: theirs for ours, theirs in (data.get("columns") or {}).items() if theirs}
         find_columns([dict.fromkeys(columns)], given, data["form"], f"{key}={name}")
 
 
@@ -82,12 +82,16 @@ def _columns(path: Path) -> list[str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if kind in _DELIMITERS:
                 heading = next(filter(str.strip, file), "")
-                rows = csv.reader([heading], delimiter=max(_DELIMITERS[kind], key=heading.count))
-                return [name.strip() for name in next(rows, [])]
+                # A name of two lines has an open quote in the first.
+                if heading.count('"') % 2:
+                    return []
+                read = (next(csv.reader([heading], delimiter=delimiter), []) for delimiter in _DELIMITERS[kind])
+                return [name.strip() for name in max(read, key=len)]
             if kind in _LINES:
                 found = [json.loads(line) for line in islice(file, 1000) if line.strip()]
-                return [*dict.fromkeys(name for row in found for name in row)]
+                are_rows = all(isinstance(row, dict) for row in found)
+                return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
     # What cannot be read is explained where it is read.
-    except (ValueError, TypeError, csv.Error, RecursionError):
+    except (ValueError, csv.Error, RecursionError):
         return []
     return []
