@@ -14,13 +14,14 @@ def adapter_folder(place: Path) -> Path:
 
 
 def existing_adapter(place: Path) -> Path:
-    """:func:`adapter_folder` of a place that has an adapter, or is a file.
+    """:func:`adapter_folder` of a place that has an adapter; a file is explained where it is read.
 
     Raises:
-        ConfigurationError: if there is neither.
+        ConfigurationError: if there is none.
     """
     folder = adapter_folder(place)
-    if not folder.is_file() and not (folder / CONFIG_FILE).exists():
+    is_file = folder.is_file() or folder.suffix == ".safetensors"
+    if not is_file and not (folder / CONFIG_FILE).exists():
         found = "has no such file" if folder.is_dir() else "does not exist"
         raise ConfigurationError(
             f"{str(place)!r} must be the folder of an adapter, with {CONFIG_FILE} in it, or of the run that made it; "
