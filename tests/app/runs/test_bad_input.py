@@ -153,6 +153,13 @@ def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
     assert Path.cwd().is_dir()
 
 
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert):
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
+    code, _, message = launch(train.main, "--multirun", "hydra.sweep.dir=sweep", "debug=smoke", *several)
+    assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
+    assert [*tmp_path.joinpath("sweep").iterdir()] == [tmp_path / "sweep" / "multirun.yaml"]
+
+
 REFUSED = {
     "squeeze adapter --out out": ["--rank", "--energy", "--budget", "none"],
     "squeeze adapter --out out --rank 2 --energy 0.5": ["rank=2, energy=0.5", "--rank", "--energy"],
