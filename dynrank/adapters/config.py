@@ -1,7 +1,6 @@
 """PEFT's ``adapter_config.json``, read with every value checked."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -11,7 +10,6 @@ from dynrank.layers.lora_layer import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.patterns import EXPRESSION_ERRORS, first_matches, whole_parts
 
-CONFIG_FILE = "adapter_config.json"
 # Close to the largest number in float32.
 _LARGEST = 3.4e38
 
@@ -90,9 +88,3 @@ class AdapterConfig(BaseModel):
             alpha = alphas.get(name, self.lora_alpha)
             found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
         return found
-
-
-def adapter_folder(place: Path) -> Path:
-    """The folder of an adapter: ``place`` itself, or ``adapter/`` in it if ``place`` is a run's folder."""
-    inside = place / "adapter"
-    return inside if (inside / CONFIG_FILE).exists() and not (place / CONFIG_FILE).exists() else place

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor
 
-from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
+from dynrank.adapters.folder import adapter_folder
 from dynrank.adapters.load import misfit
 from dynrank.adapters.modelfile import modelfile
 from dynrank.adapters.precision import FLOAT8, MOST_POWER, Rounding, balanced, check_file_dtype, power_of

@@ -22,7 +22,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.config import AdapterConfig
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.packed import PACKED_FILE, PackedFile
 from dynrank.adapters.precision import MOST_POWER
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file

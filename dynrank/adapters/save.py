@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynrank.adapters.config import CONFIG_FILE
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.precision import Rounded, Rounding, check_file_dtype, head_in, in_dtype, rounding
 from dynrank.adapters.read import WEIGHTS_FILE, open_adapter, wrapper_names
 from dynrank.adapters.write import rewrite_adapter, write_adapter

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, LayerSettings
+from dynrank.adapters.config import AdapterConfig, LayerSettings
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.precision import Rounded, Rounding, in_dtype, rounding
 from dynrank.adapters.stored import (
     Factors,

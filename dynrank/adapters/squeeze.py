@@ -11,7 +11,7 @@ from statistics import mean
 import torch
 from rich.table import Table
 
-from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.folder import adapter_folder
 from dynrank.adapters.precision import FLOAT8, FileDtype, Rounding, check_file_dtype
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.sidecar_files import new_adapter_folder

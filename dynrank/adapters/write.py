@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynrank.adapters.config import CONFIG_FILE
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.packed import PACKED_FILE, in_codes, packed
 from dynrank.adapters.precision import FLOAT8, NF4, FileDtype, Rounded, Rounding, head_in, in_dtype, rounding
 from dynrank.adapters.read import POWERS, WEIGHTS_FILE, Adapter

@@ -1,13 +1,14 @@
 """The keys and options of the application: which of them an error of the library is about."""
 
+import ast
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import wraps
-from inspect import signature
+from contextlib import contextmanager
+from functools import cache, wraps
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
@@ -88,11 +89,7 @@ def names_keys(function: Callable[Concatenate[DictConfig, P], T]) -> Callable[Co
 
 def known_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every key of ``node``, and every argument of what a ``_target_`` of dynrank names."""
-    target = str(node.get("_target_"))
-    if target.startswith("dynrank."):
-        # A wrong name has its own error.
-        with suppress(ImportError, AttributeError, ValueError):
-            yield from (f"{prefix}{name}" for name in signature(get_object(target)).parameters)
+    yield from (f"{prefix}{name}" for name in arguments_of(str(node.get("_target_"))) or ())
     for name, child in children(node):
         yield f"{prefix}{name}"
         if child is not None:
@@ -113,3 +110,45 @@ def children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
 def _value(node: DictConfig | ListConfig, key: Any) -> Any:
     """The value of a key; None for one that is missing or refers to another key."""
     return None if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key) else node[key]
+
+
+@cache
+def arguments_of(target: str) -> tuple[str, ...] | None:
+    """The arguments of a class or function of dynrank or Lightning by its dotted name; None: unknown, or any.
+
+    They are read from its file, because an import would load torch, and a wrong key must be refused at once.
+    """
+    module, _, name = target.rpartition(".")
+    for node in _statements(module):
+        if isinstance(node, ast.ImportFrom):
+            known = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            if name in known:
+                return arguments_of(known[name])
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _parameters(node)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for made in node.body:
+                if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                    of_init = _parameters(made)
+                    return of_init and of_init[1:]
+            # A dataclass takes its fields, and those of its bases first.
+            bases = [arguments_of(f"{module}.{base.id}") or () for base in node.bases if isinstance(base, ast.Name)]
+            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            own = [field.id for field in fields if isinstance(field, ast.Name) and not field.id.startswith("_")]
+            return tuple(dict.fromkeys([*(name for of_base in bases for name in of_base), *own]))
+    return None
+
+
+def _parameters(function: ast.FunctionDef) -> tuple[str, ...] | None:
+    taken = function.args
+    return None if taken.kwarg else tuple(part.arg for part in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs))
+
+
+def _statements(module: str) -> list[ast.stmt]:
+    package, *parts = module.split(".")
+    spec = find_spec(package) if package in ("dynrank", "lightning") else None
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    place = Path(spec.submodule_search_locations[0], *parts)
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8")).body if file.exists() else []

@@ -22,6 +22,7 @@ with train_packages("dynrank-train"):
 
     from dynrank.app.console import quiet_imports
     from dynrank.app.runs.config import CONFIG_MODULE, CONFIG_NAME, complete
+    from dynrank.app.runs.first_look import look
     from dynrank.app.runs.overrides import usage_errors
     from dynrank.app.runs.sweep import run_in_sweep
 
@@ -42,6 +43,7 @@ def _train(config: DictConfig) -> float | None:
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
     with usage_errors(), _removed_if_empty(folder):
         complete(config, overrides)
+        look(config)
         if not _is_another_process():
             print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         # torch and transformers are loaded here, so that --help does not wait for them.

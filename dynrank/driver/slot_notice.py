@@ -15,7 +15,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.output.slots import SLOTS, average, slot_rank
 from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
-from dynrank.targets import Budget
+from dynrank.targets import Budget, Energy
 
 
 def slot_notice(
@@ -67,16 +67,36 @@ def highest_ranks(
     model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
 ) -> dict[str, int]:
     """{layer: the highest rank that it can have after the last stage}."""
+    return {name: high for name, (_, high) in rank_spans(model, schedule, rules).items()}
+
+
+def rank_spans(
+    model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
+) -> dict[str, tuple[int, int]]:
+    """{layer: the lowest and the highest rank that it can have after the last stage}, whatever the data are."""
     layers = dict(lora_layers(model))
     bounds = bounds_of(layers, rules)
-    ranks = {name: layer.rank for name, layer in layers.items()}
+    low = high = {name: layer.rank for name, layer in layers.items()}
     for number, stage in enumerate(schedule, 1):
-        states = expected_states(layers, bounds, ranks, last=number == len(schedule))
-        if isinstance(stage.to, Budget):
-            ranks = stage.to.highest_ranks(states)
-        elif not stage.to.needs:
-            ranks = ranks_of_target(stage, bounds, states)
-    return ranks
+        to = stage.to
+        least, most = (expected_states(layers, bounds, r, last=number == len(schedule)) for r in (low, high))
+        if isinstance(to, Budget):
+            low, high = to.lowest_ranks(least), to.highest_ranks(most)
+        elif not to.needs:
+            low, high = (ranks_of_target(stage, bounds, states) for states in (least, most))
+        else:
+            end = to.lowest if isinstance(to, Energy) else 1
+            low = {name: state.shrunk(end) for name, state in least.items()}
+    return {name: (low[name], high[name]) for name in layers}
+
+
+def pool_at_end(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> int | None:
+    """How many parameters all layers may have together after the last stage; None if that is no budget."""
+    if not schedule or not isinstance(schedule[-1].to, Budget):
+        return None
+    layers = dict(lora_layers(model))
+    ranks = final_ranks(model, schedule[:-1], rules)
+    return schedule[-1].to.pool(expected_states(layers, bounds_of(layers, rules), ranks, last=True))
 
 
 def _limited(schedule: Sequence[Stage], highest: int) -> list[Stage]:

@@ -32,9 +32,9 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 
 
 def _adapter_of(place: Path) -> Path:
-    from dynrank.adapters.config import adapter_folder
+    from dynrank.adapters.folder import existing_adapter
 
-    return adapter_folder(place)
+    return existing_adapter(place)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")]
@@ -106,56 +106,60 @@ def dynrank(
 @app.command("ranks")
 def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    from dynrank.app.runs.config import compose
-
     for text in overrides or ():
         if Path(text).is_dir():
             raise ConfigurationError(f"{text!r} is a folder; the ranks of its adapter: dynrank inspect {text}")
-    print_ranks(compose(overrides or (), folder=config_dir))
+    print_ranks(_composed(overrides, "train", config_dir))
 
 
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     from dynrank.app.keys import keys_of
     from dynrank.app.runs.job import build
-    from dynrank.driver.checks import depends_on_data, final_ranks
-    from dynrank.driver.slot_notice import slot_notice
+    from dynrank.driver.slot_notice import pool_at_end, rank_spans, slot_notice
     from dynrank.layers.finding import own_layers
-    from dynrank.output.console import empty_table, print_table, shape_of_update
+    from dynrank.output.console import empty_table, print_table, shape_of_update, span
     from dynrank.output.ranks import ranks
-    from dynrank.output.slots import average, slot_line
+    from dynrank.output.slots import slot_line
 
     job = build(config, on_meta=True)
     model: Any = job.module.model
     stages = job.scheduler.driver.stages
     own = own_layers(model)
-    final = final_ranks(model, stages)
-    about = "about " if depends_on_data(stages) else ""
+    ends = rank_spans(model, stages)
     headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
     table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
     layers = ranks(model)
     end = 0
     for layer in layers:
-        rank = final[layer.layer]
+        low, high = ends[layer.layer]
         bounds = own[layer.layer].bounds
-        parameters = layer.parameters // layer.rank * rank
+        parameters = layer.parameters // layer.rank * low
         end += parameters
+        rule = "" if low < high or not str(bounds) else f" ({bounds})"
         table.add_row(
             layer.layer,
             shape_of_update(layer.experts, layer.d_out, layer.d_in),
             str(layer.rank),
-            f"{rank} (pinned)" if bounds.pinned else f"{about}{rank}{f' ({bounds})' if str(bounds) else ''}",
+            f"{span((low, high))}{rule}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{layer.parameters:,}",
-            f"{parameters:,}",
+            f"{parameters:,}" if low == high else "",
             own[layer.layer].rule or "lora.rank",
         )
     table.add_section()
-    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", f"{end:,}", "")
-    # Where the run decides which layers get more than others, a line says how high one can become.
-    notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
-    said = f"about rank {average(final):.1f} on average; {notice}" if notice else f"{about}{slot_line(final)}"
+    if all(low == high for low, high in ends.values()):
+        said, total = slot_line({name: low for name, (low, _) in ends.items()}), f"{end:,}"
+    else:
+        # The data decide which layers get more than others, so only bounds and the sum are known.
+        pool = pool_at_end(model, stages)
+        total = "" if pool is None else f"{pool:,}"
+        bytes_of = f"{pool:,} parameters, {pool / 2**18:.2f} MiB in float32" if pool is not None else ""
+        size = f" from one pool of at most {bytes_of}" if bytes_of else ""
+        notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
+        said = "; ".join(filter(None, (f"the run decides each rank{size}", notice)))
+    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", total, "")
     table.caption = f"at the end, {said}"
     print_table(table)
 
@@ -175,10 +179,20 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
+    config = _composed(overrides, "plan", config_dir)
     from dynrank.app.planner.plan import show_plan
-    from dynrank.app.runs.config import compose
 
-    show_plan(compose(overrides or (), "plan", config_dir))
+    show_plan(config)
+
+
+def _composed(overrides: list[str] | None, name: str, folder: Path | None) -> DictConfig:
+    """The configuration of a run, after the checks for which no library has to be loaded."""
+    from dynrank.app.runs.config import compose
+    from dynrank.app.runs.first_look import look
+
+    config = compose(overrides or (), name, folder)
+    look(config)
+    return config
 
 
 @app.command()

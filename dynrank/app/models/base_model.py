@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.config import AdapterConfig
 from dynrank.adapters.export import base_name
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import with_labels

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dynrank.app.console import print_facts
 from dynrank.app.keys import names_keys
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
-from dynrank.app.runs.config import PlanKeys, argument, plain
+from dynrank.app.runs.config import argument, asked, plain
 from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
@@ -78,7 +78,7 @@ class Need:
 def show_plan(config: DictConfig) -> None:
     """Print what the run of ``config`` needs at each rank, and what fits the budget."""
     facts, needs = make_plan(config)
-    budget = _asked(config).budget
+    budget = asked(config).budget
     print_facts(facts)
     print_table(_table(needs, budget))
     print("total            weights + adapter + optimizer + importance + activations + the larger of the last two: the")
@@ -113,17 +113,13 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def _asked(config: DictConfig) -> PlanKeys:
-    return PlanKeys(**{field.name: plain(config[field.name]) for field in fields(PlanKeys)})
-
-
 @names_keys
 def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     """What the run of ``config`` (composed from ``conf/plan.yaml``) trains, in words, and its need at each rank.
 
     Both are made without any weights; ranks ascend.
     """
-    asked = _asked(config)
+    keys = asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
@@ -134,8 +130,10 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     needs = []
     adapter = adapter_of(config)
     measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
-    for rank in sorted(set(asked.ranks)):
-        model = _model(config, adapter, rank)
+    # Its data are read, and printed, once.
+    task = make_task(config, on_meta=True)
+    for rank in sorted(set(keys.ranks)):
+        model = _model(task, config, adapter, rank)
         for parameter in model.parameters() if dtype is not None else ():
             parameter.data = parameter.data.to(dtype)
         factors = set(adapter_parameters(model))
@@ -158,13 +156,12 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     return facts, needs
 
 
-def _model(config: DictConfig, adapter: Adapter | None, rank: int) -> PreTrainedModel:
+def _model(task: Any, config: DictConfig, adapter: Adapter | None, rank: int) -> PreTrainedModel:
     """The model of the task with its LoRA layers, on the meta device."""
     lora = {**lora_arguments(config, adapter), "rank": rank}
     if lora["backend"] == "triton":
         # It saves the same tensors as torch's, which can run on tensors without values.
         lora["backend"] = "torch"
-    task = make_task(config, on_meta=True)
     model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()
 

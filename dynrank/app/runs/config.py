@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,10 +15,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
+from dynrank.adapters.folder import CONFIG_FILE, existing_adapter
 from dynrank.app.keys import below, keys_of, named, names_keys
-from dynrank.app.models.names import ModelSettings
+from dynrank.app.models.names import ModelSettings, stored_source
 from dynrank.app.runs.overrides import check_keys, overrides_explained
-from dynrank.errors import ConfigurationError, Count, Name, checked
+from dynrank.errors import ConfigurationError, Count, Name, Positive, checked
 from dynrank.rank_map import RankRule, load_rank_map, parse_rank_map
 
 CONFIG_MODULE = "dynrank.conf"
@@ -29,29 +30,29 @@ CONFIG_NAME = "train"
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
 
 
-@dataclass
+@checked
 class LoraKeys:
-    """The keys of ``lora``: arguments of :func:`dynrank.add_lora`, which checks them; its import would load torch."""
+    """The keys of ``lora``: arguments of :func:`dynrank.add_lora`, whose import would load torch."""
 
-    rank: int = MISSING
-    alpha: float | None = None
+    rank: Count = MISSING
+    alpha: Positive | None = None
     target_modules: Any = "all-linear"
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
-    backend: str = "auto"
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
 
 
-@dataclass
+@checked
 class OptimizerKeys:
-    """The keys of ``optimizer``: arguments of ``make_optimizer`` of the tasks, which checks them."""
+    """The keys of ``optimizer``: arguments of ``make_optimizer`` of the tasks, whose import would load torch."""
 
     name: str = "AdamW"
     lr: float = 1e-3
     head_lr: float = 4e-3
     weight_decay: float = 0.0
-    warmup_steps: int = 40
-    decay: str = "warmup_stable_decay"
-    decay_share: float = 0.2
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    decay: Literal["constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "warmup_stable_decay"
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,6 +108,11 @@ class PlanKeys:
     budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None = None
 
 
+def asked(config: DictConfig) -> PlanKeys:
+    """What is asked of ``dynrank plan``."""
+    return PlanKeys(**{field.name: plain(config[field.name]) for field in fields(PlanKeys)})
+
+
 # Every key of a run with its default. Groups of None have the arguments of what their _target_ names.
 _RUN: dict[str, Any] = {
     **asdict(RunKeys()),
@@ -144,9 +150,14 @@ def _direction(metric: str | None) -> str:
     return f"{better(metric)}imize"
 
 
-# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.direction:${objective}}.
+def _base(default: str, place: str | None) -> str:
+    return default if place is None else _named_by(place)[0]
+
+
+# In a file: ${dynrank.half:${lora.rank}}, ${dynrank.direction:${objective}} and ${dynrank.base:minilm,${lora.from}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
 OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
+OmegaConf.register_new_resolver("dynrank.base", _base, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
@@ -182,14 +193,21 @@ def complete(config: DictConfig, overrides: Sequence[str], name: str = CONFIG_NA
     """Check the keys of what was composed from ``conf/NAME.yaml``, and set the values that follow from others."""
     check_run_keys(config, name)
     _fill_length(config)
+    _fill_model(config)
     _fill_adapter(config, overrides)
 
 
 @names_keys
 def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
-    """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
+    """Refuse unknown keys and wrong values of what was composed from ``conf/NAME.yaml``, without loading torch."""
     check_keys(config, _SCHEMAS[name])
     RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
+    for group, keys in (("lora", LoraKeys), ("optimizer", OptimizerKeys), ("model", ModelSettings)):
+        values = {key: value for key, value in plain(config[group]).items() if key != "from"}
+        with named(below(group)):
+            keys(**values)
+    if name == "plan":
+        asked(config)
 
 
 def _fill_length(config: DictConfig) -> None:
@@ -216,6 +234,19 @@ def _fill_length(config: DictConfig) -> None:
         trainer.val_check_interval = 30 if trainer.get("check_val_every_n_epoch") is None else 0.25
 
 
+def _fill_model(config: DictConfig) -> None:
+    """Set the model where none was chosen: the base of the adapter ``lora.from``, at its revision, or the usual one."""
+    task: Any = {} if config.task is None else OmegaConf.to_container(config.task, resolve=False)
+    if not str(task.get("model")).startswith("${dynrank.base:"):
+        return
+    place = config.lora.get("from")
+    if place is None:
+        config.task.model = config.task.model
+    else:
+        config.task.model, revision = _named_by(place)
+        config.model.revision = config.model.revision or revision
+
+
 # What an adapter sets in a run that goes on from it.
 _OF_ADAPTER = {"lora.rank", "lora.alpha", "lora.target_modules", "lora.rslora"}
 
@@ -238,11 +269,11 @@ def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
         names = ", ".join(sorted(given)) or "rank_map"
         both = f"{names} cannot go with lora.from={place}, whose adapter sets layers and ranks"
         raise ConfigurationError(f"{both}; remove one of the two; a schedule changes the ranks")
+    folder = existing_adapter(Path(place))
     # This import loads torch, and --help must not wait for that.
-    from dynrank.adapters.config import adapter_folder
     from dynrank.adapters.read import open_adapter
 
-    with open_adapter(adapter_folder(Path(place))) as adapter:
+    with open_adapter(folder) as adapter:
         sizes = [(layer.rank, layer.params_per_rank) for layer in adapter.layers.values()]
     config.lora.rank = round(sum(rank * size for rank, size in sizes) / sum(size for _, size in sizes))
     # A file of the user's own may also choose a schedule.
@@ -250,6 +281,19 @@ def _fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
     usual = isinstance(schedule, dict) and (schedule.get("_target_"), schedule.get("final_rank")) == _USUAL_SCHEDULE
     if usual and not any(re.match(r"schedule\b", key) for key in keys):
         config.schedule = {"_target_": "dynrank.schedules.fixed"}
+
+
+def _named_by(place: str) -> tuple[str, str | None]:
+    """(the base that the adapter at ``place`` names, as ``task.model`` takes it; its revision there, if any)."""
+    folder = existing_adapter(Path(place))
+    from dynrank.adapters.config import AdapterConfig
+    from dynrank.adapters.stored import read_json
+
+    config = read_json(AdapterConfig, folder / CONFIG_FILE)
+    base = config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ConfigurationError(f"the adapter {place!r} (lora.from) names no base model; set task.model")
+    return stored_source(base), config.revision
 
 
 def make(node: Any, key: str) -> Any:

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 
 from dynrank.adapters.base import read_base
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
+from dynrank.adapters.config import AdapterConfig
+from dynrank.adapters.folder import CONFIG_FILE
 from dynrank.adapters.stored import read_json
 from dynrank.app.models.names import model_source, public_name
 from dynrank.callbacks import RankScheduler

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
 
 from dynrank.adapters.base import base_of
-from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.folder import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.keys import keys_of, named, names_keys
@@ -24,7 +23,6 @@ from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pa
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import CONFIG, METRICS, checkpoint_of, locked
 from dynrank.app.runs.going_on import check_base_name, ranks_from
-from dynrank.app.runs.overrides import unknown_key
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
 from dynrank.app.runs.trainer import finished, log_again, make_trainer, quiet_training, stoppable
@@ -32,9 +30,10 @@ from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import check_model
 from dynrank.driver.metrics import judging_metrics
-from dynrank.errors import ConfigurationError, Count, Positive, checked_call, read_as
+from dynrank.errors import ConfigurationError, Count, Positive, checked_call
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
+from dynrank.output.ranks import ranks, scalings_in_words
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -89,6 +88,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         place = config.lora.get("from")
         if first and place is not None and checkpoint is None:
             print(f"goes on from     the adapter {place}, {ranks_from(job.module, job.scheduler, config.schedule)}")
+        scalings = scalings_in_words(ranks(job.module))
+        if first and scalings:
+            print(f"scaling          {scalings}")
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print(f"goes on from     step {step}, {checkpoint}")
@@ -131,9 +133,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     check_run_keys(config)
     adapter = adapter_of(config)
     lora = lora_arguments(config, adapter)
-    # add_lora checks it, too, but only when the model is loaded.
-    read_as(Count, plain(config.lora.rank), "lora.rank")
-    _check_run(config)
+    _check_trainer(**plain(config.trainer))
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
@@ -220,14 +220,6 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
         return f"of the last step, {last_step:,}: {best.why_none}"
     best.restore(module)
     return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
-
-
-def _check_run(config: DictConfig) -> None:
-    """Refuse values of the trainer."""
-    trainer = plain(config.trainer)
-    for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
-        raise ConfigurationError(unknown_key(f"trainer.{name}", config))
-    _check_trainer(**trainer)
 
 
 @checked_call

@@ -1,7 +1,7 @@
 """Errors of a command, in one message with an exit code: ours, Hydra's own, and keys that nothing reads."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from typing import Any
@@ -10,11 +10,12 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dynrank.app.keys import children, known_keys
+from dynrank.app.keys import arguments_of, children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 from dynrank.output.whole_file import DISK_FULL
 
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
+_TRAINER = "lightning.pytorch.Trainer"
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
 
@@ -59,20 +60,28 @@ def usage_errors() -> Iterator[None]:
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
     """Refuse keys that nothing reads; ``known`` has the keys, and below a group those that the group may have.
 
-    In the other groups the class or function of ``_target_`` refuses what it does not know.
+    In the other groups, keys are arguments of what ``_target_`` names; classes of others refuse wrong ones themselves.
     """
     shipped = str(config.data.get("_target_")).startswith("dynrank.") if config.get("data") else False
     if shipped and not config.data._target_.endswith(".from_files") and {"train", "val", "test"} & {*config.data}:
         raise ConfigurationError(_OWN_DATA)
     for name, node in children(config):
-        inner: Any = known.get(name)
         if name not in known:
             raise ConfigurationError(unknown_key(name, config))
-        # A mapping in a list is a value.
-        keys = [key for key, _ in children(node) if "[" not in key] if node is not None and inner else []
-        wrong = [key for key in keys if key not in inner]
-        if wrong:
-            raise ConfigurationError(unknown_key(f"{name}.{wrong[0]}", config))
+        taken = arguments_of(_TRAINER) if name == "trainer" else known[name]
+        for key in _unread(node, f"{name}.", taken) if node is not None else ():
+            raise ConfigurationError(unknown_key(key, config))
+
+
+def _unread(node: DictConfig, prefix: str, taken: Collection[str] | None = None) -> Iterator[str]:
+    """The keys of ``node`` that are not ``taken``, or no arguments of what its ``_target_`` names, and those inside."""
+    taken = taken or arguments_of(str(node.get("_target_")))
+    for name, child in children(node):
+        # A mapping in a list is a value, and Hydra's own keys begin with _.
+        if taken is not None and "[" not in name and not name.startswith("_") and name not in taken:
+            yield f"{prefix}{name}"
+        elif child is not None:
+            yield from _unread(child, f"{prefix}{name}.")
 
 
 def _explanation(error: HydraException | OmegaConfBaseException) -> str:

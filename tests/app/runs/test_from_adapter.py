@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import dynrank
 from dynrank.app.commands.cli import print_ranks
 from dynrank.app.models.merging import merge_adapter
-from dynrank.app.runs.going_on import check_base_name
+from dynrank.app.runs.going_on import check_base_name, ranks_from
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
 
@@ -59,11 +59,31 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     run(dynrank.compose(overrides), tmp_path / "run")
     said = capsys.readouterr().out
     assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
+    # By hand: of rsLoRA, alpha / sqrt(rank).
+    by_scaling = {f"{layer.scaling:.3g}" for layer in layers.values()}
+    (line,) = re.findall(r"^scaling +(.*)$", said, re.MULTILINE)
+    assert by_scaling == {"8", "16", "2.04"} == {part.split()[0] for part in line.split(", ")}
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
     before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
     assert 0 < abs(before - after) < 0.5 * before
+
+
+def test_a_run_takes_the_base_that_the_adapter_names_unless_another_is_set(task, theirs, tiny_llama, tmp_path):
+    without = [override for override in task if not override.startswith("task.model=")]
+    config = dynrank.compose([*without, f"lora.from={theirs}"])
+    assert (config.task.model, config.model.revision) == (str(tiny_llama), None)
+    assert dynrank.compose([*without, f"lora.from={theirs}", "task.model=mine"]).task.model == "mine"
+    assert dynrank.compose(without).task.model == "smollm2"
+    file = shutil.copytree(theirs, tmp_path / "copy") / "adapter_config.json"
+    of_hub = json.loads(file.read_text()) | {"base_model_name_or_path": "org/tiny", "revision": "v1"}
+    file.write_text(json.dumps(of_hub))
+    config = dynrank.compose([*without, f"lora.from={file.parent}"])
+    assert (config.task.model, config.model.revision) == ("org/tiny", "v1")
+    file.write_text(json.dumps(of_hub | {"base_model_name_or_path": None}))
+    with pytest.raises(ConfigurationError, match=r"\(lora\.from\) names no base model; set task\.model"):
+        dynrank.compose([*without, f"lora.from={file.parent}"])
 
 
 def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs, tiny_llama, tmp_path):
@@ -127,36 +147,21 @@ def test_a_run_of_no_step_tests_the_adapter_as_it_lies(task, theirs, tmp_path):
     assert packed != pytest.approx(trained, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "chosen", ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early"]
-)
-def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(chosen, task, theirs):
-    config = dynrank.compose([*task, f"lora.from={theirs}", chosen])
+CHOSEN = ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early", "experiment=mine"]
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(chosen, task, theirs, tmp_path):
+    # A file of one's own that chooses a schedule is a choice, too.
+    own = "# @package _global_\ndefaults:\n  - override /schedule: anneal\n"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(own)
+    config = dynrank.compose([*task, f"lora.from={theirs}", chosen], folder=tmp_path)
     # by hand: a direction of q_proj has 32 + 32 parameters, one of down_proj 32 + 48
     assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
-    assert config.schedule.final_rank == config.lora.rank // 2
-
-
-def test_a_run_goes_on_again_and_again_at_the_ranks_that_it_has(task, theirs, tmp_path, capsys):
-    ranks = {name: layer.rank for name, layer in dynrank.read_adapter(theirs).layers.items()}
-    place = theirs
-    for i in range(2):
-        run(dynrank.compose([*task, f"lora.from={place}"]), tmp_path / f"{i}")
-        place = tmp_path / f"{i}"
-        assert {name: layer.rank for name, layer in dynrank.read_adapter(place / "adapter").layers.items()} == ranks
-    capsys.readouterr()
-    run(dynrank.compose([*task, f"lora.from={place}", "schedule.final_rank=2"]), tmp_path / "less")
-    said = capsys.readouterr().out
-    assert "at rank 1-6, which the schedule early_budget changes" in said
-    assert sum(layer.rank for layer in dynrank.read_adapter(tmp_path / "less" / "adapter").layers.values()) < sum(
-        ranks.values()
-    )
-    # A file of one's own that chooses a schedule is a choice, too.
-    folder = tmp_path / "conf"
-    (folder / "experiment").mkdir(parents=True)
-    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /schedule: anneal\n")
-    mine = dynrank.compose([*task, f"lora.from={theirs}", "experiment=mine"], folder=folder)
-    assert mine.schedule._target_ == "dynrank.schedules.anneal"
+    assert config.schedule.final_rank == max(1, config.lora.rank // (8 if chosen == "experiment=mine" else 2))
+    made = build(config)
+    assert "at rank 1-6, which the schedule" in ranks_from(made.module, made.scheduler, config.schedule)
 
 
 @pytest.fixture
@@ -175,8 +180,8 @@ def other_base(tiny_llama, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("changed", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
-def test_an_adapter_of_a_run_knows_its_base_by_its_weights(changed, task, other_base, tmp_path):
+def test_an_adapter_of_a_run_knows_its_base_by_its_weights(task, other_base, tmp_path):
+    changed = "model.layers.1.self_attn.o_proj.weight"
     run(dynrank.compose([*task, "lora.rank=2", "schedule=fixed"]), tmp_path / "run")
     dynrank.squeeze(tmp_path / "run" / "adapter", tmp_path / "less", rank=1)
     same, other = other_base("the same, moved"), other_base("other", changed)
@@ -315,16 +320,6 @@ def test_a_classifier_knows_the_padding_of_the_tokenizer_in_the_adapter_s_folder
     assert merge_adapter(adapter, str(tiny_bert), tmp_path / "merged").config.pad_token_id == 60
 
 
-def test_a_head_of_another_size_is_one_fault(rows_of, tmp_path):
-    run(dynrank.compose(rows_of("0", "1")), tmp_path / "run")
-    # So it is with adapters of other programs.
-    (tmp_path / "run" / "adapter" / "labels.json").unlink()
-    with pytest.raises(ConfigurationError) as caught:
-        build(dynrank.compose([*rows_of("0", "1", "2"), f"lora.from={tmp_path / 'run'}"]))
-    assert "'classifier.weight' is [3, 32] in the model and [2, 32] in the adapter" in str(caught.value)
-    assert "no values" not in str(caught.value)
-
-
 def test_labels_in_a_head_without_names_are_numbers_or_named_by_the_user(rows_of, tmp_path):
     """Sorted labels would be given rows of the head by chance: the order of its training is not known."""
     run(dynrank.compose(rows_of("0", "1")), tmp_path / "run")
@@ -332,6 +327,11 @@ def test_labels_in_a_head_without_names_are_numbers_or_named_by_the_user(rows_of
     labels.unlink()
     going_on = f"lora.from={tmp_path / 'run'}"
     assert build(dynrank.compose([*rows_of("0", "1"), going_on])).task.labels == ["0", "1"]
+    # A head of another size is one fault.
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)^(?!.*no values).*'classifier\.weight' is \[3, 32\] in the model and"
+    ):
+        build(dynrank.compose([*rows_of("0", "1", "2"), going_on]))
     overrides = dynrank.compose([*rows_of("sports", "world"), going_on])
     advice = r'no names of its classes.*labels.json.*\{"labels": \["sports", "world"\], "problem_type": "single'
     with pytest.raises(ConfigurationError, match=advice):

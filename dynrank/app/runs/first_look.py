@@ -1,0 +1,97 @@
+"""What a command refuses before it loads PyTorch, transformers and Lightning, which take seconds.
+
+Nothing here decides more than the parts of a run that read the same files later.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dynrank.app.keys import names_keys
+from dynrank.app.models.names import model_source
+from dynrank.app.runs.config import make, plain, rank_pattern
+from dynrank.errors import ConfigurationError
+
+# The files whose first rows can be read here.
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
+_LINES = (".jsonl", ".ndjson")
+_FILES = (*_DELIMITERS, *_LINES, ".json", ".parquet", ".txt")
+
+
+@names_keys
+def look(config: DictConfig) -> None:
+    """Refuse files that are not there, columns that a file lacks, and a schedule that cannot be made.
+
+    Raises:
+        ConfigurationError: if there is one.
+    """
+    rules = rank_pattern(config.rank_map)
+    place = config.ckpt_path
+    if place not in (None, "last") and not Path(place).exists():
+        raise ConfigurationError(f"the checkpoint {place!r} does not exist; set ckpt_path")
+    task = str(config.task and config.task.get("_target_"))
+    # A class of the user's own may have other models.
+    if task.startswith("dynrank.") and isinstance(config.task.get("model"), str):
+        model_source(config.task.model)
+    data = plain(config.data) or {}
+    if str(data.get("_target_")).endswith(".from_files"):
+        for split in ("train", "val", "test"):
+            if isinstance(data.get(split), str):
+                _look_at(data[split], f"data.{split}", data)
+    stages = make(config.schedule, "schedule")
+    # Making the stages has loaded torch, but no other library.
+    from dynrank.targets import Budget
+
+    first = stages[0].to if isinstance(stages, list) and stages else None
+    rank = config.lora.rank
+    # dynrank plan has ranks of its own, and an adapter or a rule may set others.
+    if "ranks" in config or rules or config.lora.get("from") or not isinstance(first, Budget):
+        return
+    if (first.final_rank or 0) > rank:
+        raise ConfigurationError(
+            f"schedule.final_rank must be at most lora.rank = {rank}, which a budget shares, got {first.final_rank}"
+        )
+
+
+def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
+    path = Path(name).expanduser()
+    if not path.exists():
+        # ORG/NAME may be on the hub.
+        if path.suffix in _FILES or name.count("/") != 1:
+            kinds = f"a file ({', '.join(_FILES)}), a folder, or ORG/NAME on the hub"
+            raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
+        return
+    columns = _columns(path) if path.is_file() else []
+    # The other splits are read by the names that the training rows have.
+    if columns and key == "data.train" and data.get("form"):
+        from dynrank.app.tasks.data.columns import find_columns
+
+        given = {ours: theirs for ours, theirs in (data.get("columns") or {}).items() if theirs}
+        find_columns([dict.fromkeys(columns)], given, data["form"], f"{key}={name}")
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns in the heading of a table, or in its first 1000 rows; none if they cannot be read so simply."""
+    kind = path.suffix.lower()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if kind in _DELIMITERS:
+                heading = next(filter(str.strip, file), "")
+                # A name of two lines has an open quote in the first.
+                if heading.count('"') % 2:
+                    return []
+                read = (next(csv.reader([heading], delimiter=delimiter), []) for delimiter in _DELIMITERS[kind])
+                return [name.strip() for name in max(read, key=len)]
+            if kind in _LINES:
+                found = [json.loads(line) for line in islice(file, 1000) if line.strip()]
+                are_rows = all(isinstance(row, dict) for row in found)
+                return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
+    # What cannot be read is explained where it is read.
+    except (ValueError, csv.Error, RecursionError):
+        return []
+    return []
