@@ -287,7 +287,7 @@ class RankDriver:
         self._next_step = self._timetable.next_step(self.progress.stage)
 
     def _act(self, training: Training, *, ended: bool = False) -> RankEvent | None:
-        """Make the change that is due, if there is one; None: there is none, or nothing to change."""
+        """Make the change that is due, if there is one; None: there is none, or no layer gets new factors."""
         assert self._timetable is not None
         decided = self.progress.pending
         first = self.progress.stage if decided is None else decided.stage + 1
@@ -325,7 +325,7 @@ class RankDriver:
         return history[-1] if len(history) > known else None
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
-        """Go to the stage after ``index``, whose change was made, undone, or (None) had nothing to change."""
+        """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors."""
         self.progress.pending = None
         self.progress.stage = index + 1
         self._plan()

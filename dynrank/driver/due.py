@@ -21,7 +21,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
-from dynrank.targets import LayerState, Unchanged
+from dynrank.targets import LayerState
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,6 @@ class DueStage:
     def change(self, training: Training, plan: Callable[[], Mapping[str, int]]) -> Change:
         """The change to the ranks that ``plan`` returns, which is not yet made; a collective call."""
         return Change.in_run(training.adapters, plan, self.directions, self.stage.how.optimizer_state, training.step)
-
-    def is_made_by(self, change: Change) -> bool:
-        """Whether ``change`` does anything: other ranks, or the balanced factors for which a stage may ask."""
-        if isinstance(self.stage.to, Unchanged):
-            return bool(change.reports)
-        return any(report.rank_before != report.rank_after for report in change.reports)
 
     def event(
         self,

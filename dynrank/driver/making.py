@@ -13,7 +13,7 @@ from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
 from dynrank.driver.undo import Undo
 
-# Ends the stage with its event; None: there was nothing to change.
+# Ends the stage with its event; None: no layer got new factors.
 EndStage = Callable[[RankEvent | None], None]
 
 
@@ -22,7 +22,7 @@ def change_at_once(
 ) -> None:
     """Make the change of ``due``; ``measure``: whether to validate before and after it."""
     change = due.change(training, due.ranks)
-    if not due.is_made_by(change):
+    if not change.reports:
         end_stage(None)
         return
     event = due.event(training.step, change.reports, due.reason)
@@ -51,7 +51,7 @@ def change_on_trial(training: Training, due: DueStage, history: Sequence[RankEve
 
 def _try(training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
     change = due.change(training, due.ranks)
-    if not due.is_made_by(change):
+    if not change.reports:
         return None
     test = RegressionTest(training, due.stage.how)
     with uninterrupted():

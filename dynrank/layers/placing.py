@@ -69,7 +69,7 @@ def add_lora(
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
     >>> model = dynrank.add_lora(net, rank=4, rank_map={"1": 2})
     >>> {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(model)}
-    {'0': (4, 2.0), '1': (2, 4.0)}
+    {'0': (4, 2.0), '1': (2, 2.0)}
     """
     refuse_peft(
         model, "add_lora", "resize and RankScheduler change its layers in place; or call its merge_and_unload() first"

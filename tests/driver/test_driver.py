@@ -444,3 +444,17 @@ def test_driver_and_checkpoint_of_another_run_or_version_are_refused():
     del state["progress"]
     with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so another version"):
         RankDriver(early_budget(2)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_schedule_that_can_change_no_rank_is_refused_and_one_that_only_balances_is_not(frozen):
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4, rank_map={"0": {"pinned": True}})
+    layers = [layer for _, layer in dynrank.lora_layers(model)]
+    loop = Training(model, [torch.optim.SGD(model.parameters())])
+    RankDriver(2, rank_map={"0": {"pinned": True}}).start(loop, Run(total_steps=9))
+    if frozen:
+        layers[1].requires_grad_(False)
+    rules = {"0": {"pinned": True}} if frozen else {".*": {"pinned": True}}
+    with pytest.raises(ConfigurationError, match="can change no rank: all 2 layers are pinned by rank_map, or frozen"):
+        RankDriver(2, rank_map=rules).start(loop, Run(total_steps=9))
+    RankDriver(Stage(At(step=2), Unchanged()), rank_map=rules).start(loop, Run(total_steps=9))

@@ -121,7 +121,8 @@ class Case:
         return {name: rule for name, rule in bounds.items() if rule}
 
     def scaling(self, name):
-        rank = self.ranks()[name]
+        # A rank of its own gives a layer another scaling in PEFT, and the same one in dynrank.
+        rank = self.ranks()[name] if self.peft else self.rank
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     # The data

@@ -44,7 +44,7 @@ def test_ranks_lists_every_layer_with_rules_scalings_and_totals_where_the_ranks_
     assert by_kind == {
         "query": ["8", "8 (pinned)", "32", "4", "query"],
         "key": ["32", "20 (at least 20)", "64", "2", "key"],
-        "value": ["64", "4", "64", "1", "value"],
+        "value": ["64", "4", "128", "2", "value"],
         "dense": ["32", "12 (4 to 12)", "64", "2", "attention"],
     }
     assert total[0] == f"{len(layers)} layers" == "37 layers"
@@ -63,7 +63,7 @@ def test_ranks_shows_bounds_and_the_pool_where_the_data_decide(table):
     # The sum of d_in + d_out over all layers is 42,240.
     assert total[7] == f"{16 * 42_240:,}"
     assert f"one pool of at most {16 * 42_240:,} parameters, 2.58 MiB in float32" in end
-    slot = "a server reserves the highest rank in every layer, up to 32; schedule.highest=16 limits it"
+    slot = "a server reserves the highest rank of the adapter in every layer, up to 32; schedule.highest=16 limits it"
     assert slot in table("schedule.final_rank=8")[1]
     (*layers, total), end = table("schedule=energy")
     assert ({row[3] for row in layers}, total[7]) == ({"1-32"}, "")
