@@ -2,9 +2,9 @@
 
 An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts from rank 16, of every layer alike or as
 one budget by weight or by importance, early or late, with and without a higher rate of the adapter
-afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by a run, by the first
-gradients (GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms of a seed have the same batches,
-dropout, head and scaling.
+afterwards; fixed ranks whose rate rises at the same time; fixed ranks with rsLoRA and LoRA+; allocations from the
+start, found by a run, by the first gradients (GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms
+of a seed have the same batches, dropout and head, and all but rsLoRA the same scaling.
 Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
 trained at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at
 the rate with the best validation loss over these two (a table without these: over all), or at --rates as long as there
@@ -38,6 +38,7 @@ from matplotlib.figure import Figure
 from study_arms import ADALORA, ARMS, EARLY, GRADUAL, HIGH, Arm
 from study_bench import (
     RESULTS,
+    SCALING,
     TASKS,
     Diverged,
     Setting,
@@ -150,6 +151,7 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
         yield _row(unit, first, *from_the_start(setting, unit))
         return
     trunk = adapted(setting, first.trunk[0], unit.lr, **first.options)
+    trunk.clip = first.clip
     brought = Importance(dict(lora_layers(trunk.model)))
     diverged = False
     for at in sorted({arm.at for arm in unit.arms}):
@@ -214,8 +216,16 @@ def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
         trainee = eva(setting, arm.rank, lr)
     elif arm.by == "GoRA":
         trainee = with_ranks(setting, gora_ranks(setting, arm.rank), lr)
+    elif not arm.by or arm.by == "rsLoRA":
+        trainee = adapted(setting, arm.rank, lr)
     else:
         trainee = adapted(setting, HIGH, lr)
+    if arm.by == "rsLoRA":
+        for _, layer in lora_layers(trainee.model):
+            # At rank 16 it is the scaling of all arms.
+            layer.scaling = SCALING * (HIGH / arm.rank) ** 0.5
+    if arm.plus != 1:
+        LearningRates(trainee.optimizer, [layer.lora_B for _, layer in lora_layers(trainee.model)], arm.plus)
     try:
         if arm.by == "auto":
             rise = f"{follow(trainee, auto(how=how)):.4f}"
@@ -338,7 +348,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "brought": "^g", "found": "Xk"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "AdaLoRA's bytes": "vg"}
-    styles |= {"anneal": "Pb", "auto": "*y", "EVA": "dm"}
+    styles |= {"anneal": "Pb", "auto": "*y", "EVA": "dm", "rsLoRA": "ok"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.
     drawn: Counter[float] = Counter()

@@ -20,13 +20,15 @@ class Arm:
             out; "found" starts with what "brought" shared out, "GoRA" with what the first gradients did; "AdaLoRA" and
             "EVA" are PEFT's, "AdaLoRA's ranks" is a cut to the ranks that it ends with, and "AdaLoRA's bytes" one by
             "brought" to as many bytes; "anneal" is cut by "brought" step by step; "auto" is cut from the rank to what
-            validation then allows.
+            validation then allows; "rsLoRA" is fixed, with a scaling that falls with the root of the rank.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.
         start: rank before the cut.
         highest: that no layer exceeds after it.
         but: a part of the names of layers that keep their rank.
+        plus: LoRA+'s ratio, by which the rate of B is higher than that of A.
+        clip: the highest norm of all gradients, as max_grad_norm of the Trainer, whose default is 1.
     """
 
     rank: int
@@ -37,6 +39,8 @@ class Arm:
     start: int = HIGH
     highest: int | None = None
     but: str = ""
+    plus: float = 1.0
+    clip: float | None = None
 
     def __str__(self) -> str:
         if self.by == "AdaLoRA":
@@ -52,6 +56,9 @@ class Arm:
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
         name += f", at most {self.highest}" if self.highest else ""
         name += f", {self.but} kept" if self.but else ""
+        name += ", rsLoRA" if self.by == "rsLoRA" else ""
+        name += f", LoRA+ {self.plus:.3g}" if self.plus != 1 else ""
+        name += f", clipped to {self.clip:.3g}" if self.clip is not None else ""
         name += f", rate × {self.rate:.3g}" if self.rate != 1 else ""
         return name + (f", {self.optimizer}" if self.optimizer != "AdamW" else "")
 
@@ -60,10 +67,11 @@ class Arm:
         return self.by in ("uniform", "weight", "brought", "AdaLoRA's ranks", "AdaLoRA's bytes")
 
     @property
-    def trunk(self) -> tuple[int, str] | None:
+    def trunk(self) -> tuple[int, str, float | None] | None:
         """What arms have in common that start alike; None for those that share nothing."""
         high = self.is_cut or self.by == "found"
-        return (self.start if high else self.rank, self.optimizer) if high or not self.by else None
+        alone = self.plus != 1 or (self.by and not high)
+        return None if alone else (self.start if high else self.rank, self.optimizer, self.clip)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,6 +90,8 @@ _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
 _CUTS = [Arm(low, "brought", rate=2.0) for low in (4, 2)]
 _WAYS = [Arm(low, by, rate=rate) for low, rate in ((2, ROOT), (4, 2.0)) for by in ("uniform", "weight", "brought")]
 _MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "brought", rate=2.0, optimizer="Muon")]
+# What people use with a plain low rank.
+_PLAIN = [Arm(low, by, plus=ratio) for low in (8, 4) for by, ratio in (("rsLoRA", 1.0), ("", 4.0), ("", 16.0))]
 ARMS = {
     "medical_terms": [
         *_RANKS,
@@ -108,6 +118,10 @@ ARMS = {
         *(Arm(low, by) for by in ("GoRA", "EVA") for low in (4, 2)),
         *_MUON,
         Arm(HIGH, "auto"),
+        *_PLAIN,
+        *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),
+        Arm(HIGH, clip=1.0),
+        Arm(4, "brought", rate=2.0, clip=1.0),
     ],
     "few_medical_terms": [*_RANKS, *_CUTS],
     "financial_terms": [
@@ -140,6 +154,10 @@ ARMS = {
         Arm(HIGH, optimizer="Muon"),
         *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "brought")),
         *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "brought")),
+        *_PLAIN,
+        *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),
+        Arm(HIGH, clip=1.0),
+        Arm(4, "brought", rate=2**0.5, clip=1.0),
     ],
 }
 ARMS["python_code"] = ARMS["cpp_headers"]

@@ -150,10 +150,12 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     done: int = 0
+    # The highest norm of all gradients.
+    clip: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trainee:
         parts = deepcopy((self.model, self.optimizer, self.scheduler), memo)
-        return Trainee(self.setting, *parts, done=self.done)
+        return Trainee(self.setting, *parts, done=self.done, clip=self.clip)
 
     def train(self, until: int, after_step: Callable[[int], None] | None = None) -> None:
         """Make optimizer steps up to ``until``; ``after_step`` is called with their number, gradients still there."""
@@ -165,6 +167,8 @@ class Trainee:
             if not loss.isfinite():
                 raise Diverged(f"the loss is {loss.item()} at step {self.done}")
             loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()
             self.scheduler.step()
             self.done += 1

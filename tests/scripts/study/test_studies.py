@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft.tuners.adalora.layer import SVDLinear
 from tables import rows
+
+import dynrank
 
 # This is the sum of d_in + d_out over the adapted layers of the tiny model.
 WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
@@ -12,7 +15,7 @@ WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
 
 @pytest.fixture(scope="module")
 def scripts(script):
-    names = ("study_bench", "study_bits", "adalora", "study")
+    names = ("study_bench", "study_bits", "study_after", "adalora", "study")
     return SimpleNamespace(**{name.removeprefix("study_"): script(name) for name in names})
 
 
@@ -58,6 +61,9 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(4, "AdaLoRA's ranks", rate=2.0),
         study.Arm(4, "AdaLoRA's bytes", rate=2.0),
         study.Arm(2, "EVA"),
+        study.Arm(2, "rsLoRA"),
+        study.Arm(2, plus=4.0),
+        study.Arm(2, "brought", rate=2.0, clip=0.01),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=48", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
@@ -76,8 +82,10 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     row_of = {row["arm"]: row for row in written}
     assert row_of.keys() == {*arms}
     size = {arm: int(row_of[arm]["parameters"]) for arm in arms}
-    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal, eva = arms
-    assert size[fixed] == 2 * WIDTHS
+    fixed, doubled, brought, found, theirs, gora, auto, but, guided, equal, eva, root, plus, clipped = arms
+    assert size[fixed] == size[root] == size[plus] == 2 * WIDTHS
+    assert len({row_of[arm]["val_loss"] for arm in (fixed, root, plus)}) == 3
+    assert row_of[brought]["val_loss"] != row_of[clipped]["val_loss"]
     assert size[auto] < size[doubled] == 16 * WIDTHS
     assert size[found] == size[brought] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
@@ -85,7 +93,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
     # The pooler has 32 inputs and 32 outputs.
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
-    assert [arm for arm in arms if row_of[arm]["rise"]] == [brought, auto, but, guided, equal]
+    assert [arm for arm in arms if row_of[arm]["rise"]] == [brought, auto, but, guided, equal, clipped]
     assert 0 < size[equal] <= size[guided] < 16 * WIDTHS
     ranks = {arm: [*map(int, row_of[arm]["ranks"].split())] for arm in arms}
     assert sum(ranks[fixed]) == 2 * len(ranks[theirs])
@@ -95,7 +103,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 0 <= min(ranks[eva]) < max(ranks[eva]) <= 4
 
     # One of these two shares its start with other arms.
-    more = study("--seeds", "0", "2", "--rates", "1e-3", "1e30", "--only", "brought at|^AdaLoRA")
+    more = study("--seeds", "0", "2", "--rates", "1e-3", "1e30", "--only", "brought at 0.33, rate|^AdaLoRA")
     assert more[: len(written)] == written
     added = [(row["seed"], row["arm"], row["lr"], row["test_loss"] == "inf") for row in more[len(written) :]]
     high = [("0", arm, "1e+30", True) for arm in (brought, theirs)]
@@ -106,6 +114,21 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     line = [line for line in printed.splitlines() if line.startswith(f"| {brought} |")][-1]
     assert line.split(" | ")[3] == "-".join(map(str, slots))
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
+
+
+def test_a_trainee_is_clipped_so_that_no_step_is_longer_than_its_rate(scripts):
+    class Steep(torch.nn.Linear):
+        def forward(self, **batch):
+            return SimpleNamespace(loss=1e3 * super().forward(batch["x"]).square().sum())
+
+    model = Steep(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    setting = SimpleNamespace(seed=0, batches=[{"x": torch.ones(1, 3)}])
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    scripts.bench.Trainee(setting, model, optimizer, scheduler, clip=2.0).train(1)
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert (after - before).norm().item() == pytest.approx(0.2, rel=1e-4)
 
 
 def test_rate_is_the_best_of_two_seeds_and_the_next_one_beyond_the_best_edge(scripts, tmp_path):
@@ -137,7 +160,7 @@ def test_headers_fall_into_splits_by_file(script):
 
 def test_kept_adapters_are_rounded_and_tested_without_training(study, scripts, tiny_bert, tmp_path, capsys):
     kept = tmp_path / "kept"
-    trained = study("--seeds", "3", "--rates", "1e-3", "--only", "^rank 16|brought at", "--keep", str(kept))
+    trained = study("--seeds", "3", "--rates", "1e-3", "--only", "^rank 16|brought at 0.33, rate", "--keep", str(kept))
     options = ["--seeds", "3", "--keep", str(kept), "--out", str(tmp_path)]
     options += ["--set", "task.limit=48", f"task.model={tiny_bert}"]
     scripts.bits.main(options)
@@ -164,3 +187,36 @@ def test_kept_adapters_are_rounded_and_tested_without_training(study, scripts, t
     assert "| rank 16, rate × 2 | 0.001 | normal4 | 1 |" in printed
     scripts.bits.main(options)
     assert rows(tmp_path / "bits.csv") == written
+
+
+def test_kept_adapters_are_squeezed_and_tested_without_training(study, scripts, tiny_bert, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    only = "^rank 2, rsLoRA$|^rank 16|brought at 0.33, rate × 2$"
+    trained = {row["arm"]: row for row in study("--seeds", "3", "--rates", "1e-3", "--only", only, "--keep", str(kept))}
+    # rsLoRA's scaling is that of the others at rank 16.
+    root = dynrank.inspect(scripts.bench.kept_adapter(kept, trained["rank 2, rsLoRA"]))
+    assert [layer.scaling for layer in root] == pytest.approx([2 * 8**0.5] * len(root))
+    options = ["--seeds", "3", "--keep", str(kept), "--out", str(tmp_path), "--only", "^rank 16|brought at"]
+    options += ["--set", "task.limit=48", f"task.model={tiny_bert}"]
+    scripts.after.main(options)
+    written = rows(tmp_path / "after.csv")
+    row_of = {(row["arm"], row["way"]): row for row in written}
+    assert len(row_of) == len(written) == 2 * len(scripts.after.WAYS)
+    for arm in ("rank 16, rate × 2", "16 → 2 brought at 0.33, rate × 2"):
+        whole, most, some, few, packed = (
+            row_of[arm, way] for way in ("as trained", "energy 0.999", "energy 0.98", "energy 0.95", "4 bits")
+        )
+        assert whole["test_loss"] == trained[arm]["test_loss"]
+        assert whole["ranks"] == packed["ranks"] == trained[arm]["ranks"]
+        sizes = [int(row["parameters"]) for row in (few, some, most, whole)]
+        assert sizes == sorted(sizes)
+        assert int(whole["bytes"]) == 2 * int(whole["parameters"])
+        assert 1 / 4 < int(packed["bytes"]) / int(whole["bytes"]) < 0.32
+        # 4 bits change the update, and little.
+        loss = float(whole["test_loss"])
+        assert float(packed["test_loss"]) != loss == pytest.approx(float(packed["test_loss"]), rel=0.05)
+    assert int(row_of["rank 16, rate × 2", "energy 0.95"]["parameters"]) < int(
+        trained["rank 16, rate × 2"]["parameters"]
+    )
+    scripts.after.main(options)
+    assert rows(tmp_path / "after.csv") == written
