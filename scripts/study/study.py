@@ -50,6 +50,7 @@ from study_bench import (
     follow,
     gora_ranks,
     kept_adapter,
+    start,
     values,
     with_error,
 )
@@ -383,8 +384,4 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted: start it again to go on")
-        raise SystemExit(130) from None
+    start(main)

@@ -23,7 +23,7 @@ import torch
 from rounding import bits_of
 from study import FIELDS as STUDY_FIELDS
 from study_arms import HIGH, Arm
-from study_bench import RESULTS, TASKS, Setting, Table, adapter_parameters, kept_adapter, values, with_error
+from study_bench import RESULTS, TASKS, Setting, Table, adapter_parameters, kept_adapter, start, values, with_error
 
 from dynrank import lora_layers, squeeze, swap_adapter
 
@@ -123,8 +123,4 @@ def show(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted: start it again to go on")
-        raise SystemExit(130) from None
+    start(main)

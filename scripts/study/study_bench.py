@@ -344,3 +344,12 @@ def with_error(numbers: Sequence[float]) -> str:
 
 def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a study, which goes on where Ctrl-C has ended it."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: start it again to go on")
+        raise SystemExit(130) from None

@@ -22,7 +22,7 @@ import torch
 from rounding import bits_of, rounded
 from study import FIELDS as STUDY_FIELDS
 from study_arms import HIGH, Arm
-from study_bench import RESULTS, TASKS, Setting, Table, kept_adapter, values, with_error
+from study_bench import RESULTS, TASKS, Setting, Table, kept_adapter, start, values, with_error
 from torch import Tensor
 
 from dynrank import lora_layers, swap_adapter
@@ -132,8 +132,4 @@ def show(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted: start it again to go on")
-        raise SystemExit(130) from None
+    start(main)

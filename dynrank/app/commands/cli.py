@@ -150,13 +150,16 @@ def print_ranks(config: DictConfig) -> None:
         )
     table.add_section()
     if all(low == high for low, high in ends.values()):
-        said, total = slot_line({name: low for name, (low, _) in ends.items()}), f"{end:,}"
+        said = slot_line({name: low for name, (low, _) in ends.items()})
+        total = f"{end:,}"
     else:
         # The data decide which layers get more than others, so only bounds and the sum are known.
         pool = pool_at_end(model, stages)
-        total = "" if pool is None else f"{pool:,}"
-        bytes_of = f"{pool:,} parameters, {pool / 2**18:.2f} MiB in float32" if pool is not None else ""
-        size = f" from one pool of at most {bytes_of}" if bytes_of else ""
+        total = ""
+        size = ""
+        if pool is not None:
+            total = f"{pool:,}"
+            size = f" from one pool of at most {total} parameters, {pool / 2**18:.2f} MiB in float32"
         notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
         said = "; ".join(filter(None, (f"the run decides each rank{size}", notice)))
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", total, "")

@@ -83,5 +83,6 @@ def answering(
         tokenizer.padding_side = "right"
     # An answer goes on after a decoder's prompt. What an encoder reads ends as its tokenizer ends it.
     writer.closing = 0 if is_read or turn is not None else closing_tokens(tokenizer)
-    writer.is_turn, writer.longest = turn is not None, longest
+    writer.is_turn = turn is not None
+    writer.longest = longest
     return writer

@@ -15,12 +15,11 @@ from omegaconf import DictConfig
 from dynrank.app.keys import names_keys
 from dynrank.app.models.names import model_source
 from dynrank.app.runs.config import make, plain, rank_pattern
+from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
 
-# The files whose first rows can be read here.
-_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
+# Files of which each line is a row.
 _LINES = (".jsonl", ".ndjson")
-_FILES = (*_DELIMITERS, *_LINES, ".json", ".parquet", ".txt")
 
 
 @names_keys
@@ -62,8 +61,8 @@ def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
     path = Path(name).expanduser()
     if not path.exists():
         # ORG/NAME may be on the hub.
-        if path.suffix in _FILES or name.count("/") != 1:
-            kinds = f"a file ({', '.join(_FILES)}), a folder, or ORG/NAME on the hub"
+        if path.suffix in KINDS or name.count("/") != 1:
+            kinds = f"a file ({', '.join(KINDS)}), a folder, or ORG/NAME on the hub"
             raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
         return
     columns = _columns(path) if path.is_file() else []
@@ -79,18 +78,15 @@ def _columns(path: Path) -> list[str]:
     """The columns in the heading of a table, or in its first 1000 rows; none if they cannot be read so simply."""
     kind = path.suffix.lower()
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if kind in _DELIMITERS:
-                heading = next(filter(str.strip, file), "")
-                # A name of two lines has an open quote in the first.
-                if heading.count('"') % 2:
-                    return []
-                read = (next(csv.reader([heading], delimiter=delimiter), []) for delimiter in _DELIMITERS[kind])
-                return [name.strip() for name in max(read, key=len)]
-            if kind in _LINES:
+        if kind in TABLES:
+            line, _, names = heading_of(path)
+            # A name of two lines has an open quote in the first.
+            return [] if line.count('"') % 2 else names
+        if kind in _LINES:
+            with path.open(encoding="utf-8-sig") as file:
                 found = [json.loads(line) for line in islice(file, 1000) if line.strip()]
-                are_rows = all(isinstance(row, dict) for row in found)
-                return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
+            are_rows = all(isinstance(row, dict) for row in found)
+            return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
     # What cannot be read is explained where it is read.
     except (ValueError, csv.Error, RecursionError):
         return []

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from dynrank.app.hub import hub_answers
 from dynrank.app.tasks.data.columns import SNIFFED, Columns
+from dynrank.app.tasks.data.headings import heading_of
 from dynrank.app.tasks.data.stored import RawRows, quiet, reading, say, usable_rows
 from dynrank.errors import ConfigurationError
 
@@ -104,16 +105,12 @@ def _loaded(builder: str, path: Path, **options: Any) -> datasets.Dataset:
 
 def _cells(path: Path) -> dict[str, Any]:
     """How pandas reads a table: cells are texts as they stand there; in a tsv file, each line is a row."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = next(filter(str.strip, file), "")
-    headings = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t|"}
-    delimiter = max(headings, key=lambda delimiter: len(headings[delimiter]))
+    _, delimiter, ours = heading_of(path)
     how: dict[str, Any] = {"sep": delimiter, "keep_default_na": False, "encoding": "utf-8-sig"}
     if path.suffix.lower() == ".tsv":
-        how |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+        how["quoting"] = csv.QUOTE_NONE
     first = pandas.read_csv(path, nrows=1, dtype=str, **how)
     # pandas gives the second of two such columns another name.
-    ours = [name.strip() for name in headings[how["sep"]]]
     if twice := next((name for name in ours if name and ours.count(name) > 1), None):
         raise ValueError(f"it has two columns {twice!r}")
     # Then pandas would take the first cells for names of rows.

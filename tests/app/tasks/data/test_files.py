@@ -5,7 +5,7 @@ import re
 import datasets
 import pytest
 
-from dynrank.app.tasks.data import source
+from dynrank.app.tasks.data import headings, source
 from dynrank.app.tasks.data.splits import from_files, rows_by_split
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
@@ -350,3 +350,7 @@ def test_cells_are_texts_as_they_stand_there(tmp_path):
 def test_a_file_that_is_not_there_is_named(name, said):
     with pytest.raises(ConfigurationError, match=f"^data.train.*{said}"):
         read(name)
+
+
+def test_the_kinds_of_files_that_are_named_before_datasets_is_loaded_are_those_that_are_read():
+    assert tuple(source.READERS) == headings.KINDS
