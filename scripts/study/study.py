@@ -2,8 +2,9 @@
 
 An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts from rank 16, of every layer alike or as
 one budget by weight or by importance, early or late, with and without a higher rate of the adapter
-afterwards; fixed ranks whose rate rises at the same time; fixed ranks with rsLoRA and LoRA+; allocations from the
-start, found by a run, by the first gradients (GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms
+afterwards; cuts in which no layer gets directions that have next to none of its energy; fixed ranks whose rate rises at
+the same time; fixed ranks with rsLoRA and LoRA+; allocations from the start, found by a run, by the first gradients
+(GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms
 of a seed have the same batches, dropout and head, and all but rsLoRA the same scaling.
 Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
 trained at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at
@@ -51,6 +52,7 @@ from study_bench import (
     gora_ranks,
     kept_adapter,
     start,
+    used_ranks,
     values,
     with_error,
 )
@@ -173,7 +175,8 @@ def finish(
     layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}
     ranks = dict.fromkeys(layers, arm.rank)
     if arm.by in ("weight", "brought", "found"):
-        ranks = budget_ranks(layers, arm.rank, arm.highest, None if arm.by == "weight" else brought)
+        caps = {} if arm.used is None else used_ranks(layers, arm.used)
+        ranks = budget_ranks(layers, arm.rank, arm.highest, None if arm.by == "weight" else brought, caps=caps)
     try:
         if arm.by in ("AdaLoRA's ranks", "AdaLoRA's bytes"):
             ranks = adalora_ranks(trunk.setting, arm.rank)

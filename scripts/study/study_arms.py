@@ -26,6 +26,7 @@ class Arm:
         optimizer: AdamW or Muon.
         start: rank before the cut.
         highest: that no layer exceeds after it.
+        used: share of its energy for which a layer gets directions at most; the others share what it leaves.
         but: a part of the names of layers that keep their rank.
         plus: LoRA+'s ratio, by which the rate of B is higher than that of A.
         clip: the highest norm of all gradients, as max_grad_norm of the Trainer, whose default is 1.
@@ -38,6 +39,7 @@ class Arm:
     optimizer: str = "AdamW"
     start: int = HIGH
     highest: int | None = None
+    used: float | None = None
     but: str = ""
     plus: float = 1.0
     clip: float | None = None
@@ -55,6 +57,7 @@ class Arm:
         name += ", allocation found, from the start" if self.by == "found" else ""
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
         name += f", at most {self.highest}" if self.highest else ""
+        name += f", capped by energy {self.used}" if self.used else ""
         name += f", {self.but} kept" if self.but else ""
         name += ", rsLoRA" if self.by == "rsLoRA" else ""
         name += f", LoRA+ {self.plus:.3g}" if self.plus != 1 else ""
@@ -85,6 +88,8 @@ ADALORA = (8e-3, 4e-3)
 GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
 # A rate multiplied by this keeps the size of a step of the update, if the rank falls to an eighth.
 ROOT = (HIGH / 2) ** 0.5
+# Shares of a layer's energy beyond which a direction counts as empty.
+ENERGIES = (0.999, 0.99)
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
 _CUTS = [Arm(low, "brought", rate=2.0) for low in (4, 2)]
@@ -122,6 +127,7 @@ ARMS = {
         *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),
         Arm(HIGH, clip=1.0),
         Arm(4, "brought", rate=2.0, clip=1.0),
+        *(Arm(low, "brought", rate=rate, used=used) for low, rate in ((8, 2**0.5), (4, 2.0)) for used in ENERGIES),
     ],
     "few_medical_terms": [*_RANKS, *_CUTS],
     "financial_terms": [
@@ -158,6 +164,7 @@ ARMS = {
         *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),
         Arm(HIGH, clip=1.0),
         Arm(4, "brought", rate=2**0.5, clip=1.0),
+        *(Arm(low, "brought", rate=rate, used=used) for low, rate in ((8, 2**0.25), (4, 2**0.5)) for used in ENERGIES),
     ],
 }
 ARMS["python_code"] = ARMS["cpp_headers"]

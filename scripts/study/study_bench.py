@@ -30,6 +30,7 @@ from dynrank.change.directions import LayerDirections
 from dynrank.errors import ConfigurationError
 from dynrank.importance.importance import LayerImportance
 from dynrank.layers.ranked_layer import RankedLayer
+from dynrank.linalg import energy_rank
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run
@@ -244,16 +245,29 @@ def budget_ranks(
     highest: int | None = None,
     brought: Mapping[str, LayerImportance] | None = None,
     parameters: int | None = None,
+    caps: Mapping[str, int] = {},
 ) -> dict[str, int]:
-    """Ranks by layer that share out the parameters of ``rank``, or these, by importance, or by weight."""
+    """Ranks by layer that share out the parameters of ``rank``, or these, by importance, or by weight.
+
+    No layer exceeds ``highest``, nor its own number of ``caps``.
+    """
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     if brought is None:
         found = LayerDirections(layers).values()
         states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
         return Budget(final_rank=rank, highest=highest, by="weight").ranks(states)
-    states = {n: LayerState(layer.rank, *shapes[n], importance=brought[n].score) for n, layer in layers.items()}
+    scores = {name: of.score for name, of in brought.items()}
+    states = {
+        name: LayerState(layer.rank, *shapes[name], importance=scores[name], highest=caps.get(name, layer.rank))
+        for name, layer in layers.items()
+    }
     pool = dict(parameters=parameters) if parameters else dict(final_rank=rank)
     return Budget(**pool, highest=highest).ranks(states)
+
+
+def used_ranks(layers: Mapping[str, RankedLayer], share: float) -> dict[str, int]:
+    """How many directions of each layer's update have ``share`` of its energy, the sum of squared singular values."""
+    return {name: energy_rank(values, share) for name, values in LayerDirections(layers).values().items()}
 
 
 def linear_layers(setting: Setting, model: nn.Module) -> list[str]:
