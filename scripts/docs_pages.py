@@ -36,7 +36,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 # The search names these after the pages of one job each.
-REFERENCE = ("api/", "archive/", "inside/", "notebooks/", "changelog")
+REFERENCE = ("api/", "inside/", "notebooks/", "changelog")
 # Packages whose public names are the API.
 PACKAGES = ("dynrank", "dynrank.schedules", "dynrank.triggers", "dynrank.targets", "dynrank.callbacks")
 

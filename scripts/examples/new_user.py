@@ -3,7 +3,7 @@
 FOLDER/tickets.csv has 2,000 texts with one of four labels, FOLDER/talks.jsonl has 500 chats with one answer each.
 FOLDER/support.csv, as a spreadsheet writes it (semicolons, byte-order mark), has 1,498 texts of 7 classes, the rarest
 has 18.
-docs/archive/0.2.md shows the commands that use them.
+docs/command_line.md says how dynrank-train reads them.
 """
 
 import csv
