@@ -126,11 +126,11 @@ def key_fault(key: Any) -> str | None:
     return None
 
 
-def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def peft_ranks(layers: Mapping[str, tuple[int, float]], rslora: bool = False) -> dict[str, Any]:
     r"""The settings of a PEFT config that give each layer its (rank, alpha).
 
     Patterns are full, anchored names: PEFT takes the first pattern that matches, and sorts the keys when it saves, so
-    patterns must not overlap. ``use_rslora`` is False, because only then PEFT computes scaling as alpha / rank.
+    patterns must not overlap. PEFT computes scaling as alpha / rank, or with ``rslora`` as alpha / sqrt(rank).
 
     >>> peft_ranks({"q": (4, 8.0), "v": (2, 4.0)})["rank_pattern"]
     {'^v': 2}
@@ -142,7 +142,7 @@ def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
         "lora_alpha": _number(alpha),
         "rank_pattern": {_anchored(name): r for name, (r, _) in layers.items() if r != rank},
         "alpha_pattern": {_anchored(name): _number(a) for name, (_, a) in layers.items() if a != alpha},
-        "use_rslora": False,
+        "use_rslora": rslora,
     }
 
 

@@ -14,6 +14,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.foreign import class_if_imported, store_on, stored_on
 from dynrank.layers.frozen_base import follow_base
+from dynrank.layers.lora_layer import initial_scaling
 from dynrank.layers.ranked_layer import OfFactors, take_rank
 from dynrank.patterns import first_matches, peft_ranks
 from dynrank.rank_map import FREE
@@ -96,11 +97,11 @@ class PeftLayer(OfFactors):
             setattr(self.module.lora_B[self.adapter], f"in_{kind}", rows)
         self.module.r[self.adapter] = self.rank
 
-    def record_alpha(self) -> None:
-        """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
+    def record_alpha(self, rslora: bool) -> None:
+        """Record alpha so that PEFT's rule, with ``use_rslora`` or without, gives the scaling that the layer has."""
         # The recorded rank: factors that keep their shapes have more rows.
-        self.module.lora_alpha[self.adapter] = self.scaling * self.module.r[self.adapter]
-        self.module.use_rslora[self.adapter] = False
+        self.module.lora_alpha[self.adapter] = _alpha(self.module.r[self.adapter], self.scaling, rslora)
+        self.module.use_rslora[self.adapter] = rslora
 
 
 def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
@@ -147,9 +148,10 @@ def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
 def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int]) -> list[Callable[[], None]]:
     """Functions that write the ranks of the layers into every PEFT config in ``model``, so that PEFT's files load.
 
-    They set r, lora_alpha, and one anchored entry of rank_pattern and alpha_pattern per layer that differs; use_rslora
-    becomes False. A config with the right ranks does not change. The functions only make assignments. ``ranks`` are
-    those that layers will have when the functions are called, by module and adapter.
+    They set r, lora_alpha, and one anchored entry of rank_pattern and alpha_pattern per layer that differs. use_rslora
+    becomes False where no alpha would give a layer its scaling to the bit. A config with the right ranks does not
+    change. The functions only make assignments. ``ranks`` are those that layers will have when the functions are
+    called, by module and adapter.
     """
     configs = _configs(model)
     changes = list[Callable[[], None]]()
@@ -170,14 +172,24 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
                 continue
             # The user's own config object, and other adapters that use it, must not change.
             new = copy.copy(config)
-            for field, value in peft_ranks({n: (r, layers[n].scaling * r) for n, r in will_be.items()}).items():
+            pairs = {name: (rank, layers[name].scaling) for name, rank in will_be.items()}
+            rslora = bool(config.use_rslora) and all(
+                initial_scaling(_alpha(*pair, True), pair[0], True) == pair[1] for pair in pairs.values()
+            )
+            settings = peft_ranks({name: (pair[0], _alpha(*pair, rslora)) for name, pair in pairs.items()}, rslora)
+            for field, value in settings.items():
                 setattr(new, field, value)
             # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
             if new.init_lora_weights == "orthogonal":
                 new.init_lora_weights = True
-            changes += [layer.record_alpha for layer in layers.values()]
+            changes += [partial(layer.record_alpha, rslora) for layer in layers.values()]
             changes.append(partial(by_adapter.__setitem__, adapter, new))
     return changes
+
+
+def _alpha(rank: int, scaling: float, rslora: bool) -> float:
+    """The alpha by which PEFT's rule gives a layer of this rank its scaling."""
+    return scaling * (rank**0.5 if rslora else rank)
 
 
 def record_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

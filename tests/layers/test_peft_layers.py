@@ -127,11 +127,25 @@ def test_scaling_by_another_rule_and_an_initialisation_for_even_ranks_reload(opt
     before = {layer.scaling for layer in layers_of(model).values()}
     dynrank.resize(model, 3, optimizers=())
     assert {layer.scaling for layer in layers_of(model).values()} == before
-    assert settings(model)[4] is False
+    assert settings(model)[4] is options.get("use_rslora", False)
     assert_reloads(model, tmp_path)
     module = next(iter(layers_of(model).values())).module
     module.set_scale("default", 1.0)
     assert module.scaling["default"] == pytest.approx(*before)
+
+
+def test_rslora_is_kept_unless_a_scaling_would_change(tmp_path):
+    model = wrapped(use_rslora=True)
+    rounded = 1.7
+    assert rounded * 3**0.5 / 3**0.5 != rounded
+    for layer in layers_of(model).values():
+        layer.module.scaling["default"] = rounded
+    dynrank.resize(model, 3, optimizers=())
+    assert settings(model)[4] is False
+    assert_reloads(model, tmp_path)
+    assert {layer.scaling for layer in layers_of(PeftModel.from_pretrained(plain("llama"), tmp_path)).values()} == {
+        rounded
+    }
 
 
 def test_only_the_active_adapter_changes(tmp_path):
