@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import dynrank
 from dynrank.app.commands.cli import print_ranks
 from dynrank.app.models.merging import merge_adapter
-from dynrank.app.runs.going_on import check_base_name, ranks_from
+from dynrank.app.runs.going_on import start_facts
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
 
@@ -161,7 +161,8 @@ def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(ch
     assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
     assert config.schedule.final_rank == max(1, config.lora.rank // (8 if chosen == "experiment=mine" else 2))
     made = build(config)
-    assert "at rank 1-6, which the schedule" in ranks_from(made.module, made.scheduler, config.schedule)
+    facts = start_facts(config, made.adapter, made.module, made.scheduler)
+    assert "at rank 1-6, which the schedule" in facts["goes on from"]
 
 
 @pytest.fixture
@@ -192,40 +193,15 @@ def test_an_adapter_of_a_run_knows_its_base_by_its_weights(task, other_base, tmp
             build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model={other}"]))
 
 
-def test_an_adapter_of_another_program_knows_its_base_by_its_name(task, theirs, other_base, tmp_path, monkeypatch):
-    other = other_base("other", "model.norm.weight")
-    copy = shutil.copytree(theirs, tmp_path / "copy")
-    config = json.loads((copy / "adapter_config.json").read_text())
-    overrides = [*task, f"lora.from={copy}", f"task.model={other}"]
-
-    def named(name):
-        (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
-        return dynrank.compose(overrides)
-
-    # It may have been trained elsewhere; then the last part of the name has to be the same.
-    for name in (None, "", str(other), f"{other}/../other", "/home/somebody/Other/", "org/other"):
-        build(named(name))
-    monkeypatch.setattr("dynrank.app.tasks.language_modeling.LanguageModel", None)
-    for name in (config["base_model_name_or_path"], "org/another"):
-        with pytest.raises(ConfigurationError, match=f"names the base {name!r}, .* task.model={other}; set task.model"):
-            build(named(name))
-
-
-@pytest.mark.parametrize(("named", "given"), [("v1", None), ("v1", "main"), ("main", "v1")])
-def test_an_adapter_of_another_program_names_the_revision_of_its_base(named, given, theirs, tmp_path):
-    copy = shutil.copytree(theirs, tmp_path / "copy")
-    config = json.loads((copy / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "org/tiny", "revision": named}
-    (copy / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigurationError, match=f"revision '{named}' of .* set model.revision={named}"):
-        check_base_name(copy, "org/tiny", given)
-    check_base_name(copy, "org/tiny", named)
-    # A folder has one revision.
-    (tmp_path / "tiny").mkdir()
-    check_base_name(copy, str(tmp_path / "tiny"), given)
-    # Without a name it is of the main branch of then.
-    (copy / "adapter_config.json").write_text(json.dumps(config | {"revision": None}))
-    check_base_name(copy, "org/tiny", given)
+def test_a_run_says_that_an_adapter_of_another_program_names_another_base(task, theirs, other_base):
+    """Which may be the same model elsewhere."""
+    place = other_base("other")
+    for more in ([], [f"task.model={place}"]):
+        config = dynrank.compose([*task, f"lora.from={theirs}", *more])
+        made = build(config)
+        said = start_facts(config, made.adapter, made.module, made.scheduler).get("another base", "")
+        assert said.endswith(f", and the run has {more[0]}" if more else "")
+        assert (str(made.adapter.config.base_model_name_or_path) in said) == bool(more)
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
