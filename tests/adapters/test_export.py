@@ -247,11 +247,6 @@ def test_ollama_gets_base_adapter_and_the_system_prompt_that_was_learned(chat, l
     dynrank.export_adapter(chat, tmp_path / "alone.gguf", to="gguf")
     assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"Modelfile", "adapter.gguf"}
-    code, printed, said = launch("merge", chat, "--out", tmp_path / "merged", "--ollama")
-    assert code == 0, said
-    assert f"ollama create merged -f {tmp_path / 'merged' / 'Modelfile'}" in printed
-    assert parsed((tmp_path / "merged" / "Modelfile").read_text()) == [("from", "."), ("system", "Be kind.")]
-    assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("prompt", ['"whole"', " spaces ", "tab\tand\r\nend\n", '""\nx', "# none", "é 漢 😀"])

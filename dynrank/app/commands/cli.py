@@ -11,7 +11,6 @@ from dynrank import __version__
 from dynrank.app.console import quiet_imports
 from dynrank.app.keys import named
 from dynrank.app.runs.overrides import usage_errors
-from dynrank.errors import ConfigurationError
 
 
 class _Commands(TyperGroup):
@@ -59,7 +58,7 @@ FileDtype = Annotated[
     typer.Option(
         metavar="D",
         help="float32, bfloat16 or float8_e4m3fn (half and a quarter of float32's bytes), which PEFT loads; with "
-        "squeeze also nf4 (a seventh), see dynrank pack; by default as stored",
+        "squeeze also nf4 (a seventh), which PEFT loads after --dtype float32; by default as stored",
     ),
 ]
 ConfigDir = Annotated[
@@ -106,9 +105,6 @@ def dynrank(
 @app.command("ranks")
 def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    for text in overrides or ():
-        if Path(text).is_dir():
-            raise ConfigurationError(f"{text!r} is a folder; the ranks of its adapter: dynrank inspect {text}")
     print_ranks(_composed(overrides, "train", config_dir))
 
 
@@ -167,12 +163,6 @@ def print_ranks(config: DictConfig) -> None:
     print_table(table)
 
 
-@app.command(hidden=True)
-def train(overrides: Overrides = None) -> None:
-    """Say what the command for training is."""
-    raise ConfigurationError("the command for training is dynrank-train, with the same overrides")
-
-
 @app.command()
 def plan(
     overrides: Annotated[
@@ -228,24 +218,6 @@ def squeeze(
     print_squeeze(adapter, out, rank=rank, energy=energy, budget=budget, dtype=kind)
 
 
-NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to")]
-
-
-@app.command()
-def pack(adapter: Adapter, out: NewFolder) -> None:
-    """Write a PEFT adapter in 4 bits: the same as dynrank squeeze --dtype nf4.
-
-    All commands here read it as it lies, PEFT after dynrank unpack. It prints by how much the update changes.
-    """
-    squeeze(adapter, out, dtype="nf4")
-
-
-@app.command()
-def unpack(adapter: Adapter, out: NewFolder) -> None:
-    """Write a packed adapter as PEFT's files in float32: the same as dynrank squeeze --dtype float32."""
-    squeeze(adapter, out, dtype="float32")
-
-
 @app.command()
 def export(
     adapter: Adapter,
@@ -293,20 +265,17 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="New or empty folder to write to")],
     model: Base = None,
-    ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile for Ollama, too")] = False,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     from dynrank.app.console import print_facts, quiet_loading
     from dynrank.app.models.merging import merge_adapter
 
     quiet_loading()
-    merged = merge_adapter(adapter, model, out, ollama=ollama)
+    merged = merge_adapter(adapter, model, out)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
     facts = {"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out}
     if merged.can_generate():
         facts["for llama.cpp"] = f"convert_hf_to_gguf.py {out} --outfile {out.name}.gguf"
-    if ollama:
-        facts["for Ollama"] = f"ollama create {out.name} -f {out / 'Modelfile'}"
     print_facts(facts)
 
 
@@ -396,17 +365,11 @@ def report(
 @app.command()
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep: hydra.sweep.dir, or multirun/DATE/TIME")],
-    plot: Annotated[bool, typer.Option(help="Also draw sweep.png")] = True,
 ) -> None:
     """Print the results of a sweep, mean and deviation over seeds; write them to sweep.csv and sweep.png."""
-    if "=" in folder.name:
-        raise ConfigurationError(
-            f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; the command that makes one "
-            "is dynrank-train --multirun, with the same overrides"
-        )
     from dynrank.app.runs.sweep import show_sweep
 
-    show_sweep(folder, plot=plot)
+    show_sweep(folder)
 
 
 def main() -> None:

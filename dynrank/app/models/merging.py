@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dynrank.adapters.modelfile import modelfile
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import (
     INPUT_FILES,
@@ -22,7 +21,7 @@ from dynrank.layers.placing import merge
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
 
-def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
+def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
     """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
 
     Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
@@ -35,7 +34,6 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
         source: folder of a PEFT LoRA adapter.
         model: folder or hub name of the base model; None: as the adapter names it.
         out: new or empty folder.
-        ollama: whether to write a Modelfile, too, from which Ollama makes a model of the folder.
 
     Raises:
         ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
@@ -46,8 +44,6 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     adapter = read_adapter(source)
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
-    # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
-    text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
     settings = base_settings(adapter, model)
     of_base = input_files(folder_with(INPUT_FILES, origin, "--model", settings))
@@ -64,8 +60,6 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
         copy_files(own, folder)
         copy_files(of_base, folder)
-        if text is not None:
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
     return merged
 
 

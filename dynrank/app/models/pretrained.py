@@ -6,7 +6,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -51,6 +50,10 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if source.endswith(".gguf"):
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
+        if settings.quantization != "none":
+            raise ConfigurationError(
+                f"{key}={name} is a GGUF file, whose weights bitsandbytes does not pack; set model.quantization=none"
+            )
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
@@ -219,7 +222,6 @@ def load_causal_lm(
 def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
     """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers."""
     gguf = model_source(name, key).endswith(".gguf")
-    packing = options.get("quantization_config")
     # Without this config, newer versions of transformers may keep layers packed.
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -228,21 +230,16 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    # bitsandbytes can pack only weights from safetensors files.
-    if gguf and packing is not None:
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            model, info = loader(folder, output_loading_info=True, **options | {"quantization_config": packing})
     return model, info
 
 
-def enable_checkpointing(model: Any) -> None:
+def _enable_checkpointing(model: Any) -> None:
     """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
-    if not model.supports_gradient_checkpointing:
-        name = type(model).__name__
-        raise ConfigurationError(f"{name} does not support checkpointing; set model.gradient_checkpointing=false")
-    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    try:
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(f"{error}; set model.gradient_checkpointing=false") from None
 
 
 def _load(
@@ -261,7 +258,7 @@ def _load(
     model.config.name_or_path = public_name(source if source.endswith(".gguf") else model.config.name_or_path)
     _keep_packing(model)
     if settings.gradient_checkpointing:
-        enable_checkpointing(model)
+        _enable_checkpointing(model)
     return model, info
 
 
@@ -276,7 +273,7 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
     if settings.quantization != "none":
         _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:
-        enable_checkpointing(model)
+        _enable_checkpointing(model)
     return model
 
 
