@@ -66,20 +66,6 @@ ConfigDir = Annotated[
 ]
 
 
-def _count(text: str | int) -> int:
-    # typer's own messages do not name the value; defaults are passed as they are.
-    if not str(text).isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _decimal(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a number, got {text!r}") from None
-
-
 def _pairs(columns: list[str] | None) -> dict[str, str | tuple[str, ...]]:
     """{our name of a column: the user's name, or several} of OURS=THEIRS or OURS=ONE,TWO."""
     cut = (pair.partition("=") for pair in columns or ())
@@ -105,62 +91,10 @@ def dynrank(
 @app.command("ranks")
 def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    print_ranks(_composed(overrides, "train", config_dir))
+    config = _composed(overrides, "train", config_dir)
+    from dynrank.app.commands.ranks import print_ranks
 
-
-def print_ranks(config: DictConfig) -> None:
-    """Print the LoRA layers of a run with ``config``; the model is built without weights."""
-    from dynrank.app.keys import keys_of
-    from dynrank.app.runs.job import build
-    from dynrank.driver.slot_notice import pool_at_end, rank_spans, slot_notice
-    from dynrank.layers.finding import own_layers
-    from dynrank.output.console import empty_table, print_table, shape_of_update, span
-    from dynrank.output.ranks import ranks
-    from dynrank.output.slots import slot_line
-
-    job = build(config, on_meta=True)
-    model: Any = job.module.model
-    stages = job.scheduler.driver.stages
-    own = own_layers(model)
-    ends = rank_spans(model, stages)
-    headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
-    table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
-    layers = ranks(model)
-    end = 0
-    for layer in layers:
-        low, high = ends[layer.layer]
-        bounds = own[layer.layer].bounds
-        parameters = layer.parameters // layer.rank * low
-        end += parameters
-        rule = "" if low < high or not str(bounds) else f" ({bounds})"
-        table.add_row(
-            layer.layer,
-            shape_of_update(layer.experts, layer.d_out, layer.d_in),
-            str(layer.rank),
-            f"{span((low, high))}{rule}",
-            f"{layer.alpha:g}",
-            f"{layer.scaling:g}",
-            f"{layer.parameters:,}",
-            f"{parameters:,}" if low == high else "",
-            own[layer.layer].rule or "lora.rank",
-        )
-    table.add_section()
-    if all(low == high for low, high in ends.values()):
-        said = slot_line({name: low for name, (low, _) in ends.items()})
-        total = f"{end:,}"
-    else:
-        # The data decide which layers get more than others, so only bounds and the sum are known.
-        pool = pool_at_end(model, stages)
-        total = ""
-        size = ""
-        if pool is not None:
-            total = f"{pool:,}"
-            size = f" from one pool of at most {total} parameters, {pool / 2**18:.2f} MiB in float32"
-        notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
-        said = "; ".join(filter(None, (f"the run decides each rank{size}", notice)))
-    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", total, "")
-    table.caption = f"at the end, {said}"
-    print_table(table)
+    print_ranks(config)
 
 
 @app.command()
@@ -192,14 +126,10 @@ def _composed(overrides: list[str] | None, name: str, folder: Path | None) -> Di
 def squeeze(
     adapter: Stored,
     out: Annotated[Path, typer.Option(help="New or empty folder to write to; for a file, a new file")],
-    rank: Annotated[
-        int | None, typer.Option(parser=_count, metavar="N", help="New rank of every layer that has a higher one")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="New rank of every layer that has a higher one")] = None,
     energy: Annotated[
         float | None,
-        typer.Option(
-            parser=_decimal, metavar="E", help="Share of each layer's energy (sum of squared singular values) to keep"
-        ),
+        typer.Option(metavar="E", help="Share of each layer's energy (sum of squared singular values) to keep"),
     ] = None,
     budget: Annotated[
         str | None,
@@ -228,7 +158,7 @@ def export(
     out: Annotated[Path, typer.Option(help="New or empty folder to write to; for gguf, a new file")],
     model: Base = None,
     multiple: Annotated[
-        int, typer.Option(parser=_count, metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
+        int, typer.Option(metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
     ] = 1,
     dtype: FileDtype = None,
 ) -> None:
@@ -317,9 +247,9 @@ def predict(
     skip_unusable: Annotated[
         bool, typer.Option("--skip-unusable", help="Leave out rows that cannot be used, and count them")
     ] = False,
-    batch_size: Annotated[int, typer.Option(parser=_count, metavar="N", help="Texts in a batch")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a batch")] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(parser=_count, metavar="N", help="Largest number of tokens to generate for a text")
+        int, typer.Option(min=1, metavar="N", help="Largest number of tokens to generate for a text")
     ] = 64,
 ) -> None:
     """Answer texts or the rows of a file: labels with probabilities, or the generated text.

@@ -161,7 +161,7 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
 REFUSED = {
     "squeeze adapter --out out": ["--rank", "--energy", "--budget", "none"],
     "squeeze adapter --out out --rank 2 --energy 0.5": ["rank=2, energy=0.5", "--rank", "--energy"],
-    "squeeze adapter --out out --rank 0": ["--rank", "got '0'"],
+    "squeeze adapter --out out --rank 0": ["--rank", "got 0"],
     "squeeze adapter --out out --energy nan": ["--energy", "nan"],
     "squeeze adapter --out out --budget 13": ["--budget", "13", "14"],
     "squeeze adapter --out out --budget half": ["--budget", "half"],

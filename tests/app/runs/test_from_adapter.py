@@ -12,7 +12,7 @@ from trained import updated
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dynrank
-from dynrank.app.commands.cli import print_ranks
+from dynrank.app.commands.ranks import print_ranks
 from dynrank.app.models.merging import merge_adapter
 from dynrank.app.runs.going_on import start_facts
 from dynrank.app.runs.job import build, run
