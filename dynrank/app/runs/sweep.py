@@ -6,12 +6,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
@@ -58,8 +59,11 @@ def read_sweep(folder: Path) -> list[SweepRun]:
     return [_read_run(run) for run in sorted(found, key=_order)]
 
 
-def show_sweep(folder: Path, plot: bool = True) -> None:
-    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
+def show_sweep(folder: Path) -> None:
+    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result.
+
+    Without matplotlib there is no picture.
+    """
     runs = read_sweep(folder)
     names = list(dict.fromkeys(name for run in runs for name in run.results))
     if names:
@@ -68,7 +72,7 @@ def show_sweep(folder: Path, plot: bool = True) -> None:
         with whole_file(folder / TABLE) as part:
             table.to_csv(part, index=bool(keys))
         print_facts({"table": folder / TABLE})
-        if plot:
+        if find_spec("matplotlib") is not None:
             _draw(folder / PICTURE, arms, keys, names)
             print_facts({"plot": folder / PICTURE})
     for run in runs:
@@ -199,4 +203,4 @@ class SweepTable(Callback):
         print_facts({"sweep": f"{folder}; the table of the runs so far, also if one fails: dynrank sweep {folder}"})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        show_sweep(Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True)))
+        show_sweep(Path(config.hydra.sweep.dir))

@@ -115,7 +115,7 @@ def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, c
         sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
     # The traceback stands where it happened, as Hydra raises only the first error.
     assert "s/0: RuntimeError: out of memory\nTraceback" in capsys.readouterr().err
-    show_sweep(Path("s"), plot=False)
+    show_sweep(Path("s"))
     assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
 
 
