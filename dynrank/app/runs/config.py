@@ -68,7 +68,6 @@ class RunKeys:
             if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
             if validations log it, otherwise by val/loss; ``last``: those of the last step.
-        export_dtype: dtype of the adapter's file; PEFT loads all three, of which the last two halve and quarter it.
         plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
     """
 
@@ -77,7 +76,6 @@ class RunKeys:
     checkpoint_every: Count = 50
     objective: str | None = "val/loss"
     export_weights: Literal["best", "last"] = "best"
-    export_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
     plots: bool = True
 
 

@@ -102,23 +102,6 @@ def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs,
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == tokenizer.chat_template
 
 
-def test_a_run_writes_float8_and_another_goes_on_from_it_with_the_scaling_that_it_was_trained_with(
-    task, theirs, tmp_path, capsys
-):
-    run(dynrank.compose([*task, f"lora.from={theirs}", "export_dtype=float8_e4m3fn"]), tmp_path / "small")
-    said = capsys.readouterr().out
-    assert re.search(r"adapter's file +float8_e4m3fn, rounding changed [345]\.\d\d% of the update", said)
-    weights = load_file(tmp_path / "small" / "adapter" / "adapter_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float8_e4m3fn}
-    model = build(dynrank.compose([*task, f"lora.from={tmp_path / 'small'}"])).module.model
-    before = dynrank.read_adapter(theirs).layers
-    assert {name: layer.scaling for name, layer in dynrank.lora_layers(model)} == pytest.approx(
-        {name: layer.scaling for name, layer in before.items()}
-    )
-    with pytest.raises(ConfigurationError, match="export_dtype must be 'float32', 'bfloat16' or 'float8_e4m3fn'"):
-        build(dynrank.compose([*task, "export_dtype=float16"]))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_run_trains_an_adapter_of_two_bytes_in_float32(dtype, task, theirs, tiny_llama, tmp_path):
     file = shutil.copytree(theirs, tmp_path / "half") / "adapter_model.safetensors"

@@ -136,7 +136,7 @@ def test_a_run_that_is_killed_after_its_last_step_trains_no_step_again(launch, s
 
 def test_the_folder_of_a_finished_run_is_taken(launch, settings, whole):
     files = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    for more, said in (("seed=1", "holds a run already"), ("ckpt_path=last", "has ended")):
+    for more, said in (("seed=1", "needs a new or empty folder"), ("ckpt_path=last", "has ended")):
         code, _, message = launch(train.main, *settings, more, f"hydra.run.dir={whole}")
         assert (code, said in message) == (2, True)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == files
