@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -67,14 +67,6 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             never = "commands do not run such code; use PEFT in your own program"
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
-        if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = (
-                f"{constants.ENDPOINT} cannot be reached; set {key} to a folder, or connect (with HF_HUB_OFFLINE=1 the "
-                "hub is not tried)"
-            )
-            if constants.HF_HUB_OFFLINE:
-                reason = f"HF_HUB_OFFLINE=1 keeps it from being loaded; set {key} to a folder, or unset HF_HUB_OFFLINE"
-            raise ConfigurationError(f"{key}={name} is not in the cache, and {reason}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error

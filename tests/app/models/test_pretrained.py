@@ -68,7 +68,7 @@ def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_
     no_network, tmp_path, monkeypatch
 ):
     for load in (load_tokenizer, read_config, load_causal_lm):
-        with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFF"):
+        with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
             load("nobody/nothing", "--base")
     commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
     commit.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_
     assert len(no_network) < 9
     no_network.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and HF_HUB_OFFLINE=1"):
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
         load_tokenizer("nobody/nothing", "--base")
     assert not no_network
 

@@ -106,7 +106,7 @@ CASES = [
     (["data.code_length=0"], ["0", "data.code_length"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["ddp_spawn", 'strategy="ddp"', "trainer.strategy"]),
-    (["schedule.final_rank=64"], ["at most lora.rank = 32", "64", "schedule.final_rank"]),
+    (["schedule.final_rank=64"], ["changes none of the ranks [32]", "64", "schedule.final_rank"]),
     (["schedule=after_convergence", "schedule.shared=false", "schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
