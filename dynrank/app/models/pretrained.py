@@ -173,14 +173,10 @@ def _new_modules(model: nn.Module, missing: Collection[str], where: str) -> list
     inside = tuple(f"{name}." for name in new)
     lost = sorted(parameter for parameter in missing if not parameter.startswith(inside))
     packed = [name for name in new if any(map(is_quantized, model.get_submodule(name).modules()))]
-    if lost:
+    if lost or packed:
         raise ConfigurationError(
-            f"{where} lacks the weights {lost[:3]}, which an adapter cannot hold, as the rest of their modules is there"
-        )
-    if packed:
-        raise ConfigurationError(
-            f"{where} lacks the weights of {packed}, so they are new and have to be trained, and packed weights cannot "
-            "be; set model.quantization=none"
+            f"{where} lacks the weights of {(lost or packed)[:3]}, so they are new; an adapter can hold only whole "
+            "modules that are not packed (model.quantization); take another model"
         )
     return new
 
