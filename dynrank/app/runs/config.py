@@ -142,19 +142,12 @@ def better(metric: str) -> Literal["min", "max"]:
     return "min" if metric.endswith(LOWER_IS_BETTER) else "max"
 
 
-def _direction(metric: str | None) -> str:
-    if metric is None:
-        raise ConfigurationError("this search needs an objective, got null; set objective=val/loss")
-    return f"{better(metric)}imize"
-
-
 def _base(default: str, place: str | None) -> str:
     return default if place is None else _named_by(place)[0]
 
 
-# In a file: ${dynrank.half:${lora.rank}}, ${dynrank.direction:${objective}} and ${dynrank.base:minilm,${lora.from}}.
+# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
-OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
 OmegaConf.register_new_resolver("dynrank.base", _base, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))

@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dynrank.app.keys import arguments_of, children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 
-_PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _TRAINER = "lightning.pytorch.Trainer"
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
@@ -82,8 +81,7 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
         key = str(cause.full_key)
         # A dot for each level leads to the whole configuration.
         return unknown_key(key, OmegaConf.select(cause.parent_node, "." * (key.count(".") + 1)))
-    name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
-    return f"{error}\nit comes with pip install 'dynrank[sweep]'" if name.startswith(_PLUGINS) else str(error)
+    return str(error)
 
 
 def unknown_key(key: str, config: DictConfig) -> str:

@@ -26,7 +26,7 @@ AT_ONCE = {
     "train +schedule.finl_rank=1": ["schedule.finl_rank is not a configuration key", "nearest: schedule.final_rank"],
     "train schedule=after_convergence schedule.trigger.patiense=1": ["nearest: schedule.trigger.patience"],
     "train schedule=early_buget": ["schedule/early_buget", "early_budget"],
-    "train hydra/launcher=submitit_nowhere": ["hydra/launcher/submitit_nowhere", "dynrank[sweep]"],
+    "train hydra/launcher=submitit_nowhere": ["hydra/launcher/submitit_nowhere"],
     "train schedule=null": ["schedule=fixed"],
     "train lora.rank": ["lora.rank", "EQUAL"],
     "train seed=-1 checkpoint_every=0": ["seed", "checkpoint_every"],
