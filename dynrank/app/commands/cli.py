@@ -171,20 +171,15 @@ def export(
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
     from dynrank.app.models.base_model import base_for_server
-    from dynrank.output.slots import slot_line, slot_rank
+    from dynrank.output.console import span
 
     # export_adapter checks that it knows the server.
     server: Any = to
     options: Any = {"multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
     done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), **options)
-    ranks = {name: layer.rank for name, layer in done.layers.items()}
-    facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
-    if done.rank is not None:
-        # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
-        slot = 2 * done.rank * sum(layer.params_per_rank for layer in done.layers.values()) / 2**20
-        own = 2 * sum(layer.rank * layer.params_per_rank for layer in done.layers.values()) / 2**20
-        facts["ranks"] = slot_line(ranks, slot_rank if to == "vllm" else lambda rank: rank + -rank % multiple)
-        facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
+    ranks = [layer.rank for layer in done.layers.values()]
+    mean = sum(ranks) / len(ranks)
+    facts: dict[str, object] = {"layers": f"{len(ranks)}, rank {span(ranks)}, {mean:.1f} on average"}
     if done.rounding is not None:
         facts["rounding"] = done.rounding
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})

@@ -33,7 +33,6 @@ from dynrank.driver.metrics import judging_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call, shown
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
-from dynrank.output.ranks import ranks, scalings_in_words
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -81,9 +80,6 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         if first and job.adapter is not None and checkpoint is None:
             print_facts(start_facts(config, job.adapter, job.module, job.scheduler))
-        scalings = scalings_in_words(ranks(job.module))
-        if first and scalings:
-            print_facts({"scaling": scalings})
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
             print_facts({"goes on from": f"step {step}, {checkpoint}"})

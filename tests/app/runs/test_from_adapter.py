@@ -1,7 +1,6 @@
 """``lora.from``: a run goes on from an adapter, ours or PEFT's, with its layers, ranks and scalings."""
 
 import json
-import re
 import shutil
 
 import peft
@@ -59,10 +58,6 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     run(dynrank.compose(overrides), tmp_path / "run")
     said = capsys.readouterr().out
     assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
-    # By hand: of rsLoRA, alpha / sqrt(rank).
-    by_scaling = {f"{layer.scaling:.3g}" for layer in layers.values()}
-    (line,) = re.findall(r"^scaling +(.*)$", said, re.MULTILINE)
-    assert by_scaling == {"8", "16", "2.04"} == {part.split()[0] for part in line.split(", ")}
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
@@ -111,23 +106,6 @@ def test_a_run_trains_an_adapter_of_two_bytes_in_float32(dtype, task, theirs, ti
     expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), file.parent).eval()
     with torch.no_grad():
         assert (model(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
-
-
-def test_a_run_of_no_step_tests_the_adapter_as_it_lies(task, theirs, tmp_path):
-    """So a user learns what rounding costs on data: a packed file has the loss of its factors."""
-
-    def tested(place, steps=0):
-        overrides = [*task, f"lora.from={place}", f"trainer.max_steps={steps}"]
-        return run(dynrank.compose(overrides), tmp_path / f"run of {place.name}").test["test/loss"]
-
-    trained = tested(theirs, steps=4)
-    adapter = tmp_path / f"run of {theirs.name}" / "adapter"
-    dynrank.squeeze(adapter, tmp_path / "packed", dtype="nf4")
-    dynrank.squeeze(tmp_path / "packed", tmp_path / "unpacked", dtype=torch.float32)
-    packed = tested(tmp_path / "packed")
-    assert tested(adapter) == pytest.approx(trained, rel=1e-6)
-    assert packed == pytest.approx(tested(tmp_path / "unpacked"), rel=1e-6)
-    assert packed != pytest.approx(trained, rel=1e-6)
 
 
 CHOSEN = ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early", "experiment=mine"]
