@@ -297,9 +297,7 @@ def make(node: Any, key: str) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, ConfigurationError):
-            # The last line of Hydra's message is the node inside of this one whose object cannot be made.
-            inside = str(error).rpartition("full_key: ")[2]
-            with named(keys_of(node, key, inside)):
+            with named(keys_of(node, key)):
                 raise cause from error
         if not isinstance(cause, ImportError | TypeError | ValueError | InstantiationException):
             raise cause from error

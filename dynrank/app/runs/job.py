@@ -126,7 +126,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
-    with named(keys_of(config, made="schedule")):
+    with named(keys_of(config.schedule, "schedule")):
         check_schedule(scheduler.driver.stages, run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
@@ -141,12 +141,12 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     # A task of your own need not take anything over, and a task without data has no classes.
     if adapter is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
         task.go_on_from(Path(adapter.source))
-    with named(keys_of(config, made="lora")):
+    with named(keys_of(config.lora, "lora")):
         module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if adapter is not None and not on_meta:
         # The factors of a checkpoint replace these.
         start_from(module.model, adapter)
-    with named(keys_of(config, made="schedule")):
+    with named(keys_of(config.schedule, "schedule")):
         check_model(module.model, scheduler.driver.stages, run, scheduler.driver.rules)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)
