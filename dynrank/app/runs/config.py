@@ -226,16 +226,10 @@ def _fill_length(config: DictConfig) -> None:
 
 
 def _fill_model(config: DictConfig) -> None:
-    """Set the model where none was chosen: the base of the adapter ``lora.from``, at its revision, or the usual one."""
-    task: Any = {} if config.task is None else OmegaConf.to_container(config.task, resolve=False)
-    if not str(task.get("model")).startswith("${dynrank.base:"):
-        return
+    """Set the revision of the base that the adapter ``lora.from`` names, where no other model was chosen."""
     place = config.lora.get("from")
-    if place is None:
-        config.task.model = config.task.model
-    else:
-        config.task.model, revision = _named_by(place)
-        config.model.revision = config.model.revision or revision
+    if place is not None and config.task is not None and OmegaConf.is_interpolation(config.task, "model"):
+        config.model.revision = config.model.revision or _named_by(place)[1]
 
 
 # What an adapter sets in a run that goes on from it.

@@ -313,35 +313,6 @@ def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, write
     assert settings.items() <= kept.items()
 
 
-@pytest.mark.parametrize("strips", [False, True])
-def test_answers_keep_the_blanks_around_them(strips, writer, launch, tmp_path):
-    """A prompt and its answer together are what was learned, such as indented code. Llama 2's decoder strips texts."""
-    folder = writer("completion")
-    base = tmp_path / "base"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    (blank,) = tokenizer(" return", add_special_tokens=False)["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(base)
-    # Its answer to any prompt: no other token has a value.
-    model.lm_head.weight.data.zero_()
-    inputs = tokenizer("def f", return_tensors="pt")
-    adapted = dynrank.load_adapter(model, folder).eval()
-    with torch.no_grad():
-        model.lm_head.weight[blank] = adapted.model(**inputs).last_hidden_state[0, -1]
-    plain = dynrank.merge(adapted)
-    plain.save_pretrained(base)
-    shutil.rmtree(folder)
-    plain.config.name_or_path = str(base)
-    dynrank.save_adapter(dynrank.add_lora(plain, rank=2), folder)
-    if strips:
-        made = json.loads((base / "tokenizer.json").read_text())
-        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-        made["decoder"] = {"type": "Sequence", "decoders": [made["decoder"], {"type": "Fuse"}, strip]}
-        (base / "tokenizer.json").write_text(json.dumps(made))
-        assert AutoTokenizer.from_pretrained(base).decode([blank]) == "return"
-    code, printed, said = launch(cli.main, "predict", folder, "def f", "--max-new-tokens", 1)
-    assert (code, printed) == (0, " return\n"), said
-
-
 @pytest.mark.parametrize("end_is_added", [False, True])
 def test_each_prompt_of_a_batch_is_answered_as_alone(end_is_added, writer, launch, tmp_path):
     """Also by a tokenizer that puts an end behind texts, as ``add_eos_token=True`` of Llama's and Mistral's."""
