@@ -51,8 +51,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         # Files of two tokenizers are none: transformers would read the base's special tokens and template.
         of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
     merged: PreTrainedModel = merge(on_base(adapter, model))
-    _name_ends(merged, source)
-    _name_padding(merged, source)
+    if (source / TOKENIZER_FILE).exists():
+        _name_tokens(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         # The tokenizer of a GGUF file is in it.
@@ -63,13 +63,18 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
     return merged
 
 
-def _name_ends(model: Any, source: Path) -> None:
-    """Let a model that generates stop at the end of an answer that training learned, where ``source`` tells it."""
-    learned = read_inputs(source)
-    # An adapter of another program has no inputs of training, and need not have a tokenizer.
-    if not (learned.form and (source / TOKENIZER_FILE).exists() and model.can_generate()):
-        return
+def _name_tokens(model: Any, source: Path) -> None:
+    """Let a model know two tokens by the tokenizer in ``source``.
+
+    A classifier may read the last token before the padding. A model that generates stops at the end of an answer that
+    training learned; an adapter of another program does not tell it.
+    """
     tokenizer = load_tokenizer(str(source.resolve()), "--model")
+    learned = read_inputs(source)
+    if label_names(model):
+        set_padding(model, tokenizer.pad_token_id)
+    if not (learned.form and model.can_generate()):
+        return
     end = None
     if learned.form == "chat":
         system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
@@ -78,11 +83,3 @@ def _name_ends(model: Any, source: Path) -> None:
     ends = end_tokens(model, tokenizer, end) or []
     if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
         model.generation_config.eos_token_id = ends
-
-
-def _name_padding(model: Any, source: Path) -> None:
-    """Let a classifier that reads the last token before the padding know the padding of the adapter's tokenizer."""
-    if label_names(model) and (source / TOKENIZER_FILE).exists():
-        padding = load_tokenizer(str(source.resolve()), "--model").pad_token_id
-        if padding is not None:
-            set_padding(model, padding)

@@ -55,7 +55,7 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert {rank for rank, _ in found.values()} == {1, 4, 6}
     print_ranks(dynrank.compose(overrides))
     assert "4 layers" in capsys.readouterr().out
-    run(dynrank.compose(overrides), tmp_path / "run")
+    first = run(dynrank.compose(overrides), tmp_path / "run")
     said = capsys.readouterr().out
     assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
@@ -63,6 +63,9 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     name = next(iter(layers))
     before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
     assert 0 < abs(before - after) < 0.5 * before
+    # A run of no step tests an adapter as it lies.
+    again = dynrank.compose([*task, f"lora.from={tmp_path / 'run'}", "trainer.max_steps=0"])
+    assert run(again, tmp_path / "again").test == pytest.approx(first.test, rel=1e-6)
 
 
 def test_a_run_takes_the_base_that_the_adapter_names_unless_another_is_set(task, theirs, tiny_llama, tmp_path):
