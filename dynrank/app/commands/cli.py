@@ -242,9 +242,9 @@ def predict(
     skip_unusable: Annotated[
         bool, typer.Option("--skip-unusable", help="Leave out rows that cannot be used, and count them")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a batch")] = 16,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts in a batch")] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Largest number of tokens to generate for a text")
+        int, typer.Option(metavar="N", help="Largest number of tokens to generate for a text")
     ] = 64,
 ) -> None:
     """Answer texts or the rows of a file: labels with probabilities, or the generated text.

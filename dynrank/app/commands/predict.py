@@ -22,7 +22,7 @@ from dynrank.app.models.pretrained import load_tokenizer, set_padding
 from dynrank.app.tasks.data import columns as of_data
 from dynrank.app.tasks.data.source import READERS, Source
 from dynrank.app.tasks.data.stored import reading, refuse
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 
 _KINDS = (".csv", ".parquet", ".jsonl")
@@ -30,6 +30,7 @@ _KINDS = (".csv", ".parquet", ".jsonl")
 _SHOWN = 3
 
 
+@checked_call
 def predict(
     source: Path,
     texts: Sequence[str],
@@ -40,8 +41,8 @@ def predict(
     system: str | None,
     chat: bool,
     skip_unusable: bool,
-    batch_size: int,
-    max_new_tokens: int,
+    batch_size: Count,
+    max_new_tokens: Count,
 ) -> None:
     """Print the answers to ``texts``, or write them to ``out``; see ``dynrank predict --help``."""
     if out is not None and (out.suffix not in _KINDS or out.exists()):

@@ -162,6 +162,7 @@ def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
         (file, "--columns", "text=Text"): "no column 'Text'; it has [",
         (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
         ("a text", "--columns", "text=Body"): "--columns must go with a file of columns",
+        ("a text", "--batch-size", 0): "batch_size must be greater than or equal to 1, got 0 (--batch-size)",
         (file, "--chat"): "cannot answer rows of the form chat",
         ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, ",
         ("broken.json",): "FILE=broken.json cannot be read",
