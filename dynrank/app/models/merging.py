@@ -51,7 +51,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         # Files of two tokenizers are none: transformers would read the base's special tokens and template.
         of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
     merged: PreTrainedModel = merge(on_base(adapter, model))
-    if (source / TOKENIZER_FILE).exists():
+    # An adapter of another program does not tell what training learned, and need not have a tokenizer.
+    if (label_names(merged) or read_inputs(source).form) and (source / TOKENIZER_FILE).exists():
         _name_tokens(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
@@ -66,15 +67,14 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
 def _name_tokens(model: Any, source: Path) -> None:
     """Let a model know two tokens by the tokenizer in ``source``.
 
-    A classifier may read the last token before the padding. A model that generates stops at the end of an answer that
-    training learned; an adapter of another program does not tell it.
+    A classifier may read the last token before the padding, and a model that generates stops at the end of an answer
+    that training learned.
     """
     tokenizer = load_tokenizer(str(source.resolve()), "--model")
-    learned = read_inputs(source)
-    if label_names(model):
+    if not model.can_generate():
         set_padding(model, tokenizer.pad_token_id)
-    if not (learned.form and model.can_generate()):
         return
+    learned = read_inputs(source)
     end = None
     if learned.form == "chat":
         system = [{"role": "system", "content": learned.system}] if learned.system is not None else []

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from dynrank.app.console import print_facts, quiet_imports
+from dynrank.app.console import print_facts
 from dynrank.app.runs.command import read_overrides
 from dynrank.app.runs.config import complete
 from dynrank.app.runs.folder import HISTORY
@@ -197,8 +197,6 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        # Sweepers import libraries that print messages.
-        quiet_imports()
         folder = config.hydra.sweep.dir
         print_facts({"sweep": f"{folder}; the table of the runs so far, also if one fails: dynrank sweep {folder}"})
 
