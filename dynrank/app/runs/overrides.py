@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.app.keys import arguments_of, children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
+from dynrank.output.whole_file import DISK_FULL
 
 _TRAINER = "lightning.pytorch.Trainer"
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
@@ -33,7 +34,7 @@ def overrides_explained() -> Iterator[None]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Print a configuration error and exit with code 2; 1 for a run that diverged, 130 after Ctrl-C.
+    """Print a configuration error and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
 
     Any other failure keeps its traceback, and Python exits with 1.
     """
@@ -45,7 +46,8 @@ def usage_errors() -> Iterator[None]:
         sys.exit(130)
     except ConfigurationError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
-        sys.exit(1 if isinstance(error, DivergedError) else 2)
+        is_full = getattr(error.__cause__, "errno", None) in DISK_FULL
+        sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:

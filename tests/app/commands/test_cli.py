@@ -13,12 +13,19 @@ from dynrank.app import train
 from dynrank.app.commands import cli
 from dynrank.app.commands.ranks import print_ranks
 from dynrank.app.runs.overrides import usage_errors
+from dynrank.errors import ConfigurationError
 from dynrank.output import console
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback():
     with pytest.raises(OSError, match="I/O error"), usage_errors():
         raise OSError(errno.EIO, "I/O error")
+
+
+def test_a_full_disk_is_a_failure_and_no_wrong_command(capsys):
+    with pytest.raises(SystemExit) as caught, usage_errors():
+        raise ConfigurationError("cannot write 'a.csv'") from OSError(errno.ENOSPC, "No space left on device")
+    assert (caught.value.code, capsys.readouterr().err) == (1, "error: cannot write 'a.csv'\n")
 
 
 @pytest.fixture
