@@ -224,7 +224,6 @@ def test_an_argument_has_its_key_in_the_composed_configuration(overrides, argume
 
 def test_keys_of_the_object_that_was_made_come_first():
     config = dynrank.compose(["task=classification"])
-    assert keys_of(config, made="data")("share") == "data.share"
     assert keys_of(config.data, "data")("share") == "data.share"
     assert keys_of(config.data, "data")("lr") is None
 

@@ -4,15 +4,13 @@ from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs
 from dynrank.errors import ConfigurationError, shown
 
 
-def modelfile(base: str, inputs: Inputs, adapter: str | None = "./adapter.gguf") -> str:
-    """The text of a Modelfile for ``base`` with a GGUF file of an adapter (None: merged into it already).
+def modelfile(base: str, inputs: Inputs) -> str:
+    """The text of a Modelfile for ``base`` with an adapter in the file adapter.gguf beside it.
 
     A chat has the template of the base, which Ollama finds itself, and the system prompt that training learned. An
     adapter that learned answers to plain prompts must get these without a template.
     """
-    lines = [f"FROM {base}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {adapter}")
+    lines = [f"FROM {base}", "ADAPTER ./adapter.gguf"]
     if inputs.form in ("completion", "text"):
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
     if inputs.system is not None:

@@ -45,7 +45,7 @@ class Inputs:
         max_length: number of tokens after which the text of a classifier is cut.
     """
 
-    form: str = ""
+    form: Literal["", "classification", "completion", "chat", "text"] = ""
     columns: dict[str, str | list[str]] = field(default_factory=dict)
     system: str | None = None
     max_length: int | None = None

@@ -50,11 +50,8 @@ def below(node: str) -> Callable[[str], str]:
     return lambda argument: f"{node}.{argument}"
 
 
-def keys_of(config: DictConfig, group: str = "", made: str = "") -> Callable[[str], str | None]:
-    """For :func:`named`: the key of a composed configuration, or of its node ``group``, that sets an argument.
-
-    ``made`` is the node whose object was being made. Its keys come before all others.
-    """
+def keys_of(config: DictConfig, group: str = "") -> Callable[[str], str | None]:
+    """For :func:`named`: the key of a composed configuration, or of its node ``group``, that sets an argument."""
 
     def key_of(argument: str) -> str | None:
         name = _OTHER_NAMES.get(argument, argument)
@@ -64,7 +61,7 @@ def keys_of(config: DictConfig, group: str = "", made: str = "") -> Callable[[st
         plain = re.sub(r"\[.*", "", name)
         known = known_keys(config, f"{group}." if group else "")
         found = [f"{key}{name.removeprefix(plain)}" for key in known if f".{key}".endswith(f".{plain}")]
-        return min(found, key=lambda key: (not key.startswith(f"{made}."), _order(key)), default=None)
+        return min(found, key=_order, default=None)
 
     return key_of
 

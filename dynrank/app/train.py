@@ -104,11 +104,6 @@ def main() -> None:
     with usage_errors():
         try:
             train()
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader has gone, as in `--help | head`; Python would try to write the rest when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         except OSError as error:
             # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice.
             if begun or isinstance(error, HydraException):

@@ -69,7 +69,8 @@ def test_commands_pack_and_read_a_packed_adapter(zoo, launch, tmp_path):
     source = zoo.saved(tmp_path / "source", "llama", rank_map={"q_proj": {"rank": 2, "alpha": 40}})
     (source / "tokenizer_config.json").write_text("{}")
     zoo.plain("llama").save_pretrained(tmp_path / "base")
-    code, printed, said = launch("pack", source, tmp_path / "packed")
+    pack = ["squeeze", source, "--dtype", "nf4", "--out", tmp_path / "packed"]
+    code, printed, said = launch(*pack)
     assert code == 0, said
     assert " of the update, at most " in printed
     assert (tmp_path / "packed" / "tokenizer_config.json").exists()
@@ -80,11 +81,11 @@ def test_commands_pack_and_read_a_packed_adapter(zoo, launch, tmp_path):
     assert launch("inspect", tmp_path / "packed")[0] == 0
     assert launch("squeeze", tmp_path / "packed", "--rank", 2, "--out", tmp_path / "less")[0] == 0
     assert launch("export", tmp_path / "packed", "--to", "vllm", "--out", tmp_path / "vllm")[0] == 0
-    assert launch("unpack", tmp_path / "packed", tmp_path / "plain")[0] == 0
+    assert launch("squeeze", tmp_path / "packed", "--dtype", "float32", "--out", tmp_path / "plain")[0] == 0
     merged = merge_adapter(tmp_path / "packed", str(tmp_path / "base"), tmp_path / "merged")
     for model in (merged, *(dynrank.load_adapter(zoo.plain("llama"), tmp_path / name) for name in ("vllm", "plain"))):
         assert (zoo.outputs(model) - expected).abs().max() <= 1e-5
-    assert launch("pack", source, tmp_path / "packed")[0] == 2
+    assert launch(*pack)[0] == 2
 
 
 def test_a_packed_file_is_a_seventh_of_float32(tmp_path):

@@ -1,6 +1,6 @@
 """The output of ``dynrank inspect`` and ``dynrank squeeze``: an adapter's layers, before and after."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,11 @@ def print_squeeze(source: Path, out: Path, **options: Any) -> None:
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})"}
     if layers.rounding is not None:
         facts["rounding"] = str(layers.rounding)
-    if source.is_file():
-        print_facts(facts | _of_file(source, out, others))
-    else:
-        print_facts(facts | {"files": f"{out}, {_sizes(weights_file(source), weights_file(out))}"})
-
-
-def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:
-    sizes = _sizes(source, out)
-    if not others:
-        return {"file": f"{out}, {sizes}"}
-    kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
-    copied = f"{len(others)} tensors of layers that are not plain LoRA: {', '.join(kinds)}"
-    return {"copied": copied, "file": f"{out}, {sizes}"}
-
-
-def _sizes(source: Path, out: Path) -> str:
-    return " → ".join(f"{file.stat().st_size / 1e6:.2f} MB" for file in (source, out))
+    files = (source, out)
+    if not source.is_file():
+        files = (weights_file(source), weights_file(out))
+    elif others:
+        kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
+        facts["copied"] = f"{len(others)} tensors of layers that are not plain LoRA: {', '.join(kinds)}"
+    sizes = " → ".join(f"{file.stat().st_size / 1e6:.2f} MB" for file in files)
+    print_facts({**facts, "files": f"{out}, {sizes}"})

@@ -1,7 +1,6 @@
 """The base, the model on which a stored adapter was trained: its class, its tokens, and loading it with the adapter."""
 
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,19 +145,19 @@ def _stored(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int,
     return [shapes[key] for key in (name, f"{owner}.base_layer.{leaf}") if key in shapes]
 
 
-def _give_tokens(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _give_tokens(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give ``model`` as many tokens as the base had where the adapter was trained, which has their rows."""
     counts = [
         shape[0] for name, p in _embeddings(model).items() for shape in _stored(name, shapes) if shape[0] != len(p)
     ]
     if not counts:
         return
-    # Models of an encoder and a decoder leave their tokens to these two.
-    if not isinstance(model, PreTrainedModel) or hasattr(model.config, "from_encoder_decoder_configs"):
-        for name, part in model.named_children():
-            inside = {key.removeprefix(f"{name}."): shapes[key] for key in shapes if key.startswith(f"{name}.")}
-            _give_tokens(part, inside)
-        return
-    # MobileBERT's has no such argument. The mean of all rows would take long, and nothing needs it.
-    takes_mean = "mean_resizing" in signature(model.resize_token_embeddings).parameters
-    model.resize_token_embeddings(counts[0], **({"mean_resizing": False} if takes_mean else {}))
+    try:
+        # The mean of all rows would take long, and nothing needs it.
+        model.resize_token_embeddings(counts[0], mean_resizing=False)
+    # So say models of an encoder and a decoder, and some old ones.
+    except (NotImplementedError, TypeError) as error:
+        name = type(model).__name__
+        raise ConfigurationError(
+            f"{name} cannot be given the tokens that were added where the adapter was trained ({error}); use PEFT"
+        ) from error

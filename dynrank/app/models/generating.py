@@ -1,7 +1,6 @@
 """Answers that a language model generates greedily, and the tokens that end them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from transformers import GenerationConfig
 
 from dynrank.errors import ConfigurationError, shown
 
-# What begins an answer; a base's other settings of generation change it.
-_BEGINNING = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _ANSWER = "An answer of the assistant."
 _WORD = "x"
 
@@ -45,9 +42,9 @@ def greedy_texts(
     Beams, penalties and whatever else the base's files say of generation are left out.
 
     Args:
-        model: a transformers model that generates.
+        model: a causal language model of transformers.
         tokenizer: its tokenizer.
-        input_ids: int64 (batch, length), padded on the left, for an encoder-decoder on the right.
+        input_ids: int64 (batch, length), padded on the left.
         attention_mask: (batch, length).
         max_new_tokens: the largest number of tokens of an answer.
         end_of_turn: a token that also ends an answer, see :func:`end_of_turn_of`.
@@ -56,7 +53,10 @@ def greedy_texts(
         synced: whether all processes need the same number of forwards.
     """
     ends = end_tokens(model, tokenizer, end_of_turn)
-    with _plain_generation(model):
+    of_base = model.generation_config
+    # What generate is not given, it takes from the model's settings, also if it gets settings as a whole.
+    model.generation_config = GenerationConfig()
+    try:
         made = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -66,43 +66,17 @@ def greedy_texts(
             pad_token_id=tokenizer.pad_token_id,
             synced_gpus=synced,
         )
-    # Only a decoder repeats the prompt.
-    start = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
-    return [answer_text(tokenizer, ids.tolist(), start, is_turn=is_turn) for ids in made]
+    finally:
+        model.generation_config = of_base
+    return [_answer_text(tokenizer, ids.tolist(), input_ids.shape[1], is_turn) for ids in made]
 
 
-def answer_text(tokenizer: Any, ids: list[int], start: int, *, is_turn: bool = False) -> str:
-    """The text of the tokens from ``start`` on, which go on from those before, with the blanks around it.
-
-    Args:
-        tokenizer: the tokenizer of the tokens.
-        ids: the tokens of a prompt and its answer.
-        start: where the answer begins.
-        is_turn: whether it is a turn of a chat, before which a template puts what it likes.
-    """
+def _answer_text(tokenizer: Any, ids: list[int], start: int, is_turn: bool) -> str:
+    """The text of the tokens from ``start`` on, which go on from those before, with the blanks around it."""
     prompt, answer, whole = tokenizer.batch_decode([ids[:start], ids[start:], ids], skip_special_tokens=True)
     # Some tokenizers take the blank before the first word of a text away, and here it is not the first.
     found: str = whole[len(prompt) :] if whole.startswith(prompt) and not is_turn else answer
     return found
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Within the block, ``model`` has the settings of :func:`plain_config`."""
-    of_base = model.generation_config
-    model.generation_config = plain_config(model)
-    try:
-        yield
-    finally:
-        model.generation_config = of_base
-
-
-def plain_config(model: Any) -> GenerationConfig:
-    """The model's settings of generation without all but the tokens that begin an answer.
-
-    What ``generate`` is not given, it takes from the model's settings, also if it gets settings as a whole.
-    """
-    return GenerationConfig(**{name: getattr(model.generation_config, name, None) for name in _BEGINNING})
 
 
 def end_tokens(model: Any, tokenizer: Any, end_of_turn: str | None = None) -> list[int] | None:

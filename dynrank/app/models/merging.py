@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dynrank.adapters.modelfile import modelfile
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import (
     INPUT_FILES,
@@ -22,7 +21,7 @@ from dynrank.layers.placing import merge
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
 
-def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
+def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
     """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
 
     Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
@@ -35,7 +34,6 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
         source: folder of a PEFT LoRA adapter.
         model: folder or hub name of the base model; None: as the adapter names it.
         out: new or empty folder.
-        ollama: whether to write a Modelfile, too, from which Ollama makes a model of the folder.
 
     Raises:
         ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
@@ -46,8 +44,6 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
     adapter = read_adapter(source)
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
-    # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
-    text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
     settings = base_settings(adapter, model)
     of_base = input_files(folder_with(INPUT_FILES, origin, "--model", settings))
@@ -55,8 +51,9 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
         # Files of two tokenizers are none: transformers would read the base's special tokens and template.
         of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
     merged: PreTrainedModel = merge(on_base(adapter, model))
-    _name_ends(merged, source)
-    _name_padding(merged, source)
+    # An adapter of another program does not tell what training learned, and need not have a tokenizer.
+    if (label_names(merged) or read_inputs(source).form) and (source / TOKENIZER_FILE).exists():
+        _name_tokens(merged, source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         # The tokenizer of a GGUF file is in it.
@@ -64,18 +61,20 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, oll
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
         copy_files(own, folder)
         copy_files(of_base, folder)
-        if text is not None:
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
     return merged
 
 
-def _name_ends(model: Any, source: Path) -> None:
-    """Let a model that generates stop at the end of an answer that training learned, where ``source`` tells it."""
-    learned = read_inputs(source)
-    # An adapter of another program has no inputs of training, and need not have a tokenizer.
-    if not (learned.form and (source / TOKENIZER_FILE).exists() and model.can_generate()):
-        return
+def _name_tokens(model: Any, source: Path) -> None:
+    """Let a model know two tokens by the tokenizer in ``source``.
+
+    A classifier may read the last token before the padding, and a model that generates stops at the end of an answer
+    that training learned.
+    """
     tokenizer = load_tokenizer(str(source.resolve()), "--model")
+    if not model.can_generate():
+        set_padding(model, tokenizer.pad_token_id)
+        return
+    learned = read_inputs(source)
     end = None
     if learned.form == "chat":
         system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
@@ -84,11 +83,3 @@ def _name_ends(model: Any, source: Path) -> None:
     ends = end_tokens(model, tokenizer, end) or []
     if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
         model.generation_config.eos_token_id = ends
-
-
-def _name_padding(model: Any, source: Path) -> None:
-    """Let a classifier that reads the last token before the padding know the padding of the adapter's tokenizer."""
-    if label_names(model) and (source / TOKENIZER_FILE).exists():
-        padding = load_tokenizer(str(source.resolve()), "--model").pad_token_id
-        if padding is not None:
-            set_padding(model, padding)

@@ -6,13 +6,12 @@ from dataclasses import replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -51,6 +50,10 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if source.endswith(".gguf"):
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
+        if settings.quantization != "none":
+            raise ConfigurationError(
+                f"{key}={name} is a GGUF file, whose weights bitsandbytes does not pack; set model.quantization=none"
+            )
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
@@ -64,14 +67,6 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             never = "commands do not run such code; use PEFT in your own program"
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
-        if isinstance(error, LocalEntryNotFoundError) or isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = (
-                f"{constants.ENDPOINT} cannot be reached; set {key} to a folder, or connect (with HF_HUB_OFFLINE=1 the "
-                "hub is not tried)"
-            )
-            if constants.HF_HUB_OFFLINE:
-                reason = f"HF_HUB_OFFLINE=1 keeps it from being loaded; set {key} to a folder, or unset HF_HUB_OFFLINE"
-            raise ConfigurationError(f"{key}={name} is not in the cache, and {reason}") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
@@ -178,14 +173,10 @@ def _new_modules(model: nn.Module, missing: Collection[str], where: str) -> list
     inside = tuple(f"{name}." for name in new)
     lost = sorted(parameter for parameter in missing if not parameter.startswith(inside))
     packed = [name for name in new if any(map(is_quantized, model.get_submodule(name).modules()))]
-    if lost:
+    if lost or packed:
         raise ConfigurationError(
-            f"{where} lacks the weights {lost[:3]}, which an adapter cannot hold, as the rest of their modules is there"
-        )
-    if packed:
-        raise ConfigurationError(
-            f"{where} lacks the weights of {packed}, so they are new and have to be trained, and packed weights cannot "
-            "be; set model.quantization=none"
+            f"{where} lacks the weights of {(lost or packed)[:3]}, so they are new; an adapter can hold only whole "
+            "modules that are not packed (model.quantization); take another model"
         )
     return new
 
@@ -219,7 +210,6 @@ def load_causal_lm(
 def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
     """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers."""
     gguf = model_source(name, key).endswith(".gguf")
-    packing = options.get("quantization_config")
     # Without this config, newer versions of transformers may keep layers packed.
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -228,21 +218,16 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    # bitsandbytes can pack only weights from safetensors files.
-    if gguf and packing is not None:
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            model, info = loader(folder, output_loading_info=True, **options | {"quantization_config": packing})
     return model, info
 
 
-def enable_checkpointing(model: Any) -> None:
+def _enable_checkpointing(model: Any) -> None:
     """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
-    if not model.supports_gradient_checkpointing:
-        name = type(model).__name__
-        raise ConfigurationError(f"{name} does not support checkpointing; set model.gradient_checkpointing=false")
-    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    try:
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(f"{error}; set model.gradient_checkpointing=false") from None
 
 
 def _load(
@@ -261,7 +246,7 @@ def _load(
     model.config.name_or_path = public_name(source if source.endswith(".gguf") else model.config.name_or_path)
     _keep_packing(model)
     if settings.gradient_checkpointing:
-        enable_checkpointing(model)
+        _enable_checkpointing(model)
     return model, info
 
 
@@ -276,7 +261,7 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
     if settings.quantization != "none":
         _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:
-        enable_checkpointing(model)
+        _enable_checkpointing(model)
     return model
 
 

@@ -1,8 +1,7 @@
-"""The command that started a run, from .hydra/ in its folder, and commands that change it."""
+"""The command that started a run, from .hydra/ in its folder."""
 
 import re
 import shlex
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,17 @@ def read_overrides(folder: Path) -> list[str] | None:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
+def command(folder: Path, *changes: str) -> str | None:
     """The command of the run in ``folder``, with ``changes`` instead of the overrides they replace; None: not recorded.
 
-    The keys and groups ``without`` are left out, a group with all of its keys; so is ``ckpt_path=last``, which is for
-    one folder only.
+    ``ckpt_path=last`` is left out, because it is for one folder only.
     """
     overrides = read_overrides(folder)
     if overrides is None:
         return None
-    left_out = {change.partition("=")[0] for change in changes} | {*without}
-    kept = []
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        group = re.split(r"[./@]", key)[0]
-        if override != "ckpt_path=last" and key not in left_out and group not in without:
-            kept.append(override)
-    # Hydra takes no overrides on both sides of an option.
-    options = [change for change in changes if change.startswith("--")]
-    kept += [change for change in changes if change not in options]
-    return shlex.join(["dynrank-train", *options, *_options(folder), *kept])
+    replaced = {change.partition("=")[0] for change in changes}
+    kept = [given for given in overrides if given != "ckpt_path=last" and given.partition("=")[0] not in replaced]
+    return shlex.join(["dynrank-train", *_options(folder), *kept, *changes])
 
 
 def override(key: str, value: object) -> str:

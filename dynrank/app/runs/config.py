@@ -68,7 +68,6 @@ class RunKeys:
             if the name ends as one of LOWER_IS_BETTER, otherwise a larger one.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
             if validations log it, otherwise by val/loss; ``last``: those of the last step.
-        export_dtype: dtype of the adapter's file; PEFT loads all three, of which the last two halve and quarter it.
         plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
     """
 
@@ -77,7 +76,6 @@ class RunKeys:
     checkpoint_every: Count = 50
     objective: str | None = "val/loss"
     export_weights: Literal["best", "last"] = "best"
-    export_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
     plots: bool = True
 
 
@@ -144,19 +142,12 @@ def better(metric: str) -> Literal["min", "max"]:
     return "min" if metric.endswith(LOWER_IS_BETTER) else "max"
 
 
-def _direction(metric: str | None) -> str:
-    if metric is None:
-        raise ConfigurationError("this search needs an objective, got null; set objective=val/loss")
-    return f"{better(metric)}imize"
-
-
 def _base(default: str, place: str | None) -> str:
     return default if place is None else _named_by(place)[0]
 
 
-# In a file: ${dynrank.half:${lora.rank}}, ${dynrank.direction:${objective}} and ${dynrank.base:minilm,${lora.from}}.
+# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}.
 OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
-OmegaConf.register_new_resolver("dynrank.direction", _direction, replace=True)
 OmegaConf.register_new_resolver("dynrank.base", _base, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
@@ -235,16 +226,10 @@ def _fill_length(config: DictConfig) -> None:
 
 
 def _fill_model(config: DictConfig) -> None:
-    """Set the model where none was chosen: the base of the adapter ``lora.from``, at its revision, or the usual one."""
-    task: Any = {} if config.task is None else OmegaConf.to_container(config.task, resolve=False)
-    if not str(task.get("model")).startswith("${dynrank.base:"):
-        return
+    """Set the revision of the base that the adapter ``lora.from`` names, where no other model was chosen."""
     place = config.lora.get("from")
-    if place is None:
-        config.task.model = config.task.model
-    else:
-        config.task.model, revision = _named_by(place)
-        config.model.revision = config.model.revision or revision
+    if place is not None and config.task is not None and OmegaConf.is_interpolation(config.task, "model"):
+        config.model.revision = config.model.revision or _named_by(place)[1]
 
 
 # What an adapter sets in a run that goes on from it.
@@ -306,9 +291,7 @@ def make(node: Any, key: str) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, ConfigurationError):
-            # The last line of Hydra's message is the node inside of this one whose object cannot be made.
-            inside = str(error).rpartition("full_key: ")[2]
-            with named(keys_of(node, key, inside)):
+            with named(keys_of(node, key)):
                 raise cause from error
         if not isinstance(cause, ImportError | TypeError | ValueError | InstantiationException):
             raise cause from error

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.adapters.base import Base
-from dynrank.adapters.precision import DTYPES
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
-from dynrank.app.console import print_facts
 from dynrank.app.models.pretrained import storage_bytes
 from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import ADAPTER
@@ -89,9 +87,7 @@ def export(
     tokenizer = getattr(task, "tokenizer", None)
     inputs = getattr(task, "training_inputs", None)
     adapter = folder / ADAPTER
-    lost = save_adapter(model, adapter, dtype=DTYPES[config.export_dtype])
-    if config.export_dtype != "float32":
-        print_facts({"adapter's file": f"{config.export_dtype}, rounding changed {lost}"})
+    save_adapter(model, adapter)
     write_sidecar_files(adapter, model, tokenizer, inputs, base)
     write_card(adapter, model, summary, steps, command(folder))
     write_summary(summary, folder)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dynrank.app.keys import names_keys
 from dynrank.app.models.names import model_source
-from dynrank.app.runs.config import make, plain, rank_pattern
+from dynrank.app.runs.config import plain, rank_pattern
 from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
 
@@ -24,12 +24,12 @@ _LINES = (".jsonl", ".ndjson")
 
 @names_keys
 def look(config: DictConfig) -> None:
-    """Refuse files that are not there, columns that a file lacks, and a schedule that cannot be made.
+    """Refuse files that are not there, and columns that a file lacks.
 
     Raises:
         ConfigurationError: if there is one.
     """
-    rules = rank_pattern(config.rank_map)
+    rank_pattern(config.rank_map)
     place = config.ckpt_path
     if place not in (None, "last") and not Path(place).exists():
         raise ConfigurationError(f"the checkpoint {place!r} does not exist; set ckpt_path")
@@ -42,19 +42,6 @@ def look(config: DictConfig) -> None:
         for split in ("train", "val", "test"):
             if isinstance(data.get(split), str):
                 _look_at(data[split], f"data.{split}", data)
-    stages = make(config.schedule, "schedule")
-    # Making the stages has loaded torch, but no other library.
-    from dynrank.targets import Budget
-
-    first = stages[0].to if isinstance(stages, list) and stages else None
-    rank = config.lora.rank
-    # dynrank plan has ranks of its own, and an adapter or a rule may set others.
-    if "ranks" in config or rules or config.lora.get("from") or not isinstance(first, Budget):
-        return
-    if (first.final_rank or 0) > rank:
-        raise ConfigurationError(
-            f"schedule.final_rank must be at most lora.rank = {rank}, which a budget shares, got {first.final_rank}"
-        )
 
 
 def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
 def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     """Lock ``folder`` against other runs; the lock is released however this process ends.
 
-    A new run replaces one that was killed before its first checkpoint.
+    A new run takes a new or empty folder, and leaves it so if it is refused before its first checkpoint.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -68,46 +68,23 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
             f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
             "to another folder"
         ) from None
+    last = last_checkpoint(folder)
     try:
-        _make_ready(folder, resumed)
+        held = sorted(file.name for file in folder.iterdir() if file.name != LOCK)
+        if held and not resumed:
+            raise ConfigurationError(
+                f"a run needs a new or empty folder, {str(folder)!r} holds {', '.join(held[:5])}; set hydra.run.dir "
+                "(of a sweep hydra.sweep.dir) to another one, or ckpt_path=last to resume the run that is there"
+            )
+        # A process that was killed while it wrote a checkpoint leaves a part of it.
+        for part in last.parent.glob(f"{last.name}.*{PART}"):
+            part.unlink()
         try:
             yield
         except ConfigurationError:
             # Some values are refused only when training starts.
-            if not (resumed or (folder / METRICS).exists() or last_checkpoint(folder).exists()):
-                _empty(folder)
+            if not resumed and not last.exists():
+                shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
         lock.release()
-
-
-def _make_ready(folder: Path, resumed: bool) -> None:
-    """Remove what a killed process left behind; refuse to begin a new run in the folder of another."""
-    last = last_checkpoint(folder)
-    for part in last.parent.glob(f"{last.name}.*{PART}"):
-        part.unlink()
-    if resumed:
-        # The process that had the folder until now may have ended its run.
-        checkpoint_of(folder, "last")
-        return
-    if (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*")):
-        raise ConfigurationError(
-            f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
-            "or ckpt_path=last to resume that run"
-        )
-    # A run that was killed before its first checkpoint has left its tables, and they are replaced.
-    tables = () if (folder / CONFIG).exists() else (METRICS, HISTORY)
-    others = [name for name in (ADAPTER, REPORT, *tables) if (folder / name).exists()]
-    if others:
-        raise ConfigurationError(
-            f"{str(folder)!r} holds {', '.join(others)}, which a run would replace; set hydra.run.dir (of a sweep "
-            "hydra.sweep.dir) to a new folder"
-        )
-    _empty(folder)
-
-
-def _empty(folder: Path) -> None:
-    """Remove the files that a run may have written before its first checkpoint."""
-    for name in (METRICS, HISTORY):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

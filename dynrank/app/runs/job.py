@@ -7,22 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
 from torch import Tensor, nn
 
 from dynrank.adapters.base import base_of
 from dynrank.adapters.folder import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.app.console import print_facts
 from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
 from dynrank.app.runs.export import export, held_bytes, summarise
 from dynrank.app.runs.folder import CONFIG, METRICS, checkpoint_of, locked
-from dynrank.app.runs.going_on import check_base_name, ranks_from
+from dynrank.app.runs.going_on import start_facts
 from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import Summary
 from dynrank.app.runs.trainer import finished, log_again, make_trainer, quiet_training, stoppable
@@ -30,10 +30,9 @@ from dynrank.app.tasks.data.splits import SPLITS
 from dynrank.callbacks import BestWeights, RankScheduler
 from dynrank.driver.checks import check_model
 from dynrank.driver.metrics import judging_metrics
-from dynrank.errors import ConfigurationError, Count, Positive, checked_call
+from dynrank.errors import ConfigurationError, Count, Positive, checked_call, shown
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
-from dynrank.output.ranks import ranks, scalings_in_words
 from dynrank.schedules.stage import check_schedule
 from dynrank.triggers import Run
 
@@ -41,23 +40,17 @@ VAL_LOSS = "val/loss"
 # In a schedule of at most so many changes each one is measured.
 _MEASURED = 2
 # Parts that a checkpoint must have to resume from it.
-_PARTS = {
-    "state_dict": dict,
-    "optimizer_states": list,
-    "loops": dict,
-    "callbacks": dict,
-    "global_step": int,
-    "pytorch-lightning_version": str,
-}
+_PARTS = {"optimizer_states", "loops", "callbacks", "global_step"}
 
 
 @dataclass
 class Job:
-    """The objects of a run; the module's attribute ``model`` has LoRA layers."""
+    """The objects of a run; the module's attribute ``model`` has LoRA layers, and goes on from ``adapter``, if any."""
 
     task: Any
     module: LightningModule
     scheduler: RankScheduler
+    adapter: Adapter | None
 
 
 @names_keys
@@ -85,15 +78,11 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             _write_config(given, folder)
         if first and record is not None:
             record()
-        place = config.lora.get("from")
-        if first and place is not None and checkpoint is None:
-            print(f"goes on from     the adapter {place}, {ranks_from(job.module, job.scheduler, config.schedule)}")
-        scalings = scalings_in_words(ranks(job.module))
-        if first and scalings:
-            print(f"scaling          {scalings}")
+        if first and job.adapter is not None and checkpoint is None:
+            print_facts(start_facts(config, job.adapter, job.module, job.scheduler))
         if first and checkpoint is not None:
             step = read_checkpoint(checkpoint)["global_step"]
-            print(f"goes on from     step {step}, {checkpoint}")
+            print_facts({"goes on from": f"step {step}, {checkpoint}"})
             if resumed:
                 csv_logger: Any = trainer.loggers[0]
                 # There the n-th step has number n - 1.
@@ -137,7 +126,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
-    with named(keys_of(config, made="schedule")):
+    with named(keys_of(config.schedule, "schedule")):
         check_schedule(scheduler.driver.stages, run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
@@ -149,23 +138,19 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     is_logged = judging_metrics(stages, measure=True).keys() <= {*task.metrics}
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
-    before = None if adapter is None else Path(adapter.source)
-    # A task of your own need not name its model.
-    if before is not None and isinstance(getattr(task, "model", None), str):
-        check_base_name(before, task.model, config.model.revision)
     # A task of your own need not take anything over, and a task without data has no classes.
-    if before is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
-        task.go_on_from(before)
-    with named(keys_of(config, made="lora")):
+    if adapter is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
+        task.go_on_from(Path(adapter.source))
+    with named(keys_of(config.lora, "lora")):
         module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if adapter is not None and not on_meta:
         # The factors of a checkpoint replace these.
         start_from(module.model, adapter)
-    with named(keys_of(config, made="schedule")):
+    with named(keys_of(config.schedule, "schedule")):
         check_model(module.model, scheduler.driver.stages, run, scheduler.driver.rules)
     if checkpoint is not None and not on_meta:
         _check_checkpoint(config, checkpoint, module)
-    return Job(task, module, scheduler)
+    return Job(task, module, scheduler, adapter)
 
 
 @names_keys
@@ -225,31 +210,13 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
 @checked_call
 def _check_trainer(
     *,
-    max_steps: Annotated[int, Field(ge=-1)] = -1,
+    max_steps: int = -1,
     accumulate_grad_batches: Count = 1,
-    max_epochs: int | None = None,
     val_check_interval: Positive | None = None,
-    fast_dev_run: bool | int = False,
-    devices: Any = 1,
-    strategy: Any = "auto",
+    fast_dev_run: Literal[False] = False,
     **_: Any,
 ) -> None:
-    """Refuse values that Lightning does not refuse before training."""
-    if max_epochs == -1 and max_steps == -1:
-        raise ConfigurationError("trainer.max_epochs=-1 has no end; set trainer.max_steps, or a number of epochs")
-    if fast_dev_run:
-        raise ConfigurationError(
-            f"trainer.fast_dev_run={fast_dev_run} writes no metrics and no checkpoint; a run of seconds is debug=smoke"
-        )
-    if devices is None:
-        raise ConfigurationError(
-            "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
-            "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
-        )
-    if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
-        raise ConfigurationError(
-            f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"
-        )
+    """Refuse values that Lightning takes, or refuses in the middle of training."""
 
 
 def _check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:
@@ -267,30 +234,21 @@ def _check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: st
 def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
     """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ."""
     path = config.ckpt_path
-    wrong = sorted(name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind))
-    if wrong:
-        raise ConfigurationError(f"the checkpoint {path!r} lacks {wrong}, or holds something else there; set ckpt_path")
+    lacking = sorted(_PARTS - checkpoint.keys())
+    if lacking:
+        raise ConfigurationError(f"the checkpoint {path!r} lacks {lacking}; set ckpt_path")
+    # A module of your own need not save its arguments, and only a classifier has labels.
+    before = dict(checkpoint.get("hyper_parameters") or {})
+    before["optimizer.name"] = dict(before.get("optimizer") or {}).get("name")
+    now = {**module.hparams, "optimizer.name": config.optimizer.name}
+    # As many of other classes would fit the head by their shape.
+    for name in ("optimizer.name", "labels", "several"):
+        if before.get(name) is not None and before[name] != now.get(name):
+            raise ConfigurationError(
+                f"the checkpoint {path!r} is of another run: {name} is {shown(before[name])} there, and "
+                f"{shown(now.get(name))} here; set ckpt_path, optimizer or data"
+            )
     stored = checkpoint["state_dict"]
-    # A module of your own need not save its arguments.
-    found = checkpoint.get("hyper_parameters")
-    before = found if isinstance(found, Mapping) else {}
-    trained = before.get("optimizer")
-    optimizer = trained.get("name") if isinstance(trained, Mapping) else "unknown"
-    if optimizer != config.optimizer.name:
-        raise ConfigurationError(
-            f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
-            "set ckpt_path or optimizer"
-        )
-    # As many of other classes would fit the head by their shape. Only a classifier has classes.
-    theirs, ours = ((of.get("labels"), of.get("several", False)) for of in (before, module.hparams))
-    if theirs[0] is not None and ours[0] is not None and theirs != ours:
-        lost = [label for label in theirs[0] if label not in ours[0]]
-        new = [label for label in ours[0] if label not in theirs[0]]
-        raise ConfigurationError(
-            f"the checkpoint {path!r} is of other classes: it alone has {lost[:9]}, and the run alone has {new[:9]} "
-            "(if both are empty, the order differs, or one of the two has a list of labels for each text); "
-            "set ckpt_path or data"
-        )
     mine = module.state_dict()
     absent = left_out(stored)
     shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -14,7 +14,6 @@ from dynrank.app.keys import arguments_of, children, known_keys
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 from dynrank.output.whole_file import DISK_FULL
 
-_PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _TRAINER = "lightning.pytorch.Trainer"
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
@@ -49,12 +48,6 @@ def usage_errors() -> Iterator[None]:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         is_full = getattr(error.__cause__, "errno", None) in DISK_FULL
         sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: a file cannot be written: {error.strerror}{where}; free space", file=sys.stderr)
-        sys.exit(1)
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
@@ -90,8 +83,7 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
         key = str(cause.full_key)
         # A dot for each level leads to the whole configuration.
         return unknown_key(key, OmegaConf.select(cause.parent_node, "." * (key.count(".") + 1)))
-    name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
-    return f"{error}\nit comes with pip install 'dynrank[sweep]'" if name.startswith(_PLUGINS) else str(error)
+    return str(error)
 
 
 def unknown_key(key: str, config: DictConfig) -> str:

@@ -6,16 +6,17 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from dynrank.app.console import print_facts, quiet_imports
+from dynrank.app.console import print_facts
 from dynrank.app.runs.command import read_overrides
 from dynrank.app.runs.config import complete
 from dynrank.app.runs.folder import HISTORY
@@ -58,8 +59,11 @@ def read_sweep(folder: Path) -> list[SweepRun]:
     return [_read_run(run) for run in sorted(found, key=_order)]
 
 
-def show_sweep(folder: Path, plot: bool = True) -> None:
-    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
+def show_sweep(folder: Path) -> None:
+    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result.
+
+    Without matplotlib there is no picture.
+    """
     runs = read_sweep(folder)
     names = list(dict.fromkeys(name for run in runs for name in run.results))
     if names:
@@ -68,7 +72,7 @@ def show_sweep(folder: Path, plot: bool = True) -> None:
         with whole_file(folder / TABLE) as part:
             table.to_csv(part, index=bool(keys))
         print_facts({"table": folder / TABLE})
-        if plot:
+        if find_spec("matplotlib") is not None:
             _draw(folder / PICTURE, arms, keys, names)
             print_facts({"plot": folder / PICTURE})
     for run in runs:
@@ -193,10 +197,8 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        # Sweepers import libraries that print messages.
-        quiet_imports()
         folder = config.hydra.sweep.dir
         print_facts({"sweep": f"{folder}; the table of the runs so far, also if one fails: dynrank sweep {folder}"})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        show_sweep(Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True)))
+        show_sweep(Path(config.hydra.sweep.dir))

@@ -3,7 +3,6 @@
 import csv
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -26,12 +25,10 @@ from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
 from dynrank.app.runs.run_meter import RunMeter
-from dynrank.app.runs.summary import SUMMARY
 from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
 from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import DISK_FULL
 
 # AdapterCheckpoint saves after the step in which one of them comes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -137,9 +134,9 @@ def finished() -> Iterator[None]:
 def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterator[None]:
     """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
 
-    Ctrl-C is raised again. A full disk is said in the same way, by a ConfigurationError. ``trainer`` has an
-    AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which the run itself was resumed. The handlers of
-    these signals are those of before after the block: Lightning leaves Ctrl-C ignored where it has ended a run.
+    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which
+    the run itself was resumed. The handlers of these signals are those of before after the block: Lightning leaves
+    Ctrl-C ignored where it has ended a run.
     """
     saver: Any = trainer.checkpoint_callback
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -157,15 +154,8 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if pressed:
             raise KeyboardInterrupt from stop
         raise
-    except OSError as error:
-        # Checkpoints have an error of their own; this is of metrics.csv, a logger's files, or the adapter.
-        if error.errno not in DISK_FULL:
-            raise
-        advice = _advice(saver.last_saved or checkpoint, folder)
-        raise ConfigurationError(
-            f"the run in {str(folder)!r} cannot write its files after step {trainer.global_step}: {error.strerror}; "
-            f"free space; {advice}"
-        ) from error
+    except MisconfigurationException as error:
+        raise ConfigurationError(f"{' '.join(str(error).split())} (said by Lightning; set trainer)") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
@@ -174,8 +164,6 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
 
 def _advice(saved: str | Path | None, folder: Path) -> str:
     """How to resume: a command to paste if the run was started by a command, otherwise a key."""
-    if (folder / SUMMARY).exists():
-        return f"the run has ended; its page: {shlex.join(['dynrank', 'report', str(folder)])}"
     if not saved:
         return "there is no checkpoint yet"
     changes = [override("ckpt_path", saved)]

@@ -11,6 +11,7 @@ import dynrank
 from dynrank.app.models.merging import merge_adapter
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.errors import ConfigurationError
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,10 @@ def test_model_of_the_file_is_the_model_and_has_the_same_layers_on_meta(llama, f
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
 
 
-def test_packed_weights_of_the_file_are_still_of_the_file(file):
-    pytest.importorskip("bitsandbytes")
-    assert load_causal_lm(file, settings=ModelSettings(quantization="nf4")).config.name_or_path == file
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_weights_of_the_file_are_not_packed_again(on_meta, file):
+    with pytest.raises(ConfigurationError, match="is a GGUF file, .*; set model.quantization=none"):
+        load_causal_lm(file, settings=ModelSettings(quantization="nf4"), on_meta=on_meta)
 
 
 def test_tokenizer_of_the_file_gives_text_back(file):

@@ -68,7 +68,7 @@ def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_
     no_network, tmp_path, monkeypatch
 ):
     for load in (load_tokenizer, read_config, load_causal_lm):
-        with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not .* cannot be reached.*HF_HUB_OFF"):
+        with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
             load("nobody/nothing", "--base")
     commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
     commit.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_
     assert len(no_network) < 9
     no_network.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and HF_HUB_OFFLINE=1"):
+    with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
         load_tokenizer("nobody/nothing", "--base")
     assert not no_network
 
@@ -95,16 +95,10 @@ def test_an_answer_of_the_hub_is_one_whatever_it_says(monkeypatch):
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-OF_BART = {
-    f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 48))
-}
-OF_BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 32, "eos_token_id": 102}
 # For each kind of a model that is stored as an encoder or for another task: its class and size, and what is new then.
 STORED_WITHOUT = {
     "DebertaV2Model": (SMALL | {"pooler_hidden_size": 32}, ["pooler", "classifier"]),
     "BertForMaskedLM": (SMALL, ["classifier", "bert.pooler"]),
-    "AlbertForMaskedLM": (SMALL | {"embedding_size": 16}, ["classifier", "albert.pooler"]),
-    "BartModel": (OF_BART, ["classification_head"]),
 }
 
 
@@ -156,7 +150,7 @@ def test_files_that_do_not_fit_the_model_are_refused(tiny_bert, tmp_path):
     stored = load_file(file)
     del stored["bert.embeddings.LayerNorm.bias"]
     save_file(stored, file, {"format": "pt"})
-    with pytest.raises(ConfigurationError, match=r"lacks the weights \['bert\.embeddings\.LayerNorm\.bias'\]"):
+    with pytest.raises(ConfigurationError, match=r"lacks the weights of \['bert\.embeddings\.LayerNorm\.bias'\]"):
         load_classifier(str(tmp_path / "bert"), 3)
     config = json.loads((tiny_bert / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))

@@ -28,9 +28,10 @@ OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_option_composes_without_a_missing_value(option):
+def test_option_composes_without_a_missing_value(option, monkeypatch):
     config = dynrank.compose([option])
     # Only a running job knows these values.
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
     OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
     assert not OmegaConf.missing_keys(config)
     OmegaConf.to_container(config, resolve=True)

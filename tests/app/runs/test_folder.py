@@ -52,41 +52,30 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
     write(tmp_path / "checkpoints" / "last.ckpt.12.part", "left by a killed writer")
     with run_folder.locked(tmp_path, resumed=True):
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-    # The run has ended between the first look at its folder and the lock.
-    write(tmp_path / "summary.json", "{}")
-    with pytest.raises(ConfigurationError, match="has ended"), run_folder.locked(tmp_path, resumed=True):
-        pass
 
 
-def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
-    for name in ("metrics.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt", ".hydra/config.yaml"):
-        write(tmp_path / name, "x")
-    with run_folder.locked(tmp_path, resumed=False):
-        assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock", ".hydra"}
-    write(tmp_path / "checkpoints" / "last.ckpt", "x")
-    with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.locked(tmp_path, resumed=False):
-        pass
-    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
-
-
-@pytest.mark.parametrize("name", ["metrics.csv", "adapter/adapter_config.json", "report.html"])
-def test_a_new_run_replaces_no_files_of_somebody_else(name, tmp_path):
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "metrics.csv", "mine.txt"])
+def test_a_new_run_replaces_no_files(name, tmp_path):
     write(tmp_path / name, "mine")
-    held = name.partition("/")[0]
-    refused = pytest.raises(ConfigurationError, match=rf"holds {held}, which a run would replace; .*hydra\.run\.dir")
+    refused = pytest.raises(
+        ConfigurationError, match=rf"empty folder, .* holds {name.partition('/')[0]}; set hydra\.run"
+    )
     with refused, run_folder.locked(tmp_path, resumed=False):
         pass
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_refusal_keeps_the_checkpoint_that_was_written_before_it(tmp_path):
-    """As of a disk that is full before metrics.csv is made."""
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_refused_run_leaves_nothing_but_a_checkpoint_and_what_belongs_to_it(saved, tmp_path):
+    """As of a disk that is full."""
 
-    def run():
-        with run_folder.locked(tmp_path, resumed=False):
-            write(tmp_path / "checkpoints" / "last.ckpt", "x")
+    def refused():
+        with run_folder.locked(tmp_path / "run", resumed=False):
+            write(tmp_path / "run" / "metrics.csv", "x")
+            if saved:
+                write(tmp_path / "run" / "checkpoints" / "last.ckpt", "x")
             raise ConfigurationError("the disk is full")
 
     with pytest.raises(ConfigurationError, match="full"):
-        run()
-    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+        refused()
+    assert {path.name for path in tmp_path.rglob("*.*")} == ({"metrics.csv", "last.ckpt", ".lock"} if saved else set())

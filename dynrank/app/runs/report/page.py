@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -15,7 +14,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from dynrank import __version__
 from dynrank.adapters.sidecar_files import label_names, read_inputs
 from dynrank.app.console import one_line
-from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import REPORT
 from dynrank.app.runs.report.record import RunRecord, read_run
 from dynrank.app.runs.summary import Summary, read_summary, results_of
@@ -49,7 +47,6 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
             rivals=[_run_name(other) for other in against],
             pictures=_draw(run),
             ranks=run.ranks(),
-            next_commands=next_commands(run),
             version=__version__,
         )
         with whole_file(file) as part:
@@ -141,8 +138,7 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     if run.metrics.keys() & {"train/loss", "val/loss"}:
         caption = (
             f"Training and validation loss {over}; dashed: ranks change. Training loss is of one batch before its "
-            "step, with the dropout and label smoothing that are set; validation has neither. The losses at the end "
-            "are measured alike."
+            "step, with the dropout and label smoothing that are set."
         )
         yield "loss", caption, plot.loss(run)
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
@@ -152,38 +148,6 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
         f"Ranks of {len(run.layers)} layers, the first → the last: a row for each block, a column for each kind of "
         "layer."
     )
-    importance = run.importance()
-    ranks = run.ranks()
-    if len({ranks[name][-1] for name in importance}) > 1:
-        caption += (
-            " Where layers share a pool, the rank of each is in proportion to its importance (the table of layers "
-            "has it): the decrease of the loss by its updates before the change, at least 0, plus its standard error."
-        )
     yield "ranks", caption, plot.ranks(run)
     caption = f"Singular values of {len(run.layers)} updates at the end, relative to the largest of each."
     yield "spectra", caption, plot.spectra(run, "at the end")
-
-
-def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """(reason, command) for each run that is worth trying next, and for uses of this one."""
-    if run.overrides is not None:
-        for why, changes, without in _variations(run):
-            yield why, str(command(run.folder, *changes, without=("ckpt_path", *without)))
-    yield "use the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
-    yield (
-        "compare the run with others on this page",
-        shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"]),
-    )
-
-
-def _variations(run: RunRecord) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
-    """(reason, overrides to add, groups to leave out) of each variation of the run."""
-    ranks = run.summary.final_ranks.values()
-    middle = round(sum(ranks) / len(ranks))
-    # The adapter that a run goes on from sets the ranks at its start.
-    if run.made and run.config["lora"].get("from") is None:
-        fixed = [f"lora.rank={middle}", "schedule=fixed"]
-        yield "compare with a run that has the final rank from the start", fixed, ("schedule",)
-    if run.made and "final_rank" in run.config["schedule"] and middle > 1:
-        yield "try a smaller adapter", [f"schedule.final_rank={middle // 2}"], ()
-    yield "measure how much runs differ by chance", ["--multirun", "seed=1,2,3"], ()

@@ -12,7 +12,7 @@ import dynrank
 from dynrank.app import train
 from dynrank.app.runs import job
 from dynrank.app.runs.summary import read_summary
-from dynrank.app.runs.sweep import show_sweep
+from dynrank.app.runs.sweep import run_in_sweep, show_sweep
 from dynrank.errors import ConfigurationError
 
 SMALL = ["--multirun", "debug=smoke", "trainer.enable_progress_bar=false", "task.limit=32", "plots=false"]
@@ -100,6 +100,14 @@ def test_experiment_of_targets_is_one_run_for_each(sweep, fail):
     assert all(name in printed for name in names)
 
 
+def test_a_sweeper_is_told_the_objective_at_the_final_weights(fail, tmp_path):
+    fail(None)
+    for objective, value in (("val/loss", 3.0), ("val/accuracy", None)):
+        (tmp_path / objective).mkdir(parents=True)
+        config = dynrank.compose(["lora.rank=8", f"objective={objective}"])
+        assert run_in_sweep(config, [], tmp_path / objective, lambda: None) == value
+
+
 def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fail):
     fail(ConfigurationError("no rank of 4"))
     code, _, said = sweep("sweep=rank", "lora.rank=4,8", "trainer.max_steps=null", "hydra.sweep.dir=s")
@@ -115,7 +123,7 @@ def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, c
         sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
     # The traceback stands where it happened, as Hydra raises only the first error.
     assert "s/0: RuntimeError: out of memory\nTraceback" in capsys.readouterr().err
-    show_sweep(Path("s"), plot=False)
+    show_sweep(Path("s"))
     assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
 
 

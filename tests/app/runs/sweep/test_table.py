@@ -68,7 +68,7 @@ def test_runs_without_a_result_are_named_and_counted_and_refused_ones_left_out(t
     write(tmp_path / "4", ["lora.rank=8", "seed=2"])
     # This run was refused before it began.
     (tmp_path / "4" / "rank_history.csv").unlink()
-    show_sweep(tmp_path, plot=True)
+    show_sweep(tmp_path)
     found = rows(tmp_path / "sweep.csv")
     counted = [(row["lora.rank"], row["runs"], row["without_result"]) for row in found]
     assert counted == [("4", "1", "1"), ("8", "0", "2")]
@@ -99,7 +99,7 @@ def test_arms_of_several_settings_keep_all_that_differ(tmp_path, capsys):
     for number, (names, rank) in enumerate(settings):
         overrides = [f"lora.target_modules={names}", f"+lora.rank={rank}", "seed=1"]
         write(tmp_path / str(number), overrides, {"test/loss": 1.0})
-    show_sweep(tmp_path, plot=False)
+    show_sweep(tmp_path)
     found = [[*row.items()] for row in rows(tmp_path / "sweep.csv")]
     assert [tuple(value for _, value in row[:2]) for row in found] == settings
     assert [name for name, _ in found[0][:3]] == ["lora.target_modules", "lora.rank", "runs"]
@@ -119,8 +119,11 @@ def test_picture_shows_every_run_the_means_and_deviations_of_several():
     assert [text.get_text() for text in named.axes[0].get_xticklabels()] == ["fixed", "anneal"]
 
 
-def test_command_makes_the_table_again_and_refuses_what_is_no_sweep(sweep, launch, tmp_path_factory):
-    code, _, message = launch(cli.main, "sweep", sweep[0], "--no-plot")
+def test_command_makes_the_table_again_without_a_picture_and_refuses_what_is_no_sweep(
+    sweep, launch, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setattr("dynrank.app.runs.sweep.find_spec", lambda name: None)
+    code, _, message = launch(cli.main, "sweep", sweep[0])
     assert (code, message) == (0, "")
     assert (sweep[0] / "sweep.csv").exists()
     assert not (sweep[0] / "sweep.png").exists()
