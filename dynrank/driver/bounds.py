@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from operator import eq, ge, le
 
 from dynrank.driver.due import is_frozen
@@ -10,8 +10,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.patterns import rule_of_each
 from dynrank.rank_map import RankBounds
-from dynrank.schedules import Stage
-from dynrank.targets import Budget
 
 # The largest number of faults in one error.
 _LISTED = 20
@@ -33,40 +31,23 @@ def bounds_of(layers: Mapping[str, RankedLayer], rules: Mapping[str, RankBounds]
 
 
 def check_bounds(
-    schedule: Sequence[Stage],
     layers: Mapping[str, RankedLayer],
     bounds: Mapping[str, RankBounds],
     ends: Mapping[str, int],
 ) -> None:
-    """Refuse bounds of layers that no rank fulfils together with a budget's, or that the schedule does not reach.
+    """Refuse bounds of layers that the schedule does not reach.
 
     ``ends`` are the ranks that the schedule leads to. They are within the bounds whatever the data, unless a layer is
     frozen, or no stage lowers or raises its rank.
     """
     faults: dict[str, list[str]] = {}
-    arguments = {"rank_map": None}
     for name, own in bounds.items():
         why = "it is frozen" if is_frozen(layers[name]) else None
-        against = {} if why or own.final_rank is not None else _against_budgets(schedule, own)
-        arguments |= dict.fromkeys(against.values())
-        for fault in against or _unreached(own, ends[name], why):
+        for fault in _unreached(own, ends[name], why):
             faults.setdefault(fault, []).append(name)
     lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
     if lines:
-        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), *arguments)
-
-
-def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, str]:
-    """{which bound of a budget leaves no rank to a layer with these bounds: its name}."""
-    faults = {}
-    for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
-        if own.highest is not None and own.highest < budget.lowest:
-            fault = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
-            faults[fault] = "lowest"
-        if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
-            fault = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
-            faults[fault] = "highest"
-    return faults
+        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map")
 
 
 def _unreached(own: RankBounds, end: int, why: str | None) -> list[str]:

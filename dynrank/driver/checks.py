@@ -100,7 +100,7 @@ def check_model(
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
     if schedule:
-        check_bounds(schedule, layers, bounds, ranks)
+        check_bounds(layers, bounds, ranks)
 
 
 def _faults(

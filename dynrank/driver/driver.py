@@ -37,8 +37,8 @@ from dynrank.driver.best import wait_anew
 from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import check_model, check_training
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import History, RankEvent
-from dynrank.driver.learning_rates import LearningRates, warn_of_low_rate
+from dynrank.driver.event import RankEvent
+from dynrank.driver.learning_rates import LearningRates
 from dynrank.driver.making import change_at_once, change_on_trial
 from dynrank.driver.metrics import check_observed, judging_metrics, numbers_in, observed_metrics
 from dynrank.driver.progress import Decision, Progress
@@ -102,9 +102,9 @@ class RankDriver:
         self._has_judges = False
 
     @property
-    def history(self) -> History:
+    def history(self) -> list[RankEvent]:
         """Every change of the run so far, and every attempt that was undone, also those before a resume."""
-        return History(self.progress.history)
+        return [*self.progress.history]
 
     @property
     def finished(self) -> bool:
@@ -152,18 +152,10 @@ class RankDriver:
         if self._differs is not None:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         adapters = adapter_parameters(training.model)
-        self._rates = [
-            LearningRates(optimizer, adapters, self.lr_factor, self.abort) for optimizer in training.optimizers
-        ]
+        self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
         self._importance.start(training, layers, self.stages[self.progress.stage :])
         self._plan()
         self._is_running = True
-
-    def epoch_begins(self, epoch: int, step: int, length: int | None) -> None:
-        """Correct the times in epochs; see :meth:`Timetable.epoch_begins`. A ``length`` of None is unknown."""
-        if self._timetable is not None and length is not None:
-            self._timetable.epoch_begins(epoch, step, length)
-            self._plan()
 
     def is_due(self, step: int) -> bool:
         """Whether ranks change before the optimizer step that comes after ``step`` of them."""
@@ -172,9 +164,7 @@ class RankDriver:
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
         if self.is_due(training.step):
-            event = self._act(training)
-            if event is not None and not event.undone:
-                warn_of_low_rate(training)
+            self._act(training)
 
     def end_step(self, training: Training, *, last: bool | None = None) -> None:
         """Take the optimizer step just made, if there is a new one; its gradients must still exist.
@@ -212,10 +202,7 @@ class RankDriver:
         values = [mean_over_processes(metrics.get(name, nan), training.group) for name in trigger.monitors]
         fires = trigger.observe(training.step, *values)
         if from_first(lambda: fires, training.group):
-            reason = trigger.reason
-            for name in trigger.monitors:
-                reason = reason.replace(name, training.own_name(name, metrics))
-            self.progress.pending = Decision(self.progress.stage, reason)
+            self.progress.pending = Decision(self.progress.stage, trigger.reason)
 
     def finish(self, training: Training) -> None:
         """End the run: make a change that is left, and warn if stages were not reached."""
@@ -249,11 +236,6 @@ class RankDriver:
         self._importance.load_state_dict(None)
         self._ended_step = 0
         self._differs = None
-
-    def begin_again(self) -> None:
-        """Let the run begin again at step 0 with the present model; the changes that were made stay."""
-        self.progress = replace(self.progress, pending=None, observed_step=None)
-        self._ended_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -317,7 +299,7 @@ class RankDriver:
             if stage.how.max_regression is None:
                 change_at_once(training, due, history, end_stage, measure=self.measure)
             else:
-                change_on_trial(training, due, history, end_stage)
+                change_on_trial(training, due, end_stage)
         finally:
             # Also if Ctrl-C was pressed during the change, or its measurement has failed.
             for event in history[known:]:

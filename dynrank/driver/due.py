@@ -139,22 +139,13 @@ def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapp
         # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
         if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
             continue
-        reason = f"bound by rank_map to {_span(state)}"
-        if own == FREE:
-            reason = f"frozen at rank {state.rank}, or can have no other"
-        elif own.pinned:
-            reason = f"pinned at rank {state.rank}"
         raise ConfigurationError(
-            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {reason}; let its ranks() "
-            "return layer.shrunk(rank) or layer.grown(rank), which keep that",
+            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, whose lowest rank is {state.lowest} "
+            f"and highest {state.highest}, by rank_map or because it is frozen; let its ranks() return "
+            "layer.shrunk(rank) or layer.grown(rank), which keep that",
             *stage.arguments,
         )
     return ranks
-
-
-def _span(state: LayerState) -> str:
-    low = state.lowest
-    return f"rank {low}" if low == state.highest else f"ranks {low} to {state.highest}"
 
 
 def expected_states(

@@ -27,18 +27,12 @@ class RegressionTest:
     def __init__(self, training: Training, how: How) -> None:
         self._training = training
         self._how = how
-        metrics = validate(training)
-        self._name = training.own_name(how.check_monitor, metrics)
-        self.before = self._value(metrics)
+        self.before = self._value(validate(training))
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
     def measure(self) -> Measured:
         """Validate the changed weights."""
-        return self.measured(self._value(validate(self._training)))
-
-    def measured(self, after: float) -> Measured:
-        """What a change costs after which the metric is ``after``."""
-        return Measured(self._name, self.before, after)
+        return Measured(self._how.check_monitor, self.before, self._value(validate(self._training)))
 
     def allows(self, after: float) -> bool:
         """Whether the metric may change from ``before`` to ``after``; never if one of the two is not finite."""

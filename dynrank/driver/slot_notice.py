@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import ceil
 
 from torch import nn
@@ -12,62 +11,36 @@ from dynrank.driver.bounds import bounds_of
 from dynrank.driver.checks import NO_RULES, depends_on_data, final_ranks
 from dynrank.driver.due import expected_states, ranks_of_target
 from dynrank.layers.finding import lora_layers
-from dynrank.output.slots import SLOTS, average, slot_rank
+from dynrank.output.slots import average, slot_rank
 from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, Energy
 
 
-def slot_notice(
-    model: nn.Module,
-    schedule: Sequence[Stage],
-    rules: Mapping[str, RankBounds] = NO_RULES,
-    name: str | None = "highest",
-) -> str | None:
+def slot_notice(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> str | None:
     """A line about a server's slot for the adapter at the end; None: the mean rank needs as large a slot.
 
     Args:
         model: the model, before the first stage of ``schedule``.
         schedule: the stages to come.
         rules: those of the schedule's rank map.
-        name: what the user calls the argument ``highest`` of a budget; None: the user cannot set it.
 
     >>> import dynrank
     >>> from dynrank.schedules import early_budget
     >>> layers = [nn.Linear(64, 64) for _ in range(4)]
-    >>> line, limit = slot_notice(dynrank.add_lora(nn.Sequential(*layers), rank=16), early_budget(4)).split("; ")
-    >>> line
+    >>> slot_notice(dynrank.add_lora(nn.Sequential(*layers), rank=16), early_budget(4)).split("; ")[0]
     'a server reserves the highest rank of the adapter in every layer, up to 16'
-    >>> limit
-    'highest=8 in the schedule limits it, as early_budget(4, highest=8)'
     """
     # Only such stages leave it to the run which layers get more than others.
     if not depends_on_data(schedule):
         return None
-    top = max(highest_ranks(model, schedule, rules).values())
-    mean = average(final_ranks(model, schedule, rules))
-    if slot_rank(top) <= slot_rank(ceil(mean)):
+    top = max(highest for _, highest in rank_spans(model, schedule, rules).values())
+    if slot_rank(top) <= slot_rank(ceil(average(final_ranks(model, schedule, rules)))):
         return None
-    line = f"a server reserves the highest rank of the adapter in every layer, up to {top}"
-    # A limit at the mean would make all ranks the same.
-    limit = next(slot for slot in (*SLOTS, top) if slot > mean)
-    is_lower = slot_rank(limit) < slot_rank(top)
-    # Pinned layers do not follow it.
-    least = max(highest_ranks(model, _limited(schedule, limit if is_lower else top - 1), rules).values())
-    if name is None or least >= top:
-        return line
-    if not is_lower:
-        return f"{line}; {name} limits it"
-    # The default is a name in Python, where a schedule may have been given as its final rank alone.
-    example = f" in the schedule limits it, as early_budget({ceil(mean)}, highest={limit})" if name == "highest" else ""
-    return f"{line}; {name}={limit}{example or ' limits it'}"
-
-
-def highest_ranks(
-    model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
-) -> dict[str, int]:
-    """{layer: the highest rank that it can have after the last stage}."""
-    return {name: high for name, (_, high) in rank_spans(model, schedule, rules).items()}
+    return (
+        f"a server reserves the highest rank of the adapter in every layer, up to {top}; early_budget and auto have an "
+        "argument that limits it, highest"
+    )
 
 
 def rank_spans(
@@ -97,14 +70,3 @@ def pool_at_end(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str,
     layers = dict(lora_layers(model))
     ranks = final_ranks(model, schedule[:-1], rules)
     return schedule[-1].to.pool(expected_states(layers, bounds_of(layers, rules), ranks, last=True))
-
-
-def _limited(schedule: Sequence[Stage], highest: int) -> list[Stage]:
-    """The schedule with this limit in its budgets, as far as they allow it."""
-    stages = []
-    for stage in schedule:
-        to = stage.to
-        if isinstance(to, Budget):
-            stage = replace(stage, to=replace(to, highest=max(to.lowest, min(highest, to.highest or highest))))
-        stages.append(stage)
-    return stages

@@ -114,7 +114,6 @@ def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> Non
 
 def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
-    from dynrank.app.keys import keys_of
     from dynrank.app.runs.job import build
     from dynrank.driver.slot_notice import pool_at_end, rank_spans, slot_notice
     from dynrank.layers.finding import own_layers
@@ -160,7 +159,7 @@ def print_ranks(config: DictConfig) -> None:
         if pool is not None:
             total = f"{pool:,}"
             size = f" from one pool of at most {total} parameters, {pool / 2**18:.2f} MiB in float32"
-        notice = slot_notice(model, stages, name=keys_of(config.schedule, "schedule")("highest"))
+        notice = slot_notice(model, stages)
         said = "; ".join(filter(None, (f"the run decides each rank{size}", notice)))
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{layers.parameters:,}", total, "")
     table.caption = f"at the end, {said}"

@@ -1,7 +1,7 @@
 """Changes of rank: a table, rank_history.csv, numbers for the loggers and the progress bar."""
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,24 +34,15 @@ class RankMonitor(Callback):
             before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
-        names: what the user calls an argument of the schedule, or None if it cannot be set, for a program with other
-            names; None: its name in Python.
 
     Example::
 
         Trainer(callbacks=[RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]).fit(module)
     """
 
-    def __init__(
-        self,
-        history_file: str | Path | None = None,
-        model_name: str = "",
-        *,
-        names: Callable[[str], str | None] | None = None,
-    ) -> None:
+    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
-        self.names = names
         # What is logged of the present ranks; empty if there are no layers.
         self._ranks: dict[str, float] = {}
         # What was logged last in this epoch. The trainer keeps it until the epoch ends, and logging costs time.
@@ -108,9 +99,8 @@ class RankMonitor(Callback):
 
     def _print_notice(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what a server will reserve for the adapter, if a schedule can leave it more than the mean."""
-        name = "highest" if self.names is None else self.names("highest")
         for driver in (c.driver for c in trainer.callbacks if isinstance(c, RankScheduler)):  # type: ignore[attr-defined]
-            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules, name)
+            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules)
             if notice is not None:
                 print(notice, flush=True)
 

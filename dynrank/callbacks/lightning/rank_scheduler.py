@@ -12,7 +12,7 @@ from dynrank.callbacks.lightning.resume import has_missed_look
 from dynrank.callbacks.lightning.strategies import check_callbacks, check_strategy
 from dynrank.callbacks.lightning.validation import ValidationMetrics
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import History, RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed, check_training_metrics
 from dynrank.driver.validation import validate
 from dynrank.layers.peft_kernel import apply_lora_kernel
@@ -80,7 +80,7 @@ class RankScheduler(Callback):
         self._run: training.LightningTraining | None = None
 
     @property
-    def history(self) -> History:
+    def history(self) -> list[RankEvent]:
         """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
@@ -109,7 +109,7 @@ class RankScheduler(Callback):
         if stage == "fit":
             check_strategy(trainer)
             if self.driver.stages:
-                check_callbacks(trainer, RankScheduler)
+                check_callbacks(trainer)
             self._best = BestSoFar(trainer, self._best)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,9 +122,6 @@ class RankScheduler(Callback):
         run = self._run = training.LightningTraining(trainer, pl_module, self.evaluate)
         check_training_metrics(self.driver.stages, validates=bool(trainer.enable_validation))
         self.driver.start(run, training.run_length(trainer, pl_module))
-        # An epoch in which a run is resumed does not begin anew.
-        length = training.steps_per_epoch(trainer, pl_module)
-        self.driver.epoch_begins(trainer.current_epoch, training.steps_before_epoch(trainer), length)
         seen = self.driver.progress.observed_step
         if seen != trainer.global_step and has_missed_look(trainer):
             own = training.LightningTraining(trainer, pl_module)
@@ -144,8 +141,7 @@ class RankScheduler(Callback):
             self._observe(metrics)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        length = training.steps_per_epoch(trainer, pl_module)
-        self.driver.epoch_begins(trainer.current_epoch, trainer.global_step, length)
+        training.check_epochs(trainer, pl_module, self.driver.stages)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:

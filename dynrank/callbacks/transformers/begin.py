@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
 
 from dynrank.adapters.save import trained_heads
 from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints
@@ -22,29 +21,19 @@ from dynrank.layers.finding import own_layers
 
 
 def begin_run(
-    trainer: Trainer,
-    kind: type[TrainerCallback],
-    event: Mapping[str, Any],
-    evaluate: Callable[[], Mapping[str, Any]] | None,
+    trainer: Trainer, event: Mapping[str, Any], evaluate: Callable[[], Mapping[str, Any]] | None
 ) -> TrainerTraining:
-    """The run of ``trainer`` whose training begins with ``event``; ``kind`` is the class of the callback.
+    """The run of ``trainer`` whose training begins with ``event``.
 
     Raises:
-        ConfigurationError: if there are several callbacks of this class, or one that was added too late; if trained
-            parameters could not be stored; if the Trainer's processes do not follow a change.
+        ConfigurationError: if the callback was added too late; if trained parameters could not be stored; if the
+            Trainer's processes do not follow a change.
     """
     check_arguments(trainer.args)
-    callbacks = trainer.callback_handler.callbacks
-    if sum(isinstance(callback, kind) for callback in callbacks) > 1:
-        raise ConfigurationError(
-            f"one {kind.__name__} changes the ranks of a run, got several in callbacks; join their stages in one list, "
-            f"{kind.__name__}([*first, *second])",
-            "callbacks",
-        )
     if not is_prepared(trainer):
         raise ConfigurationError(
             "trainer.add_callback comes too late to prepare the model for checkpoints that can be resumed: call "
-            f"{kind.__name__}(...).attach(trainer) instead",
+            "RankTrainerCallback(...).attach(trainer) instead",
             "callbacks",
         )
     model = event["model"]

@@ -63,7 +63,7 @@ def test_ranks_shows_bounds_and_the_pool_where_the_data_decide(table):
     # The sum of d_in + d_out over all layers is 42,240.
     assert total[7] == f"{16 * 42_240:,}"
     assert f"one pool of at most {16 * 42_240:,} parameters, 2.58 MiB in float32" in end
-    slot = "a server reserves the highest rank of the adapter in every layer, up to 32; schedule.highest=16 limits it"
+    slot = "a server reserves the highest rank of the adapter in every layer, up to 32; early_budget and auto have"
     assert slot in table("schedule.final_rank=8")[1]
     (*layers, total), end = table("schedule=energy")
     assert ({row[3] for row in layers}, total[7]) == ({"1-32"}, "")

@@ -1,7 +1,6 @@
-"""RankScheduler(kernel=True): PEFT's layers train by the fused op, wherever the user's module makes them."""
+"""RankScheduler(kernel=True): PEFT's layers train by the fused op, also those of configure_model."""
 
 import lightning
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
@@ -10,15 +9,13 @@ from torch.testing import assert_close
 from trained import ranks
 
 from dynrank.callbacks import RankScheduler
-from dynrank.errors import ConfigurationError
 from dynrank.layers import peft_op
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
 
-@pytest.mark.parametrize("place", ["__init__", "configure_model"])
-def test_a_run_by_the_op_ends_as_without_it(place, regression, fit, monkeypatch):
+def test_a_run_by_the_op_ends_as_without_it(regression, fit, monkeypatch):
     calls = []
     op = peft_op.lora_linear
     monkeypatch.setattr(peft_op, "lora_linear", lambda *args: (calls.append(torch.is_grad_enabled()), op(*args))[1])
@@ -29,8 +26,6 @@ def test_a_run_by_the_op_ends_as_without_it(place, regression, fit, monkeypatch)
         def __init__(self):
             lightning.LightningModule.__init__(self)
             self.net = None
-            if place == "__init__":
-                self.configure_model()
 
         def configure_model(self):
             if self.net is None:
@@ -49,8 +44,3 @@ def test_a_run_by_the_op_ends_as_without_it(place, regression, fit, monkeypatch)
         assert calls.count(True) == 16 * kernel
         ends[kernel] = module.state_dict()
     assert_close(ends[True], ends[False], rtol=1e-3, atol=1e-5)
-
-
-def test_layers_of_dynrank_are_refused_by_name(fit):
-    with pytest.raises(ConfigurationError, match="apply_lora_kernel .*Layers of dynrank.add_lora have the op already"):
-        fit(RankScheduler(3, kernel=True))

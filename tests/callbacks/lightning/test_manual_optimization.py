@@ -63,7 +63,7 @@ class Seeing(lightning.Callback):
 
 @pytest.mark.parametrize(
     ("kind", "every", "batch"),
-    [("budget", 1, 8), ("checked", 1, 8), ("end", 1, 9), ("loss", 1, 0), ("plateau", 1, 5), ("plateau", 2, 6)],
+    [("budget", 1, 8), ("end", 1, 9), ("loss", 1, 0), ("plateau", 2, 6)],
 )
 def test_manual_run_is_the_automatic_run_also_resumed(manual, fit, assert_same, tmp_path, kind, every, batch):
     """A change that is decided between the two batches of a step waits for the next batch behind its end."""
@@ -124,12 +124,10 @@ def test_optimizers_of_factors_and_of_others_make_as_many_steps_as_they_like(reg
     ("kind", "options", "message"),
     [
         ("checked", {"told": False}, r"10 optimizer steps.*scheduler\.step\(self\) in training_step"),
-        ("budget", {"told": False}, r"manual optimization scheduler\.step\(self\)"),
         ("budget", {"zeroed": True}, "before zero_grad"),
         ("end", {"max_steps": -1, "max_epochs": 2}, "known length; set max_steps"),
         ("loss", {"returns": False}, "train/loss, and training_step of this manual optimization returns no loss"),
-        # These need neither importance nor a step.
-        ("checked", {"zeroed": True}, None),
+        # This needs no step.
         ("nothing", {"told": False}, None),
     ],
 )
