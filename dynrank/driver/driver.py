@@ -34,7 +34,7 @@ from dynrank.distributed.processes import check_processes, from_first, mean_over
 from dynrank.distributed.wrappers import new_reducers
 from dynrank.driver import progress as stored
 from dynrank.driver.best import wait_anew
-from dynrank.driver.bounds import bounds_of
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import check_model, check_training
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
@@ -47,7 +47,7 @@ from dynrank.driver.run_importance import RunImportance
 from dynrank.driver.timetable import Timetable
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.finding import adapter_parameters
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map
 from dynrank.schedules import Schedule
 from dynrank.schedules.presets import stages_of
@@ -139,8 +139,8 @@ class RankDriver:
         self._ended_step = training.step
         self._run = run
         self._timetable = Timetable(self.stages, run)
-        layers = dict(lora_layers(training.model))
-        self._bounds = bounds_of(layers, self.rules)
+        layers = BoundLayers.of(training.model, self.rules)
+        self._bounds = layers.bounds
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             check_model(training.model, self.stages, run, self.rules)
@@ -153,7 +153,7 @@ class RankDriver:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         adapters = adapter_parameters(training.model)
         self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
-        self._importance.start(training, layers, self.stages[self.progress.stage :])
+        self._importance.start(training, layers.layers, self.stages[self.progress.stage :])
         self._plan()
         self._is_running = True
 

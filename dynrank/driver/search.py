@@ -55,7 +55,7 @@ class Search:
         self._training = training
         self._undo = undo
         self._due = due
-        self.now = {name: layer.rank for name, layer in due.layers.items()}
+        self.now = due.layers.ranks
         # By their number of steps.
         self._trials: dict[int, tuple[Measured, list[LayerReport]]] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.

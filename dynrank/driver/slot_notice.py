@@ -7,10 +7,8 @@ from math import ceil
 
 from torch import nn
 
-from dynrank.driver.bounds import bounds_of
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, depends_on_data, final_ranks
-from dynrank.driver.due import expected_states, ranks_of_target
-from dynrank.layers.finding import lora_layers
 from dynrank.output.slots import average, slot_rank
 from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
@@ -47,26 +45,24 @@ def rank_spans(
     model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES
 ) -> dict[str, tuple[int, int]]:
     """{layer: the lowest and the highest rank that it can have after the last stage}, whatever the data are."""
-    layers = dict(lora_layers(model))
-    bounds = bounds_of(layers, rules)
-    low = high = {name: layer.rank for name, layer in layers.items()}
+    layers = BoundLayers.of(model, rules)
+    low = high = layers.ranks
     for number, stage in enumerate(schedule, 1):
         to = stage.to
-        least, most = (expected_states(layers, bounds, r, last=number == len(schedule)) for r in (low, high))
+        least, most = (layers.expected_states(ranks, last=number == len(schedule)) for ranks in (low, high))
         if isinstance(to, Budget):
             low, high = to.lowest_ranks(least), to.highest_ranks(most)
         elif not to.needs:
-            low, high = (ranks_of_target(stage, bounds, states) for states in (least, most))
+            low, high = (layers.ranks_by(stage, states) for states in (least, most))
         else:
             end = to.lowest if isinstance(to, Energy) else 1
             low = {name: state.shrunk(end) for name, state in least.items()}
-    return {name: (low[name], high[name]) for name in layers}
+    return {name: (low[name], high[name]) for name in layers.layers}
 
 
 def pool_at_end(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> int | None:
     """How many parameters all layers may have together after the last stage; None if that is no budget."""
     if not schedule or not isinstance(schedule[-1].to, Budget):
         return None
-    layers = dict(lora_layers(model))
     ranks = final_ranks(model, schedule[:-1], rules)
-    return schedule[-1].to.pool(expected_states(layers, bounds_of(layers, rules), ranks, last=True))
+    return schedule[-1].to.pool(BoundLayers.of(model, rules).expected_states(ranks, last=True))

@@ -10,7 +10,7 @@ from trained import drive, updated
 
 import dynrank
 from dynrank.change.directions import LayerDirections
-from dynrank.driver.bounds import bounds_of
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, check_model, final_ranks
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.due import DueStage
@@ -44,8 +44,8 @@ def rules_of(**rank_map):
 
 def due(model, target, rules, *, last=True):
     (stage,) = to(target)
-    layers = dict(dynrank.lora_layers(model))
-    return DueStage(stage, last, "", layers, bounds_of(layers, rules), LayerDirections(layers), {})
+    layers = BoundLayers.of(model, rules)
+    return DueStage(stage, last, "", layers, LayerDirections(layers.layers), {})
 
 
 def refusal(model, schedule, rules=NO_RULES):
@@ -212,14 +212,14 @@ def test_a_key_that_begins_at_the_first_letter_of_a_name_is_of_the_model_that_pe
     model = wrapped(**{first: 3})
     assert ranks_of(model)[:2] == [3, 8]
     for key in (first, f"^base_model.model.{NAMES[0]}"):
-        bounds = bounds_of(dict(dynrank.lora_layers(model)), rules_of(**{key: {"pinned": True}}))
+        bounds = BoundLayers.of(model, rules_of(**{key: {"pinned": True}})).bounds
         assert [bound.pinned for bound in bounds.values()] == [True] + [False] * (len(NAMES) - 1)
 
 
 def test_the_first_of_the_schedules_rules_goes_before_the_layers_own_as_a_whole():
     model = own(o_proj={"rank": 6, "final_rank": 2}, mlp={"pinned": True})
     rules = {r"0\..*o_proj": {"highest": 4}, "down_proj": {"pinned": False}, "mlp": {"lowest": 3}}
-    bounds = bounds_of(dict(dynrank.lora_layers(model)), rules_of(**rules))
+    bounds = BoundLayers.of(model, rules_of(**rules)).bounds
     assert [bounds[name] for name in NAMES] == [
         *(RankBounds(), RankBounds(highest=4), RankBounds(lowest=3), RankBounds()),
         *(RankBounds(), RankBounds(final_rank=2), RankBounds(lowest=3), RankBounds()),

@@ -169,18 +169,6 @@ def test_a_trigger_that_the_checkpoint_does_not_know_begins_anew_and_its_decisio
 END = Stage(At(fraction=1.0), Rank(2))
 
 
-@pytest.mark.parametrize("schedule", [END, at(STEPS, Rank(2)), auto(0.9, at=0.5)])
-def test_what_is_due_at_the_end_is_in_the_last_validation_and_checkpoint(schedule):
-    loop = Loop()
-    driver = loop.train(RankDriver(schedule))
-    step, _, rank = trajectory(driver)[-1]
-    assert rank < 6
-    assert (step, loop.validations[-1]) == (STEPS, (STEPS, rank))
-    again = Loop()
-    again.load(RankDriver(schedule), loop.files[STEPS])
-    assert again.model[0].rank == rank
-
-
 @pytest.mark.parametrize(
     ("stages", "last", "warnings"),
     [
@@ -288,32 +276,7 @@ def test_change_that_ctrl_c_could_not_stop_is_told(name):
 
 
 @pytest.mark.parametrize("end", [RankDriver.finish, lambda driver, _: driver.abort()], ids=["finish", "abort"])
-def test_rates_of_adapters_are_those_of_the_last_step_until_the_run_ends(end):
-    """A checkpoint that is made after the end knows the factor."""
-
-    def grouped(factors, lr):
-        return torch.optim.SGD([{"params": factors[:2]}, {"params": factors[2:]}], lr=lr)
-
-    driver, loop = due(at(5, Rank(3), lr_factor=2.0), grouped)
-    factor = loop.model[0].lora_B
-
-    def rate():
-        before = factor.detach().clone()
-        factor.grad = torch.ones_like(factor)
-        loop.optimizers[0].step()
-        return pytest.approx((before - factor).mean().item(), rel=1e-4)
-
-    assert rate() == 1e-2
-    assert driver.adapter_rates == {}
-    driver.advance(loop)
-    assert rate() == 2e-2
-    assert driver.adapter_rates == {"lr/adapter/0": 2e-2, "lr/adapter/1": 2e-2}
-    end(driver, loop)
-    assert rate() == 1e-2
-    assert driver.state_dict()["lr_factor"] == 2.0
-
-
-def test_two_schedules_in_one_optimizer_are_refused_until_the_first_run_is_over():
+def test_two_schedules_in_one_optimizer_are_refused_until_the_first_run_is_over(end):
     """Each would restore the rates that the other has raised, as in a cell of a notebook that is run again."""
     loop = Loop(optimizer=torch.optim.SGD)
     first, second = (RankDriver(early_budget(rank)) for rank in (4, 2))
@@ -321,7 +284,7 @@ def test_two_schedules_in_one_optimizer_are_refused_until_the_first_run_is_over(
     loop.step = 0
     with pytest.raises(ConfigurationError, match=r"another rank schedule drives this optimizer; .*driver\.abort\(\)"):
         loop.train(second, 12)
-    first.abort()
+    end(first, loop)
     loop.train(second, 12)
     assert second.adapter_rates == {"lr/adapter": pytest.approx(1e-2 * second.lr_factor)}
 

@@ -23,11 +23,10 @@ class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
     Each change is printed as a table; before training a line says what a server will reserve.
-    Every logger gets ``rank/mean``, ``rank/max`` and ``rank/parameters`` at the start, with every step that is logged,
-    with every validation, and after each change. All loggers except the CSVLogger, where each name would be a column,
-    get ``rank/layer/NAME`` at the start and after each change. Each step logs its learning rates as ``lr/NAME``; NAME
-    is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs.) A progress bar
-    shows ``rank/mean`` in every step.
+    Every logger gets ``rank/mean``, ``rank/max`` and ``rank/parameters`` at the start and after each change; all of
+    them except the CSVLogger, where each name would be a column, also get ``rank/layer/NAME``. Each step logs
+    ``rank/mean``, which a progress bar shows, and its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
+    or its number. (RankScheduler logs ``lr/adapter`` where it differs.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with the importance of each layer
@@ -45,8 +44,6 @@ class RankMonitor(Callback):
         self.prefix = f"{model_name}." if model_name else ""
         # What is logged of the present ranks; empty if there are no layers.
         self._ranks: dict[str, float] = {}
-        # What was logged last in this epoch. The trainer keeps it until the epoch ends, and logging costs time.
-        self._logged: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Written here so that a run without steps gets the file, too.
@@ -56,32 +53,17 @@ class RankMonitor(Callback):
         # FSDP2 loads the history of a resumed run later than on_fit_start.
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
-        self._logged = {}
         if trainer.is_global_zero:
             self._print_notice(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._logged = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         groups = [group for optimizer in trainer.optimizers for group in unwrapped_optimizer(optimizer).param_groups]
         # An optimizer that computes its own rate may have None.
         rates = {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
         values = {name: float(rate) for name, rate in rates.items() if rate is not None}
-        values |= self._ranks
-        changed = {name: value for name, value in values.items() if self._logged.get(name) != value}
-        mean = changed.pop("rank/mean", None)
-        if changed:
-            pl_module.log_dict(changed)
-        if mean is not None:
-            pl_module.log("rank/mean", mean, prog_bar=True)
-        self._logged |= values
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._ranks:
-            for logger in trainer.loggers:
-                # Lightning, too, logs a validation with the number of the step before it.
-                logger.log_metrics(self._ranks, step=max(0, trainer.global_step - 1))
+        pl_module.log_dict(values)
+        if self._ranks:
+            pl_module.log("rank/mean", self._ranks["rank/mean"], prog_bar=True)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._shortened(event)

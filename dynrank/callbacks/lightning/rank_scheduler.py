@@ -9,7 +9,7 @@ from dynrank.callbacks.lightning import private, training
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import has_missed_look
-from dynrank.callbacks.lightning.strategies import check_callbacks, check_strategy
+from dynrank.callbacks.lightning.strategies import check_averages, check_strategy
 from dynrank.callbacks.lightning.validation import ValidationMetrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
@@ -109,7 +109,7 @@ class RankScheduler(Callback):
         if stage == "fit":
             check_strategy(trainer)
             if self.driver.stages:
-                check_callbacks(trainer)
+                check_averages(trainer)
             self._best = BestSoFar(trainer, self._best)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -51,12 +51,12 @@ def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer) -> None:
-    """Refuse averages of weights, in which a change of ranks would have to be made, too."""
+def check_averages(trainer: Trainer) -> None:
+    """Refuse averages of weights, which would have to change and to leave out the base as the weights do."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigurationError(
-                f"{type(callback).__name__} averages weights of one rank, and the schedule changes ranks: take one of "
-                "the two out of callbacks",
+                f"{type(callback).__name__} averages whole models of one rank, and RankScheduler and AdapterCheckpoint "
+                "do not: take it or them out of callbacks",
                 "callbacks",
             )

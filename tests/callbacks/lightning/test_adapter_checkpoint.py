@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.testing import assert_close
@@ -113,22 +113,6 @@ def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression,
     again = Headed.load_from_checkpoint(tmp_path / "step=6.ckpt")
     assert torch.equal(again.net[4].weight, first.net[4].weight)
     assert not torch.equal(again.net[4].weight, Headed().net[4].weight)
-
-
-def test_a_run_that_it_cannot_serve_is_refused(regression, fit, tmp_path):
-    plain = regression[0]()
-    plain.net = nn.Sequential(nn.Linear(12, 6))
-    with pytest.raises(ConfigurationError, match="needs a model with LoRA layers"):
-        fit(AdapterCheckpoint(tmp_path), module=plain)
-
-
-def test_an_average_without_the_base_resumes_to_the_bit_at_a_fixed_rank(fit, tmp_path):
-    def run(**options):
-        average = EMAWeightAveraging(decay=0.9)
-        return fit(average, RankScheduler([]), saved=tmp_path, kind=AdapterCheckpoint, **options)[0].state_dict()
-
-    whole = run()
-    assert_close(run(ckpt_path=tmp_path / "step=12.ckpt"), whole, rtol=0, atol=0)
 
 
 # Lightning gives advice about small data.
