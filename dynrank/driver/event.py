@@ -59,8 +59,9 @@ class RankEvent:
 
     @property
     def reason_and_cost(self) -> str:
-        """``undone: fraction 0.33; val/loss 1.489 → 1.512``: the reason in rank_history.csv."""
-        cost = "" if self.measured is None else f"; {self.measured}"
+        """``undone: fraction 0.33; val/loss 1.489 → 1.512 by the cut``: the reason in rank_history.csv."""
+        kind = "cut" if any(layer.rank_after < layer.rank_before for layer in self.layers) else "change"
+        cost = "" if self.measured is None else f"; {self.measured} by the {kind}"
         return f"{'undone: ' if self.undone else ''}{self.reason}{cost}"
 
     def __str__(self) -> str:

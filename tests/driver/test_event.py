@@ -21,7 +21,8 @@ CUT = RankEvent(50, "fraction 0.5", REPORTS, measured=Measured("eval_loss", 1.5,
 @pytest.mark.parametrize(("undone", "before"), [(False, ""), (True, "undone: ")])
 def test_a_change_says_in_one_line_what_it_costs_and_what_becomes_of_the_rate(undone, before):
     event = replace(CUT, undone=undone)
-    said = f"rank change at step 50: {before}fraction 0.5; eval_loss 1.5 → 1.75; adapter's rate × 2.07 from here"
+    cost = "eval_loss 1.5 → 1.75 by the cut"
+    said = f"rank change at step 50: {before}fraction 0.5; {cost}; adapter's rate × 2.07 from here"
     assert str(event) == repr(event) == f"{said} (rank 16 → rank 4 in 112 layers)"
     assert said == event.table().title
     assert "rate" not in str(replace(event, lr_factor=1.0))
