@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from small_trainer import CUT, EVALUATING, SAVING, SIZE, STAGES, STEPS, Hearing, base, data, own, trainer, wrapped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import ranks
@@ -18,6 +19,7 @@ import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.distributed.accelerated import check_arguments
 from dynrank.errors import ConfigurationError
+from dynrank.layers import peft_op
 from dynrank.schedules import How, Stage, early_budget
 from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Gap, Plateau
@@ -74,7 +76,9 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(name, 
 def test_attached_callback_and_models_of_model_init_end_as_the_constructor_s(make, assert_same, tmp_path, monkeypatch):
     """Also resumed before the first change, at it, and after the second one; attach() needs no walk of the stack."""
     model = make()
-    schedule, kept = RankTrainerCallback(STAGES), RankTrainerCallback(STAGES)
+    # Layers of dynrank have the op already.
+    kernel = make is wrapped
+    schedule, kept = (RankTrainerCallback(STAGES, kernel=kernel) for _ in range(2))
     trainer(tmp_path, model, schedule, **SAVING).train()
     anew = trainer(tmp_path, None, kept, model_init=make)
     for start in (2, None, 4, 8):
@@ -86,13 +90,15 @@ def test_attached_callback_and_models_of_model_init_end_as_the_constructor_s(mak
             assert kept.history == schedule.history
             assert_same(anew.model, model, start)
         made = trainer(tmp_path, make(), None)
-        attached = RankTrainerCallback(STAGES)
+        attached = RankTrainerCallback(STAGES, kernel=kernel)
         assert attached.attach(made) is attached
         with monkeypatch.context() as patched:
             patched.delattr("dynrank.callbacks.transformers.rank_trainer_callback.calling_trainer")
             made.train(resume_from_checkpoint=source)
         assert attached.history == schedule.history
         assert_same(made.model, model, start)
+        for each in (model, anew.model, made.model) if kernel else ():
+            assert {type(layer) for layer in each.modules() if isinstance(layer, LoraLayer)} == {peft_op.Linear}
 
 
 @pytest.mark.filterwarnings("ignore")
