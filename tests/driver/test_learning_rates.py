@@ -91,18 +91,6 @@ def test_an_error_within_a_step_leaves_nothing(pair, mixed):
     assert pair[0].item() == pytest.approx(1.5)
 
 
-def test_groups_that_are_added_later_and_the_rates_that_were_used_are_told(pair):
-    adapter, head = pair
-    optimizer = torch.optim.SGD([head], lr=0.5)
-    rates = LearningRates(optimizer, [adapter], 3.0)
-    optimizer.add_param_group({"params": [adapter]})
-    optimizer.step()
-    assert (adapter.item(), head.item(), rates.used) == (1.5, 0.5, {1: 1.5})
-    rates.factor = 1.0
-    optimizer.step()
-    assert (adapter.item(), rates.used) == (2.0, {})
-
-
 def test_optimizer_that_counts_in_its_groups_or_computes_its_own_rate_is_refused_a_factor(pair):
     adapter, head = pair
     how = How(lr_factor=2.0)

@@ -11,9 +11,6 @@ from dynrank.adapters.save import trained_heads
 from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints
 from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
-from dynrank.distributed.accelerated import check_arguments
-from dynrank.distributed.processes import process_count
-from dynrank.distributed.sharding import is_sharded
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.slot_notice import slot_notice
 from dynrank.errors import ConfigurationError
@@ -26,10 +23,8 @@ def begin_run(
     """The run of ``trainer`` whose training begins with ``event``.
 
     Raises:
-        ConfigurationError: if the callback was added too late; if trained parameters could not be stored; if the
-            Trainer's processes do not follow a change.
+        ConfigurationError: if the callback was added too late, or if trained parameters could not be stored.
     """
-    check_arguments(trainer.args)
     if not is_prepared(trainer):
         raise ConfigurationError(
             "trainer.add_callback comes too late to prepare the model for checkpoints that can be resumed: call "
@@ -39,16 +34,10 @@ def begin_run(
     model = event["model"]
     trained_heads(model, own_layers(model))
     prepare_checkpoints(model)
-    in_zero = trainer.is_deepspeed_enabled
-    if in_zero:
-        save_live(model)
-    training = (ZeroTraining if in_zero else TrainerTraining)(trainer, event, evaluate)
-    if process_count() > 1 and not (training.ddp or in_zero or is_sharded(model)):
-        raise ConfigurationError(
-            "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and none of "
-            "the others shards it"
-        )
-    return training
+    if not trainer.is_deepspeed_enabled:
+        return TrainerTraining(trainer, event, evaluate)
+    save_live(model)
+    return ZeroTraining(trainer, event, evaluate)
 
 
 def print_notice(training: TrainerTraining, driver: RankDriver) -> None:
