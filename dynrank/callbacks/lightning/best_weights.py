@@ -70,15 +70,11 @@ class BestWeights(Checkpoint):
             self._validate(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = {}
         self._metrics.begin(trainer)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        # Not earlier: hooks of the validation's start may put an average of the weights into the module.
-        if not self._validated:
-            self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Now, because hooks of the module may put an average of the weights in place for the validation.
+        self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = self._metrics.end(trainer)
