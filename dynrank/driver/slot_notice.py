@@ -33,7 +33,7 @@ def slot_notice(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str,
     if not depends_on_data(schedule):
         return None
     top = max(highest for _, highest in rank_spans(model, schedule, rules).values())
-    if slot_rank(top) <= slot_rank(ceil(average(final_ranks(model, schedule, rules)))):
+    if top <= slot_rank(ceil(average(final_ranks(model, schedule, rules)))):
         return None
     return (
         f"a server reserves the highest rank of the adapter in every layer, up to {top}; early_budget and auto have an "

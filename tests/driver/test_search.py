@@ -18,10 +18,10 @@ FULL = 8
 SPECTRA = {"0": [9.0, 4.0, 1.0], "1": [2.0]}
 
 
-def smallest(tolerance, mode="min", lowest=1):
+def smallest(tolerance, mode="min", **bounds):
     """The search alone, without the cut before it."""
     how = How(max_regression=tolerance, check_mode=mode)
-    return Stage(At(fraction=1.0), Budget(share=1.0, by="weight", lowest=lowest), how=how, search=True)
+    return Stage(At(fraction=1.0), Budget(share=1.0, by="weight", **bounds), how=how, search=True)
 
 
 class Planted(Training):
@@ -115,6 +115,11 @@ def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     assert first.reason == "fraction 0.5"
     # Nothing moves, so no layer has any importance, and ranks fall alike, to what the first layer needs.
     assert training.ranks == {"0": 3, "1": 2}
+
+
+def test_a_limit_of_the_budget_holds_whatever_it_costs():
+    training, (made,) = searched(smallest(1e-9, highest=2))
+    assert (training.ranks, made.undone) == ({"0": 2, "1": 2}, False)
 
 
 def test_adapter_that_may_not_become_smaller_is_not_validated():

@@ -136,3 +136,15 @@ def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(run, whole, re
     assert len(seen) == 6
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 16
     assert_same(run(tmp_path, ckpt_path=tmp_path / "last.ckpt"), whole[1])
+
+
+def test_sigterm_waits_for_all_batches_of_a_step(fit, regression, tmp_path):
+    class Told(regression[0]):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SIGTERMException):
+        fit(module=Told(), saved=tmp_path, kind=AdapterCheckpoint, accumulate_grad_batches=2)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

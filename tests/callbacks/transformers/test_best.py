@@ -60,14 +60,15 @@ def test_cut_of_the_last_step_is_in_the_last_evaluation_and_checkpoint_and_may_b
 
 
 def test_run_that_is_stopped_early_is_cut_at_its_end_with_one_warning(tmp_path):
-    """Its best weights are loaded first, and the cut is judged by them."""
+    """Its best weights, of other ranks, are loaded first, and the cut is judged by them."""
     how = How(max_regression=1, check_monitor="eval_score", check_mode="max")
-    schedule = RankTrainerCallback([Stage(At(fraction=1.0), Rank(2), how=how)])
+    schedule = RankTrainerCallback([CUT, Stage(At(fraction=1.0), Rank(1), how=how)], keep_best_before=True)
     made = scored(tmp_path, schedule, load_best_model_at_end=True)
     made.add_callback(hf.EarlyStoppingCallback(early_stopping_patience=2))
     with pytest.warns(UserWarning, match="ranks were changed after training had ended at step 6, so no check") as told:
         made.train()
     assert sum("rank" in str(warning.message) for warning in told) == 1
     # Evaluations at 2, 4 and 6 had 9, 8 and 7.
-    (event,) = schedule.history
-    assert (event.step, event.measured.before, event.measured.after, ranks(made.model)) == (6, 6.0, 5.0, {2})
+    _, event = schedule.history
+    assert (event.step, event.measured.before, event.measured.after, ranks(made.model)) == (6, 6.0, 5.0, {1})
+    assert {*event.ranks_before} == {4}
