@@ -128,11 +128,8 @@ def _faults(stage: Stage, layers: BoundLayers, ranks: Mapping[str, int], *, last
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]
 
 
-def check_training(training: Training, stages: Collection[Stage], *, measure: bool = False) -> None:
-    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations.
-
-    ``measure``: whether changes are validated that no check asks for.
-    """
+def check_training(training: Training, stages: Collection[Stage]) -> None:
+    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
     factors = adapter_parameters(training.model)
     if stages:
         check_whole(training.model)
@@ -153,9 +150,3 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
                 f"none: {training.validate_by}, or set max_regression=None",
                 *("tolerance", "max_regression"),
             )
-    if measure and not training.validates:
-        raise ConfigurationError(
-            f"measure=True validates before and after each change; this run has no validation: {training.validate_by}, "
-            "or set measure=False",
-            "measure",
-        )

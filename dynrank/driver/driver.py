@@ -10,8 +10,7 @@ What happens at a change:
    values or importance if the target reads them), and computes new factors and optimizer state (``Change.in_run``). All
    others get them. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced.
 4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
-   before its first cut, and once for each cut that it tries and undoes. With ``measure`` they are validated before the
-   change and after step 6.
+   before its first cut, and once for each cut that it tries and undoes.
 5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
    check it then comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
    for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
@@ -63,7 +62,7 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    ``schedule``, ``measure``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
+    ``schedule``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: the stages of the schedule.
@@ -76,11 +75,10 @@ class RankDriver:
         RankDriver(4).start(Training(model, [optimizer]), Run(total_steps=100))
     """
 
-    def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
+    def __init__(self, schedule: Schedule, *, rank_map: RankMap | None = None) -> None:
         # Triggers remember what they have observed, and the user may give the same stages to several runs.
         self.stages = [replace(stage, when=deepcopy(stage.when)) for stage in stages_of(schedule)]
         self.rules = read_rank_map(rank_map, RankBounds)
-        self.measure = measure
         self.progress = Progress()
         self.lr_factor = 1.0
         self._run = Run(total_steps=None)
@@ -120,7 +118,7 @@ class RankDriver:
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(observed_metrics(self.stages).keys() | judging_metrics(self.stages, measure=self.measure))
+        return sorted(observed_metrics(self.stages).keys() | judging_metrics(self.stages))
 
     @property
     def observed(self) -> Collection[str]:
@@ -144,7 +142,7 @@ class RankDriver:
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             check_model(training.model, self.stages, run, self.rules)
-        check_training(training, self.stages, measure=self.measure)
+        check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)
         # A model that was wrapped before its checkpoint was loaded may have other shapes than DDP knows.
         with new_reducers(training.ddp):
@@ -195,7 +193,7 @@ class RankDriver:
         self.progress = replace(self.progress, observed_step=training.step, awaits_validation=False)
         if not self._has_judges:
             stages = self.stages[self.progress.stage :]
-            self._has_judges = check_judges(training, stages, metrics, measure=self.measure)
+            self._has_judges = check_judges(training, stages, metrics)
         trigger = self._next_trigger
         if trigger is None or is_known:
             return
@@ -296,12 +294,10 @@ class RankDriver:
         known = len(history)
         end_stage = partial(self._end_stage, training, index)
         try:
-            if stage.how.max_regression is None:
-                change_at_once(training, due, history, end_stage, measure=self.measure)
-            else:
-                change_on_trial(training, due, end_stage)
+            make = change_at_once if stage.how.max_regression is None else change_on_trial
+            make(training, due, end_stage)
         finally:
-            # Also if Ctrl-C was pressed during the change, or its measurement has failed.
+            # Also if Ctrl-C was pressed during the change.
             for event in history[known:]:
                 training.tell(event)
         return history[-1] if len(history) > known else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from dynrank.change.interrupts import uninterrupted
 from dynrank.driver.due import DueStage
@@ -17,22 +16,17 @@ from dynrank.driver.undo import Undo
 EndStage = Callable[[RankEvent | None], None]
 
 
-def change_at_once(
-    training: Training, due: DueStage, history: list[RankEvent], end_stage: EndStage, *, measure: bool
-) -> None:
-    """Make the change of ``due``; ``measure``: whether to validate before and after it."""
+def change_at_once(training: Training, due: DueStage, end_stage: EndStage) -> None:
+    """Make the change of ``due``."""
     change = due.change(training, due.ranks)
     if not change.reports:
         end_stage(None)
         return
     event = due.event(training.step, change.reports, due.reason)
-    test = RegressionTest(training, due.stage.how) if measure else None
     # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
     with uninterrupted():
         change.apply()
         end_stage(event)
-    if test is not None:
-        history[-1] = replace(event, measured=test.measure())
 
 
 def change_on_trial(training: Training, due: DueStage, end_stage: EndStage) -> None:

@@ -95,9 +95,9 @@ def _argument(trigger: Trigger, name: str) -> str:
     return f"{argument} of {type(trigger).__name__}"
 
 
-def judging_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
-    """The same for the metrics by which changes are judged or measured; a validation for a change must have them."""
-    hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
+def judging_metrics(stages: Sequence[Stage]) -> dict[str, str]:
+    """The same for the metrics by which changes are judged; a validation for a change must have them."""
+    hows = [stage.how for stage in stages if stage.how.max_regression is not None]
     # Whoever writes another How has to repeat what the schedule's own has.
     return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import isfinite
+from math import isfinite, isinf
 
 from dynrank.driver.event import Measured
 from dynrank.driver.metrics import CHECK_MONITOR, judging_metrics, metric_value
@@ -17,7 +17,7 @@ class RegressionTest:
 
     Args:
         training: the run before the change.
-        how: names the metric, and the largest relative worsening.
+        how: names the metric, and the largest relative worsening, which may be infinite.
 
     Attributes:
         before: the metric before the change.
@@ -28,7 +28,9 @@ class RegressionTest:
         self._training = training
         self._how = how
         self.before = self._value(validate(training))
-        self.most = (how.max_regression or 0.0) * abs(self.before)
+        share = how.max_regression or 0.0
+        # An infinite share of nothing would be NaN.
+        self.most = share if isinf(share) else share * abs(self.before)
 
     def measure(self) -> Measured:
         """Validate the changed weights."""
@@ -45,13 +47,13 @@ class RegressionTest:
         return metric_value(metrics, self._how.check_monitor, arguments, self._training.group)
 
 
-def check_judges(training: Training, stages: Sequence[Stage], metrics: Collection[str], *, measure: bool) -> bool:
+def check_judges(training: Training, stages: Sequence[Stage], metrics: Collection[str]) -> bool:
     """Refuse stages whose changes are judged by a metric that validations for a change lack; whether that is known now.
 
     ``metrics`` are those of the run's own validation. One that lacks the metric says nothing of a validation for a
     change, so one is made.
     """
-    judges = judging_metrics(stages, measure=measure)
+    judges = judging_metrics(stages)
     absent = judges.keys() - {*metrics}
     found = validate(training) if absent else {}
     for name in absent:

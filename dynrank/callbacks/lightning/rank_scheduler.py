@@ -40,7 +40,6 @@ class RankScheduler(Callback):
         evaluate: returns the metrics of the present model, for stages whose changes are judged. None: the module's own
             validation steps, of which no callback and no logger hears.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        measure: validate directly before and after each change; the event has the How's ``check_monitor`` of both.
         rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its:
             {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}, or the
             path of a YAML file with this mapping below ``rank_pattern``.
@@ -62,11 +61,10 @@ class RankScheduler(Callback):
         *,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
-        measure: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
+        self.driver = RankDriver(schedule, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         self.kernel = kernel

@@ -50,7 +50,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
         evaluate: as in RankScheduler; None: the Trainer's ``evaluation_loop``, of which only progress bars hear.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        measure: as in RankScheduler.
         rank_map: as in RankScheduler.
         kernel: as in RankScheduler.
 
@@ -70,11 +69,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         *,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
-        measure: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
+        self.driver = RankDriver(schedule, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         self.kernel = kernel

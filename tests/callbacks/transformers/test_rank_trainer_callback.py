@@ -1,5 +1,6 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
+import math
 import pickle
 import statistics
 from types import SimpleNamespace
@@ -198,7 +199,8 @@ def test_what_is_printed_begins_with_the_slot_and_says_what_changes_cost(tmp_pat
     model = get_peft_model(base(), LoraConfig(r=16, target_modules="all-linear"))
     costly = Stage(Plateau(min_delta=0.9, patience=1), Budget(final_rank=2), how=How(max_regression=0.0))
     evaluate = {"evaluate": lambda: {"eval_loss": float(next(worse))}}
-    schedule = RankTrainerCallback([*early_budget(4, at=0.2), costly], measure=True, **evaluate)
+    measured = early_budget(4, at=0.2, how=How("sqrt", max_regression=math.inf))
+    schedule = RankTrainerCallback([*measured, costly], **evaluate)
     trainer(tmp_path, model, schedule, **EVALUATING).train()
     cut, undone = schedule.history
     assert (cut.undone, undone.undone, undone.reason) == (False, True, "plateau of val/loss")
