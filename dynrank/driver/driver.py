@@ -118,7 +118,7 @@ class RankDriver:
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(observed_metrics(self.stages).keys() | judging_metrics(self.stages))
+        return sorted(judging_metrics(self.stages) | observed_metrics(self.stages).keys())
 
     @property
     def observed(self) -> Collection[str]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import isfinite, isinf
 
 from dynrank.driver.event import Measured
-from dynrank.driver.metrics import CHECK_MONITOR, judging_metrics, metric_value
+from dynrank.driver.metrics import judging_metrics, metric_value
 from dynrank.driver.training import Training
 from dynrank.driver.validation import validate
 from dynrank.schedules import How, Stage
@@ -43,8 +43,7 @@ class RegressionTest:
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
-        arguments = {self._how.check_monitor: CHECK_MONITOR}
-        return metric_value(metrics, self._how.check_monitor, arguments, self._training.group)
+        return metric_value(metrics, self._how.check_monitor, self._training.group)
 
 
 def check_judges(training: Training, stages: Sequence[Stage], metrics: Collection[str]) -> bool:
@@ -53,9 +52,8 @@ def check_judges(training: Training, stages: Sequence[Stage], metrics: Collectio
     ``metrics`` are those of the run's own validation. One that lacks the metric says nothing of a validation for a
     change, so one is made.
     """
-    judges = judging_metrics(stages)
-    absent = judges.keys() - {*metrics}
+    absent = judging_metrics(stages) - {*metrics}
     found = validate(training) if absent else {}
     for name in absent:
-        metric_value(found, name, judges, training.group)
+        metric_value(found, name, training.group)
     return bool(metrics)

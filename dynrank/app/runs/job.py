@@ -147,7 +147,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     task = make_task(config, on_meta=on_meta)
     # A task of your own need not log what is measured, and each of many changes would take two validations.
     stages = [_measured(stage) for stage in scheduler.driver.stages]
-    is_logged = judging_metrics(stages).keys() <= {*task.metrics}
+    is_logged = judging_metrics(stages) <= {*task.metrics}
     if config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED:
         scheduler.driver.stages = stages
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)

@@ -38,8 +38,6 @@ NONE = {"limit_val_batches": 0}
 ROUNDED = {"precision": "bf16-true", "val_check_interval": 10, "max_steps": 40}
 EPOCHS = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
 SCHEDULES = {
-    # Validations fall into the middle of epochs.
-    "accumulating": (lambda: RankScheduler(plateau(lr_factor=2.0)), ACCUMULATING),
     # The loss falls, so the validation is below the mean of the steps before it.
     "gap to the loss": (
         lambda: RankScheduler([at(4, Rank(4)), Stage(Gap(mode="max", window=3, threshold=1e-9), Rank(3))]),
