@@ -40,9 +40,9 @@ class RankScheduler(Callback):
         evaluate: returns the metrics of the present model, for stages whose changes are judged. None: the module's own
             validation steps, of which no callback and no logger hears.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its:
-            {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}, or the
-            path of a YAML file with this mapping below ``rank_pattern``.
+        rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its, and before what
+            the schedule says of all layers: {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``,
+            ``lowest`` or ``final_rank``}, or the path of a YAML file with this mapping below ``rank_pattern``.
         kernel: let PEFT's layers compute by the fused op, see :func:`dynrank.apply_lora_kernel`.
 
     Attributes:
