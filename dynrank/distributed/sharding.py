@@ -219,11 +219,6 @@ def process_group(model: nn.Module, ddp: Iterable[DistributedDataParallel]) -> P
     return next(iter(by_members.values()), None)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards ``model`` or parts of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
 def plain_class(model: nn.Module) -> type[nn.Module]:
     """The class of ``model``; if FSDP2 shards it, the one from which FSDP2 has derived the present one."""
     classes: Any = type(model).__mro__

@@ -1,81 +1,142 @@
-"""What the rank of each layer of a run may become: by the rank map of the schedule, or by the layer's own rule."""
+"""The layers of a model, and what the rank of each may become: by the schedule's rank map, or by its own rule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import eq, ge, le
+from typing import Any
 
-from dynrank.driver.due import is_frozen
-from dynrank.errors import ConfigurationError
+import torch
+from torch import Tensor, nn
+
+from dynrank.errors import ConfigurationError, shown
+from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.patterns import rule_of_each
-from dynrank.rank_map import RankBounds
+from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
-from dynrank.targets import Budget
+from dynrank.targets import LayerState
 
 # The largest number of faults in one error.
 _LISTED = 20
 
 
-def bounds_of(layers: Mapping[str, RankedLayer], rules: Mapping[str, RankBounds]) -> dict[str, RankBounds]:
-    """{layer: what its rank may become}.
+@dataclass(frozen=True)
+class BoundLayers:
+    """Layers, and the bounds of their ranks.
 
-    The first of ``rules`` that matches a layer decides; for a layer that none matches, its own rule, which
-    :func:`dynrank.add_lora` gave it.
-
-    Raises:
-        ConfigurationError: if a rule matches no layer, or only layers of earlier rules.
+    Attributes:
+        layers: {name: layer} of the model.
+        bounds: {name: what its rank may become}.
     """
-    keys, faults = rule_of_each(rules, layers)
-    if faults:
-        raise ConfigurationError("rank_map does not fit the model:\n  " + "\n  ".join(faults), "rank_map")
-    return {name: rules[keys[name]] if name in keys else layer.bounds for name, layer in layers.items()}
 
+    layers: Mapping[str, RankedLayer]
+    bounds: Mapping[str, RankBounds]
 
-def check_bounds(
-    schedule: Sequence[Stage],
-    layers: Mapping[str, RankedLayer],
-    bounds: Mapping[str, RankBounds],
-    ends: Mapping[str, int],
-) -> None:
-    """Refuse bounds of layers that no rank fulfils together with a budget's, or that the schedule does not reach.
+    @classmethod
+    def of(cls, model: nn.Module, rules: Mapping[str, RankBounds]) -> BoundLayers:
+        """The layers of ``model``.
 
-    ``ends`` are the ranks that the schedule leads to. They are within the bounds whatever the data, unless a layer is
-    frozen, or no stage lowers or raises its rank.
-    """
-    faults: dict[str, list[str]] = {}
-    arguments = {"rank_map": None}
-    for name, own in bounds.items():
-        why = "it is frozen" if is_frozen(layers[name]) else None
-        against = {} if why or own.final_rank is not None else _against_budgets(schedule, own)
-        arguments |= dict.fromkeys(against.values())
-        for fault in against or _unreached(own, ends[name], why):
-            faults.setdefault(fault, []).append(name)
-    lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
-    if lines:
-        raise ConfigurationError("rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), *arguments)
+        The first of ``rules`` that matches a layer decides; for a layer that none matches, its own rule, which
+        :func:`dynrank.add_lora` gave it.
 
+        Raises:
+            ConfigurationError: if a rule matches no layer, or only layers of earlier rules.
+        """
+        layers = dict(lora_layers(model))
+        keys, faults = rule_of_each(rules, layers)
+        if faults:
+            raise ConfigurationError("rank_map does not fit the model:\n  " + "\n  ".join(faults), "rank_map")
+        return cls(layers, {n: rules[keys[n]] if n in keys else layer.bounds for n, layer in layers.items()})
 
-def _against_budgets(schedule: Sequence[Stage], own: RankBounds) -> dict[str, str]:
-    """{which bound of a budget leaves no rank to a layer with these bounds: its name}."""
-    faults = {}
-    for number, budget in ((n, stage.to) for n, stage in enumerate(schedule, 1) if isinstance(stage.to, Budget)):
-        if own.highest is not None and own.highest < budget.lowest:
-            fault = f"highest={own.highest} is below lowest={budget.lowest} of stage {number}; change one of them"
-            faults[fault] = "lowest"
-        if own.lowest is not None and budget.highest is not None and own.lowest > budget.highest:
-            fault = f"lowest={own.lowest} is above highest={budget.highest} of stage {number}; change one of them"
-            faults[fault] = "highest"
-    return faults
+    @property
+    def ranks(self) -> dict[str, int]:
+        """{name: its rank now}."""
+        return {name: layer.rank for name, layer in self.layers.items()}
 
+    def keeps_rank(self, name: str) -> bool:
+        """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
 
-def _unreached(own: RankBounds, end: int, why: str | None) -> list[str]:
-    """Which of these bounds a layer that ends at rank ``end`` does not keep; ``why``, if it is not the schedule."""
-    faults = []
-    for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
-        value = getattr(own, bound)
-        if value is not None and not allows(value, end):
-            side, verb, side_of_end = ("above", "raises", "most") if value > end else ("below", "lowers", "least")
-            reason = why or f"no stage {verb} it there"
-            faults.append(f"{bound}={value} is {side} its rank {end}, and {reason}; set it to at {side_of_end} {end}")
-    return faults
+        A frozen layer has no importance, and a pool would cut off what it learned earlier.
+        """
+        return self.bounds[name].pinned or self._is_frozen(name)
+
+    def _is_frozen(self, name: str) -> bool:
+        layer = self.layers[name]
+        return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
+
+    def state(
+        self, name: str, rank: int, *, last: bool, values: Tensor | None = None, importance: float | None = None
+    ) -> LayerState:
+        """The state of a layer of this ``rank`` for a target; one that keeps its rank has it as both bounds.
+
+        No stage shrinks another one below its own final rank, and the ``last`` stage brings it to that rank.
+        """
+        layer, own = self.layers[name], self.bounds[name]
+        lowest = own.final_rank or own.lowest or 1
+        highest = min(layer.max_rank, own.highest or layer.max_rank)
+        if self.keeps_rank(name):
+            lowest = highest = rank
+        elif own.final_rank is not None and last:
+            highest = own.final_rank
+        known: dict[str, Any] = {"values": values, "importance": importance, "num_products": layer.num_products}
+        return LayerState(rank, layer.d_out, layer.d_in, lowest, highest, final_rank=own.final_rank, **known)
+
+    def expected_states(self, ranks: Mapping[str, int], *, last: bool) -> dict[str, LayerState]:
+        """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
+        falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
+        return {name: self.state(name, ranks[name], last=last, values=falling[name]) for name in self.layers}
+
+    def expected_ranks(self, stage: Stage, ranks: Mapping[str, int], *, last: bool) -> dict[str, int]:
+        """The ranks after ``stage``, in the same case."""
+        return self.ranks_by(stage, self.expected_states(ranks, last=last))
+
+    def ranks_by(self, stage: Stage, states: Mapping[str, LayerState]) -> dict[str, int]:
+        """The ranks that the target of ``stage`` gives; one of a user's that breaks bounds of a layer is refused."""
+        ranks = stage.to.ranks(states)
+        for name, own in self.bounds.items():
+            state = states[name]
+            if name not in ranks:
+                raise ConfigurationError(
+                    f"{shown(stage.to)} gives no rank to the layer {name!r}; let its ranks() return one for every "
+                    "layer, layer.rank for those that stay",
+                    *stage.arguments,
+                )
+            is_free = own == FREE and state.lowest < state.highest
+            # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
+            if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
+                continue
+            raise ConfigurationError(
+                f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, whose lowest rank is "
+                f"{state.lowest} and highest {state.highest}, by rank_map or because it is frozen; let its ranks() "
+                "return layer.shrunk(rank) or layer.grown(rank), which keep that",
+                *stage.arguments,
+            )
+        return ranks
+
+    def check_reached(self, ends: Mapping[str, int]) -> None:
+        """Refuse bounds that the schedule, which leads to the ranks ``ends``, does not reach.
+
+        Ends are within the bounds whatever the data, unless a layer is frozen, or no stage lowers or raises its rank.
+        """
+        faults: dict[str, list[str]] = {}
+        for name, end in ends.items():
+            for fault in self._unreached(name, end):
+                faults.setdefault(fault, []).append(name)
+        lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
+        if lines:
+            raise ConfigurationError(
+                "rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map"
+            )
+
+    def _unreached(self, name: str, end: int) -> list[str]:
+        """Which of its bounds a layer that ends at rank ``end`` does not keep."""
+        faults = []
+        for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
+            value = getattr(self.bounds[name], bound)
+            if value is not None and not allows(value, end):
+                side, verb, limit = ("above", "raises", "most") if value > end else ("below", "lowers", "least")
+                why = "it is frozen" if self._is_frozen(name) else f"no stage {verb} it there"
+                faults.append(f"{bound}={value} is {side} its rank {end}, and {why}; set it to at {limit} {end}")
+        return faults

@@ -11,13 +11,11 @@ from torch import nn
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.sharding import check_whole
-from dynrank.driver.bounds import bounds_of, check_bounds
-from dynrank.driver.due import expected_states, keeps_rank, ranks_of_target
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.schedules.stage import check_schedule
@@ -39,23 +37,11 @@ def final_ranks(
 
     ``rules`` are those of the schedule's rank map.
     """
-    layers = dict(lora_layers(model))
-    bounds = bounds_of(layers, rules)
-    ranks = {name: layer.rank for name, layer in layers.items()}
+    layers = BoundLayers.of(model, rules)
+    ranks = layers.ranks
     for number, stage in enumerate(schedule, 1):
-        ranks = _expected_ranks(stage, layers, bounds, ranks, last=number == len(schedule))
+        ranks = layers.expected_ranks(stage, ranks, last=number == len(schedule))
     return ranks
-
-
-def _expected_ranks(
-    stage: Stage,
-    layers: Mapping[str, RankedLayer],
-    bounds: Mapping[str, RankBounds],
-    ranks: Mapping[str, int],
-    *,
-    last: bool,
-) -> dict[str, int]:
-    return ranks_of_target(stage, bounds, expected_states(layers, bounds, ranks, last=last))
 
 
 def depends_on_data(schedule: Sequence[Stage]) -> bool:
@@ -71,18 +57,16 @@ def check_model(
 ) -> None:
     """Refuse a model that the schedule, or its rank map of ``rules``, does not fit; weights' values do not matter."""
     check_schedule(schedule, run)
-    layers = dict(lora_layers(model))
-    if not layers:
+    layers = BoundLayers.of(model, rules)
+    ranks = layers.ranks
+    if not ranks:
         raise ConfigurationError(
             "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it", "target_modules"
         )
-    bounds = bounds_of(layers, rules)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    if any(not isinstance(stage.to, Unchanged) for stage in schedule) and all(
-        keeps_rank(layer, bounds[name]) for name, layer in layers.items()
-    ):
+    changes = any(not isinstance(stage.to, Unchanged) for stage in schedule)
+    if changes and all(map(layers.keeps_rank, ranks)):
         raise ConfigurationError(
-            f"the schedule can change no rank: all {len(layers)} layers are pinned by rank_map, or frozen; unpin or "
+            f"the schedule can change no rank: all {len(ranks)} layers are pinned by rank_map, or frozen; unpin or "
             "train some, or leave out the schedule",
             "rank_map",
         )
@@ -92,32 +76,25 @@ def check_model(
         last = index == len(schedule) - 1
         # After such a stage ranks are only expected, so nothing that follows from them is refused.
         is_known = not depends_on_data(schedule[:index])
-        found = _faults(stage, layers, bounds, ranks, last=last, is_known=is_known)
+        found = _faults(stage, layers, ranks, last=last, is_known=is_known)
         faults += [f"stage {index + 1}: {fault}" for fault in found]
         arguments += stage.arguments if found else ()
         if not found:
-            ranks = _expected_ranks(stage, layers, bounds, ranks, last=last)
+            ranks = layers.expected_ranks(stage, ranks, last=last)
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]), *arguments)
     if schedule:
-        check_bounds(schedule, layers, bounds, ranks)
+        layers.check_reached(ranks)
 
 
-def _faults(
-    stage: Stage,
-    layers: Mapping[str, RankedLayer],
-    bounds: Mapping[str, RankBounds],
-    ranks: Mapping[str, int],
-    *,
-    last: bool,
-    is_known: bool,
-) -> list[str]:
-    """Why ``stage`` does not fit layers of these ranks and bounds."""
+def _faults(stage: Stage, layers: BoundLayers, ranks: Mapping[str, int], *, last: bool, is_known: bool) -> list[str]:
+    """Why ``stage`` does not fit ``layers`` of these ranks."""
+    bounds = layers.bounds
     # The layers without a rank of their own.
-    free = [n for n, layer in layers.items() if not keeps_rank(layer, bounds[n]) and bounds[n].final_rank is None]
+    free = [name for name in ranks if not layers.keeps_rank(name) and bounds[name].final_rank is None]
     if not free:
         return []
-    states = expected_states(layers, bounds, ranks, last=last)
+    states = layers.expected_states(ranks, last=last)
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
         given = stage.to.pool(states)
         least = stage.to.floor_parameters(states)
@@ -131,30 +108,28 @@ def _faults(
         if stage.to.share is not None and stage.to.share < 1:
             return []
     # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
-    most = {name: max(layers[name].max_rank, ranks[name]) for name in free}
+    most = {name: max(layers.layers[name].max_rank, ranks[name]) for name in free}
     if not stage.to.needs:
         unbounded = {name: replace(states[name], highest=bounds[name].highest or UNBOUNDED) for name in free}
         wanted = stage.to.ranks(states | unbounded)
         # A layer that a user's target has left out is named below.
         above = [name for name in free if wanted.get(name, 0) > most[name]]
         if above:
-            return [f"rank {wanted[name]} is above {layers[name].bound} = {most[name]} of {name!r}" for name in above]
+            bound = {name: layers.layers[name].bound for name in above}
+            return [f"rank {wanted[name]} is above {bound[name]} = {most[name]} of {name!r}" for name in above]
     if isinstance(stage.to, Unchanged):
         return []
     # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
     for shift in (0, 1, -1):
         shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
-        after = _expected_ranks(stage, layers, bounds, shifted, last=last)
+        after = layers.expected_ranks(stage, shifted, last=last)
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]
 
 
-def check_training(training: Training, stages: Collection[Stage], *, measure: bool = False) -> None:
-    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations.
-
-    ``measure``: whether changes are validated that no check asks for.
-    """
+def check_training(training: Training, stages: Collection[Stage]) -> None:
+    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
     factors = adapter_parameters(training.model)
     if stages:
         check_whole(training.model)
@@ -175,9 +150,3 @@ def check_training(training: Training, stages: Collection[Stage], *, measure: bo
                 f"none: {training.validate_by}, or set max_regression=None",
                 *("tolerance", "max_regression"),
             )
-    if measure and not training.validates:
-        raise ConfigurationError(
-            f"measure=True validates before and after each change; this run has no validation: {training.validate_by}, "
-            "or set measure=False",
-            "measure",
-        )

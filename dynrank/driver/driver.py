@@ -10,8 +10,7 @@ What happens at a change:
    values or importance if the target reads them), and computes new factors and optimizer state (``Change.in_run``). All
    others get them. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced.
 4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
-   before its first cut, and once for each cut that it tries and undoes. With ``measure`` they are validated before the
-   change and after step 6.
+   before its first cut, and once for each cut that it tries and undoes.
 5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
    check it then comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
    for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
@@ -34,11 +33,11 @@ from dynrank.distributed.processes import check_processes, from_first, mean_over
 from dynrank.distributed.wrappers import new_reducers
 from dynrank.driver import progress as stored
 from dynrank.driver.best import wait_anew
-from dynrank.driver.bounds import bounds_of
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import check_model, check_training
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import History, RankEvent
-from dynrank.driver.learning_rates import LearningRates, warn_of_low_rate
+from dynrank.driver.event import RankEvent
+from dynrank.driver.learning_rates import LearningRates
 from dynrank.driver.making import change_at_once, change_on_trial
 from dynrank.driver.metrics import check_observed, judging_metrics, numbers_in, observed_metrics
 from dynrank.driver.progress import Decision, Progress
@@ -47,7 +46,7 @@ from dynrank.driver.run_importance import RunImportance
 from dynrank.driver.timetable import Timetable
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.finding import adapter_parameters
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map
 from dynrank.schedules import Schedule
 from dynrank.schedules.presets import stages_of
@@ -63,7 +62,7 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    ``schedule``, ``measure``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
+    ``schedule``, ``rank_map`` and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: the stages of the schedule.
@@ -76,11 +75,10 @@ class RankDriver:
         RankDriver(4).start(Training(model, [optimizer]), Run(total_steps=100))
     """
 
-    def __init__(self, schedule: Schedule, *, measure: bool = False, rank_map: RankMap | None = None) -> None:
+    def __init__(self, schedule: Schedule, *, rank_map: RankMap | None = None) -> None:
         # Triggers remember what they have observed, and the user may give the same stages to several runs.
         self.stages = [replace(stage, when=deepcopy(stage.when)) for stage in stages_of(schedule)]
         self.rules = read_rank_map(rank_map, RankBounds)
-        self.measure = measure
         self.progress = Progress()
         self.lr_factor = 1.0
         self._run = Run(total_steps=None)
@@ -102,9 +100,9 @@ class RankDriver:
         self._has_judges = False
 
     @property
-    def history(self) -> History:
+    def history(self) -> list[RankEvent]:
         """Every change of the run so far, and every attempt that was undone, also those before a resume."""
-        return History(self.progress.history)
+        return [*self.progress.history]
 
     @property
     def finished(self) -> bool:
@@ -120,7 +118,7 @@ class RankDriver:
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(observed_metrics(self.stages).keys() | judging_metrics(self.stages, measure=self.measure))
+        return sorted(judging_metrics(self.stages) | observed_metrics(self.stages).keys())
 
     @property
     def observed(self) -> Collection[str]:
@@ -139,12 +137,12 @@ class RankDriver:
         self._ended_step = training.step
         self._run = run
         self._timetable = Timetable(self.stages, run)
-        layers = dict(lora_layers(training.model))
-        self._bounds = bounds_of(layers, self.rules)
+        layers = BoundLayers.of(training.model, self.rules)
+        self._bounds = layers.bounds
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             check_model(training.model, self.stages, run, self.rules)
-        check_training(training, self.stages, measure=self.measure)
+        check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)
         # A model that was wrapped before its checkpoint was loaded may have other shapes than DDP knows.
         with new_reducers(training.ddp):
@@ -152,18 +150,10 @@ class RankDriver:
         if self._differs is not None:
             training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         adapters = adapter_parameters(training.model)
-        self._rates = [
-            LearningRates(optimizer, adapters, self.lr_factor, self.abort) for optimizer in training.optimizers
-        ]
-        self._importance.start(training, layers, self.stages[self.progress.stage :])
+        self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
+        self._importance.start(training, layers.layers, self.stages[self.progress.stage :])
         self._plan()
         self._is_running = True
-
-    def epoch_begins(self, epoch: int, step: int, length: int | None) -> None:
-        """Correct the times in epochs; see :meth:`Timetable.epoch_begins`. A ``length`` of None is unknown."""
-        if self._timetable is not None and length is not None:
-            self._timetable.epoch_begins(epoch, step, length)
-            self._plan()
 
     def is_due(self, step: int) -> bool:
         """Whether ranks change before the optimizer step that comes after ``step`` of them."""
@@ -172,9 +162,7 @@ class RankDriver:
     def advance(self, training: Training) -> None:
         """Decide a stage that is due by time, and make the change that is decided, by time or by a trigger."""
         if self.is_due(training.step):
-            event = self._act(training)
-            if event is not None and not event.undone:
-                warn_of_low_rate(training)
+            self._act(training)
 
     def end_step(self, training: Training, *, last: bool | None = None) -> None:
         """Take the optimizer step just made, if there is a new one; its gradients must still exist.
@@ -205,17 +193,14 @@ class RankDriver:
         self.progress = replace(self.progress, observed_step=training.step, awaits_validation=False)
         if not self._has_judges:
             stages = self.stages[self.progress.stage :]
-            self._has_judges = check_judges(training, stages, metrics, measure=self.measure)
+            self._has_judges = check_judges(training, stages, metrics)
         trigger = self._next_trigger
         if trigger is None or is_known:
             return
         values = [mean_over_processes(metrics.get(name, nan), training.group) for name in trigger.monitors]
         fires = trigger.observe(training.step, *values)
         if from_first(lambda: fires, training.group):
-            reason = trigger.reason
-            for name in trigger.monitors:
-                reason = reason.replace(name, training.own_name(name, metrics))
-            self.progress.pending = Decision(self.progress.stage, reason)
+            self.progress.pending = Decision(self.progress.stage, trigger.reason)
 
     def finish(self, training: Training) -> None:
         """End the run: make a change that is left, and warn if stages were not reached."""
@@ -249,11 +234,6 @@ class RankDriver:
         self._importance.load_state_dict(None)
         self._ended_step = 0
         self._differs = None
-
-    def begin_again(self) -> None:
-        """Let the run begin again at step 0 with the present model; the changes that were made stay."""
-        self.progress = replace(self.progress, pending=None, observed_step=None)
-        self._ended_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -314,12 +294,10 @@ class RankDriver:
         known = len(history)
         end_stage = partial(self._end_stage, training, index)
         try:
-            if stage.how.max_regression is None:
-                change_at_once(training, due, history, end_stage, measure=self.measure)
-            else:
-                change_on_trial(training, due, history, end_stage)
+            make = change_at_once if stage.how.max_regression is None else change_on_trial
+            make(training, due, end_stage)
         finally:
-            # Also if Ctrl-C was pressed during the change, or its measurement has failed.
+            # Also if Ctrl-C was pressed during the change.
             for event in history[known:]:
                 training.tell(event)
         return history[-1] if len(history) > known else None

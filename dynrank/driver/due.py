@@ -1,25 +1,22 @@
-"""A stage that is due, and the states of the layers that its target reads: at present, or as expected before a run."""
+"""A stage that is due, and the present states of the layers that its target reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dynrank.change.change import Change
 from dynrank.change.directions import LayerDirections
 from dynrank.change.reports import LayerReport
+from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.event import Measured, RankEvent
 from dynrank.driver.learning_rates import factor_of_change
 from dynrank.driver.training import Training
-from dynrank.errors import ConfigurationError, shown
 from dynrank.importance.importance import LayerImportance
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked_layer import RankedLayer
-from dynrank.rank_map import FREE, RankBounds
+from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
 
@@ -32,8 +29,7 @@ class DueStage:
         stage: the stage.
         last: whether it is the last one of the schedule.
         reason: why it is due.
-        layers: {name: layer} of the model.
-        bounds: what the rank of each layer may become.
+        layers: the layers of the model, with the bounds of their ranks.
         directions: the directions of the layers that are not pinned.
         importance: the importance of each layer; empty if unknown.
     """
@@ -41,8 +37,7 @@ class DueStage:
     stage: Stage
     last: bool
     reason: str
-    layers: Mapping[str, RankedLayer]
-    bounds: Mapping[str, RankBounds]
+    layers: BoundLayers
     directions: LayerDirections
     importance: Mapping[str, LayerImportance]
 
@@ -58,10 +53,10 @@ class DueStage:
         last: bool,
     ) -> DueStage:
         """``stage`` with the present layers of ``training``."""
-        layers = dict(lora_layers(training.model))
+        layers = BoundLayers(dict(lora_layers(training.model)), bounds)
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
-        directions = LayerDirections({name: layer for name, layer in layers.items() if not bounds[name].pinned})
-        return cls(stage, last, reason, layers, bounds, directions, importance)
+        directions = LayerDirections({name: each for name, each in layers.layers.items() if not bounds[name].pinned})
+        return cls(stage, last, reason, layers, directions, importance)
 
     def states(self) -> dict[str, LayerState]:
         """The state of each layer that the stage's target reads."""
@@ -69,17 +64,17 @@ class DueStage:
         scores = {name: each.score for name, each in self.importance.items()} if "importance" in needs else {}
         values = self.directions.values() if "values" in needs else {}
         states = {}
-        for name, layer in self.layers.items():
+        for name, rank in self.layers.ranks.items():
             # A pinned layer keeps its rank, so no target reads its values.
-            nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in needs else None
-            states[name] = _state(
-                layer, self.bounds[name], layer.rank, self.last, values.get(name, nothing), scores.get(name)
+            nothing = torch.zeros(rank, dtype=torch.float64) if "values" in needs else None
+            states[name] = self.layers.state(
+                name, rank, last=self.last, values=values.get(name, nothing), importance=scores.get(name)
             )
         return states
 
     def ranks(self) -> dict[str, int]:
         """The ranks that the stage's target gives for the present state of the layers."""
-        return ranks_of_target(self.stage, self.bounds, self.states())
+        return self.layers.ranks_by(self.stage, self.states())
 
     def change(self, training: Training, plan: Callable[[], Mapping[str, int]]) -> Change:
         """The change to the ranks that ``plan`` returns, which is not yet made; a collective call."""
@@ -101,15 +96,14 @@ class DueStage:
             if known is not None:
                 report = replace(report, importance=known.value, importance_error=known.error)
             layers.append(report)
-        others = {name: layer.rank for name, layer in self.layers.items()}
-        before = others | {report.layer: report.rank_before for report in reports}
-        after = others | {report.layer: report.rank_after for report in reports}
+        before = self.layers.ranks | {report.layer: report.rank_before for report in reports}
+        after = self.layers.ranks | {report.layer: report.rank_after for report in reports}
         factor = 1.0 if undone else factor_of_change(self.stage.how, before, after)
         return RankEvent(step, reason, tuple(layers), undone, measured, factor)
 
     def warn_of_unknown(self, training: Training, unmeasured: Sequence[str]) -> None:
         """Warn if there is no importance of some of the layers that share ranks by it, or of any."""
-        free = {name for name, layer in self.layers.items() if not keeps_rank(layer, self.bounds[name])}
+        free = {name for name in self.layers.layers if not self.layers.keeps_rank(name)}
         unknown = [name for name in unmeasured if name in free]
         if unknown and len(unknown) == len(free):
             training.warn(
@@ -122,82 +116,3 @@ class DueStage:
                 f"step {training.step}, so they count as unimportant. If a module reads their weights without calling "
                 "them, their LoRA does nothing: leave them out of target_modules"
             )
-
-
-def ranks_of_target(stage: Stage, bounds: Mapping[str, RankBounds], states: Mapping[str, LayerState]) -> dict[str, int]:
-    """The ranks that the target of ``stage`` gives; one of a user's that breaks the bounds of a layer is refused."""
-    ranks = stage.to.ranks(states)
-    for name, own in bounds.items():
-        state = states[name]
-        if name not in ranks:
-            raise ConfigurationError(
-                f"{shown(stage.to)} gives no rank to the layer {name!r}; let its ranks() return one for every layer, "
-                "layer.rank for those that stay",
-                *stage.arguments,
-            )
-        is_free = own == FREE and state.lowest < state.highest
-        # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
-        if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
-            continue
-        reason = f"bound by rank_map to {_span(state)}"
-        if own == FREE:
-            reason = f"frozen at rank {state.rank}, or can have no other"
-        elif own.pinned:
-            reason = f"pinned at rank {state.rank}"
-        raise ConfigurationError(
-            f"{shown(stage.to)} gives rank {ranks[name]} to the layer {name!r}, which is {reason}; let its ranks() "
-            "return layer.shrunk(rank) or layer.grown(rank), which keep that",
-            *stage.arguments,
-        )
-    return ranks
-
-
-def _span(state: LayerState) -> str:
-    low = state.lowest
-    return f"rank {low}" if low == state.highest else f"ranks {low} to {state.highest}"
-
-
-def expected_states(
-    layers: Mapping[str, RankedLayer],
-    bounds: Mapping[str, RankBounds],
-    ranks: Mapping[str, int],
-    *,
-    last: bool,
-) -> dict[str, LayerState]:
-    """The states at these ranks if the values of all layers are 1, 1/2, 1/3, ..."""
-    falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
-    return {name: _state(layer, bounds[name], ranks[name], last, falling[name]) for name, layer in layers.items()}
-
-
-def keeps_rank(layer: RankedLayer, bounds: RankBounds) -> bool:
-    """Whether schedules keep the layer's rank: it is pinned, or frozen (then a cut may still balance it).
-
-    A frozen layer has no importance, and a pool would cut off what it learned earlier.
-    """
-    return bounds.pinned or is_frozen(layer)
-
-
-def is_frozen(layer: RankedLayer) -> bool:
-    return not (layer.lora_A.requires_grad or layer.lora_B.requires_grad)
-
-
-def _state(
-    layer: RankedLayer,
-    bounds: RankBounds,
-    rank: int,
-    last: bool,
-    values: Tensor | None,
-    importance: float | None = None,
-) -> LayerState:
-    """A layer that keeps its rank has it as both bounds.
-
-    No stage shrinks another one below its own final rank, and the ``last`` stage brings it to that rank.
-    """
-    lowest = bounds.final_rank or bounds.lowest or 1
-    highest = min(layer.max_rank, bounds.highest or layer.max_rank)
-    if keeps_rank(layer, bounds):
-        lowest = highest = rank
-    elif bounds.final_rank is not None and last:
-        highest = bounds.final_rank
-    own: dict[str, Any] = {"final_rank": bounds.final_rank, "num_products": layer.num_products}
-    return LayerState(rank, layer.d_out, layer.d_in, lowest, highest, values=values, importance=importance, **own)

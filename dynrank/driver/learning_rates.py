@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from math import sqrt
 from statistics import mean
 from typing import Any
@@ -10,15 +10,13 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 from torch.optim import Adafactor, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dynrank.change.closures import Closure, with_closure
 from dynrank.distributed.zero import ZeroOptimizer
-from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
 
-# Below this share of the starting learning rate a model cannot recover from a cut.
-LOW_RATE = 0.1
 # Keys under which some optimizers keep state in the param group instead of in each parameter's state.
 _GROUP_STATE = {"k", "weight_sum", "d"}
 
@@ -42,36 +40,33 @@ class LearningRates:
         optimizer: the optimizer to hook, until :meth:`remove`.
         adapters: the factors of all LoRA layers.
         factor: the factor at first.
-        abort: ends the run, when another one begins with the optimizer.
 
     Attributes:
         factor: the factor of the next step.
         used: {number of a param group: the rate that its adapters had in the last step}, if the factor was not 1.
 
     Raises:
-        ConfigurationError: if the rates of other layers are multiplied in this optimizer.
+        ConfigurationError: if another one is hooked into this optimizer.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        adapters: Collection[nn.Parameter],
-        factor: float,
-        abort: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter], factor: float) -> None:
+        self._optimizer = optimizer
+        self._handles: list[RemovableHandle] = []
+        earlier = _HOOKED.get(id(optimizer))
+        # Each would raise the rates that the other restores.
+        if earlier is not None and earlier._optimizer is optimizer and earlier._handles:
+            raise ConfigurationError(
+                "another rank schedule drives this optimizer; join the stages of both in one list, or both models in a "
+                "torch.nn.ModuleDict. After a run that was interrupted, as a cell of a notebook, call driver.abort(), "
+                "or make a new optimizer",
+                "callbacks",
+            )
+        _HOOKED[id(optimizer)] = self
         self.factor = factor
         self.used: dict[int, Any] = {}
-        self._abort = abort
-        self._optimizer = optimizer
         self._adapters = {id(parameter) for parameter in adapters}
         # (group, its rate, its parameters) of all groups, during a step.
         self._outside: list[tuple[Any, Any, list[nn.Parameter]]] = []
-        # A run that was interrupted, as a cell of a notebook, has left its hooks: each would raise what the other has,
-        # and miss the steps of the other.
-        earlier = _HOOKED.get(id(optimizer))
-        if earlier is not None and earlier._optimizer is optimizer:
-            earlier._give_way(self._adapters)
-        _HOOKED[id(optimizer)] = self
         self._handles = [
             optimizer.register_step_pre_hook(self._begin),
             optimizer.register_step_post_hook(lambda *_: self._end()),
@@ -85,17 +80,6 @@ class LearningRates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _give_way(self, adapters: Collection[int]) -> None:
-        """Make room for another run of the same ``adapters``."""
-        if self._handles and self._adapters.isdisjoint(adapters):
-            raise ConfigurationError(
-                "another schedule changes ranks of other layers in this optimizer, and each would raise the rates that "
-                "the other restores; drive both models by one schedule (torch.nn.ModuleDict), or make an optimizer for "
-                "each"
-            )
-        self.remove()
-        self._abort()
 
     def _begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Multiply the rates for the step that begins; returns its arguments if there is a closure among them."""
@@ -180,16 +164,3 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
                 f'  torch.optim.AdamW([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})',
                 "lr_factor",
             )
-
-
-def warn_of_low_rate(training: Training) -> None:
-    """Warn if a learning rate has decayed so far that the model cannot recover from a change."""
-    groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
-    # An optimizer that computes its own rate may have None.
-    rates = [(float(group["lr"] or 0.0), float(group.get("initial_lr", group["lr"]) or 0.0)) for group in groups]
-    share = min((now / start for now, start in rates if start > 0), default=1.0)
-    if share < LOW_RATE:
-        training.warn(
-            f"the learning rate at the change of rank is {share:.1%} of its start, too low to recover from the change; "
-            "set an earlier deadline or a later decay"
-        )

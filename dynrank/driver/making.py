@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 from dynrank.change.interrupts import uninterrupted
 from dynrank.driver.due import DueStage
-from dynrank.driver.event import UNDONE, RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.driver.regression import RegressionTest
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -17,33 +16,25 @@ from dynrank.driver.undo import Undo
 EndStage = Callable[[RankEvent | None], None]
 
 
-def change_at_once(
-    training: Training, due: DueStage, history: list[RankEvent], end_stage: EndStage, *, measure: bool
-) -> None:
-    """Make the change of ``due``; ``measure``: whether to validate before and after it."""
+def change_at_once(training: Training, due: DueStage, end_stage: EndStage) -> None:
+    """Make the change of ``due``."""
     change = due.change(training, due.ranks)
     if not change.reports:
         end_stage(None)
         return
     event = due.event(training.step, change.reports, due.reason)
-    test = RegressionTest(training, due.stage.how) if measure else None
     # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
     with uninterrupted():
         change.apply()
         end_stage(event)
-    if test is not None:
-        history[-1] = replace(event, measured=test.measure())
 
 
-def change_on_trial(training: Training, due: DueStage, history: Sequence[RankEvent], end_stage: EndStage) -> None:
+def change_on_trial(training: Training, due: DueStage, end_stage: EndStage) -> None:
     """Make the change of ``due``, or search for it, and undo it bit for bit if it costs too much."""
     undo = Undo(training.adapters)
     # Twice, because Ctrl-C may interrupt the first exit.
     with undo, undo:
-        if due.stage.search:
-            event = cut_to_smallest(training, undo, due, _parameters_at_start(due, history))
-        else:
-            event = _try(training, undo, due)
+        event = (cut_to_smallest if due.stage.search else _try)(training, undo, due)
         with uninterrupted():
             undo.keep()
             end_stage(event)
@@ -57,14 +48,7 @@ def _try(training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
     with uninterrupted():
         change.apply()
     measured = test.measure()
-    if test.allows(measured.after):
-        return due.event(training.step, change.reports, due.reason, measured)
-    undo.restore()
-    reason = f"{UNDONE}{measured} ({due.reason})"
-    return due.event(training.step, change.reports, reason, measured, undone=True)
-
-
-def _parameters_at_start(due: DueStage, history: Sequence[RankEvent]) -> int:
-    """How many parameters the adapters had when the run began."""
-    saved = sum(layer.parameters_saved for event in history if not event.undone for layer in event.layers)
-    return saved + sum(layer.rank * layer.params_per_rank for layer in due.layers.values())
+    undone = not test.allows(measured.after)
+    if undone:
+        undo.restore()
+    return due.event(training.step, change.reports, due.reason, measured, undone=undone)

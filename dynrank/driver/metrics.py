@@ -17,7 +17,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.schedules import Stage
 from dynrank.triggers import Trigger
 
-CHECK_MONITOR = "check_monitor of How"
 # The only metric of training that triggers read.
 TRAIN_LOSS = "train/loss"
 
@@ -95,18 +94,16 @@ def _argument(trigger: Trigger, name: str) -> str:
     return f"{argument} of {type(trigger).__name__}"
 
 
-def judging_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
-    """The same for the metrics by which changes are judged or measured; a validation for a change must have them."""
-    hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
-    # Whoever writes another How has to repeat what the schedule's own has.
-    return {how.check_monitor: f"{CHECK_MONITOR}(lr_factor={how.lr_factor!r})" for how in hows}
+def judging_metrics(stages: Sequence[Stage]) -> set[str]:
+    """The metrics by which changes are judged; a validation for a change must have them."""
+    return {stage.how.check_monitor for stage in stages if stage.how.max_regression is not None}
 
 
 def check_observed(stages: Sequence[Stage], logged: Collection[str]) -> None:
     """Refuse a trigger whose metric a validation, which has the metrics ``logged``, lacks."""
     arguments = observed_metrics(stages)
     for name in arguments.keys() - set(logged):
-        raise _not_there(name, arguments, logged, _CURES)
+        raise _not_there(name, arguments[name], logged, _CURES)
 
 
 def check_training_metrics(stages: Sequence[Stage], *, validates: bool, logged: Collection[str] = ()) -> None:
@@ -114,15 +111,13 @@ def check_training_metrics(stages: Sequence[Stage], *, validates: bool, logged: 
     arguments = observed_metrics(stages)
     for name in arguments.keys() - {TRAIN_LOSS}:
         if not validates or name.startswith("train") or name in logged:
-            raise _not_there(name, arguments, [TRAIN_LOSS], _CURES)
+            raise _not_there(name, arguments[name], [TRAIN_LOSS], _CURES)
 
 
-def metric_value(
-    metrics: Mapping[str, float], name: str, arguments: Mapping[str, str], group: ProcessGroup | None
-) -> float:
-    """The metric, as the mean over all processes of ``group``."""
+def metric_value(metrics: Mapping[str, float], name: str, group: ProcessGroup | None) -> float:
+    """The metric that judges a change, as the mean over all processes of ``group``."""
     if name not in metrics:
-        raise _not_there(name, arguments, metrics, _JUDGED)
+        raise _not_there(name, "check_monitor of How", metrics, _JUDGED)
     return mean_over_processes(float(metrics[name]), group)
 
 
@@ -136,9 +131,7 @@ _CURES = (
 )
 
 
-def _not_there(name: str, arguments: Mapping[str, str], logged: Collection[str], advice: str) -> ConfigurationError:
+def _not_there(name: str, argument: str, logged: Collection[str], advice: str) -> ConfigurationError:
     found = ", ".join(map(repr, sorted(logged)))
-    argument = arguments[name].partition(" ")[0]
-    return ConfigurationError(
-        f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}{advice}", argument
-    )
+    message = f"{argument} must name a metric that is logged, got {name!r}; logged: {found}{advice}"
+    return ConfigurationError(message, argument.partition(" ")[0])

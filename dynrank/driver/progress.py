@@ -72,21 +72,16 @@ def load(
     progress = read_as(Progress, dict(state["progress"]), "the checkpoint")
     mine = as_texts(stages)
     theirs = [tuple(stage) for stage in state["stages"]]
-    # Stages that are over must have the same target; their times no longer matter.
-    done, wanted = ([to for _, to, _ in texts[: progress.stage]] for texts in (theirs, mine))
-    if done != wanted:
-        raise ConfigurationError(
-            f"the checkpoint was made under another schedule: its first stages went to {', '.join(done)}, here they go "
-            f"to {', '.join(wanted) or 'nothing'}; give the schedule as it was, of which only later stages may differ",
-            "schedule",
-        )
     my_rules = _as_texts(rules)
     their_rules = [tuple(rule) for rule in state["rank_map"]]
-    if done and their_rules != my_rules:
+    # Stages that are over must have the same target; their times no longer matter.
+    done, wanted = ([to for _, to, _ in texts[: progress.stage]] for texts in (theirs, mine))
+    if done != wanted or (done and their_rules != my_rules):
         raise ConfigurationError(
-            f"the checkpoint was made under another rank_map: its first stages went by {_in_words(their_rules)}, here "
-            f"they go by {_in_words(my_rules)}; give the rank_map as it was",
-            "rank_map",
+            f"the checkpoint was made under another schedule or rank_map: its first stages went to {', '.join(done)} "
+            f"by {their_rules}, here they go to {', '.join(wanted) or 'nothing'} by {my_rules}; give both as they "
+            "were, only later stages may differ",
+            *("schedule", "rank_map"),
         )
     for stage, now, before, saved in zip(stages, mine, theirs, state["triggers"], strict=False):
         if isinstance(stage.when, Trigger):
@@ -103,7 +98,3 @@ def load(
 def _as_texts(rules: Mapping[str, RankBounds]) -> list[tuple[str, str]]:
     """(pattern, what it says) of each rule of a rank map, in its order."""
     return [(key, described(rule)) for key, rule in rules.items()]
-
-
-def _in_words(rules: Sequence[tuple[str, ...]]) -> str:
-    return ", ".join(f"{key!r}: {rule}" for key, rule in rules) or "none"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import isfinite
+from math import isfinite, isinf
 
 from dynrank.driver.event import Measured
-from dynrank.driver.metrics import CHECK_MONITOR, judging_metrics, metric_value
+from dynrank.driver.metrics import judging_metrics, metric_value
 from dynrank.driver.training import Training
 from dynrank.driver.validation import validate
 from dynrank.schedules import How, Stage
@@ -17,7 +17,7 @@ class RegressionTest:
 
     Args:
         training: the run before the change.
-        how: names the metric, and the largest relative worsening.
+        how: names the metric, and the largest relative worsening, which may be infinite.
 
     Attributes:
         before: the metric before the change.
@@ -27,18 +27,14 @@ class RegressionTest:
     def __init__(self, training: Training, how: How) -> None:
         self._training = training
         self._how = how
-        metrics = validate(training)
-        self._name = training.own_name(how.check_monitor, metrics)
-        self.before = self._value(metrics)
-        self.most = (how.max_regression or 0.0) * abs(self.before)
+        self.before = self._value(validate(training))
+        share = how.max_regression or 0.0
+        # An infinite share of nothing would be NaN.
+        self.most = share if isinf(share) else share * abs(self.before)
 
     def measure(self) -> Measured:
         """Validate the changed weights."""
-        return self.measured(self._value(validate(self._training)))
-
-    def measured(self, after: float) -> Measured:
-        """What a change costs after which the metric is ``after``."""
-        return Measured(self._name, self.before, after)
+        return Measured(self._how.check_monitor, self.before, self._value(validate(self._training)))
 
     def allows(self, after: float) -> bool:
         """Whether the metric may change from ``before`` to ``after``; never if one of the two is not finite."""
@@ -47,19 +43,17 @@ class RegressionTest:
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
-        arguments = {self._how.check_monitor: CHECK_MONITOR}
-        return metric_value(metrics, self._how.check_monitor, arguments, self._training.group)
+        return metric_value(metrics, self._how.check_monitor, self._training.group)
 
 
-def check_judges(training: Training, stages: Sequence[Stage], metrics: Collection[str], *, measure: bool) -> bool:
+def check_judges(training: Training, stages: Sequence[Stage], metrics: Collection[str]) -> bool:
     """Refuse stages whose changes are judged by a metric that validations for a change lack; whether that is known now.
 
     ``metrics`` are those of the run's own validation. One that lacks the metric says nothing of a validation for a
     change, so one is made.
     """
-    judges = judging_metrics(stages, measure=measure)
-    absent = judges.keys() - {*metrics}
+    absent = judging_metrics(stages) - {*metrics}
     found = validate(training) if absent else {}
     for name in absent:
-        metric_value(found, name, judges, training.group)
+        metric_value(found, name, training.group)
     return bool(metrics)

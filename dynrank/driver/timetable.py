@@ -28,17 +28,6 @@ class Timetable:
         # None: the stage has no time.
         self._steps = [stage.planned_step(run) for stage in stages]
 
-    def epoch_begins(self, epoch: int, step: int, length: int) -> None:
-        """Correct the times in epochs, because epochs may differ in length.
-
-        ``epoch`` is the number of epochs that have ended, ``step`` that of optimizer steps, and ``length`` the number
-        of steps in the epoch that begins now.
-        """
-        for index, stage in enumerate(self._stages):
-            when = stage.when
-            if isinstance(when, At) and when.epoch is not None:
-                self._steps[index] = step + max(0, when.epoch - epoch) * length
-
     def next_step(self, first: int) -> float:
         """The first step at which a stage from number ``first`` on is due."""
         times = [self._time(index) for index in range(first, len(self._stages))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -92,10 +92,6 @@ class Training:
         Called before and after changes that are judged.
         """
         raise NotImplementedError(self.validate_by)
-
-    def own_name(self, name: str, metrics: Collection[str]) -> str:
-        """What the user calls the metric ``name`` of a validation with these ``metrics``."""
-        return name
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Name, NotNegative, Share, checked, described
+from dynrank.errors import ConfigurationError, Name, Share, checked, described
 from dynrank.targets import Budget, Target
 from dynrank.triggers import At, Run, Trigger
 
@@ -25,7 +25,8 @@ class How:
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
-            before and after it. A change that costs more is undone. None: no check.
+            before and after it. A change that costs more is undone; with an infinite one, only a change to what is not
+            finite. None: nothing is validated.
         check_monitor: name of the metric that is checked.
         check_mode: "min" if a smaller value is better, else "max".
 
@@ -42,7 +43,7 @@ class How:
 
     lr_factor: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"
-    max_regression: NotNegative | None = None
+    max_regression: Annotated[float, Field(ge=0)] | None = None
     check_monitor: Name = "val/loss"
     check_mode: Literal["min", "max"] = "min"
 

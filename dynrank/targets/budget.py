@@ -38,7 +38,8 @@ class Budget(Target):
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
         highest: highest rank of every layer; None: its rank now. No layer grows. A layer with bounds of its own in the
-            rank map keeps both: the higher ``lowest`` and the lower ``highest`` hold.
+            rank map keeps both: the higher ``lowest`` and the lower ``highest`` hold. Where they contradict each
+            other, the rank map's hold.
         by: what ranks follow: the "importance" of layers, or "weight", the singular values of their updates.
 
     Raises:

@@ -1,63 +1,31 @@
-"""What an event, a history and the line before training say: short, whatever the model."""
+"""What an event and the line before training say: short, whatever the model."""
 
-import io
-import re
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 import dynrank
 from dynrank.change.reports import LayerReport
-from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.slot_notice import highest_ranks, slot_notice
+from dynrank.driver.notices import rank_spans, slot_notice, start_notices
 from dynrank.schedules import Stage, after_convergence, auto, early_budget, energy, fixed, milestones
 from dynrank.targets import GrowTo, LayerState, Rank
 from dynrank.triggers import At
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NAMES = [f"model.layers.{block}.{kind}" for block in range(28) for kind in KINDS]
-REPORTS = tuple(LayerReport(name, 16, 4, 0.9, 0.1, (16.0, 15.0) * 8, 64, 0.01, 0.001) for name in NAMES)
-MEASURED = Measured("eval_loss", 1.5, 1.75)
-CUT = RankEvent(50, "fraction 0.5", REPORTS, measured=MEASURED, lr_factor=2.0655)
-UNDONE = RankEvent(80, f"undone: {MEASURED} (fraction 0.8)", REPORTS, undone=True, measured=MEASURED)
-SEARCHED = RankEvent(99, f"fraction 1: 20 of 40 directions, {MEASURED}", REPORTS, measured=MEASURED)
+REPORTS = tuple(LayerReport(f"{kind}.{n}", 16, 4, 0.9, 0.1, (16.0, 15.0), 64) for n in range(28) for kind in KINDS)
+CUT = RankEvent(50, "fraction 0.5", REPORTS, measured=Measured("eval_loss", 1.5, 1.75), lr_factor=2.0655)
 
 
-def text(table):
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table)
-    return " ".join(console.export_text().split())
-
-
-def test_a_cut_says_what_it_costs_and_what_becomes_of_the_rate():
-    said = "rank change at step 50: fraction 0.5; eval_loss 1.5 → 1.75 by the cut; adapter's rate × 2.07 from here"
-    assert str(CUT) == f"{said} (rank 16 → rank 4 in {len(CUT.layers)} layers)"
-    assert said in text(CUT.table())
-    assert "rate" not in str(replace(CUT, lr_factor=1.0))
-
-
-@pytest.mark.parametrize("event", [UNDONE, SEARCHED], ids=["undone", "searched"])
-def test_what_the_reason_says_already_is_not_said_again(event):
-    assert str(event).count("eval_loss 1.5 → 1.75") == 1
-    assert str(event).count("undone") == (1 if event.undone else 0)
-    assert event.reason_and_cost == event.reason
-
-
-def test_in_a_session_a_run_is_a_short_table_that_counts_what_was_saved():
-    driver = RankDriver(4)
-    assert (driver.history, repr(driver.history)) == ([], "[]")
-    driver.progress.history = [CUT, UNDONE]
-    shown = text(driver.history.table())
-    saved = sum(12 * layer.params_per_rank for layer in CUT.layers)
-    assert f"│ × 2.07 │ {saved:,} │" in shown
-    assert "16 → 4, undone │ × 1 │ 0 │" in shown
-    for thing in (driver.history, CUT, UNDONE):
-        assert len(repr(thing).splitlines()) < 20, thing
-    state = LayerState(4, values=torch.tensor([16.0, 15.0]))
-    assert all("16.0, 15.0" not in repr(thing) for thing in (driver.history, CUT, CUT.layers[0], state))
+@pytest.mark.parametrize(("undone", "before"), [(False, ""), (True, "undone: ")])
+def test_a_change_says_in_one_line_what_it_costs_and_what_becomes_of_the_rate(undone, before):
+    event = replace(CUT, undone=undone)
+    cost = "eval_loss 1.5 → 1.75 by the cut"
+    said = f"rank change at step 50: {before}fraction 0.5; {cost}; adapter's rate × 2.07 from here"
+    assert str(event) == repr(event) == f"{said} (rank 16 → rank 4 in 112 layers)"
+    assert said == event.table().title
+    assert "rate" not in str(replace(event, lr_factor=1.0))
 
 
 # What a server will reserve
@@ -68,46 +36,40 @@ def model(**rank_map):
     return dynrank.add_lora(blocks, rank=16, alpha=16, rank_map=rank_map)
 
 
-LIMITED = "up to 16; schedule.highest=8 limits it"
-
-
 @pytest.mark.parametrize(
-    ("schedule", "rank_map", "said"),
+    ("schedule", "rank_map", "is_said"),
     [
-        *((schedule, {}, LIMITED) for schedule in (early_budget(4), auto(), after_convergence(4))),
-        (early_budget(8) + early_budget(4, at=0.6), {}, LIMITED),
-        ([*early_budget(2), Stage(At(fraction=0.5), GrowTo(4))], {}, LIMITED),
-        # No limit of the schedule lowers a pinned layer; one of the rank map does not raise it. Energy has none.
-        (early_budget(2), {"q_proj": {"pinned": True}}, "up to 16"),
-        (early_budget(4, lowest=3), {"q_proj": {"highest": 16}}, LIMITED),
-        (energy(0.9), {}, "up to 16"),
+        *((schedule, {}, True) for schedule in (early_budget(4), auto(), energy(0.9))),
+        ([*early_budget(2), Stage(At(fraction=0.5), GrowTo(4))], {}, True),
+        (early_budget(2), {"q_proj": {"pinned": True}}, True),
         # A slot of the mean rank is as large.
-        *((early_budget(*ranks, **options), {}, None) for ranks, options in (([12], {}), ([4], {"highest": 8}))),
-        (early_budget(4), dict.fromkeys(KINDS, {"highest": 8}), None),
+        *((early_budget(*ranks, **options), {}, False) for ranks, options in (([12], {}), ([4], {"highest": 8}))),
+        (early_budget(4), dict.fromkeys(KINDS, {"highest": 8}), False),
         # Uniform ranks, or ones that are known.
-        (after_convergence(4, shared=False), {}, None),
-        (milestones([8, 4], at=[0.5, 0.75]), {}, None),
-        ([Stage(At(fraction=0.5), Rank({"attention": 2}))], {}, None),
-        ([*early_budget(4), Stage(At(fraction=0.5), Rank(4))], {}, None),
-        (fixed(), {}, None),
+        (after_convergence(4, shared=False), {}, False),
+        (milestones([8, 4], at=[0.5, 0.75]), {}, False),
+        ([*early_budget(4), Stage(At(fraction=0.5), Rank(4))], {}, False),
+        (fixed(), {}, False),
     ],
 )
-def test_before_training_a_line_says_what_a_server_may_reserve_and_what_limits_it(schedule, rank_map, said):
-    made = model(**rank_map)
-    notice = slot_notice(made, schedule)
-    named = slot_notice(made, schedule, name="schedule.highest")
-    assert named == (said and f"a server reserves the highest rank of the adapter in every layer, {said}")
-    if said == LIMITED:
-        line = named.partition(";")[0]
-        assert slot_notice(made, schedule, name=None) == line
-        assert re.fullmatch(rf"{line}; highest=8 in the schedule limits it, as early_budget\(\d, highest=8\)", notice)
+def test_before_training_a_line_says_what_a_server_may_reserve(schedule, rank_map, is_said):
+    notice = slot_notice(model(**rank_map), schedule)
+    line = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of "
+    assert notice.startswith(line) if is_said else notice is None
 
 
-@pytest.mark.parametrize("skewed", KINDS)
+def test_before_training_a_line_says_where_scalings_differ():
+    assert start_notices(model(), fixed()) == []
+    (line,) = start_notices(model(k_proj={"rank": 4, "alpha": 32}), fixed())
+    assert line.startswith("layers differ in their scaling: 1 in 3 layers")
+    assert line.endswith("8 in 1 (k_proj)")
+
+
 @pytest.mark.parametrize("schedule", [early_budget(4, at=0.5), early_budget(4, at=0.5, highest=8), auto(at=0.5)])
-def test_no_layer_ends_above_what_was_said_and_one_can_reach_it(schedule, skewed):
-    highest = highest_ranks(model(), schedule)
-    ranks = schedule[0].to.ranks({kind: LayerState(16, 24, 24, importance=float(kind == skewed)) for kind in KINDS})
-    assert all(ranks[name] <= highest[name] for name in KINDS)
+def test_no_layer_ends_above_what_was_said_and_one_can_reach_it(schedule):
+    spans = rank_spans(model(), schedule)
+    layers = {kind: LayerState(16, 24, 24, importance=float(kind == "k_proj")) for kind in KINDS}
+    ranks = schedule[0].to.ranks(layers)
+    assert all(ranks[name] <= spans[name][1] for name in KINDS)
     # The pool of 64 directions has enough for one layer.
-    assert ranks[skewed] == min(13, highest[skewed])
+    assert ranks["k_proj"] == min(13, spans["k_proj"][1])

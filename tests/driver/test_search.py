@@ -18,10 +18,10 @@ FULL = 8
 SPECTRA = {"0": [9.0, 4.0, 1.0], "1": [2.0]}
 
 
-def smallest(tolerance, mode="min", lowest=1):
+def smallest(tolerance, mode="min", **bounds):
     """The search alone, without the cut before it."""
     how = How(max_regression=tolerance, check_mode=mode)
-    return Stage(At(fraction=1.0), Budget(share=1.0, by="weight", lowest=lowest), how=how, search=True)
+    return Stage(At(fraction=1.0), Budget(share=1.0, by="weight", **bounds), how=how, search=True)
 
 
 class Planted(Training):
@@ -92,9 +92,7 @@ def test_cut_is_the_smallest_that_trying_all_numbers_finds(tolerance):
     after = training.validate()["val/loss"]
     assert after <= most * (1 + 1e-6)
     assert (made.measured.before, made.measured.after) == pytest.approx((before, after))
-    assert str(made).count(str(made.measured)) == 1
-    assert made.reason.startswith(f"fraction 1: {sum(expected.values())} of 16 directions, 0.")
-    assert f"{tolerance:.2%} allowed" in made.reason
+    assert made.reason == f"fraction 1: {sum(expected.values())} of 16 directions, {tolerance:.2%} allowed"
 
 
 @pytest.mark.parametrize(
@@ -117,8 +115,11 @@ def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     assert first.reason == "fraction 0.5"
     # Nothing moves, so no layer has any importance, and ranks fall alike, to what the first layer needs.
     assert training.ranks == {"0": 3, "1": 2}
-    # The layers keep 156 of 496 parameters.
-    assert "0.315 of the bytes at the start" in last.reason
+
+
+def test_a_limit_of_the_budget_holds_whatever_it_costs():
+    training, (made,) = searched(smallest(1e-9, highest=2))
+    assert (training.ranks, made.undone) == ({"0": 2, "1": 2}, False)
 
 
 def test_adapter_that_may_not_become_smaller_is_not_validated():
@@ -149,16 +150,11 @@ def test_weights_stay_to_the_bit_where_nothing_can_be_spared_and_the_history_say
         (event,) = drive(smallest(0.01), training, 4, training.loss).history
         assert event.undone
         assert [layer.rank_before - layer.rank_after for layer in event.layers] == [1, 0]
-        assert event.reason.startswith("undone: 15 of 16 directions")
-        assert str(event).count(str(event.measured)) == 1
+        assert event.reason.startswith("fraction 1: 15 of 16 directions")
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_larger_is_better_where_the_mode_says_so_and_zero_has_no_share_that_it_may_lose():
-    """As the accuracy of a model that knows nothing."""
+def test_larger_is_better_where_the_mode_says_so():
     training, _ = searched(smallest(0.0005, "max"), lambda _, loss: -10 - loss)
     assert training.ranks == {"0": 3, "1": 1}
-    training, (made,) = searched(smallest(0.1, "max"), lambda *_: 0.0)
-    assert training.ranks == {"0": 1, "1": 1}
-    assert "val/loss 0 → 0 (+0, 10.00% allowed)" in made.reason

@@ -1,6 +1,7 @@
 """What a change costs is measured directly before and after it, and the run does not notice."""
 
 import csv
+import math
 import random
 from contextlib import nullcontext
 
@@ -47,8 +48,8 @@ class Loop(Training):
         self.events.append(event)
 
 
-def started(stage, loop, **options):
-    driver = RankDriver(stage, **options)
+def started(stage, loop):
+    driver = RankDriver(stage)
     driver.start(loop, Run(total_steps=10))
     return driver
 
@@ -57,12 +58,10 @@ def draw():
     return torch.rand(()).item() + random.random() + np.random.rand()
 
 
-@pytest.mark.parametrize("measure", [False, True])
-def test_validations_directly_before_and_after_draw_the_same_numbers_and_the_run_goes_on_as_without(measure):
+def test_validations_directly_before_and_after_draw_the_same_numbers_and_the_run_goes_on_as_without():
     """What the run itself has validated, perhaps on other data, is not compared with them."""
     loop = Loop([lambda: {"val/loss": draw() + loop.model[0].rank}] * 2)
-    stage = Stage(Plateau(patience=1), Rank(1), how=How(max_regression=None if measure else 0.0))
-    driver = started(stage, loop, measure=measure)
+    driver = started(Stage(Plateau(patience=1), Rank(1), how=How(max_regression=0.0)), loop)
     for loop.step in (1, 2):
         driver.validated(loop, {"val/loss": 0.001})
     drawn = []
@@ -90,22 +89,18 @@ def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(name):
     assert loop.metrics == []
 
 
-@pytest.mark.parametrize(("name", "error", "rank"), [("val/loss", IndexError, 1), ("other", ConfigurationError, 2)])
-def test_change_is_told_if_its_measurement_fails_and_not_made_without_a_metric(name, error, rank):
-    """The first validation lacks the metric, or there are no data for a second one."""
-    loop = Loop([{name: 1.0}])
-    driver = started(Stage(At(step=0), Rank(1)), loop, measure=True)
-    with pytest.raises(error):
-        driver.advance(loop)
-    assert (loop.model[0].rank, len(loop.events)) == (rank, int(rank == 1))
+@pytest.mark.parametrize(("before", "after", "undone"), [(0.0, 5.0, False), (1.0, math.nan, True)])
+def test_a_change_that_may_cost_anything_is_measured_and_undone_only_if_it_diverges(before, after, undone):
+    loop = Loop([{"val/loss": before}, {"val/loss": after}])
+    started(Stage(At(step=0), Rank(1), how=How(max_regression=math.inf)), loop).advance(loop)
+    (event,) = loop.events
+    assert (event.undone, event.measured.before, loop.model[0].rank) == (undone, before, 2 if undone else 1)
 
 
-@pytest.mark.parametrize(
-    ("measure", "most", "said"), [(True, None, "measure=True"), (False, 0.1, "max_regression=0.1")]
-)
-def test_judging_without_validations_is_refused_at_the_start(measure, most, said):
-    with pytest.raises(ConfigurationError, match=rf"{said} .*define validate\(\) in .*, or set {said[:7]}"):
-        started(Stage(At(step=1), Rank(1), how=How(max_regression=most)), Loop(), measure=measure)
+def test_judging_without_validations_is_refused_at_the_start():
+    said = r"max_regression=0.1 .*define validate\(\) in .*, or set max_regression=None"
+    with pytest.raises(ConfigurationError, match=said):
+        started(Stage(At(step=1), Rank(1), how=How(max_regression=0.1)), Loop())
 
 
 # Under Lightning
@@ -179,11 +174,11 @@ def test_metrics_of_a_validation_for_a_change_are_those_that_lightning_has(regre
 
 
 @pytest.mark.parametrize(
-    ("without", "most", "measure"),
-    [([], 0.0, False), ([Stage(At(step=3), Rank(1))], None, True)],
+    ("without", "most"),
+    [([], 0.0), ([Stage(At(step=3), Rank(1))], math.inf)],
     ids=["undone", "cut"],
 )
-def test_a_run_is_as_it_were_without_validations_for_a_change(fit, regression, tmp_path, without, most, measure):
+def test_a_run_is_as_it_were_without_validations_for_a_change(fit, regression, tmp_path, without, most):
     """Also where its module keeps scores, which asks whether a validation is one for a change."""
 
     class Keeping(regression[0]):
@@ -213,15 +208,18 @@ def test_a_run_is_as_it_were_without_validations_for_a_change(fit, regression, t
     # No validation comes before the change: Lightning has not made the loaders.
     options = {"check_val_every_n_epoch": 2, "log_every_n_steps": 1}
     judged = [Stage(At(step=3), Rank(1), how=How(max_regression=most))]
-    for name, scheduler in (("without", RankScheduler(without)), ("with", RankScheduler(judged, measure=measure))):
+    for name, scheduler in (("without", RankScheduler(without)), ("with", RankScheduler(judged))):
         Recording.found = []
         logger = CSVLogger(tmp_path / name)
         fit(scheduler, Recording(), module=Keeping(), logger=logger, **options)
         with open(f"{logger.log_dir}/metrics.csv") as file:
             runs.append([*Recording.found, *csv.DictReader(file)])
     (event,) = scheduler.history
-    assert (event.undone, event.measured is None) == (not measure, False)
+    assert (event.undone, event.measured is None) == (most == 0, False)
     assert runs[0] == runs[1]
+
+
+SCORED = How(max_regression=math.inf, check_monitor="val/score")
 
 
 class Scoring(Callback):
@@ -230,25 +228,19 @@ class Scoring(Callback):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "measure", "said", "step"),
+    ("schedule", "said", "step"),
     [
-        (Stage(Plateau("val/los"), Rank(1)), False, "monitor of Plateau.*'val/los'; logged: 'train/loss', 'val/", 0),
-        (auto(how=How(check_monitor="val/los")), False, "check_monitor of How.*'val/los'; logged: 'val/loss'\\.", 10),
-        (Stage(At(step=15), Rank(1), how=How(check_monitor="val/los")), True, "check_monitor of How.*'val/los'", 10),
+        (Stage(Plateau("val/los"), Rank(1)), "monitor of Plateau.*'val/los'; logged: 'train/loss', 'val/", 0),
+        (auto(how=How(check_monitor="val/los")), "check_monitor of How.*'val/los'; logged: 'val/loss'\\.", 10),
         # What a callback logs is in no validation for a change, but a trigger reads it.
-        (
-            Stage(At(step=5), Rank(1), how=How(check_monitor="val/score")),
-            True,
-            "'val/score'; logged: 'val/loss'.*evaluate=",
-            5,
-        ),
-        (Stage(Plateau("val/score"), Rank(1), deadline=0.75), False, None, 20),
+        (Stage(At(step=5), Rank(1), how=SCORED), "'val/score'; logged: 'val/loss'.*evaluate=", 5),
+        (Stage(Plateau("val/score"), Rank(1), deadline=0.75), None, 20),
     ],
 )
-def test_a_metric_that_no_validation_logs_is_refused_at_the_first_one(regression, schedule, measure, said, step):
+def test_a_metric_that_no_validation_logs_is_refused_at_the_first_one(regression, schedule, said, step):
     """A trigger's in Lightning's check before training."""
     make, data, trainer = regression
-    made = trainer(callbacks=[RankScheduler(schedule, measure=measure), Scoring()], max_steps=20)
+    made = trainer(callbacks=[RankScheduler(schedule), Scoring()], max_steps=20)
     with nullcontext() if said is None else pytest.raises(ConfigurationError, match=said):
         made.fit(make(), *data())
     assert made.global_step == step

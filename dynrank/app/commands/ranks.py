@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dynrank.app.runs.job import build
-from dynrank.driver.slot_notice import pool_at_end, rank_spans
+from dynrank.driver.notices import pool_at_end, rank_spans
 from dynrank.layers.finding import own_layers
 from dynrank.output.console import empty_table, print_table, shape_of_update, span
 from dynrank.output.ranks import ranks

@@ -4,8 +4,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from dynrank.driver.metrics import judging_metrics
 from dynrank.errors import ConfigurationError, Count, Positive, checked_call, shown
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.output.checkpoint_file import read_checkpoint
-from dynrank.schedules.stage import check_schedule
+from dynrank.schedules.stage import Stage, check_schedule
 from dynrank.triggers import Run
 
 VAL_LOSS = "val/loss"
@@ -134,9 +135,10 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
     # A task of your own need not log what is measured, and each of many changes would take two validations.
-    stages = scheduler.driver.stages
-    is_logged = judging_metrics(stages, measure=True).keys() <= {*task.metrics}
-    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED
+    stages = [_measured(stage) for stage in scheduler.driver.stages]
+    is_logged = judging_metrics(stages) <= {*task.metrics}
+    if config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED:
+        scheduler.driver.stages = stages
     _check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     # A task of your own need not take anything over, and a task without data has no classes.
     if adapter is not None and hasattr(task, "go_on_from") and not (on_meta and lacks_data(config)):
@@ -189,6 +191,12 @@ def lacks_data(config: DictConfig) -> bool:
 def make_scheduler(node: DictConfig) -> RankScheduler:
     """The scheduler of a ``schedule`` node."""
     return RankScheduler(make(node, "schedule"))
+
+
+def _measured(stage: Stage) -> Stage:
+    """The stage, whose change is at least measured."""
+    unchecked = stage.how.max_regression is None
+    return replace(stage, how=replace(stage.how, max_regression=inf)) if unchecked else stage
 
 
 def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:

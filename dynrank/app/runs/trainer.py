@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from dynrank.app.console import quiet_loading
-from dynrank.app.keys import keys_of
 from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
@@ -40,7 +39,7 @@ def make_trainer(
     """The trainer of the run that ``config`` describes, which writes into ``folder``."""
     checkpoint = _RunCheckpoint(last_checkpoint(folder), config.checkpoint_every)
     callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
-    callbacks += [RankMonitor(folder / HISTORY, model_name="model", names=keys_of(config.schedule, "schedule"))]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
     callbacks += [_Bar()] if config.trainer.enable_progress_bar else []
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)

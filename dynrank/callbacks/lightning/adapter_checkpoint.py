@@ -15,13 +15,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.strategies import check_averages
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
+from dynrank.layers.frozen_base import follow_base, without_base
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
-
-# The keys of the weights in a checkpoint; Lightning's WeightAveraging adds the second.
-_STATES = ("state_dict", "current_model_state")
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -76,9 +74,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         # A checkpoint_io that the user has chosen stays.
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = SafeCheckpointIO()
-        for model in [pl_module, *map(private.average_model, trainer.callbacks)]:  # type: ignore[attr-defined]
-            if model is not None:
-                follow_base(model)
+        check_averages(trainer)
+        follow_base(pl_module)
         self._fingerprints: dict[str, str] = {}
         super().setup(trainer, pl_module, stage)
 
@@ -88,10 +85,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         Lightning's own handler of SIGTERM would end the run at the next batch, even in the middle of an accumulated
         step; and with several processes the one that got the signal would wait for the others forever.
         """
-        if not adapted_models(pl_module):
-            raise ConfigurationError(
-                "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
-            )
         self._seen_step = trainer.global_step
         self.stopped_by = None
         if threading.current_thread() is threading.main_thread():
@@ -132,9 +125,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         trained = [
             parameter for optimizer in trainer.optimizers for parameter, state in optimizer.state.items() if state
         ]
-        for key in _STATES:
-            if key in checkpoint:
-                checkpoint[key] = without_base(pl_module, checkpoint[key], trained, self._fingerprints)
+        checkpoint["state_dict"] = without_base(pl_module, checkpoint["state_dict"], trained, self._fingerprints)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise DivergedError if the run has diverged since its last checkpoint, and end after a late signal."""

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dynrank.callbacks.lightning.resume import has_missed_validation
 from dynrank.callbacks.lightning.validation import ValidationMetrics, validate
@@ -26,7 +25,7 @@ class BestWeights(Checkpoint):
 
     Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept forgets them,
     because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same ones.
-    Validations that check or measure a change, or are NaN, do not count. If no validation came after the last step, one
+    Validations for a change, or of NaN, do not count. If no validation came after the last step, one
     is made, which nothing logs; a run that is resumed behind it calls no hook, so ``trainer.validate`` counts, too. In
     several processes the mean of their metrics decides.
 
@@ -59,46 +58,23 @@ class BestWeights(Checkpoint):
         # Those that are being validated.
         self._validated: dict[str, Tensor] = {}
         self._last_validated = 0
-        # Whether there was a validation since the last change.
-        self._was_validated = False
         self._metrics = ValidationMetrics()
-        # The parameters of which ``_weights`` has the value in the best validation.
-        self._kept: set[int] = set()
 
     @property
     def why_none(self) -> str:
         """Why there is no best validation, if ``step`` is None."""
-        if self._was_validated:
-            return f"every validation after the last change of ranks had NaN or nothing as {self.monitor!r}"
-        return "training was not validated after the last change of ranks"
+        return f"no validation after the last change of ranks had a number as {self.monitor!r}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = dict(pl_module.named_parameters())
-        self._kept = {id(parameters[name]) for name in self._weights.keys() & parameters.keys()}
         if self._last_validated != trainer.global_step and has_missed_validation(trainer):
             self._validate(trainer, pl_module)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # A parameter that was frozen in the best validation, and is not any more, has its value of then.
-        if self.step is not None and any(
-            parameter.requires_grad and id(parameter) not in self._kept
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ):
-            trained = _trained(pl_module)
-            self._weights = _copied(trained) | self._weights
-            self._kept = {*map(id, trained.values())}
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = {}
         self._metrics.begin(trainer)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        # Not earlier: hooks of the validation's start may put an average of the weights into the module.
-        if not self._validated:
-            self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Now, because hooks of the module may put an average of the weights in place for the validation.
+        self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = self._metrics.end(trainer)
@@ -127,7 +103,6 @@ class BestWeights(Checkpoint):
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""
         self._last_validated = trainer.global_step
-        self._was_validated = True
         # A metric that a module logs without sync_dist differs between processes, which have to keep the same weights.
         value = mean_over_processes(float(metrics.get(self.monitor, nan)))
         gain = self.value - value if self.mode == "min" else value - self.value
@@ -135,18 +110,25 @@ class BestWeights(Checkpoint):
             self.step = trainer.global_step
             self.value = value
             self._weights = self._validated
-            self._kept = {*map(id, _trained(trainer.lightning_module).values())}
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
             self.step = None
             self._weights = {}
-            self._was_validated = False
 
     def restore(self, module: nn.Module) -> None:
-        """Put the best weights into ``module``; warns if there are none."""
+        """Put the best weights into ``module``; warns if there are none.
+
+        Raises:
+            ConfigurationError: if a parameter was frozen in the best validation, and is not any more.
+        """
         if self.step is None:
             rank_zero_warn(f"{self.why_none}, so no weights are restored (BestWeights)")
+        elif unknown := sorted(_trained(module).keys() - self._weights.keys()):
+            raise ConfigurationError(
+                f"{unknown[0]!r} was frozen in the best validation, at step {self.step}, and is trained now, so its "
+                "value of then is not known; unfreeze it before training, or keep the last weights"
+            )
         present: dict[str, Tensor] = dict(module.named_parameters()) | _buffers(module)
         with torch.no_grad():
             for name, value in self._weights.items():
@@ -159,7 +141,6 @@ class BestWeights(Checkpoint):
             "value": self.value,
             "weights": self._weights,
             "last_validated": self._last_validated,
-            "was_validated": self._was_validated,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -170,7 +151,6 @@ class BestWeights(Checkpoint):
         self.value = state_dict["value"]
         self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
-        self._was_validated = state_dict["was_validated"]
 
 
 def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

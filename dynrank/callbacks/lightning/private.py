@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
@@ -43,11 +43,6 @@ def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
 def load_place_in_data(trainer: Trainer) -> None:
     """Restore the data loaders' positions; Lightning does not if the length of the run was asked for before."""
     trainer.fit_loop._load_combined_loader_states()
-
-
-def average_model(callback: Callback) -> Any:
-    """The average of the weights that a callback keeps; None if it keeps none."""
-    return getattr(callback, "_average_model", None)
 
 
 def start_method(strategy: DDPStrategy) -> str:

@@ -1,7 +1,7 @@
 """Changes of rank: a table, rank_history.csv, numbers for the loggers and the progress bar."""
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
-from dynrank.driver.slot_notice import slot_notice
+from dynrank.driver.notices import start_notices
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
 from dynrank.output.ranks import rank_totals
@@ -23,39 +23,27 @@ class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
     Each change is printed as a table; before training a line says what a server will reserve.
-    Every logger gets ``rank/mean``, ``rank/max`` and ``rank/parameters`` at the start, with every step that is logged,
-    with every validation, and after each change. All loggers except the CSVLogger, where each name would be a column,
-    get ``rank/layer/NAME`` at the start and after each change. Each step logs its learning rates as ``lr/NAME``; NAME
-    is a param group's ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs.) A progress bar
-    shows ``rank/mean`` in every step.
+    Every logger gets ``rank/mean``, ``rank/max`` and ``rank/parameters`` at the start and after each change; all of
+    them except the CSVLogger, where each name would be a column, also get ``rank/layer/NAME``. Each step logs
+    ``rank/mean``, which a progress bar shows, and its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
+    or its number. (RankScheduler logs ``lr/adapter`` where it differs.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with the importance of each layer
             before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
-        names: what the user calls an argument of the schedule, or None if it cannot be set, for a program with other
-            names; None: its name in Python.
 
     Example::
 
         Trainer(callbacks=[RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]).fit(module)
     """
 
-    def __init__(
-        self,
-        history_file: str | Path | None = None,
-        model_name: str = "",
-        *,
-        names: Callable[[str], str | None] | None = None,
-    ) -> None:
+    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
-        self.names = names
         # What is logged of the present ranks; empty if there are no layers.
         self._ranks: dict[str, float] = {}
-        # What was logged last in this epoch. The trainer keeps it until the epoch ends, and logging costs time.
-        self._logged: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Written here so that a run without steps gets the file, too.
@@ -65,32 +53,17 @@ class RankMonitor(Callback):
         # FSDP2 loads the history of a resumed run later than on_fit_start.
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
-        self._logged = {}
         if trainer.is_global_zero:
-            self._print_notice(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._logged = {}
+            self._print_notices(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         groups = [group for optimizer in trainer.optimizers for group in unwrapped_optimizer(optimizer).param_groups]
         # An optimizer that computes its own rate may have None.
         rates = {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
         values = {name: float(rate) for name, rate in rates.items() if rate is not None}
-        values |= self._ranks
-        changed = {name: value for name, value in values.items() if self._logged.get(name) != value}
-        mean = changed.pop("rank/mean", None)
-        if changed:
-            pl_module.log_dict(changed)
-        if mean is not None:
-            pl_module.log("rank/mean", mean, prog_bar=True)
-        self._logged |= values
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._ranks:
-            for logger in trainer.loggers:
-                # Lightning, too, logs a validation with the number of the step before it.
-                logger.log_metrics(self._ranks, step=max(0, trainer.global_step - 1))
+        pl_module.log_dict(values)
+        if self._ranks:
+            pl_module.log("rank/mean", self._ranks["rank/mean"], prog_bar=True)
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._shortened(event)
@@ -106,12 +79,9 @@ class RankMonitor(Callback):
             shown = self._ranks if isinstance(logger, CSVLogger) else self._ranks | by_layer
             logger.log_metrics(shown, step=trainer.global_step)
 
-    def _print_notice(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what a server will reserve for the adapter, if a schedule can leave it more than the mean."""
-        name = "highest" if self.names is None else self.names("highest")
+    def _print_notices(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for driver in (c.driver for c in trainer.callbacks if isinstance(c, RankScheduler)):  # type: ignore[attr-defined]
-            notice = slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules, name)
-            if notice is not None:
+            for notice in start_notices(pl_module, driver.stages[driver.progress.stage :], driver.rules):
                 print(notice, flush=True)
 
     def _by_layer(self, pl_module: LightningModule) -> dict[str, int]:

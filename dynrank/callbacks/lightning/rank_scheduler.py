@@ -9,10 +9,10 @@ from dynrank.callbacks.lightning import private, training
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import has_missed_look
-from dynrank.callbacks.lightning.strategies import check_callbacks, check_strategy
+from dynrank.callbacks.lightning.strategies import check_averages, check_strategy
 from dynrank.callbacks.lightning.validation import ValidationMetrics
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import History, RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed, check_training_metrics
 from dynrank.driver.validation import validate
 from dynrank.layers.peft_kernel import apply_lora_kernel
@@ -40,10 +40,9 @@ class RankScheduler(Callback):
         evaluate: returns the metrics of the present model, for stages whose changes are judged. None: the module's own
             validation steps, of which no callback and no logger hears.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        measure: validate directly before and after each change; the event has the How's ``check_monitor`` of both.
-        rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its:
-            {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``, ``lowest`` or ``final_rank``}, or the
-            path of a YAML file with this mapping below ``rank_pattern``.
+        rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its, and before what
+            the schedule says of all layers: {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``,
+            ``lowest`` or ``final_rank``}, or the path of a YAML file with this mapping below ``rank_pattern``.
         kernel: let PEFT's layers compute by the fused op, see :func:`dynrank.apply_lora_kernel`.
 
     Attributes:
@@ -62,11 +61,10 @@ class RankScheduler(Callback):
         *,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
-        measure: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
+        self.driver = RankDriver(schedule, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         self.kernel = kernel
@@ -80,7 +78,7 @@ class RankScheduler(Callback):
         self._run: training.LightningTraining | None = None
 
     @property
-    def history(self) -> History:
+    def history(self) -> list[RankEvent]:
         """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
@@ -109,7 +107,7 @@ class RankScheduler(Callback):
         if stage == "fit":
             check_strategy(trainer)
             if self.driver.stages:
-                check_callbacks(trainer, RankScheduler)
+                check_averages(trainer)
             self._best = BestSoFar(trainer, self._best)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,9 +120,6 @@ class RankScheduler(Callback):
         run = self._run = training.LightningTraining(trainer, pl_module, self.evaluate)
         check_training_metrics(self.driver.stages, validates=bool(trainer.enable_validation))
         self.driver.start(run, training.run_length(trainer, pl_module))
-        # An epoch in which a run is resumed does not begin anew.
-        length = training.steps_per_epoch(trainer, pl_module)
-        self.driver.epoch_begins(trainer.current_epoch, training.steps_before_epoch(trainer), length)
         seen = self.driver.progress.observed_step
         if seen != trainer.global_step and has_missed_look(trainer):
             own = training.LightningTraining(trainer, pl_module)
@@ -144,8 +139,7 @@ class RankScheduler(Callback):
             self._observe(metrics)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        length = training.steps_per_epoch(trainer, pl_module)
-        self.driver.epoch_begins(trainer.current_epoch, trainer.global_step, length)
+        training.check_epochs(trainer, pl_module, self.driver.stages)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:

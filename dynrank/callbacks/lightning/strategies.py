@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
@@ -51,23 +51,12 @@ def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer, kind: type[Callback]) -> None:
-    """Refuse several callbacks of ``kind``, of which Lightning refuses only equal classes, and averages of weights.
-
-    A change of ranks would have to be made in the average, too.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    own = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
-    if len(own) > 1:
-        raise ConfigurationError(
-            f"one scheduler changes the ranks of a run, got {' and '.join(own)} in callbacks; join their stages in one "
-            f"list, {kind.__name__}([*first, *second])",
-            "callbacks",
-        )
-    for callback in callbacks:
+def check_averages(trainer: Trainer) -> None:
+    """Refuse averages of weights, which would have to change and to leave out the base as the weights do."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigurationError(
-                f"{type(callback).__name__} averages weights of one rank, and the schedule changes ranks: take one of "
-                "the two out of callbacks",
+                f"{type(callback).__name__} averages whole models of one rank, and RankScheduler and AdapterCheckpoint "
+                "do not: take it or them out of callbacks",
                 "callbacks",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +17,8 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.triggers import Run
+from dynrank.schedules import Stage
+from dynrank.triggers import At, Run
 
 
 class LightningTraining(Training):
@@ -115,12 +116,16 @@ def steps_per_epoch(trainer: Trainer, pl_module: LightningModule) -> int | None:
     return max(1, -(-int(batches) // trainer.accumulate_grad_batches))
 
 
-def steps_before_epoch(trainer: Trainer) -> int:
-    """The number of optimizer steps before the present epoch, within which a run may be resumed."""
-    # A batch that an exception has ended, in whose checkpoint it has begun, is not processed.
-    of_epoch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    batches = 0 if trainer.is_last_batch else of_epoch.processed
-    return trainer.global_step - int(batches) // trainer.accumulate_grad_batches
+def check_epochs(trainer: Trainer, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
+    """Refuse times of ``stages`` in epochs, if those before the one that begins had another number of steps."""
+    length = steps_per_epoch(trainer, pl_module)
+    counts_epochs = any(isinstance(stage.when, At) and stage.when.epoch is not None for stage in stages)
+    if counts_epochs and length is not None and trainer.global_step != trainer.current_epoch * length:
+        raise ConfigurationError(
+            f"times in epochs need epochs of one length, but {trainer.current_epoch} of them had {trainer.global_step} "
+            f"steps, and the next one has {length}; give the times in steps, or as shares of the run",
+            "epoch",
+        )
 
 
 def _steps_are_known(trainer: Trainer, pl_module: LightningModule) -> bool:

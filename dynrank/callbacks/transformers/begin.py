@@ -6,64 +6,42 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
 
 from dynrank.adapters.save import trained_heads
 from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints
 from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
-from dynrank.distributed.accelerated import check_arguments
-from dynrank.distributed.processes import process_count
-from dynrank.distributed.sharding import is_sharded
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.slot_notice import slot_notice
+from dynrank.driver.notices import start_notices
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 
 
 def begin_run(
-    trainer: Trainer,
-    kind: type[TrainerCallback],
-    event: Mapping[str, Any],
-    evaluate: Callable[[], Mapping[str, Any]] | None,
+    trainer: Trainer, event: Mapping[str, Any], evaluate: Callable[[], Mapping[str, Any]] | None
 ) -> TrainerTraining:
-    """The run of ``trainer`` whose training begins with ``event``; ``kind`` is the class of the callback.
+    """The run of ``trainer`` whose training begins with ``event``.
 
     Raises:
-        ConfigurationError: if there are several callbacks of this class, or one that was added too late; if trained
-            parameters could not be stored; if the Trainer's processes do not follow a change.
+        ConfigurationError: if the callback was added too late, or if trained parameters could not be stored.
     """
-    check_arguments(trainer.args)
-    callbacks = trainer.callback_handler.callbacks
-    if sum(isinstance(callback, kind) for callback in callbacks) > 1:
-        raise ConfigurationError(
-            f"one {kind.__name__} changes the ranks of a run, got several in callbacks; join their stages in one list, "
-            f"{kind.__name__}([*first, *second])",
-            "callbacks",
-        )
     if not is_prepared(trainer):
         raise ConfigurationError(
             "trainer.add_callback comes too late to prepare the model for checkpoints that can be resumed: call "
-            f"{kind.__name__}(...).attach(trainer) instead",
+            "RankTrainerCallback(...).attach(trainer) instead",
             "callbacks",
         )
     model = event["model"]
     trained_heads(model, own_layers(model))
     prepare_checkpoints(model)
-    in_zero = trainer.is_deepspeed_enabled
-    if in_zero:
-        save_live(model)
-    training = (ZeroTraining if in_zero else TrainerTraining)(trainer, event, evaluate)
-    if process_count() > 1 and not (training.ddp or in_zero or is_sharded(model)):
-        raise ConfigurationError(
-            "in several processes ranks change under DDP, FSDP2 or DeepSpeed only; no DDP wraps the model, and none of "
-            "the others shards it"
-        )
-    return training
+    if not trainer.is_deepspeed_enabled:
+        return TrainerTraining(trainer, event, evaluate)
+    save_live(model)
+    return ZeroTraining(trainer, event, evaluate)
 
 
-def print_notice(training: TrainerTraining, driver: RankDriver) -> None:
-    """Print what a server will reserve for the adapter at the end, where a schedule can leave it more than the mean."""
-    notice = slot_notice(training.model, driver.stages[driver.progress.stage :], driver.rules)
-    if notice is not None and training.trainer.is_world_process_zero():
-        print(notice)
+def print_notices(training: TrainerTraining, driver: RankDriver) -> None:
+    """Print what to know before the first step."""
+    if training.trainer.is_world_process_zero():
+        for notice in start_notices(training.model, driver.stages[driver.progress.stage :], driver.rules):
+            print(notice)

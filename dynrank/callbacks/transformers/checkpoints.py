@@ -16,7 +16,6 @@ from dynrank.callbacks.transformers.last_updates import expect_updates
 from dynrank.distributed.accelerated import check_arguments, fsdp_plugin
 from dynrank.distributed.sharding import shard_frozen, take_saved_ranks
 from dynrank.distributed.wrappers import unwrapped_optimizer
-from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_kernel import apply_lora_kernel
@@ -38,12 +37,6 @@ def prepare_trainer(trainer: Trainer, *, kernel: bool) -> None:
     layers compute by the fused op.
     """
     check_arguments(trainer.args)
-    if trainer.args.restore_callback_states_from_checkpoint:
-        raise ConfigurationError(
-            "restore_callback_states_from_checkpoint makes all callbacks anew, so RankTrainerCallback would have no "
-            "schedule; set it to False: this callback restores its own state in any case",
-            "restore_callback_states_from_checkpoint",
-        )
     prepare_model(trainer.model, kernel=kernel)
     if trainer in _PREPARED:
         return

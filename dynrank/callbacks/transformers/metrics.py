@@ -11,9 +11,6 @@ from dynrank.callbacks.transformers.training import with_own_names
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss
 
-# The Trainer's name of it.
-_LOSS = "loss"
-
 
 class Metrics:
     """The metrics that triggers have not read yet."""
@@ -47,7 +44,7 @@ class Metrics:
         if not changes or changes[-1] <= self._logged_step:
             self._loss.add(loss, state.global_step - self._logged_step)
         self._logged_step = state.global_step
-        if not evaluates and driver.observed and {*driver.observed} <= {TRAIN_LOSS, _LOSS}:
+        if not evaluates and {*driver.observed} == {TRAIN_LOSS}:
             self._evaluated[TRAIN_LOSS] = self._loss.look()
 
     def forget_loss(self) -> None:
@@ -67,7 +64,6 @@ class Metrics:
         self._evaluated = {}
         if found:
             found.setdefault(TRAIN_LOSS, self._loss.look())
-            found[_LOSS] = found[TRAIN_LOSS]
         return found
 
     def state_dict(self) -> dict[str, Any]:

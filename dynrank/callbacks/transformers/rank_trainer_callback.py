@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.callbacks.transformers.begin import begin_run, print_notice
+from dynrank.callbacks.transformers.begin import begin_run, print_notices
 from dynrank.callbacks.transformers.best import forget_best
 from dynrank.callbacks.transformers.checkpoints import prepare_trainer
 from dynrank.callbacks.transformers.last_updates import LastUpdates, stored_attributes, with_updates, without_updates
@@ -18,7 +18,7 @@ from dynrank.callbacks.transformers.metrics import Metrics
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.event import History, RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import check_training_metrics
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
@@ -36,8 +36,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     at the end of the run, in the last step, before the last evaluation and checkpoint.
 
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss`` is ``eval_loss``. Triggers read those of
-    each evaluation, and ``train/loss``, or ``loss``: the mean of the losses that were logged since the last one, or
-    since ranks have changed. Where the Trainer does not evaluate, they read it at each log. After a change that lowers
+    each evaluation, and ``train/loss``: the mean of the losses that were logged since the last one, or since ranks have
+    changed. Where the Trainer does not evaluate, they read it at each log. After a change that lowers
     ranks, the best so far no longer counts: ``state.best_metric`` and ``best_model_checkpoint`` are empty until the
     next evaluation; EarlyStoppingCallback and ``reduce_lr_on_plateau`` start anew.
 
@@ -50,7 +50,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
         evaluate: as in RankScheduler; None: the Trainer's ``evaluation_loop``, of which only progress bars hear.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
-        measure: as in RankScheduler.
         rank_map: as in RankScheduler.
         kernel: as in RankScheduler.
 
@@ -70,11 +69,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         *,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
-        measure: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule, measure=measure, rank_map=rank_map)
+        self.driver = RankDriver(schedule, rank_map=rank_map)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         self.kernel = kernel
@@ -87,7 +85,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._updates = LastUpdates(self.driver)
 
     @property
-    def history(self) -> History:
+    def history(self) -> list[RankEvent]:
         """Every change of the run so far, and every attempt that was undone, also those before a resume."""
         return self.driver.history
 
@@ -111,14 +109,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         if self.trainer is None or self.trainer.state is not state:
             self.trainer = calling_trainer()
         check_training_metrics(self.driver.stages, validates=True)
-        # The last training has ended without its event, by an error.
-        is_again = self._run is not None and self._run.trainer is self.trainer
-        training = self._run = begin_run(self.trainer, RankTrainerCallback, kwargs, self.evaluate)
-        self._load(state, training, is_again=is_again)
+        training = self._run = begin_run(self.trainer, kwargs, self.evaluate)
+        self._load(state, training)
         self._last_model = ref(training.model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._metrics.begin(state)
-        print_notice(training, self.driver)
+        print_notices(training, self.driver)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)
@@ -138,7 +134,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any, **kwargs: Any) -> None:
         if self._run is not None and "loss" in logs:
-            check_training_metrics(self.driver.stages, validates=True, logged=logs.keys() - {"loss"})
+            check_training_metrics(self.driver.stages, validates=True, logged=logs)
             self._metrics.log(logs["loss"], state, self.driver, evaluates=self._run.evaluates)
             if rates := self.driver.adapter_rates:
                 self._training(kwargs).log(rates)
@@ -181,7 +177,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         driver = without_updates(self.driver.state_dict())
         return {"args": {}, "attributes": {"driver": driver, "metrics": self._metrics.state_dict()}}
 
-    def _load(self, state: TrainerState, training: TrainerTraining, *, is_again: bool) -> None:
+    def _load(self, state: TrainerState, training: TrainerTraining) -> None:
         """Take the state of a checkpoint if the run is resumed; a run with another model begins anew."""
         updates = self._updates.begin(training)
         model = training.model
@@ -195,6 +191,3 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._metrics = Metrics()
         if training.trainer.model_init is not None and (self._last_model is None or model is not self._last_model()):
             self.driver.reset()
-        elif is_again and training.trainer.args.auto_find_batch_size:
-            # The Trainer begins at step 0 again, with less in a batch, and keeps the model as it is.
-            self.driver.begin_again()

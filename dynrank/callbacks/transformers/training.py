@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -13,9 +13,6 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import numbers_in
 from dynrank.driver.training import Training
 from dynrank.triggers import Run
-
-# What dynrank's names of metrics begin with, where the Trainer's begin with "eval_".
-_PREFIX = "val/"
 
 
 class TrainerTraining(Training):
@@ -90,11 +87,6 @@ class TrainerTraining(Training):
         trainer.callback_handler.on_predict(trainer.args, trainer.state, trainer.control, metrics)
         return with_own_names(metrics)
 
-    def own_name(self, name: str, metrics: Collection[str]) -> str:
-        """``eval_loss`` for ``val/loss``, unless the user's own function returns that."""
-        own = f"eval_{name.removeprefix(_PREFIX)}"
-        return own if name.startswith(_PREFIX) and own in metrics else name
-
     def log(self, values: Mapping[str, float]) -> None:
         """Log ``values`` in a record of their own, beside the Trainer's: ``trainer.log`` may add to them, as TRL's."""
         state = self.trainer.state
@@ -114,7 +106,7 @@ class TrainerTraining(Training):
 def with_own_names(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among ``metrics``; eval_loss is val/loss, too."""
     found = numbers_in(metrics)
-    return found | {f"{_PREFIX}{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
+    return found | {f"val/{name[5:]}": value for name, value in found.items() if name.startswith("eval_")}
 
 
 def run_length(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Run:

@@ -2,18 +2,16 @@
 
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.testing import assert_close
 
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.layers import frozen_base
 from dynrank.layers.frozen_base import MARK
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
@@ -64,17 +62,16 @@ def test_it_holds_what_is_trained_and_what_lightning_needs(regression, run, whol
     assert_close(dict(state), whole[1][0], rtol=0, atol=0)
 
 
-OURS, THEIRS, LAST = AdapterCheckpoint, ModelCheckpoint, partial(AdapterCheckpoint, save_last=True)
+OURS, THEIRS = AdapterCheckpoint, ModelCheckpoint
 
 
 @pytest.mark.parametrize(
     ("first", "second", "step"),
-    [(OURS, OURS, CHANGE - 1), (OURS, THEIRS, CHANGE), (THEIRS, OURS, CHANGE), (LAST, LAST, CHANGE + 1)],
+    [(OURS, OURS, CHANGE - 1), (OURS, THEIRS, CHANGE), (THEIRS, OURS, CHANGE)],
 )
 def test_a_run_is_resumed_to_the_bit_also_with_another_kind_of_checkpoint(run, whole, tmp_path, first, second, step):
     run(tmp_path, first, max_steps=max(step, CHANGE))
-    resumed = "last" if first is LAST else tmp_path / f"step={step}.ckpt"
-    assert_same(run(tmp_path, second, ckpt_path=resumed), whole[1])
+    assert_same(run(tmp_path, second, ckpt_path=tmp_path / f"step={step}.ckpt"), whole[1])
     assert (f"net.{MARK}" in stored(tmp_path, STEPS)["state_dict"]) == (second is not THEIRS)
 
 
@@ -89,13 +86,6 @@ def test_a_damaged_file_and_another_base_are_refused_before_anything_changes(reg
     with pytest.raises(ConfigurationError, match=said):
         run(tmp_path, module=module, ckpt_path=tmp_path / "a.ckpt")
     assert str(module.state_dict()) == before
-
-
-def test_the_base_is_hashed_once_in_a_run(run, tmp_path, monkeypatch):
-    hashed = []
-    monkeypatch.setattr(frozen_base, "fingerprint", lambda value: hashed.append(value) or "hash")
-    run(tmp_path, max_steps=CHANGE)
-    assert len(hashed) == 4
 
 
 def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression, fit, tmp_path):
@@ -125,22 +115,6 @@ def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression,
     assert not torch.equal(again.net[4].weight, Headed().net[4].weight)
 
 
-def test_a_run_that_it_cannot_serve_is_refused(regression, fit, tmp_path):
-    plain = regression[0]()
-    plain.net = nn.Sequential(nn.Linear(12, 6))
-    with pytest.raises(ConfigurationError, match="needs a model with LoRA layers"):
-        fit(AdapterCheckpoint(tmp_path), module=plain)
-
-
-def test_an_average_without_the_base_resumes_to_the_bit_at_a_fixed_rank(fit, tmp_path):
-    def run(**options):
-        average = EMAWeightAveraging(decay=0.9)
-        return fit(average, RankScheduler([]), saved=tmp_path, kind=AdapterCheckpoint, **options)[0].state_dict()
-
-    whole = run()
-    assert_close(run(ckpt_path=tmp_path / "step=12.ckpt"), whole, rtol=0, atol=0)
-
-
 # Lightning gives advice about small data.
 @pytest.mark.filterwarnings("ignore")
 def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(run, whole, regression, tmp_path):
@@ -162,3 +136,15 @@ def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(run, whole, re
     assert len(seen) == 6
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 16
     assert_same(run(tmp_path, ckpt_path=tmp_path / "last.ckpt"), whole[1])
+
+
+def test_sigterm_waits_for_all_batches_of_a_step(fit, regression, tmp_path):
+    class Told(regression[0]):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SIGTERMException):
+        fit(module=Told(), saved=tmp_path, kind=AdapterCheckpoint, accumulate_grad_batches=2)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3

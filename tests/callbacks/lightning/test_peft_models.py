@@ -1,14 +1,16 @@
-"""RankScheduler on a user's module over PEFT's get_peft_model: resumes bit for bit, loads checkpoints of any rank."""
+"""RankScheduler on a user's module over PEFT's get_peft_model, with the op: resumes bit for bit, loads any rank."""
 
 import lightning
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.testing import assert_close
 
 import dynrank
 from dynrank.callbacks import RankScheduler
-from dynrank.errors import ConfigurationError
+from dynrank.layers import peft_op
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import How, early_budget
 
@@ -42,30 +44,23 @@ def module_class(request, regression):
     return Wrapped
 
 
-def test_checkpoints_resume_bit_equal_with_their_rank_map_and_load_at_their_ranks(
-    regression, module_class, fit, assert_same, tmp_path
-):
-    def run(rank_map, **options):
+def test_checkpoints_resume_bit_equal_and_load_at_their_ranks(regression, module_class, fit, assert_same, tmp_path):
+    """The oracle has more resumes."""
+
+    def run(**options):
         stages = early_budget(4, at=0.25, how=How(lr_factor=2.0)) + early_budget(2, at=0.75)
-        scheduler = RankScheduler(stages, rank_map=rank_map)
-        return *fit(scheduler, module=module_class(), max_steps=12, **options), scheduler
+        rank_map = {"0": {"pinned": True}, "2": {"highest": 2}}
+        scheduler = RankScheduler(stages, rank_map=rank_map, kernel=True)
+        return fit(scheduler, module=module_class(), max_steps=12, **options)
 
     def ranks(module):
         return [layer.rank for _, layer in dynrank.lora_layers(module)]
 
-    rank_map = {"0": {"pinned": True}, "2": {"highest": 2}}
-    whole, trainer, scheduler = run(rank_map, saved=tmp_path)
-    assert ranks(whole) == [6, 2]
-    assert [(event.step, len(event.layers)) for event in scheduler.history] == [(3, 1), (9, 1)]
-    # Before, at and after the changes.
-    for step in (2, 3, 5, 9, 11):
-        module, _, again = run(rank_map, ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert again.history == scheduler.history, step
-        assert str(again.state_dict()) == str(scheduler.state_dict()), step
-        assert vars(module.net.peft_config["default"]) == vars(whole.net.peft_config["default"]), step
-        assert_same(module, whole, step)
-    with pytest.raises(ConfigurationError, match="the checkpoint was made under another rank_map"):
-        run(None, ckpt_path=tmp_path / "step=5.ckpt")
+    whole, trainer = run(saved=tmp_path)
+    module, _ = run(ckpt_path=tmp_path / "step=9.ckpt")
+    assert {type(layer) for layer in module.modules() if isinstance(layer, LoraLayer)} == {peft_op.Linear}
+    assert vars(module.net.peft_config["default"]) == vars(whole.net.peft_config["default"])
+    assert_same(module, whole)
     x = torch.randn(5, 12)
     for step, expected_ranks in ((2, [6, 5]), (12, [6, 2])):
         file = tmp_path / f"step={step}.ckpt"
@@ -73,7 +68,8 @@ def test_checkpoints_resume_bit_equal_with_their_rank_map_and_load_at_their_rank
         trainer.test(whole, regression[1]()[1], ckpt_path=file, verbose=False)
         assert ranks(fresh) == ranks(whole) == expected_ranks
         expected = fresh.net.eval()(x)
-        assert torch.equal(whole.net.eval()(x), expected)
+        # By the op, which rounds otherwise.
+        assert_close(whole.net.eval()(x), expected)
         whole.net.save_pretrained(tmp_path / f"{step}")
         loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
         assert torch.equal(loaded.eval()(x), expected)
