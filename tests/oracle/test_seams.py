@@ -4,12 +4,10 @@ import gc
 import importlib
 
 import pytest
-import torch.nn.functional as F
 
 import dynrank
-from dynrank.app.tasks import account
-from dynrank.app.tasks.classification import Classification, Classifier
-from dynrank.app.tasks.data import columns, labels
+from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.data import columns, splits
 from dynrank.app.tasks.data.columns import find_columns
 from dynrank.callbacks import BestWeights
 from dynrank.callbacks.lightning.best import BestSoFar
@@ -40,14 +38,6 @@ def nothing(*_, **__):
     pass
 
 
-def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
-    """As it was: torch weighs the smoothed mass by the class that receives it, and divides by the batch's weights."""
-    if not self.several:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
-    wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
-
-
 def whole_groups(self):
     """The rate of a group is multiplied for all that is in it."""
     self.used = {}
@@ -67,9 +57,9 @@ def of_training(self, trained, every):
     return sorted(trained)
 
 
-def by_usual_names(*args, trained, **options):
-    """As it was: optional columns are found by usual names if training rows had no names."""
-    return find_columns(*args, trained=trained or None, **options)
+def of_words(columns, given, *args, **options):
+    """The names of training are forgotten."""
+    return find_columns(columns, given, *args, **{**options, "trained": None})
 
 
 # {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
@@ -83,12 +73,9 @@ FAULTS = {
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", BestSoFar, "load", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
-    "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
-    "a label is in no training text": (154, "data", labels, "with_each_label", lambda numbers, *_: numbers),
-    "nothing is strange about classes": (1, "data", account, "_remarks", lambda _: {}),
-    "rows of tuples have optional columns": (50, "data", columns, "find_columns", by_usual_names),
-    "columns of training are forgotten": (41, "data", columns, "columns_to_ask", lambda *_: {}),
-    "classes of an adapter move": (5, "data", Classification, "_labels_as_before", of_training),
+    "a label is in no training text": (46, "data", splits, "_train_each_label", nothing),
+    "columns of training are forgotten": (6, "data", columns, "find_columns", of_words),
+    "classes of an adapter move": (0, "data", Classification, "_labels_as_before", of_training),
 }
 
 

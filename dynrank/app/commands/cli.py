@@ -338,14 +338,6 @@ def predict(
             "text=Subject,Body",
         ),
     ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="A column of FILE that comes along into the written file, such as ticket_id; may be given several "
-            "times; NAME=COLUMN gives it another name",
-        ),
-    ] = None,
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
@@ -369,7 +361,7 @@ def predict(
     from dynrank.app.console import quiet_loading
 
     quiet_loading()
-    options: Any = {"model": model, "columns": _pairs(columns), "keep": keep or (), "system": system, "chat": chat}
+    options: Any = {"model": model, "columns": _pairs(columns), "system": system, "chat": chat}
     options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     predict(adapter, texts, out, **options)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 from jinja2 import TemplateError
 from tqdm import tqdm
 
@@ -21,13 +20,13 @@ from dynrank.app.models.generating import end_of_turn_of
 from dynrank.app.models.predicting import answering
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.tasks.data import columns as of_data
-from dynrank.app.tasks.data.source import READERS, Source
-from dynrank.app.tasks.data.stored import reading, refuse
+from dynrank.app.tasks.data.headings import KINDS
+from dynrank.app.tasks.data.source import read_source
+from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import new_file
 
 _KINDS = (".csv", ".parquet", ".jsonl")
-_ANSWERS = ("row", "label", "probability", "answer")
 # How many labels are printed for each text.
 _SHOWN = 3
 
@@ -39,7 +38,6 @@ def predict(
     *,
     model: str | None,
     columns: Mapping[str, of_data.Theirs],
-    keep: Sequence[str],
     system: str | None,
     chat: bool,
     skip_unusable: bool,
@@ -56,11 +54,8 @@ def predict(
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         table = _table(texts, columns)
-        kept = _kept(keep, table if out else None)
         adapter = read_adapter(source)
         classifies = class_of_base(adapter, model).__name__.endswith("ForSequenceClassification")
-        if not forms and table is not None and not classifies:
-            forms = [of_data.form_of(table.sample, ("chat", "completion", "text"), columns, table.where)]
         form = forms[0] if forms else "classification" if classifies else "completion"
         if (form == "classification") != classifies:
             raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form} (--chat, --system)")
@@ -89,12 +84,10 @@ def predict(
         return
     bar = tqdm(answers, total=len(order), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30)
     found = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
-    places = rows["place"][:]
-    cells = {"row": places} | {name: [values[place] for place in places] for name, values in kept.items()}
-    _write(out, cells | (_labels(found, pipe.model) if classifies else {"answer": found}))
+    _write(out, {"row": rows["place"][:], **(_labels(found, pipe.model) if classifies else {"answer": found})})
 
 
-def _table(texts: Sequence[str], columns: Mapping[str, of_data.Theirs]) -> Source | None:
+def _table(texts: Sequence[str], columns: Mapping[str, of_data.Theirs]) -> RawRows | None:
     """The file of columns that is named; None for texts, and for a file whose lines are texts."""
     strange = [text for text in texts if text == "-" or (exists(text) and not isfile(text))]
     if strange:
@@ -103,13 +96,11 @@ def _table(texts: Sequence[str], columns: Mapping[str, of_data.Theirs]) -> Sourc
             "into a file"
         )
     # Also a misspelt name of a file.
-    files = [
-        text for text in texts if isfile(text) or (len(text.split()) == 1 and Path(text).suffix.lower() in READERS)
-    ]
+    files = [text for text in texts if isfile(text) or (len(text.split()) == 1 and Path(text).suffix.lower() in KINDS)]
     if files and len(texts) > 1:
         raise ConfigurationError(f"a file must be the only TEXT, got {files[0]!r} and {len(texts) - 1} more")
-    if files and (not isfile(files[0]) or Path(files[0]).suffix.lower() in {*READERS} - {".txt"}):
-        return Source(files[0], "FILE", "test")
+    if files and (not isfile(files[0]) or Path(files[0]).suffix.lower() in {*KINDS} - {".txt"}):
+        return read_source(files[0], "FILE", "test")
     if columns:
         raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
     return None
@@ -127,28 +118,21 @@ def _plain(texts: Sequence[str], form: str, where: str) -> datasets.Dataset:
 
 
 def _rows(
-    table: Source, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
+    table: RawRows, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
 ) -> datasets.Dataset:
     """The rows of a table by the columns that training read, unless the user has ``given`` others.
 
-    Where it is not known what training read, columns are found by usual names. Unusable rows are left out if they are
-    to ``skip``, otherwise one error lists them.
+    Unusable rows are left out if they are to ``skip``, otherwise one error lists them.
     """
-    columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
-    trained = of_data.columns_to_ask(columns, form)
-    # Chats are in messages, or in prompts.
-    replaced = {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
-    known = {*of_data.names_in(table.sample)}
-    # The system prompt with which all chats began need not stand in each row.
-    if learned.system is not None and not known.issuperset(of_data.each(trained.get("system", ()))):
-        replaced.add("system")
-    names = {ours: theirs for ours, theirs in trained.items() if ours not in replaced} | {**given}
-    options: Any = {"trained": {} if learned.form or trained else None, "asked": True}
-    used = of_data.find_columns(table.sample, names, form, table.where, **options)
-    of_data.refuse_unread(given, used)
-    unread = {"not used": ", ".join(used.unused)} if used.unused and not learned.form else {}
-    print_facts({"columns": used, **unread})
-    rows, unusable = table.read(used, skip=skip)
+    old = [ours for ours in learned.columns if not any(ours in names for names in of_data.COLUMNS.values())]
+    if old and not given:
+        raise ConfigurationError(
+            f"{INPUTS_FILE} says that training read a column as {old[0]!r}, which this version does not; name columns "
+            "by --columns, such as prompt=instruction,input"
+        )
+    options: Any = {"trained": learned.columns, "asked": True}
+    used = of_data.find_columns(table.rows.column_names, given, form, table.where, **options)
+    rows, unusable = usable_rows(table, used, skip=skip)
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows
@@ -186,32 +170,12 @@ def _labels(answers: Sequence[Any], model: Any) -> dict[str, list[Any]]:
     }
 
 
-def _kept(keep: Sequence[str], table: Source | None) -> dict[str, dict[int, Any]]:
-    """{name beside the answers: {number of a row: its value}} of texts COLUMN or NAME=COLUMN."""
-    known = of_data.names_in(table.sample) if table is not None else []
-    parts = [("", text) if text in known else text.rpartition("=")[::2] for text in keep]
-    kept = {name or column: column for name, column in parts}
-    wrong = [column for name, column in kept.items() if column not in known or name in _ANSWERS]
-    if wrong:
-        raise ConfigurationError(
-            f"--keep must name columns of FILE, which has {known}, beside --out; another name than {[*_ANSWERS]} is "
-            f"given by --keep NAME=COLUMN; got {wrong}"
-        )
-    files = table.parts if table is not None and kept else []
-    rows = {number: row for file in files for number, row in enumerate(file.rows, start=file.first)}
-    return {name: {number: row.get(column) for number, row in rows.items()} for name, column in kept.items()}
-
-
 def _write(out: Path, cells: Mapping[str, list[Any]]) -> None:
     def cell(value: Any) -> Any:
         # A cell of csv is a text.
-        nested = out.suffix == ".csv" and isinstance(value, list | dict)
-        return json.dumps(value, ensure_ascii=False, default=str) if nested else value
+        return json.dumps(value, ensure_ascii=False) if out.suffix == ".csv" and isinstance(value, list) else value
 
-    try:
-        answers = datasets.Dataset.from_dict({name: [*map(cell, column)] for name, column in cells.items()})
-    except (pa.ArrowException, OverflowError) as error:
-        raise ConfigurationError(f"columns must have values of one type to be kept: {error} (--keep)") from error
+    answers = datasets.Dataset.from_dict({name: [*map(cell, column)] for name, column in cells.items()})
     with new_file(out) as file:
         if out.suffix == ".jsonl":
             # Not by pandas, which rounds numbers, and writes dates as milliseconds.

@@ -111,9 +111,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
         data = dict(getattr(job.task, "account", {}))
-        # Only classifiers have classes.
-        classes = dict(getattr(job.module, "class_results", {}))
-        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
         # All processes hold a part of a base that is sharded.
         base = base_of(model)
         if first:
@@ -230,6 +228,7 @@ def _check_trainer(
     max_epochs: int | None = None,
     val_check_interval: Positive | None = None,
     fast_dev_run: bool | int = False,
+    overfit_batches: float = 0.0,
     devices: Any = 1,
     strategy: Any = "auto",
     **_: Any,
@@ -240,6 +239,11 @@ def _check_trainer(
     if fast_dev_run:
         raise ConfigurationError(
             f"trainer.fast_dev_run={fast_dev_run} writes no metrics and no checkpoint; a run of seconds is debug=smoke"
+        )
+    if overfit_batches:
+        raise ConfigurationError(
+            f"trainer.overfit_batches={overfit_batches} is not for dynrank's batches, which differ in each epoch; "
+            "task.limit=N trains on N rows"
         )
     if devices is None:
         raise ConfigurationError(

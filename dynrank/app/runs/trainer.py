@@ -157,6 +157,8 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if pressed:
             raise KeyboardInterrupt from stop
         raise
+    except MisconfigurationException as error:
+        raise ConfigurationError(f"lightning.Trainer refuses the run: {error}; set trainer") from error
     except OSError as error:
         # Checkpoints have an error of their own; this is of metrics.csv, a logger's files, or the adapter.
         if error.errno not in DISK_FULL:

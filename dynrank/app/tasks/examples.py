@@ -12,35 +12,30 @@ from jinja2 import TemplateError
 from dynrank.app.models.generating import closing_tokens
 from dynrank.errors import ConfigurationError, shown
 
-_IDS = datasets.Sequence(datasets.Value("int32"))
-_FLAGS = datasets.Sequence(datasets.Value("bool"))
 _NUMBER = datasets.Value("int32")
-_TEXT = datasets.Value("string")
+_IDS = datasets.List(_NUMBER)
 # learned: a flag for each token. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
-    {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
-    | {"asked": _IDS, "prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
+    {"input_ids": _IDS, "learned": datasets.List(datasets.Value("bool")), "length": _NUMBER}
+    | {"asked": _IDS, "answer": datasets.Value("string"), "prompt_length": _NUMBER}
 )
 # The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Example(NamedTuple):
-    """Tokens, a flag for each whether it is learned, and whether a text that was too long begins with them.
+    """Tokens, and a flag for each whether it is learned.
 
-    If there is a prompt, its tokens as they are ``asked``, its text, the answer's text and the number of the tokens
-    before the answer are included, and the ``opening``: what a chat template puts before the answer into the turn that
-    is learned, as an empty block of thoughts.
+    If there is a prompt, its tokens as they are ``asked``, the text of the answer and the number of the tokens before
+    the answer are included. The text of a chat's answer is what is learned of its turn, with what the template puts
+    there.
     """
 
     input_ids: list[int]
     learned: list[bool]
     asked: Sequence[int] = ()
-    prompt: str = ""
     answer: str = ""
     prompt_length: int = 0
-    opening: str = ""
-    cut: bool = False
 
 
 def make_examples(
@@ -71,9 +66,9 @@ def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[E
     pairs = [*zip(rows["prompt"], rows["answer"], strict=True)]
     wholes = [prompt + answer + ("" if answer.endswith(end) else end) for prompt, answer in pairs]
     ids = zip(_open(rows["prompt"], tokenizer), _open(wholes, tokenizer), strict=True)
-    for (prompt, answer), (asked, whole) in zip(pairs, ids, strict=True):
+    for (_, answer), (asked, whole) in zip(pairs, ids, strict=True):
         start = len(commonprefix([asked, whole]))
-        yield Example(whole, _from(start, whole), asked, prompt, answer, start)
+        yield Example(whole, _from(start, whole), asked, answer, start)
 
 
 def _open(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -92,8 +87,7 @@ def _of_texts(rows: Sequence[str], tokenizer: Any, max_length: int, packed: bool
     for whole in [[*chain(*texts)]] if packed else texts:
         for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]
-            is_cut = not packed and start == 0 and len(whole) > max_length
-            yield Example(piece, _from(0, piece), cut=is_cut)
+            yield Example(piece, _from(0, piece))
 
 
 def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
@@ -113,9 +107,7 @@ def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
         )
     end = len(learned) - learned[::-1].index(True)
     start = end - (learned[:end][::-1].index(False) if False in learned[:end] else end)
-    answer = turns[last]["content"]
-    opening = _opening(tokenizer.decode(ids[start:end], skip_special_tokens=True), answer)
-    return Example(ids, learned, asked, turns[last - 1]["content"], answer, start, opening)
+    return Example(ids, learned, asked, tokenizer.decode(ids[start:end], skip_special_tokens=True), start)
 
 
 def _tokens_of_chat(tokenizer: Any, turns: list[dict[str, str]], asked: list[int]) -> tuple[list[int], list[bool]]:
@@ -150,13 +142,6 @@ def _marked_template(tokenizer: Any) -> str | None:
     except ValueError as error:
         raise ConfigurationError(f"{error} Or {advice}") from error
     return found
-
-
-def _opening(turn: str, answer: str) -> str:
-    """What stands before ``answer`` in the text of its turn; "" if that is blank, or the answer is not in the turn."""
-    text = answer.strip()
-    before = turn[: turn.rfind(text)] if text and text in turn else ""
-    return before if before.strip() else ""
 
 
 def check_template(tokenizer: Any, model: str) -> None:

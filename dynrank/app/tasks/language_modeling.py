@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
-from math import inf
 from typing import Any, Literal
 
 import torch
@@ -23,24 +20,24 @@ from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
 from dynrank.app.tasks.loader import spread
-from dynrank.app.tasks.text_task import Recipe, TextTask
+from dynrank.app.tasks.text_task import TextTask
 from dynrank.errors import ConfigurationError, Count, Steps, checked_call
 
 
 class Share(MeanMetric):
-    """Share of the examples for which ``holds(prediction, target, prompt)`` is true."""
+    """Share of the examples for which ``holds(prediction, target)`` is true."""
 
-    def __init__(self, holds: Callable[[Any, Any, str], bool]) -> None:
+    def __init__(self, holds: Callable[[Any, Any], bool]) -> None:
         super().__init__()
         self.holds = holds
 
-    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
-        """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
-        found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
+    def update(self, preds: Any, target: Any) -> None:  # type: ignore[override]
+        """Add a batch: predictions and targets, one of each for every example."""
+        found = [self.holds(*example) for example in zip(preds, target, strict=True)]
         super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
 
 
-def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
+def whole_answer(logits: Tensor, labels: Tensor) -> bool:
     """Whether greedy decoding generates exactly the answer and its end.
 
     One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
@@ -49,37 +46,16 @@ def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
     return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
 
 
-def first_lines(text: str, answers: Sequence[str], prompt: str) -> bool:
+def first_lines(text: str, answers: Sequence[str]) -> bool:
     """Whether ``text`` begins with the lines of the answer; blank lines and outer spaces do not count."""
     written, right = ([line.rstrip() for line in t.strip().split("\n") if line.strip()] for t in (text, answers[0]))
     return written[: max(1, len(right))] == right
 
 
-def python(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether ``text`` is not empty, and is valid Python together with its prompt."""
-    return bool(text) and parsed(prompt + text) is not None
-
-
-def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of ``source``; None if it is not valid Python."""
-    with warnings.catch_warnings():
-        # Python warns about some escapes and comparisons, but they are valid Python.
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(source)
-        # The last three mean that the source has null bytes, or is nested too deeply for the parser.
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
-
-
 # OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
 Metrics = dict[str, Callable[[], Metric]]
 OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
-OF_TEXTS: Metrics = {
-    "bleu": SacreBLEUScore,
-    "exact_match": partial(Share, first_lines),
-    "parses": partial(Share, python),
-}
+OF_TEXTS: Metrics = {"bleu": SacreBLEUScore, "exact_match": partial(Share, first_lines)}
 
 
 def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
@@ -95,7 +71,7 @@ class LanguageModeling(TextTask):
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
     positions without a loss. Examples of more than ``max_length`` tokens are left out, and ``account`` counts them;
     texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
-    and the texts in ``prompts`` and ``answers``; the answer of a chat is the assistant's last turn.
+    and the texts in ``answers``; the answer of a chat is the assistant's last turn.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
@@ -114,11 +90,12 @@ class LanguageModeling(TextTask):
             positions of the model for it, are not used for generation.
         indented: whether only the indented lines after the first line of a generated text are its answer.
         seed: seed of the order of the training batches.
-        limit: keep only this many examples of each split, for short tests; None keeps all.
+        limit: keep only this many rows of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 2
+    features = FEATURES
     final = ("train/loss", "val/loss")
 
     @checked_call
@@ -131,7 +108,7 @@ class LanguageModeling(TextTask):
         packed: bool = False,
         batch_size: Count = 8,
         max_length: Count = 256,
-        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
+        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match"]] = ("perplexity",),
         val_examples: Count | None = None,
         val_generate: Steps = 0,
         generate: Steps = 0,
@@ -181,8 +158,12 @@ class LanguageModeling(TextTask):
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
     @property
-    def recipe(self) -> Recipe:
-        return Recipe(make_examples, FEATURES, {"form": self.form, "packed": self.packed})
+    def options(self) -> tuple[Any, ...]:
+        return (self.max_length, self.packed)
+
+    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        options: Any = {"max_length": self.max_length, "form": self.form, "packed": self.packed}
+        return make_examples(rows, tokenizer=self.tokenizer, **options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
@@ -208,16 +189,15 @@ class LanguageModeling(TextTask):
         longest = self.positions - new + 1
         short = [i for i, (n, prompt, asked) in enumerate(sizes) if n - prompt <= new and asked <= longest]
         if not short:
-            limit = f" and a prompt of up to {longest}, which the model reads" if longest < inf else ""
             raise ConfigurationError(
-                f"no {split} example has an answer of up to {new} tokens{limit}; set task.max_new_tokens"
+                f"no {split} example has an answer of up to {new} tokens and leaves the model positions for it; set "
+                "task.max_new_tokens"
             )
         return [self.evaluation(spread(rows.select(short), count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer", "opening")}
-        prompts = [torch.tensor(example["asked"]) for example in examples]
-        return {**self._padded(prompts, "left"), **texts, "is_turn": self.form == "chat"}
+        prompts = self._padded([torch.tensor(example["asked"]) for example in examples], "left")
+        return {**prompts, "answers": [example["answer"] for example in examples], "is_turn": self.form == "chat"}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
         masks = [torch.ones_like(row) for row in rows]
@@ -278,10 +258,9 @@ class LanguageModel(AdapterModule):
             super().evaluate(batch, split)
             return
         texts = self.continuations(batch["input_ids"], batch["attention_mask"], is_turn=batch["is_turn"])
-        texts = [text.removeprefix(opening) for text, opening in zip(texts, batch["openings"], strict=True)]
         texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
-        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
+        written.update(preds=texts, target=[[answer] for answer in batch["answers"]])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
     def continuations(self, input_ids: Tensor, attention_mask: Tensor, *, is_turn: bool = False) -> list[str]:

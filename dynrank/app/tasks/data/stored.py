@@ -1,7 +1,6 @@
 """Checked rows in the disk cache of ``datasets``, from which they are memory-mapped; all faults are listed at once."""
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,20 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from lightning.pytorch.utilities import rank_zero_only
 
-from dynrank.app.console import print_facts
 from dynrank.app.tasks.data.columns import Columns, each
 from dynrank.app.tasks.data.rows import checked_rows, features_of
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
 
-# Only process 0 prints.
-say = rank_zero_only(print_facts)
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 10
-# The fewest rows for which one more process is worth its start.
-_ENOUGH = 20_000
+READ = 11
 # The most faults that one message lists, and the most rows of one fault.
 SHOWN = 20
 
@@ -51,23 +44,17 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
 
     Rows with a fault are left out with ``skip``; otherwise one error lists them.
     """
-    # Another file may have a column that this one lacks.
-    read = {name for theirs in columns.names.values() for name in each(theirs)}
-    rows = raw.rows.select_columns([name for name in raw.rows.column_names if name in read])
-    kind = rows.features.get(columns.names.get("label"))
-    kind = getattr(kind, "feature", kind)
-    classes = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    rows = raw.rows.select_columns([*dict.fromkeys(name for theirs in columns.names.values() for name in each(theirs))])
+    label = rows.features.get(columns.names.get("label"))
     with reading(raw.where), quiet():
         made = rows.map(
             checked_rows,
             batched=True,
             with_indices=True,
-            fn_kwargs={"columns": columns, "first": raw.first, "classes": classes},
+            fn_kwargs={"columns": columns, "first": raw.first, "label": label},
             remove_columns=rows.column_names,
-            features=features_of(columns),
-            keep_in_memory=not rows.cache_files,
+            features=features_of(columns, label),
             new_fingerprint=Hasher.hash(str((READ, raw.rows._fingerprint, columns, raw.first))),
-            num_proc=processes(len(rows)),
         )
     faults = column_of(made, "fault")
     wrong = np.flatnonzero(pc.is_valid(faults))
@@ -75,10 +62,7 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
         places = column_of(made, "place").take(wrong).to_pylist()
         refuse(raw.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
     kept = made.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else made
-    trimmed = pc.sum(column_of(made, "trimmed")).as_py()
-    if trimmed:
-        say({"blanks": f"around the labels of {trimmed:,} rows are left out"})
-    return kept.remove_columns(["fault", "trimmed"]), len(wrong)
+    return kept.remove_columns("fault"), len(wrong)
 
 
 def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
@@ -118,13 +102,6 @@ def system_prompt(rows: datasets.Dataset) -> str | None:
     return content if role == "system" and not firsts else None
 
 
-def processes(rows: int) -> int | None:
-    """The number of processes in which ``datasets`` handles this many rows; None: this process does it alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cores, rows // _ENOUGH)
-    return count if count > 1 else None
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence ``datasets`` within the block; on a terminal it shows progress bars."""
@@ -154,6 +131,4 @@ def reading(where: str) -> Iterator[None]:
             ) from cause
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
-        # So says pandas of a row of csv.
-        advice = "write texts that hold the delimiter in quotes" if re.search(r"Expected \d+ fields", said) else advice
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error
