@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,17 +52,10 @@ def first_lines(text: str, answers: Sequence[str]) -> bool:
     return written[: max(1, len(right))] == right
 
 
-# OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
-Metrics = dict[str, Callable[[], Metric]]
-OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
-OF_TEXTS: Metrics = {"bleu": SacreBLEUScore, "exact_match": partial(Share, first_lines)}
-
-
-def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
-    """The metrics of ``table`` with these names; they are logged as ``prefix`` + name."""
-    made: Any = {name: table[name]() for name in names if name in table}
+def metrics_of(split: str, **metrics: Metric) -> MetricCollection:
+    """These metrics, which are logged as ``split``/name."""
     # Metrics are not grouped, because two shares may be equal by chance.
-    return MetricCollection(made, prefix=prefix, compute_groups=False)
+    return MetricCollection(dict(metrics), prefix=f"{split}/", compute_groups=False)
 
 
 class LanguageModeling(TextTask):
@@ -82,13 +75,12 @@ class LanguageModeling(TextTask):
             examples of ``max_length`` tokens; otherwise each text is cut alone.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
-        measures: metrics that are logged with the loss, see ``OF_LOGITS`` and ``OF_TEXTS`` in this module.
         val_examples: number of validation examples; None for all. The test uses all its examples.
-        val_generate: for how many validation examples each validation generates answers; 0: for none.
-        generate: for how many test examples a test generates answers.
+        val_generate: for how many validation examples each validation generates answers and measures their BLEU and
+            exact match; 0: for none.
+        generate: for how many test examples a test does so.
         max_new_tokens: longest generated answer in tokens; examples with longer answers, or whose prompts leave no
             positions of the model for it, are not used for generation.
-        indented: whether only the indented lines after the first line of a generated text are its answer.
         seed: seed of the order of the training batches.
         limit: keep only this many rows of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
@@ -108,12 +100,10 @@ class LanguageModeling(TextTask):
         packed: bool = False,
         batch_size: Count = 8,
         max_length: Count = 256,
-        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match"]] = ("perplexity",),
         val_examples: Count | None = None,
         val_generate: Steps = 0,
         generate: Steps = 0,
         max_new_tokens: Count = 64,
-        indented: bool = False,
         seed: int = 0,
         limit: Count | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -121,32 +111,22 @@ class LanguageModeling(TextTask):
         sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit, "val_examples": val_examples}
         super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
         self.packed = packed
-        self.measures = list(measures)
         self.val_generate = val_generate
         self.generate = generate
         self.max_new_tokens = max_new_tokens
-        self.indented = indented
-        written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
         if packed and form != "text":
             raise ConfigurationError(f"task.packed must go with task=text, got task.form={form}; set task.packed=false")
-        if form == "text" and (written or val_generate or generate):
-            raise ConfigurationError(
-                "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
-            )
-        of_texts = [name for name in self.measures if name in OF_TEXTS]
-        if of_texts and not (val_generate or generate):
-            raise ConfigurationError(
-                f"task.measures has {', '.join(of_texts)}, which is measured on generated answers, and none would be "
-                "generated; set task.generate, or task.val_generate"
-            )
+        if form == "text" and (val_generate or generate):
+            raise ConfigurationError("texts have no answers; set task.val_generate=0 and task.generate=0")
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        measured = [name for name in self.measures if name in OF_LOGITS or self.val_generate]
-        return ("train/loss", "val/loss", *(f"val/{name}" for name in measured))
+        answers = ("val/accuracy",) if self.form != "text" else ()
+        written = ("val/bleu", "val/exact_match") if self.val_generate else ()
+        return ("train/loss", "val/loss", "val/perplexity", *answers, *written)
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
-        written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
+        written: Any = {"max_new_tokens": self.max_new_tokens, "answers": self.form != "text"}
         written["settings"] = asdict(self.settings)
         written["tokenizer"] = self.own_tokenizer
         if self.form == "chat":
@@ -155,7 +135,7 @@ class LanguageModeling(TextTask):
             # The rows are checked before the weights are loaded, so that faults are reported early.
             first = self.rows["train"][0]
             written["end_of_turn"] = end_of_turn_of(self.tokenizer, first["messages"]) if self.form == "chat" else None
-        return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
+        return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -210,10 +190,13 @@ class LanguageModeling(TextTask):
 class LanguageModel(AdapterModule):
     """A causal language model with LoRA.
 
-    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
-    store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
-    :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in chats; and ``tokenizer``, the folder or
-    name of the tokenizer (None: the model's).
+    The loss is the mean cross-entropy of the tokens that are learned. With it perplexity is measured; and, if there are
+    ``answers``, accuracy: the share of answers that greedy decoding would generate exactly. Where it generates answers,
+    BLEU and exact match are measured, too.
+
+    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
+    are those of :class:`LanguageModeling` and :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in
+    chats; and ``tokenizer``, the folder or name of the tokenizer (None: the model's).
     """
 
     def __init__(
@@ -221,9 +204,8 @@ class LanguageModel(AdapterModule):
         model: str,
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
-        measures: Sequence[str] = (),
         max_new_tokens: int = 64,
-        indented: bool = False,
+        answers: bool = True,
         settings: Mapping[str, Any] | None = None,
         end_of_turn: str | None = None,
         tokenizer: str | None = None,
@@ -231,16 +213,19 @@ class LanguageModel(AdapterModule):
     ) -> None:
         lora = dict(lora)
         optimizer = dict(optimizer)
-        measures = list(measures)
-        quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
+        quality = {}
+        written = {}
+        for split in ("val", "test"):
+            right = {"accuracy": Share(whole_answer)} if answers else {}
+            quality[split] = metrics_of(split, perplexity=Perplexity(ignore_index=IGNORED), **right)
+            written[split] = metrics_of(split, bleu=SacreBLEUScore(), exact_match=Share(first_lines))
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        names = ("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "end_of_turn")
-        self.save_hyperparameters(*names, "tokenizer")
-        self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
+        names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")
+        self.save_hyperparameters(*names)
+        self.written = nn.ModuleDict(written)
         self.tokenizer_at = tokenizer or model
         self.max_new_tokens = max_new_tokens
-        self.indented = indented
         self.end_of_turn = end_of_turn
 
     @cached_property
@@ -258,7 +243,6 @@ class LanguageModel(AdapterModule):
             super().evaluate(batch, split)
             return
         texts = self.continuations(batch["input_ids"], batch["attention_mask"], is_turn=batch["is_turn"])
-        texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
@@ -282,13 +266,3 @@ class LanguageModel(AdapterModule):
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced=self.device_mesh is not None,
         )
-
-
-def _indented(text: str) -> str:
-    """The lines of ``text`` after the first, up to a line that is not indented: another function, or prose."""
-    kept: list[str] = []
-    for line in text.split("\n")[1:]:
-        if line.strip() and not line[0].isspace():
-            break
-        kept.append(line)
-    return ("\n" + "\n".join(kept)).rstrip()

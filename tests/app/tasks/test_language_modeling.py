@@ -17,7 +17,7 @@ from dynrank.errors import ConfigurationError
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
 SIZES = {"batch_size": 4, "max_length": 160, "val_examples": 6, "val_generate": 5, "generate": 6, "limit": 60}
-MEASURED = {"measures": ["perplexity", "bleu", "exact_match"], "max_new_tokens": 48, "indented": True}
+SIZES |= {"max_new_tokens": 48}
 LORA = {"rank": 8, "alpha": 16}
 
 
@@ -29,7 +29,7 @@ def functions():
 @pytest.fixture(scope="module")
 def make(functions, tiny_llama):
     """Makes a task."""
-    return lambda **values: LanguageModeling(str(tiny_llama), **{"data": functions, **SIZES, **MEASURED, **values})
+    return lambda **values: LanguageModeling(str(tiny_llama), **{"data": functions, **SIZES, **values})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ GOOD = {"bleu": 1.0, "exact_match": 1.0}
 # Each has what is written, from (number of the example, answer), and what is then measured.
 CASES = {
     "answers": (lambda i, answer: answer, GOOD),
-    "answers and another function": (lambda i, answer: answer + "\n\ndef other():\n    return 1", GOOD),
+    "answers and another function": (lambda i, answer: answer + "\n\ndef other():", {"exact_match": 1.0}),
     "nothing": (lambda i, answer: "", {"bleu": 0.0, "exact_match": 0.0}),
     "half of them": (lambda i, answer: answer if i % 2 else "", {"exact_match": 0.5}),
     "another line first": (lambda i, answer: "\n    zz" + answer, {"exact_match": 0.0}),
@@ -162,7 +162,7 @@ def test_metrics_of_the_task_are_those_that_a_fit_logs(val_generate, make, optim
 
 
 def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimizer, regression):
-    task = make(measures=["accuracy"], generate=0, val_generate=0)
+    task = make(generate=0, val_generate=0)
     module = task.module(LORA, optimizer).eval()
     rows = []
     for i in range(12):
@@ -184,8 +184,7 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
     [
         ({"max_length": 8}, r"8 tokens.*task\.max_length"),
         ({"max_new_tokens": 1, "val_generate": 0}, r"no test example .* task\.max_new_tokens"),
-        ({"form": "text"}, r"set task\.measures=\[perplexity\]"),
-        ({"generate": 0, "val_generate": 0}, r"has bleu, exact_match, .*set task\.generate"),
+        ({"form": "text"}, r"set task\.val_generate=0 and task\.generate=0"),
         ({"form": "chat", "packed": True}, r"task\.packed must go with task=text, got task\.form=chat"),
     ],
 )
@@ -207,7 +206,7 @@ def test_what_a_test_would_refuse_is_refused_before_the_first_step(make, functio
         trainer.fit(task.module(LORA, optimizer), task)
     assert trainer.global_step == 0
     one = {**functions, "test": functions["test"][:1]}
-    task = make(data=one, measures=[], val_generate=0, generate=0, max_length=400)
+    task = make(data=one, val_generate=0, generate=0, max_length=400)
     task.trainer = SimpleNamespace(global_rank=0, world_size=2, lightning_module=nn.Module())
     with pytest.raises(ConfigurationError, match="1 examples cannot be divided among 2 processes; set data"):
         task.setup("fit")
@@ -222,7 +221,7 @@ def test_generation_leaves_out_prompts_that_leave_no_positions_for_an_answer(
     )
     rows = [("def " * (1 + i % 28), "x") for i in range(56)]
     sizes = {"batch_size": 4, "max_length": 32, "val_generate": 56, "generate": 56, "max_new_tokens": 12}
-    task = LanguageModeling(str(tmp_path), dict.fromkeys(["train", "val", "test"], rows), measures=["bleu"], **sizes)
+    task = LanguageModeling(str(tmp_path), dict.fromkeys(["train", "val", "test"], rows), **sizes)
     trainer = regression[2](max_steps=1)
     module = task.module(LORA, optimizer)
     trainer.fit(module, task)

@@ -83,5 +83,5 @@ def test_code_experiment_measures_before_and_after_the_drop_and_at_the_end(launc
         assert 8 < int(drop) < 12
         assert all(math.isfinite(value) for value in values)
     tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
-    assert set(tested) == {f"test/{name}" for name in ("loss", "perplexity", "bleu", "exact_match")}
+    assert set(tested) == {f"test/{name}" for name in ("loss", "perplexity", "accuracy", "bleu", "exact_match")}
     assert all(math.isfinite(value) for value in tested.values())
