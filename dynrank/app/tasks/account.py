@@ -64,12 +64,10 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
         counts.update(split.classes)
     if not counts:
         return
-    table = empty_table(f"{len(counts):,} classes", "label", *splits)
+    table = empty_table(f"{len(counts):,} classes, the most frequent first", "label", *splits)
     for name, _ in counts.most_common(_CLASSES):
         of_splits = (f"{split.classes.get(name, 0):,}" for split in splits.values())
         table.add_row(escape(quoted(name)), *of_splits)
-    if len(counts) > _CLASSES:
-        table.add_row(f"and {len(counts) - _CLASSES:,} more", *[""] * len(splits))
     print_table(table)
     alike: dict[str, list[str]] = {}
     for name in counts:

@@ -19,14 +19,14 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, F1Score
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels, stored_problem_type
+from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels
 from dynrank.app.console import print_facts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.adapter_module import AdapterModule
 from dynrank.app.tasks.data.splits import labels_of
 from dynrank.app.tasks.text_task import TextTask
-from dynrank.errors import ConfigurationError, checked_call
+from dynrank.errors import ConfigurationError, Count, checked_call
 
 
 class Classification(TextTask):
@@ -56,24 +56,22 @@ class Classification(TextTask):
         model: str,
         data: Any,
         *,
-        batch_size: Annotated[int, Field(ge=1)] = 32,
+        batch_size: Count = 32,
         max_length: Annotated[int, Field(ge=3)] = 128,
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         seed: int = 0,
-        limit: Annotated[int, Field(ge=1)] | None = None,
+        limit: Count | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
         super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
         self.label_smoothing = label_smoothing
         self.labels_before: list[str] = []
-        self.kind_before: str | None = None
 
     def go_on_from(self, adapter: Path) -> None:
         """As for every text; and keep the adapter's classes, in their order, also those that no text has any more."""
         super().go_on_from(adapter)
         self.labels_before = stored_labels(adapter)
-        self.kind_before = stored_problem_type(adapter)
         # Another program's adapter with a head.
         if read_adapter(adapter).others and not self.labels_before:
             raise ConfigurationError(
@@ -99,33 +97,19 @@ class Classification(TextTask):
         """
         if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
             raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
-        labels, *others = ({*chain.from_iterable(labels_of(rows))} for rows in self.rows.values())
-        if self.labels_before:
-            return self._labels_as_before(labels, labels.union(*others))
-        unknown = sorted(set().union(*others) - labels)
-        if len(labels) < 2 or unknown:
-            only = f"; not among them, but in other splits: {unknown[:9]}" if unknown else ""
-            few = f"training texts must have two or more labels, got {sorted(labels)[:9]}"
-            raise ConfigurationError(f"{few}{only}; set data")
-        return sorted(labels)
-
-    def _labels_as_before(self, trained: set[str], every: set[str]) -> list[str]:
+        trained, *others = ({*chain.from_iterable(labels_of(rows))} for rows in self.rows.values())
         before = self.labels_before
-        kind = problem_type(several=self.several)
-        if self.kind_before not in (None, kind):
+        known = {*before} or trained
+        unknown = sorted(trained.union(*others) - known)
+        if len(known) < 2 or unknown:
+            whose = "the adapter lora.from" if before else "the training texts"
             raise ConfigurationError(
-                f"the adapter lora.from was trained for {self.kind_before}, and the rows are for {kind}; set data, or "
-                "train without lora.from"
-            )
-        new = sorted(every - {*before})
-        if new:
-            raise ConfigurationError(
-                f"the adapter lora.from has no class for the labels {new[:9]}; its classes are {before[:9]}; train "
-                "without lora.from, or set data"
+                f"texts must have two or more labels, those of {whose}, {sorted(known)[:9]}, got {unknown[:9]} beside "
+                "them; set data"
             )
         if absent := [label for label in before if label not in trained]:
             rank_zero_only(print_facts)({"no rows of": f"{absent}: classes of the adapter, which keep their places"})
-        return before
+        return before or sorted(known)
 
     @property
     def features(self) -> datasets.Features:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -18,38 +18,31 @@ from dynrank.app.models.generating import end_of_turn_of, greedy_texts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
-from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
+from dynrank.app.tasks.examples import FEATURES, make_examples
 from dynrank.app.tasks.loader import spread
 from dynrank.app.tasks.text_task import TextTask
 from dynrank.errors import ConfigurationError, Count, Steps, checked_call
 
 
-class Share(MeanMetric):
-    """Share of the examples for which ``holds(prediction, target)`` is true."""
-
-    def __init__(self, holds: Callable[[Any, Any], bool]) -> None:
-        super().__init__()
-        self.holds = holds
-
-    def update(self, preds: Any, target: Any) -> None:  # type: ignore[override]
-        """Add a batch: predictions and targets, one of each for every example."""
-        found = [self.holds(*example) for example in zip(preds, target, strict=True)]
-        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
-
-
-def whole_answer(logits: Tensor, labels: Tensor) -> bool:
-    """Whether greedy decoding generates exactly the answer and its end.
+class WholeAnswers(MeanMetric):
+    """Share of the answers that greedy decoding generates exactly, with their end.
 
     One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
-    decoding generates these tokens. Logits (length, vocabulary) and labels (length,) belong to the next token.
+    decoding generates these tokens.
     """
-    return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """Add logits (batch, length, vocabulary) and labels (batch, length) of the next token."""
+        super().update(((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float())
 
 
-def first_lines(text: str, answers: Sequence[str]) -> bool:
-    """Whether ``text`` begins with the lines of the answer; blank lines and outer spaces do not count."""
-    written, right = ([line.rstrip() for line in t.strip().split("\n") if line.strip()] for t in (text, answers[0]))
-    return written[: max(1, len(right))] == right
+class ExactMatch(MeanMetric):
+    """Share of the generated texts that are the answer, but for blanks around both."""
+
+    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
+        """Add a batch of texts; each has a list with its answer."""
+        found = [text.strip() == right.strip() for text, (right,) in zip(preds, target, strict=True)]
+        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
 
 
 def metrics_of(split: str, **metrics: Metric) -> MetricCollection:
@@ -129,8 +122,8 @@ class LanguageModeling(TextTask):
         written: Any = {"max_new_tokens": self.max_new_tokens, "answers": self.form != "text"}
         written["settings"] = asdict(self.settings)
         written["tokenizer"] = self.own_tokenizer
-        if self.form == "chat":
-            check_template(self.tokenizer, self.model)
+        if self.form == "chat" and not self.tokenizer.chat_template:
+            raise ConfigurationError(f"the tokenizer of task.model={self.model} has no chat template; set task.model")
         if not on_meta:
             # The rows are checked before the weights are loaded, so that faults are reported early.
             first = self.rows["train"][0]
@@ -216,9 +209,9 @@ class LanguageModel(AdapterModule):
         quality = {}
         written = {}
         for split in ("val", "test"):
-            right = {"accuracy": Share(whole_answer)} if answers else {}
+            right = {"accuracy": WholeAnswers()} if answers else {}
             quality[split] = metrics_of(split, perplexity=Perplexity(ignore_index=IGNORED), **right)
-            written[split] = metrics_of(split, bleu=SacreBLEUScore(), exact_match=Share(first_lines))
+            written[split] = metrics_of(split, bleu=SacreBLEUScore(), exact_match=ExactMatch())
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
         names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")

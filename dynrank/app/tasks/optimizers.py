@@ -12,12 +12,6 @@ from transformers import get_scheduler
 
 from dynrank.errors import ConfigurationError, checked_call
 
-# Optimizers that are not torch's, with the module that has them.
-ELSEWHERE = {
-    "bitsandbytes.Adam8bit": "bitsandbytes.optim",
-    "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
-}
-
 
 @checked_call
 def make_optimizer(
@@ -40,7 +34,7 @@ def make_optimizer(
         adapter: parameters trained at ``lr``.
         head: parameters trained at ``head_lr`` (a new head needs a higher rate than an adapter); may be empty.
         total_steps: optimizer steps of the run.
-        name: a class of torch.optim, or one of ``ELSEWHERE``.
+        name: a class of torch.optim, or one of bitsandbytes: ``bitsandbytes.AdamW8bit``.
         lr: peak learning rate.
         head_lr: peak learning rate of the head.
         weight_decay: weight decay of the optimizer.
@@ -68,17 +62,13 @@ def make_optimizer(
 
 
 def _optimizer_class(name: str) -> Any:
-    if name in ELSEWHERE:
-        try:
-            return getattr(import_module(ELSEWHERE[name]), name.rpartition(".")[2])
-        except ImportError as error:
-            package = name.partition(".")[0]
-            raise ConfigurationError(
-                f"optimizer.name={name} needs {package} ({error}): pip install {package}, or 'dynrank[optimizers]'"
-            ) from error
-    cls = getattr(torch.optim, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+    package, _, own = name.rpartition(".")
+    try:
+        cls = getattr(import_module("bitsandbytes.optim" if package == "bitsandbytes" else "torch.optim"), own, None)
+    except ImportError as error:
         raise ConfigurationError(
-            f"optimizer.name must be a class of torch.optim or one of {sorted(ELSEWHERE)}, got {name!r}"
-        )
+            f"optimizer.name={name} needs bitsandbytes ({error}): pip install bitsandbytes, or 'dynrank[optimizers]'"
+        ) from error
+    if package not in ("", "bitsandbytes") or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigurationError(f"optimizer.name must be a class of torch.optim, or bitsandbytes.NAME, got {name!r}")
     return cls

@@ -123,15 +123,15 @@ class TextTask(LightningDataModule):
         # This is read before its hash.
         tokenizer = self.tokenizer
         key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, self.form, *self.options)
-        with quiet():
-            made = rows.map(
-                self.make,
-                batched=True,
-                remove_columns=rows.column_names,
-                features=self.features,
-                new_fingerprint=Hasher.hash(str(key)),
-                desc=f"tokenising {split}",
-            )
+        quiet()
+        made = rows.map(
+            self.make,
+            batched=True,
+            remove_columns=rows.column_names,
+            features=self.features,
+            new_fingerprint=Hasher.hash(str(key)),
+            desc=f"tokenising {split}",
+        )
         if not len(made):
             raise ConfigurationError(f"no example of {split} has at most {self.max_length} tokens; set task.max_length")
         classifies = self.form == "classification"

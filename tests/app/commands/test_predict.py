@@ -152,7 +152,7 @@ def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
     (tmp_path / "lines.log").write_text("a\n\nb\n")
     (tmp_path / "broken.json").write_text("[{")
     for options, message in {
-        (file,): "rows 2, 6: each has an empty text; correct these 2, or give --skip-unusable",
+        (file,): "rows 2, 6: text must be a text that is not blank, got ''",
         (file, "--out", "out.xlsx"): "--out must be a new file that ends in one of ['.csv', '.parquet', '.jsonl']",
         (file, "--out", "taken.csv"): "--out must be a new file",
         (file, "--columns", "text=Text"): "no column 'Text'; it has [",
@@ -161,7 +161,7 @@ def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
         (file, "--chat"): "cannot answer rows of the form chat",
         ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, ",
         ("broken.json",): "FILE=broken.json cannot be read",
-        ("lines.log",): "row 2 has an empty text",
+        ("lines.log",): "row 2: has an empty text",
         ("-",): "TEXT must be a text or a file, got '-'",
         ("/dev/null",): "TEXT must be a text or a file, got '/dev/null'; name one file of a folder, or write what",
         ("tickets",): "TEXT must be a text or a file, got 'tickets'; name one file of a folder",
@@ -523,12 +523,12 @@ def test_chats_that_the_template_refuses_are_listed_before_the_model_is_loaded(w
     assert "left out         2 rows that the chat template refuses" in said
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [1, 3]
     monkeypatch.setattr("dynrank.app.commands.predict.answering", never)
-    message = "rows 2, 4: each is refused by the chat template: roles must alternate; correct these 2, or give --skip-"
+    message = "rows 2, 4: is refused by the chat template: roles must alternate"
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl")
     assert (code, message in said) == (2, True), said
     # No row is left.
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--system", "Be brief.", "--skip-unusable")
-    assert (code, "rows 1, 2, 3, 4: each is refused by" in said) == (2, True), said
+    assert (code, "rows 1, 2, 3, 4: is refused by" in said) == (2, True), said
     (folder / "chat_template.jinja").unlink()
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--chat")
     assert (code, "need a tokenizer with a chat template" in said) == (2, True), said

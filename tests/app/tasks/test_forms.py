@@ -208,7 +208,7 @@ def test_trl_that_is_not_installed_is_named(speaking, monkeypatch):
 
 @pytest.mark.parametrize(
     ("form", "template", "said"),
-    [("chat", None, "no chat template"), ("chat", PLAIN, "is in Python"), ("completion", None, "no eos_token")],
+    [("chat", None, "no chat template"), ("completion", None, "no eos_token")],
 )
 def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
     hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
@@ -312,7 +312,7 @@ def test_classes_are_counted_and_those_that_are_nearly_alike_are_said_before_tra
     }
     # Those 20 that are most frequent.
     assert (rows["'010'"], rows["class0"], rows["class18"]) == (["4", "0", "0"], ["3", "3", "3"], ["3", "0", "0"])
-    assert "and 10 more" in rows
+    assert sum(len(cells) == 3 and label not in ("train", "val", "test") for label, cells in rows.items()) == 20
     start = "labels that differ only by case, blanks or Unicode form: "
     said = {line.removeprefix(start) for line in lines if line.startswith(start)}
     assert said == {"'Late bill', 'late  Bill '", "caf\u00e9, cafe\u0301"}

@@ -12,7 +12,7 @@ from trained import updated
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynrank.app.models.pretrained import load_tokenizer
-from dynrank.app.tasks.language_modeling import LanguageModeling, first_lines
+from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
@@ -112,32 +112,14 @@ def test_continuation_is_the_most_probable_token_again_and_again(task, module):
     assert len(set(written)) > 1
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "equal"),
-    [
-        ("red", "red", True),
-        ("  red \n\nblue", "\nred", True),
-        ('{\n "a": 1\n}', '{\n "a": 1\n}', True),
-        ('{\n\n "a": 1\n} \nMore', '\n{\n "a": 1\n}\n', True),
-        ('{\n "a": 2\n}', '{\n "a": 1\n}', False),
-        ('{\n"a": 1\n}', '{\n "a": 1\n}', False),
-        ("{", '{\n "a": 1\n}', False),
-        ("red", "", False),
-        ("", "", True),
-    ],
-)
-def test_exact_match_is_of_all_lines_of_the_answer(text, answer, equal):
-    assert first_lines(text, [answer]) == equal
-
-
 GOOD = {"bleu": 1.0, "exact_match": 1.0}
 # Each has what is written, from (number of the example, answer), and what is then measured.
 CASES = {
     "answers": (lambda i, answer: answer, GOOD),
-    "answers and another function": (lambda i, answer: answer + "\n\ndef other():", {"exact_match": 1.0}),
+    "answers with blanks around": (lambda i, answer: f"{answer} \n", {"exact_match": 1.0}),
+    "answers and another function": (lambda i, answer: answer + "\n\ndef other():", {"exact_match": 0.0}),
     "nothing": (lambda i, answer: "", {"bleu": 0.0, "exact_match": 0.0}),
     "half of them": (lambda i, answer: answer if i % 2 else "", {"exact_match": 0.5}),
-    "another line first": (lambda i, answer: "\n    zz" + answer, {"exact_match": 0.0}),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynrank.app.tasks.optimizers import ELSEWHERE, make_optimizer
+from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
 
 VALUES = {"name": "AdamW", "lr": 0.1, "head_lr": 0.3, "weight_decay": 0.0, "warmup_steps": 10}
@@ -40,6 +40,8 @@ def test_head_rate_keeps_its_proportion():
     [
         ({"name": "Adamw"}, "optimizer.name"),
         ({"name": "functional"}, "optimizer.name"),
+        ({"name": "bitsandbytes.AdamW9bit"}, "optimizer.name"),
+        ({"name": "lion.Lion"}, "optimizer.name"),
         ({"options": {"momentum": 0.9}}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
         ({"name": "Muon"}, "only supports 2D"),
@@ -50,7 +52,7 @@ def test_unusable_value_is_refused(values, key):
         rates(**values)
 
 
-@pytest.mark.parametrize("name", [*ELSEWHERE, "Adafactor"])
+@pytest.mark.parametrize("name", ["bitsandbytes.AdamW8bit", "Adafactor"])
 def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
     adapter, head = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     made = make_optimizer([adapter], [head], 100, **{**VALUES, "name": name, "warmup_steps": 0})
@@ -61,6 +63,6 @@ def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
 def test_missing_package_is_an_error_that_says_what_to_install(monkeypatch):
     name = "bitsandbytes.AdamW8bit"
     # Python refuses to import a module that is None here.
-    monkeypatch.setitem(sys.modules, ELSEWHERE[name], None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigurationError, match=rf"optimizer.name={name} .*pip install bitsandbytes"):
         rates(name=name)

@@ -16,7 +16,7 @@ _TEXT = datasets.Value("string")
 
 
 class UnusableRow(ValueError):
-    """What is wrong with a row, as a sentence that goes on after its number."""
+    """What is wrong with a row."""
 
 
 def features_of(columns: Columns, label: Any) -> datasets.Features:
@@ -71,13 +71,9 @@ def _joined(row: Mapping[str, Any], theirs: Theirs) -> Any:
 
 
 def _refuse_no_text(value: Any, name: str) -> None:
-    """Refuse a value that is no text with letters."""
-    if value is None:
-        raise UnusableRow(f"has no {name}")
-    if not isinstance(value, str):
-        raise UnusableRow(f"must have a text as its {name}, got {shown(value)}")
-    if not value.strip():
-        raise UnusableRow(f"has an empty {name}")
+    """Refuse a value that is no text, or blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise UnusableRow(f"{name} must be a text that is not blank, got {shown(value)}")
 
 
 def _label(value: Any, kind: Any) -> str | list[str]:
@@ -88,33 +84,28 @@ def _label(value: Any, kind: Any) -> str | list[str]:
     if classes is not None:
         # datasets writes -1 where there is none.
         labels = [None if number in (None, -1) else classes[number] for number in labels]
-    if any(one is None or one == "" for one in labels):
-        raise UnusableRow("has no label")
-    if any(not isinstance(one, str | int) for one in labels):
-        raise UnusableRow(f"must have texts or ints as labels, got {shown(value)}")
+    for label in labels:
+        if not isinstance(label, int):
+            _refuse_no_text(label, "label")
     if isinstance(value, list) != several:
-        raise UnusableRow(f"must have {'a list of labels' if several else 'one label'}, got {shown(value)}")
-    names = [str(one) for one in labels]
-    for name in names:
-        _refuse_no_text(name, "label")
+        raise UnusableRow(f"label must be {'a list' if several else 'one label'} as in other rows, got {shown(value)}")
+    names = [str(label) for label in labels]
     # As a vector with a flag for each class would.
     if len({*names}) < len(names):
-        raise UnusableRow(f"names a label twice, got {shown(value)}; write the labels that it has")
+        raise UnusableRow(f"label must name no label twice, got {shown(value)}; write the labels that the row has")
     return names if several else names[0]
 
 
 def _chat(turns: Any, *, asked: bool) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise UnusableRow("has no messages")
-    found = [_turn(turn) for turn in turns]
+    found = [_turn(turn) for turn in (turns if isinstance(turns, list) else [turns])]
     # A question ends before the answer.
     while asked and found and found[-1]["role"] == "assistant":
         found.pop()
     roles = [message["role"] for message in found if message["role"] not in ("system", "developer")]
     if roles[:1] != ["user"]:
-        raise UnusableRow(f"is a chat that starts with the {roles[0] if roles else 'system'}, not with the user")
+        raise UnusableRow(f"the chat must start with the user, got {[message['role'] for message in found]}")
     if not asked and "assistant" not in roles:
-        raise UnusableRow("is a chat without a turn of the assistant")
+        raise UnusableRow("the chat has no turn of the assistant")
     return found
 
 
@@ -122,13 +113,10 @@ def _turn(turn: Any) -> dict[str, str]:
     """A turn of a chat with our names of roles."""
     keys = [keys for keys in _KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(keys[0]), str)]
     if not keys:
-        raise UnusableRow(f"must have messages with a role and a content, or from and value, got {shown(turn)}")
+        raise UnusableRow(f"each message must have a role and a content, or from and value, got {shown(turn)}")
     role, content = (turn.get(key) for key in keys[0])
     role = _OTHER_ROLES.get(role, role)
     if role not in _ROLES:
-        raise UnusableRow(f"has a message of {role!r}; roles are {', '.join(_ROLES)}")
-    try:
-        _refuse_no_text(content, "content")
-    except UnusableRow as fault:
-        raise UnusableRow(f"has a message of the {role} that {fault}") from None
+        raise UnusableRow(f"roles must be {', '.join(_ROLES)}, got {role!r}")
+    _refuse_no_text(content, f"message of the {role}")
     return {"role": role, "content": content}

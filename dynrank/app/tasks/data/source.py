@@ -6,9 +6,7 @@ from typing import Any
 
 import datasets
 import pandas
-from huggingface_hub import constants
 
-from dynrank.app.hub import hub_answers
 from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.app.tasks.data.stored import RawRows, quiet, reading
 from dynrank.errors import ConfigurationError
@@ -33,7 +31,8 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
     with reading(where):
         # A version is no suffix: teknium/OpenHermes-2.5.
         if name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
-            return RawRows(where, _from_hub(name, _THEIR_SPLITS[split]))
+            quiet()
+            return RawRows(where, datasets.load_dataset(name, split=_THEIR_SPLITS[split]))
         if not path.exists():
             raise ConfigurationError(f"{where} does not exist; set {key} to {kinds}")
         if not path.is_file() or path.suffix.lower() not in KINDS:
@@ -50,8 +49,8 @@ def _from_file(path: Path, where: str) -> RawRows:
         reader = "parquet"
     elif suffix == ".txt":
         reader, options = "text", {"sample_by": "paragraph", "encoding": "utf-8-sig"}
-    with quiet():
-        rows = datasets.load_dataset(reader, data_files=[escape(str(path.resolve()))], split="train", **options)
+    quiet()
+    rows = datasets.load_dataset(reader, data_files=[escape(str(path.resolve()))], split="train", **options)
     # The heading of a table is its first row.
     return RawRows(where, rows, first=2 if reader == "csv" else 1)
 
@@ -64,12 +63,3 @@ def _cells(path: Path) -> dict[str, Any]:
     if not isinstance(first.index, pandas.RangeIndex):
         raise ValueError(f"row 2 has more cells than the heading: a text that holds {how['sep']!r} belongs in quotes")
     return {**how, "features": datasets.Features(dict.fromkeys(first.columns, datasets.Value("string")))}
-
-
-def _from_hub(name: str, split: str) -> datasets.Dataset:
-    if not datasets.config.HF_HUB_OFFLINE and not hub_answers(name, repo_type="dataset"):
-        raise ConnectionError(
-            f"{constants.ENDPOINT} cannot be reached; connect, or with HF_HUB_OFFLINE=1 the cache of datasets is read"
-        )
-    with quiet():
-        return datasets.load_dataset(name, split=split)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -80,15 +80,13 @@ def rows_by_split(data: Any, form: Form) -> Checked:
 
 def _raw(part: Any, form: Form, where: str) -> RawRows:
     """The rows of a data set, or of a list of mappings or tuples."""
-    if isinstance(part, str) or not hasattr(part, "__len__"):
+    if not isinstance(part, Sequence | datasets.Dataset) or not len(part):
         raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
-    if not len(part):
-        raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
         return RawRows(where, part)
     names = COLUMNS[form]
     faults = [
-        (number, f"must be a mapping or a tuple {names}, got {shown(row)}")
+        (number, f"it must be a mapping or a tuple {names}, got {shown(row)}")
         for number, row in enumerate(part, start=1)
         if not isinstance(row, Mapping) and (isinstance(row, str) or len(row) != len(names))
     ]

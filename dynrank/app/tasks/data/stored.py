@@ -2,15 +2,12 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -46,7 +43,8 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
     """
     rows = raw.rows.select_columns([*dict.fromkeys(name for theirs in columns.names.values() for name in each(theirs))])
     label = rows.features.get(columns.names.get("label"))
-    with reading(raw.where), quiet():
+    quiet()
+    with reading(raw.where):
         made = rows.map(
             checked_rows,
             batched=True,
@@ -56,12 +54,11 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
             features=features_of(columns, label),
             new_fingerprint=Hasher.hash(str((READ, raw.rows._fingerprint, columns, raw.first))),
         )
-    faults = column_of(made, "fault")
-    wrong = np.flatnonzero(pc.is_valid(faults))
-    if len(wrong) and not (skip and len(wrong) < len(made)):
-        places = column_of(made, "place").take(wrong).to_pylist()
-        refuse(raw.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
-    kept = made.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else made
+    faults = made["fault"][:]
+    wrong = [i for i, fault in enumerate(faults) if fault is not None]
+    if wrong and not (skip and len(wrong) < len(made)):
+        refuse(raw.where, [(raw.first + i, faults[i]) for i in wrong])
+    kept = made.select([i for i, fault in enumerate(faults) if fault is None]) if wrong else made
     return kept.remove_columns("fault"), len(wrong)
 
 
@@ -70,29 +67,16 @@ def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
     places: dict[str, list[int]] = {}
     for place, fault in sorted(faults):
         places.setdefault(fault, []).append(place)
-    said = [_said(fault, rows) for fault, rows in islice(places.items(), SHOWN)]
+    said = []
+    for fault, rows in [*places.items()][:SHOWN]:
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        said.append(f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:SHOWN]))}{more}: {fault}")
     said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
-    count = sum(map(len, places.values()))
-    advice = f"correct {'it' if count == 1 else f'these {count:,}'}"
+    advice = "correct them"
     # Only these keys have the other.
     advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
     advice += ", or give --skip-unusable" if where.startswith(("FILE", "TEXT")) else ""
-    if len(said) == 1:
-        raise ConfigurationError(f"{where}: {said[0]}; {advice}")
-    raise ConfigurationError("\n  ".join([f"{where}:", *said]) + f"\n{advice}")
-
-
-def _said(fault: str, rows: Sequence[int]) -> str:
-    if len(rows) == 1:
-        return f"row {rows[0]} {fault}"
-    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-    return f"rows {', '.join(map(str, rows[:SHOWN]))}{more}: each {fault}"
-
-
-def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows as an Arrow array."""
-    found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
-    return found
+    raise ConfigurationError("\n  ".join([f"{where} has rows that cannot be used; {advice}:", *said]))
 
 
 def system_prompt(rows: datasets.Dataset) -> str | None:
@@ -102,17 +86,11 @@ def system_prompt(rows: datasets.Dataset) -> str | None:
     return content if role == "system" and not firsts else None
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence ``datasets`` within the block; on a terminal it shows progress bars."""
+def quiet() -> None:
+    """Silence ``datasets``; on a terminal it shows progress bars."""
     (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
-    verbosity = datasets.logging.get_verbosity()
-    # datasets would log each error that it raises.
+    # It would log each error that it raises.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import datasets
 import pytest
 
-from dynrank.app.tasks.data import source
 from dynrank.app.tasks.data.splits import from_files
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
@@ -134,14 +133,7 @@ def test_columns_of_the_user_are_read_and_several_are_joined(tmp_path):
 def test_names_on_the_hub_are_passed_on(name, monkeypatch):
     hub = {(name, "train"): datasets.Dataset.from_list(ROWS)}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub[name, split])
-    monkeypatch.setattr(source, "hub_answers", lambda name, repo_type: True)
     assert all_of(read(name)) == pairs(ROWS)
-
-
-def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(no_network):
-    with pytest.raises(ConfigurationError, match=r"data\.train=org/rows cannot be read.*reached.*HF_HUB_OFFLINE=1"):
-        read("org/rows")
-    assert len(no_network) < 3
 
 
 def test_a_full_disk_under_the_cache_is_no_fault_of_the_file(tmp_path, request):
@@ -168,7 +160,7 @@ BAD = {
     ),
     "0 rows": ("a.csv", b"text,label\n", "corresponds to no data"),
     "an empty file": ("a.csv", b"", "No columns to parse from file"),
-    "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has no label"),
+    "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3: label must be a text that is not blank"),
     "no parquet": ("a.parquet", b"x", "cannot be read: Parquet"),
     "no kind": ("a.doc", b"x", r"must be a file \(.csv, .*, or ORG/NAME on the hub, got "),
 }
@@ -178,10 +170,9 @@ BAD = {
 def test_bad_file_is_one_message_with_file_row_and_key(case, tmp_path, caplog):
     name, content, said = BAD[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigurationError, match=f"^data.train.*({said})") as caught:
+    with pytest.raises(ConfigurationError, match=f"(?s)^data.train.*({said})") as caught:
         checked(str(tmp_path / name))
     assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert not caplog.records
 
 
@@ -195,17 +186,16 @@ def test_all_faults_of_a_file_are_listed_at_once_with_their_rows(tmp_path):
     # The heading is row 1, and a row may take two lines.
     unlabelled = ", ".join(str(2 + i) for i in range(0, 60, 3))
     assert str(caught.value).splitlines() == [
-        f"data.train={file}:",
-        f"  rows {unlabelled} and 11 more: each has no label",
-        "  row 93 has an empty text",
-        "correct these 32, or set data.skip_unusable=true",
+        f"data.train={file} has rows that cannot be used; correct them, or set data.skip_unusable=true:",
+        f"  rows {unlabelled} and 11 more: label must be a text that is not blank, got ''",
+        "  row 93: text must be a text that is not blank, got ''",
     ]
     found = checked(file, skip_unusable=True)
     assert (sum(map(len, found.values())), found.unusable) == (61, {"train": 32})
 
 
 def test_rows_of_which_all_are_unusable_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
+    with pytest.raises(ConfigurationError, match="rows 2, 3: label must be"):
         read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
 
 

@@ -20,19 +20,19 @@ ROWS = {
     "an int as a label": ("classification", {"text": "x", "label": 3}, {"text": "x", "label": "3"}),
     "labels": ("classification", {"text": "x", "labels": ["b", "a"]}, {"text": "x", "label": ["b", "a"]}),
     "no labels": ("classification", {"text": "x", "labels": []}, {"text": "x", "label": []}),
-    "a flag for each class": ("classification", {"text": "x", "label": [0, 1, 0]}, "a label twice, got [0, 1, 0]"),
-    "a broken number": ("classification", {"text": "x", "label": 0.5}, "must have texts or ints as labels, got 0.5"),
-    "no label": ("classification", {"text": "x", "label": None}, "has no label"),
-    "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "has an empty answer"),
-    "chats as a prompt": ("completion", {"prompt": TURNS, "answer": "y"}, "must have a text as its prompt, got [{"),
-    "the assistant first": ("chat", {"messages": TURNS[1:]}, "starts with the assistant"),
-    "nobody answers": ("chat", {"messages": TURNS[:1]}, "without a turn of the assistant"),
-    "no messages": ("chat", {"messages": []}, "has no messages"),
-    "tool calls": ("chat", {"messages": [TURNS[0], CALL]}, "has a message of the assistant that has no content"),
+    "a flag for each class": ("classification", {"text": "x", "label": [0, 1, 0]}, "no label twice, got [0, 1, 0]"),
+    "a broken number": ("classification", {"text": "x", "label": 0.5}, "not blank, got 0.5"),
+    "no label": ("classification", {"text": "x", "label": None}, "label must be a text that is not blank, got None"),
+    "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "answer must be a text that is not blank"),
+    "chats as a prompt": ("completion", {"prompt": TURNS, "answer": "y"}, "prompt must be a text that is not"),
+    "the assistant first": ("chat", {"messages": TURNS[1:]}, "the chat must start with the user, got ['assistant']"),
+    "nobody answers": ("chat", {"messages": TURNS[:1]}, "no turn of the assistant"),
+    "no messages": ("chat", {"messages": []}, "must start with the user, got []"),
+    "tool calls": ("chat", {"messages": [TURNS[0], CALL]}, "message of the assistant must be"),
     "ShareGPT's tool calls": ("chat", {"messages": [{"from": "human", "value": "q"},
                                                     {"from": "function_call", "value": "{}"}]},
-                              "has a message of 'function_call'; roles are system, "),
-    "a silent user": ("chat", {"messages": [{**TURNS[0], "content": ""}]}, "of the user that has an empty content"),
+                              "roles must be system, developer, user, assistant, tool, got 'function_call'"),
+    "a silent user": ("chat", {"messages": [{**TURNS[0], "content": ""}]}, "message of the user must be a text"),
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_classes_of_datasets_are_names_and_minus_one_is_none():
     kind = ClassLabel(names=["y", "x"])
     found = [read({"text": "t", "label": i}, "classification", kind) for i in (0, 1, -1)]
     assert [row["label"] for row in found] == ["y", "x", None]
-    assert found[2]["fault"] == "has no label"
+    assert found[2]["fault"] == "label must be a text that is not blank, got None"
     assert read({"text": "t", "label": [1, 0]}, "classification", List(kind))["label"] == ["x", "y"]
 
 
