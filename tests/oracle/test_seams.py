@@ -6,9 +6,6 @@ import importlib
 import pytest
 
 import dynrank
-from dynrank.app.tasks.classification import Classification
-from dynrank.app.tasks.data import columns, splits
-from dynrank.app.tasks.data.columns import find_columns
 from dynrank.callbacks import BestWeights
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.transformers import rank_trainer_callback
@@ -28,7 +25,7 @@ def cheap_garbage_collection():
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
-@pytest.mark.parametrize("name", ["rates", "best", "data"])
+@pytest.mark.parametrize("name", ["rates", "best"])
 def test_seam_is_as_its_oracle_says(name, first):
     for seed in range(first, first + 10):
         assert not judged(name, seed), f"scripts/bench/fuzz.py --of {name} --seed {seed}"
@@ -53,15 +50,6 @@ def forgetting(self, state):
     load(self, {**state, "lr_factor": 1.0})
 
 
-def of_training(self, trained, every):
-    return sorted(trained)
-
-
-def of_words(columns, given, *args, **options):
-    """The names of training are forgotten."""
-    return find_columns(columns, given, *args, **{**options, "trained": None})
-
-
 # {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
 # change of the random cases, scripts/bench/fuzz.py finds other seeds.
 FAULTS = {
@@ -73,9 +61,6 @@ FAULTS = {
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", BestSoFar, "load", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
-    "a label is in no training text": (46, "data", splits, "_train_each_label", nothing),
-    "columns of training are forgotten": (6, "data", columns, "find_columns", of_words),
-    "classes of an adapter move": (0, "data", Classification, "_labels_as_before", of_training),
 }
 
 

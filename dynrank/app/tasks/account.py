@@ -9,7 +9,6 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from rich.markup import escape
 
-from dynrank.app.console import one_line
 from dynrank.output.console import empty_table, print_table
 
 # How many classes a printed table shows.
@@ -67,20 +66,11 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
     table = empty_table(f"{len(counts):,} classes, the most frequent first", "label", *splits)
     for name, _ in counts.most_common(_CLASSES):
         of_splits = (f"{split.classes.get(name, 0):,}" for split in splits.values())
-        table.add_row(escape(quoted(name)), *of_splits)
+        table.add_row(escape(repr(name)), *of_splits)
     print_table(table)
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault("".join(normalize("NFKC", name).casefold().split()), []).append(name)
     for names in alike.values():
         if len(names) > 1:
-            print(f"labels that differ only by case, blanks or Unicode form: {', '.join(map(quoted, names))}")
-
-
-def quoted(label: str) -> str:
-    """A label in one line, in quotes if it would be taken for a number, or its blanks not be seen.
-
-    >>> quoted("billing"), quoted("007"), quoted("late bill")
-    ('billing', "'007'", "'late bill'")
-    """
-    return repr(label) if not label or label.isdecimal() or " " in label else one_line(label)
+            print(f"labels that differ only by case, blanks or Unicode form: {', '.join(map(repr, names))}")

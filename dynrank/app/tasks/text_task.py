@@ -112,8 +112,8 @@ class TextTask(LightningDataModule):
         tokenizer = load_tokenizer(self.own_tokenizer or self.model, settings=self.settings)
         needed = "eos_token" if self.form in ("completion", "text") else "pad_token"
         if getattr(tokenizer, needed) is None:
-            at = f"in {self.own_tokenizer!r}" if self.own_tokenizer else f"of task.model={self.model}"
-            raise ConfigurationError(f"the tokenizer {at} has no {needed}; set task.model")
+            at = self.own_tokenizer or f"task.model={self.model}"
+            raise ConfigurationError(f"the tokenizer of {at} has no {needed}; set task.model")
         # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer

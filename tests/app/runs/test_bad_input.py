@@ -16,13 +16,9 @@ from dynrank.app.commands import cli
 AT_ONCE = {
     "train lr=1e-4": ["lr is not a configuration key", "optimizer.lr"],
     "train ++rank=8": ["rank is not a configuration key", "lora.rank"],
-    "train +lora.rnk=8": ["lora.rnk", "lora.rank"],
-    "train optimizer.learning_rate=8": ["optimizer.learning_rate", "optimizer.lr"],
     "train shedule=fixed": ["shedule", "schedule"],
-    "train budget=24GiB": ["budget is not a configuration key"],
     "train lora.rnak=8": ["lora.rnak is not a configuration key", "nearest: lora.rank"],
     "train +trainer.max_step=3": ["trainer.max_step is not a configuration key", "nearest: trainer.max_steps"],
-    "train task.batch_sise=3": ["task.batch_sise is not a configuration key", "nearest: task.batch_size"],
     "train +schedule.finl_rank=1": ["schedule.finl_rank is not a configuration key", "nearest: schedule.final_rank"],
     "train schedule=after_convergence schedule.trigger.patiense=1": ["nearest: schedule.trigger.patience"],
     "train schedule=early_buget": ["schedule/early_buget", "early_budget"],
@@ -31,18 +27,13 @@ AT_ONCE = {
     "train lora.rank": ["lora.rank", "EQUAL"],
     "train seed=-1 checkpoint_every=0": ["seed", "checkpoint_every"],
     "train lora.rank=0": ["0", "lora.rank"],
-    "train lora.backend=tritn": ["'triton'", "'tritn'", "lora.backend"],
     "train optimizer.decay=fast": ["'fast'", "optimizer.decay"],
-    "train model.quantization=int3": ["int3", "model.quantization"],
     "train export_dtype=float16": ["'bfloat16'", "'float16'", "export_dtype"],
     "train rank_map.file=absent.yaml": ["absent.yaml", "rank_map.file"],
-    "train rank_map.file=folder": ["'folder'", "rank_map.file"],
     "train ckpt_path=absent.ckpt": ["'absent.ckpt' does not exist", "ckpt_path"],
     "train task.model=./missing": ["./missing", "task.model"],
-    "train lora.from=absent": ["'absent'", "adapter_config.json", "lora.from"],
     "train lora.from=folder": ["'folder'", "it has no such file", "lora.from"],
     "train +data.val=rows.csv": ["choose task=classification, completion, chat or text"],
-    "train data.train=rows.csv": ["choose task=classification, completion, chat or text"],
     "train task=classification data.train=absent.csv": ["data.train=absent.csv does not exist"],
     "train task=classification data.train=rows.csv": ["no column 'text'", "['body', 'kind']", "data.columns.text"],
     "train task=chat task.model=llama-2-7b data.train=rows.jsonl": ["no column 'messages'", "['text', 'label']"],
@@ -55,14 +46,12 @@ AT_ONCE = {
     "train hydra.sweep.dir=rows.csv/x lora.rank=2,4 --multirun": ["'rows.csv/x' cannot be made", "hydra.sweep.dir"],
     "dynrank rnaks": ["rnaks", "ranks"],
     "dynrank --frobnicate": ["--frobnicate"],
-    "dynrank ranks lora.rnak=8": ["nearest: lora.rank"],
     "dynrank ranks folder": ["'folder' is a folder", "dynrank inspect folder"],
     "dynrank plan budget=24": ["24", "24GiB", "budget"],
     "dynrank train lora.rank=8": ["dynrank-train"],
     "dynrank sweep lora.rank=4,8": ["FOLDER of a sweep", "'lora.rank=4,8'", "dynrank-train --multirun"],
     "dynrank inspect absent": ["'absent' must be the folder of an adapter", "it does not exist"],
     "dynrank predict absent hello": ["'absent' must be the folder of an adapter"],
-    "dynrank squeeze absent --out out --rank 2": ["absent"],
 }
 RUN_ALL = """
 import contextlib, io, json, sys
@@ -101,20 +90,18 @@ def test_what_needs_no_library_is_refused_before_torch_is_loaded(tmp_path):
 
 CASES = [
     # (overrides, what the message must name); one or two for each that refuses, whose own tests have the others
-    (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
     (["trainer.max_steps=-1", "trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "trainer.max_steps"]),
     (["trainer.fast_dev_run=true"], ["trainer.fast_dev_run=True", "debug=smoke"]),
+    (["trainer.overfit_batches=2"], ["trainer.overfit_batches=2", "task.limit=N"]),
+    # In Lightning's words.
+    (["trainer.limit_val_batches=0.01"], ["0.01 of the `val_dataloader`", "`limit_val_batches`", "set trainer"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
     (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
-    (["ckpt_path=unmatched.yaml"], ["'unmatched.yaml'", "ckpt_path"]),
     (["task.max_length=1"], ["1", "task.max_length"]),
-    (["data.code_length=0"], ["0", "data.code_length"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
     (["schedule.final_rank=64"], ["at most lora.rank = 32", "64", "schedule.final_rank"]),
-    (["schedule=after_convergence", "schedule.shared=false", "schedule.final_rank=64"], ["64", "schedule.final_rank"]),
-    (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
     (
         ["schedule=after_convergence", "schedule.trigger.monitor=val/los"],
@@ -166,10 +153,7 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
 
 REFUSED = {
     "squeeze adapter --out out": ["--rank", "--energy", "--budget", "none"],
-    "squeeze adapter --out out --rank 2 --energy 0.5": ["rank=2, energy=0.5", "--rank", "--energy"],
     "squeeze adapter --out out --rank 0": ["--rank", "got '0'"],
-    "squeeze adapter --out out --energy nan": ["--energy", "nan"],
-    "squeeze adapter --out out --budget 13": ["--budget", "13", "14"],
     "squeeze adapter --out out --budget half": ["--budget", "half"],
     "squeeze adapter --out used.png --rank 2": ["--out", "used.png"],
     "inspect adapter --plot spectra.txt": ["--plot", "spectra.txt"],
