@@ -87,12 +87,6 @@ def stored_labels(folder: Path) -> list[str]:
     return read_json(_Labels, file).labels if file.exists() else []
 
 
-def stored_problem_type(folder: Path) -> str | None:
-    """Transformers' name of the kind of labels in the adapter's ``folder``; None if it is not known."""
-    file = folder / LABELS_FILE
-    return read_json(_Labels, file).problem_type if file.exists() else None
-
-
 def with_labels(model: Any, folder: Path) -> Any:
     """The model itself, with the label names in the adapter's ``folder``, if there are any."""
     file = folder / LABELS_FILE

@@ -78,7 +78,6 @@ RULES: dict[str, dict[str, str]] = {
     "torch.Muon": {"momentum_buffer": LINEAR},
     "deepspeed.FusedAdam": _ADAM,
     "deepspeed.DeepSpeedCPUAdam": _ADAM,
-    "dynrank.Muon": {"momentum_buffer": LINEAR} | _ADAM,
     "transformers.Adafactor": {
         "step": KEPT, "RMS": KEPT, "exp_avg": STEP, "exp_avg_sq_row": ROW, "exp_avg_sq_col": COLUMN,
     },
@@ -148,7 +147,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
         return
     if rules is None:
         # The application has a class of its own.
-        carried = sorted(kind.removeprefix("torch.") for kind in RULES if not kind.startswith("dynrank."))
+        carried = sorted(kind.removeprefix("torch.") for kind in RULES)
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: {carried}; take one "
             'of these, or set optimizer_state="reset"',

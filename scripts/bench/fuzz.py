@@ -1,10 +1,10 @@
 """Does any random case differ from the oracles of tests/oracle, which compute it without dynrank?
 
 The engine's cases are whole runs: a small model with an optimizer, a schedule and a trainer, resumed at a random step,
-beside a dense reference. Those of the seams to users' programs are the rates of steps, the best of validations, and
-tables of data, each beside a few lines that say what must come out. A line tells of each case that differs, with what
-repeats it; the last lines count the cases. The exit code is 1 if one differs.
-Run: .venv/bin/python scripts/bench/fuzz.py [--of engine|rates|best|data|seams] [--minutes 5] [--cases N]
+beside a dense reference. Those of the seams to users' programs are the rates of steps and the best of validations, each
+beside a few lines that say what must come out. A line tells of each case that differs, with what repeats it; the last
+lines count the cases. The exit code is 1 if one differs.
+Run: .venv/bin/python scripts/bench/fuzz.py [--of engine|rates|best|seams] [--minutes 5] [--cases N]
 [--first SEED], or --of … --seed SEED for one case alone
 """
 
@@ -22,12 +22,12 @@ import torch
 
 # The oracles are a part of the suite, which no package contains.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "oracle"))
-SEAMS = ("rates", "best", "data")
+SEAMS = ("rates", "best")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--of", choices=["engine", *SEAMS, "seams"], default="engine", help="seams: all three in turn")
+    parser.add_argument("--of", choices=["engine", *SEAMS, "seams"], default="engine", help="seams: both in turn")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--cases", type=int, help="end after so many, whatever time they take")
     parser.add_argument("--first", type=int, help="the first seed; random if left out")

@@ -4,8 +4,8 @@ An arm is one way to train (study_arms.py has all). Arms are: fixed ranks; cuts 
 one budget by weight or by importance, early or late, with and without a higher rate of the adapter
 afterwards; cuts in which no layer gets directions that have next to none of its energy; fixed ranks whose rate rises at
 the same time; fixed ranks with rsLoRA and LoRA+; allocations from the start, found by a run, by the first gradients
-(GoRA) or by the inputs (EVA); AdaLoRA; some of them with Muon. All arms
-of a seed have the same batches, dropout and head, and all but rsLoRA the same scaling.
+(GoRA) or by the inputs (EVA); AdaLoRA. All arms of a seed have the same batches, dropout and head, and all but rsLoRA
+the same scaling.
 Arms that start alike go on from one model, which is trained up to their cut. On the first two seeds every arm is
 trained at each learning rate, and at a neighbour if the best rate is at the edge. On the other seeds it is trained at
 the rate with the best validation loss over these two (a table without these: over all), or at --rates as long as there
@@ -153,7 +153,7 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
     if first.trunk is None:
         yield _row(unit, first, *from_the_start(setting, unit))
         return
-    trunk = adapted(setting, first.trunk[0], unit.lr, **first.options)
+    trunk = adapted(setting, first.trunk[0], unit.lr)
     trunk.clip = first.clip
     brought = Importance(dict(lora_layers(trunk.model)))
     diverged = False
@@ -370,7 +370,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             drawn[round(size, 1)] += 1
             labelled.add(arm.by)
             axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)
-            notes = [part for part in str(arm).split(", ") if part.startswith(("at most", "pooler", "rate", "Muon"))]
+            notes = [part for part in str(arm).split(", ") if part.startswith(("at most", "pooler", "rate"))]
             notes += ["late"] if arm.is_cut and arm.at > EARLY else []
             note = ", ".join([*([f"from {arm.start}"] if arm.start != HIGH else []), *notes])
             axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)

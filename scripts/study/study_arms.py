@@ -23,7 +23,6 @@ class Arm:
             validation then allows; "rsLoRA" is fixed, with a scaling that falls with the root of the rank.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
-        optimizer: AdamW or Muon.
         start: rank before the cut.
         highest: that no layer exceeds after it.
         used: share of its energy for which a layer gets directions at most; the others share what it leaves.
@@ -36,7 +35,6 @@ class Arm:
     by: str = ""
     at: float = EARLY
     rate: float = 1.0
-    optimizer: str = "AdamW"
     start: int = HIGH
     highest: int | None = None
     used: float | None = None
@@ -62,24 +60,18 @@ class Arm:
         name += ", rsLoRA" if self.by == "rsLoRA" else ""
         name += f", LoRA+ {self.plus:.3g}" if self.plus != 1 else ""
         name += f", clipped to {self.clip:.3g}" if self.clip is not None else ""
-        name += f", rate × {self.rate:.3g}" if self.rate != 1 else ""
-        return name + (f", {self.optimizer}" if self.optimizer != "AdamW" else "")
+        return name + (f", rate × {self.rate:.3g}" if self.rate != 1 else "")
 
     @property
     def is_cut(self) -> bool:
         return self.by in ("uniform", "weight", "brought", "AdaLoRA's ranks", "AdaLoRA's bytes")
 
     @property
-    def trunk(self) -> tuple[int, str, float | None] | None:
+    def trunk(self) -> tuple[int, float | None] | None:
         """What arms have in common that start alike; None for those that share nothing."""
         high = self.is_cut or self.by == "found"
         alone = self.plus != 1 or (self.by and not high)
-        return None if alone else (self.start if high else self.rank, self.optimizer, self.clip)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the optimizer, beside the task's."""
-        return {"name": "Muon"} if self.optimizer == "Muon" else {}
+        return None if alone else (self.start if high else self.rank, self.clip)
 
 
 # The rates at which AdaLoRA is best, of a decoder and of a classifier.
@@ -94,7 +86,6 @@ _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
 _CUTS = [Arm(low, "brought", rate=2.0) for low in (4, 2)]
 _WAYS = [Arm(low, by, rate=rate) for low, rate in ((2, ROOT), (4, 2.0)) for by in ("uniform", "weight", "brought")]
-_MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "brought", rate=2.0, optimizer="Muon")]
 # What people use with a plain low rank.
 _PLAIN = [Arm(low, by, plus=ratio) for low in (8, 4) for by, ratio in (("rsLoRA", 1.0), ("", 4.0), ("", 16.0))]
 ARMS = {
@@ -121,7 +112,6 @@ ARMS = {
         ),
         Arm(HIGH, "uniform"),
         *(Arm(low, by) for by in ("GoRA", "EVA") for low in (4, 2)),
-        *_MUON,
         Arm(HIGH, "auto"),
         *_PLAIN,
         *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),
@@ -138,7 +128,6 @@ ARMS = {
         Arm(2, "uniform", rate=2.0),
         Arm(2, "found", rate=2.0),
         Arm(2, "AdaLoRA"),
-        *_MUON,
         Arm(HIGH, "auto"),
     ],
     "code_completion": [Arm(2), Arm(HIGH), Arm(2, "brought", rate=2.0), Arm(2, "uniform", rate=2.0)],
@@ -157,8 +146,6 @@ ARMS = {
         Arm(HIGH, "uniform"),
         Arm(HIGH, "auto"),
         *(Arm(low, by) for by in ("AdaLoRA", "anneal", "EVA") for low in (4, 2)),
-        Arm(HIGH, optimizer="Muon"),
-        *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "brought")),
         *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "brought")),
         *_PLAIN,
         *(Arm(HIGH, plus=ratio) for ratio in (4.0, 16.0)),

@@ -111,12 +111,12 @@ class Setting:
         self.heads = set(head_names(model))
         return model.train()
 
-    def trainee(self, model: nn.Module, lr: float | None = None, **optimizer: Any) -> Trainee:
-        """``model`` with an optimizer for its trainable parameters: the configuration's, but for ``lr`` and others."""
+    def trainee(self, model: nn.Module, lr: float | None = None) -> Trainee:
+        """``model`` with an optimizer for its trainable parameters: the configuration's, but for ``lr``."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         head = [p for name, p in trainable.items() if self.heads.intersection(name.split("."))]
         adapter = [p for name, p in trainable.items() if self.heads.isdisjoint(name.split("."))]
-        options = plain(self.config.optimizer) | optimizer | ({} if lr is None else {"lr": lr})
+        options = plain(self.config.optimizer) | ({} if lr is None else {"lr": lr})
         made: Any = make_optimizer(adapter, head, self.steps, **options)
         return Trainee(self, model, made["optimizer"], made["lr_scheduler"]["scheduler"])
 
@@ -225,13 +225,13 @@ def follow(trainee: Trainee, schedule: Sequence[Stage]) -> float:
     return loop.validate()["val/loss"] / before - 1
 
 
-def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None, **optimizer: Any) -> Trainee:
+def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None) -> Trainee:
     """A fresh model with an adapter of ``rank`` on every linear layer of the body; ``rank_map`` has others."""
     model = setting.model()
     add_lora(model, rank=rank, alpha=SCALING * rank, modules_to_save=[*setting.heads], rank_map=rank_map)
     for _, layer in lora_layers(model):
         layer.scaling = SCALING
-    return setting.trainee(model, lr, **optimizer)
+    return setting.trainee(model, lr)
 
 
 def adapter_parameters(model: nn.Module) -> int:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dynrank.app.tasks.data.labels import number_of
-from dynrank.app.tasks.data.splits import SPLITS, place
+from dynrank.app.tasks.data.splits import SPLITS, number_of, place
 
 # Characters of a file, from a random place.
 CHARACTERS = 1_200

@@ -4,13 +4,8 @@ import gc
 import importlib
 
 import pytest
-import torch.nn.functional as F
 
 import dynrank
-from dynrank.app.tasks import account
-from dynrank.app.tasks.classification import Classification, Classifier
-from dynrank.app.tasks.data import columns, labels
-from dynrank.app.tasks.data.columns import find_columns
 from dynrank.callbacks import BestWeights
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.transformers import rank_trainer_callback
@@ -30,7 +25,7 @@ def cheap_garbage_collection():
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
-@pytest.mark.parametrize("name", ["rates", "best", "data"])
+@pytest.mark.parametrize("name", ["rates", "best"])
 def test_seam_is_as_its_oracle_says(name, first):
     for seed in range(first, first + 10):
         assert not judged(name, seed), f"scripts/bench/fuzz.py --of {name} --seed {seed}"
@@ -38,14 +33,6 @@ def test_seam_is_as_its_oracle_says(name, first):
 
 def nothing(*_, **__):
     pass
-
-
-def by_torchs_weights(self, logits, labels, label_smoothing=0.0, weights=None):
-    """As it was: torch weighs the smoothed mass by the class that receives it, and divides by the batch's weights."""
-    if not self.several:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, weight=weights)
-    wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
 
 
 def whole_groups(self):
@@ -63,15 +50,6 @@ def forgetting(self, state):
     load(self, {**state, "lr_factor": 1.0})
 
 
-def of_training(self, trained, every):
-    return sorted(trained)
-
-
-def by_usual_names(*args, trained, **options):
-    """As it was: optional columns are found by usual names if training rows had no names."""
-    return find_columns(*args, trained=trained or None, **options)
-
-
 # {fault: (the seed of a case that shows it, its oracle, where it is planted, the name there, what it becomes)}; after a
 # change of the random cases, scripts/bench/fuzz.py finds other seeds.
 FAULTS = {
@@ -83,12 +61,6 @@ FAULTS = {
     "the Trainer's best is of before a cut": (3, "best", rank_trainer_callback, "forget_best", nothing),
     "Lightning's best is of before a cut": (70, "best", BestSoFar, "load", nothing),
     "the best weights have other ranks": (23, "best", BestWeights, "on_rank_change", nothing),
-    "smoothing is weighed": (6, "data", Classifier, "loss", by_torchs_weights),
-    "a label is in no training text": (154, "data", labels, "with_each_label", lambda numbers, *_: numbers),
-    "nothing is strange about classes": (1, "data", account, "_remarks", lambda _: {}),
-    "rows of tuples have optional columns": (50, "data", columns, "find_columns", by_usual_names),
-    "columns of training are forgotten": (41, "data", columns, "columns_to_ask", lambda *_: {}),
-    "classes of an adapter move": (5, "data", Classification, "_labels_as_before", of_training),
 }
 
 

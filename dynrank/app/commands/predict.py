@@ -13,15 +13,16 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import Inputs, read_inputs, tokenizer_source
+from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs, tokenizer_source
 from dynrank.app.console import one_line, print_facts
 from dynrank.app.models.base_model import base_settings, base_source, class_of_base, on_base
 from dynrank.app.models.generating import end_of_turn_of
 from dynrank.app.models.predicting import classified, written
 from dynrank.app.models.pretrained import load_tokenizer, set_padding
 from dynrank.app.tasks.data import columns as of_data
-from dynrank.app.tasks.data.source import READERS, Source
-from dynrank.app.tasks.data.stored import reading, refuse
+from dynrank.app.tasks.data.headings import KINDS
+from dynrank.app.tasks.data.source import read_source
+from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
 from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 
@@ -58,7 +59,7 @@ def predict(
         form = "chat" if chat or system is not None else form
         if (form == "classification") != classifies:
             raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form} (--chat, --system)")
-        if isinstance(asked, Source):
+        if isinstance(asked, RawRows):
             rows = _rows(asked, form, learned, columns, skip_unusable)
         elif columns:
             raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
@@ -99,15 +100,15 @@ def predict(
     _write(out, {"row": rows["place"][:], **(_labels(found, several) if classifies else {"answer": found})})
 
 
-def _texts_or_table(texts: Sequence[str]) -> Source | Sequence[str]:
+def _texts_or_table(texts: Sequence[str]) -> RawRows | Sequence[str]:
     """The file of columns that is named; otherwise the texts, or those in the lines of another file."""
     places = [text for text in texts if text == "-" or exists(text)]
     first = Path(texts[0])
     if places and not (len(texts) == 1 and isfile(first)):
         raise ConfigurationError(f"TEXT must be texts, or one file, got {places[0]!r} of {len(texts)}")
     # Also a misspelt name of a file.
-    if len(texts) == 1 and first.suffix.lower() in ({*READERS} - {".txt"} if places else READERS):
-        return Source(texts[0], "FILE", "test")
+    if len(texts) == 1 and first.suffix.lower() in ({*KINDS} - {".txt"} if places else KINDS):
+        return read_source(texts[0], "FILE", "test")
     if places:
         with reading(f"FILE={first}"):
             return first.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
@@ -123,24 +124,21 @@ def _plain(texts: Sequence[str], form: str) -> datasets.Dataset:
 
 
 def _rows(
-    table: Source, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
+    table: RawRows, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
 ) -> datasets.Dataset:
     """The rows of a table by the columns that training read, unless the user has ``given`` others.
 
     Unusable rows are left out if they are to ``skip``, otherwise one error lists them.
     """
-    columns = {ours: theirs if isinstance(theirs, str) else tuple(theirs) for ours, theirs in learned.columns.items()}
-    trained = of_data.columns_to_ask(columns, form)
-    # Chats are in messages, or in prompts.
-    replaced = {"messages"} if "prompt" in given else {"prompt", "input"} if "messages" in given else set()
-    # The system prompt with which all chats began need not stand in each row.
-    if learned.system is not None and trained.get("system") not in of_data.names_in(table.sample):
-        replaced.add("system")
-    names = {ours: theirs for ours, theirs in trained.items() if ours not in replaced} | {**given}
-    used = of_data.find_columns(table.sample, names, form, table.where, trained={}, asked=True)
-    of_data.refuse_unread(given, used)
-    print_facts({"columns": used})
-    rows, unusable = table.read(used, skip=skip)
+    old = [ours for ours in learned.columns if not any(ours in names for names in of_data.COLUMNS.values())]
+    if old and not given:
+        raise ConfigurationError(
+            f"{INPUTS_FILE} says that training read a column as {old[0]!r}, which this version does not; name columns "
+            "by --columns, such as prompt=instruction,input"
+        )
+    options: Any = {"trained": learned.columns, "asked": True}
+    used = of_data.find_columns(table.rows.column_names, given, form, table.where, **options)
+    rows, unusable = usable_rows(table, used, skip=skip)
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows

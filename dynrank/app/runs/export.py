@@ -17,7 +17,7 @@ from dynrank.app.runs.folder import ADAPTER
 from dynrank.app.runs.report.page import write_card, write_report
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.app.runs.summary import Summary, print_summary, write_summary
-from dynrank.app.tasks.account import ClassResult, SplitAccount
+from dynrank.app.tasks.account import SplitAccount
 from dynrank.callbacks import RankEvent
 from dynrank.layers.finding import adapter_parameters, lora_layers, parameter_count
 
@@ -34,7 +34,6 @@ def summarise(
     seconds: float,
     data: dict[str, SplitAccount],
     weights: str,
-    classes: dict[str, ClassResult],
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
@@ -65,7 +64,6 @@ def summarise(
         peak_memory_bytes=peak_memory_bytes(),
         data=data,
         weights=weights,
-        classes=classes,
     )
 
 

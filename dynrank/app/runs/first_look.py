@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from dynrank.app.keys import names_keys
 from dynrank.app.models.names import model_source
 from dynrank.app.runs.config import plain, rank_pattern
+from dynrank.app.tasks.data.columns import find_columns
 from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
 
@@ -49,16 +50,12 @@ def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
     if not path.exists():
         # ORG/NAME may be on the hub.
         if path.suffix in KINDS or name.count("/") != 1:
-            kinds = f"a file ({', '.join(KINDS)}), a folder, or ORG/NAME on the hub"
+            kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
             raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
         return
     columns = _columns(path) if path.is_file() else []
-    # The other splits are read by the names that the training rows have.
-    if columns and key == "data.train" and data.get("form"):
-        from dynrank.app.tasks.data.columns import find_columns
-
-        given = {ours: theirs for ours, theirs in (data.get("columns") or {}).items() if theirs}
-        find_columns([dict.fromkeys(columns)], given, data["form"], f"{key}={name}")
+    if columns and data.get("form"):
+        find_columns(columns, data.get("columns") or {}, data["form"], f"{key}={name}")
 
 
 def _columns(path: Path) -> list[str]:

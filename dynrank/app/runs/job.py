@@ -101,9 +101,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
         data = dict(getattr(job.task, "account", {}))
-        # Only classifiers have classes.
-        classes = dict(getattr(job.module, "class_results", {}))
-        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
         # All processes hold a part of a base that is sharded.
         base = base_of(model)
         if first:
@@ -222,9 +220,15 @@ def _check_trainer(
     accumulate_grad_batches: Count = 1,
     val_check_interval: Positive | None = None,
     fast_dev_run: Literal[False] = False,
+    overfit_batches: float = 0.0,
     **_: Any,
 ) -> None:
     """Refuse values that Lightning takes, or refuses in the middle of training."""
+    if overfit_batches:
+        raise ConfigurationError(
+            f"trainer.overfit_batches={overfit_batches} is not for dynrank's batches, which differ in each epoch; "
+            "task.limit=N trains on N rows"
+        )
 
 
 def _check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:

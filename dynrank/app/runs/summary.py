@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.app.console import print_facts
-from dynrank.app.tasks.account import ClassResult, SplitAccount, print_classes
+from dynrank.app.tasks.account import SplitAccount
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
 from dynrank.output.whole_file import whole_file
@@ -38,7 +38,6 @@ class Summary:
         step_seconds: median of the optimizer steps at the last ranks that were trained; None where there was none.
         data: split -> its counts, if the task counts its data.
         weights: which step's weights are tested and exported, and why.
-        classes: class -> its result on test data, for a classifier.
     """
 
     test: dict[str, float]
@@ -54,7 +53,6 @@ class Summary:
     step_seconds: float | None = None
     data: dict[str, SplitAccount] = field(default_factory=dict)
     weights: str = ""
-    classes: dict[str, ClassResult] = field(default_factory=dict)
 
 
 def read_summary(folder: Path) -> Summary:
@@ -91,7 +89,5 @@ def results_of(summary: Summary) -> dict[str, str]:
 
 def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
-    if summary.classes:
-        print_classes(summary.classes)
     facts = results_of(summary) | {"weights": summary.weights, "files": str(folder)}
     print_facts(facts if report is None else facts | {"report": str(report)})

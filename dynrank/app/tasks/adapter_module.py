@@ -1,7 +1,6 @@
 """A transformers model with LoRA as a LightningModule: its optimizer, its loss and its metrics."""
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from torchmetrics import MetricCollection
 from dynrank.app.models.pretrained import head_names
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.distributed.sharding import shard_frozen
-from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.placing import add_lora
 
@@ -71,10 +69,8 @@ class AdapterModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         head = [p for name in head_names(self.model) for p in self.model.get_submodule(name).parameters()]
-        steps = self.trainer.estimated_stepping_batches
-        if steps == inf:
-            raise ConfigurationError("a run without an end has no learning rates; set trainer.max_steps")
-        return make_optimizer(adapter_parameters(self.model), head, int(steps), **self.optimizer_options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return make_optimizer(adapter_parameters(self.model), head, steps, **self.optimizer_options)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.training_loss(*self.predict(batch))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from jinja2 import TemplateError
@@ -12,35 +12,17 @@ from jinja2 import TemplateError
 from dynrank.app.models.generating import closing_tokens
 from dynrank.errors import ConfigurationError, shown
 
-_IDS = datasets.Sequence(datasets.Value("int32"))
-_FLAGS = datasets.Sequence(datasets.Value("bool"))
 _NUMBER = datasets.Value("int32")
-_TEXT = datasets.Value("string")
-# learned: a flag for each token. prompt_length: 0 without a prompt.
+_IDS = datasets.List(_NUMBER)
+# ``learned`` has a flag for each token. If there is a prompt, ``asked`` are its tokens as they are asked, ``answer`` is
+# the text of the answer, and ``prompt_length`` the number of the tokens before it. The text of a chat's answer is what
+# is learned of its turn, with what the template puts there.
 FEATURES = datasets.Features(
-    {"input_ids": _IDS, "learned": _FLAGS, "length": _NUMBER, "cut": _NUMBER}
-    | {"asked": _IDS, "prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER, "opening": _TEXT}
+    {"input_ids": _IDS, "learned": datasets.List(datasets.Value("bool")), "length": _NUMBER}
+    | {"asked": _IDS, "answer": datasets.Value("string"), "prompt_length": _NUMBER}
 )
 # The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Example(NamedTuple):
-    """Tokens, a flag for each whether it is learned, and whether a text that was too long begins with them.
-
-    If there is a prompt, its tokens as they are ``asked``, its text, the answer's text and the number of the tokens
-    before the answer are included, and the ``opening``: what a chat template puts before the answer into the turn that
-    is learned, as an empty block of thoughts.
-    """
-
-    input_ids: list[int]
-    learned: list[bool]
-    asked: Sequence[int] = ()
-    prompt: str = ""
-    answer: str = ""
-    prompt_length: int = 0
-    opening: str = ""
-    cut: bool = False
 
 
 def make_examples(
@@ -58,22 +40,28 @@ def make_examples(
     else:
         found = (_of_chat(messages, tokenizer) for messages in rows["messages"])
     for example in found:
-        row = {**example._asdict(), "length": len(example.input_ids)}
+        length = len(example["input_ids"])
         # A single token has none before it that could predict it.
-        if 1 < row["length"] <= max_length:
-            for name in FEATURES:
-                made[name].append(row[name])
+        if 1 < length <= max_length:
+            for name, value in {**example, "length": length}.items():
+                made[name].append(value)
     return made
 
 
-def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[Example]:
+def _example(
+    ids: list[int], learned: list[bool], asked: Sequence[int] = (), answer: str = "", prompt_length: int = 0
+) -> dict[str, Any]:
+    return {"input_ids": ids, "learned": learned, "asked": asked, "answer": answer, "prompt_length": prompt_length}
+
+
+def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[dict[str, Any]]:
     end = tokenizer.eos_token
     pairs = [*zip(rows["prompt"], rows["answer"], strict=True)]
     wholes = [prompt + answer + ("" if answer.endswith(end) else end) for prompt, answer in pairs]
     ids = zip(_open(rows["prompt"], tokenizer), _open(wholes, tokenizer), strict=True)
-    for (prompt, answer), (asked, whole) in zip(pairs, ids, strict=True):
+    for (_, answer), (asked, whole) in zip(pairs, ids, strict=True):
         start = len(commonprefix([asked, whole]))
-        yield Example(whole, _from(start, whole), asked, prompt, answer, start)
+        yield _example(whole, _from(start, whole), asked, answer, start)
 
 
 def _open(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -87,16 +75,15 @@ def _from(start: int, ids: Sequence[int]) -> list[bool]:
     return [i >= start for i in range(len(ids))]
 
 
-def _of_texts(rows: Sequence[str], tokenizer: Any, max_length: int, packed: bool) -> Iterator[Example]:
+def _of_texts(rows: Sequence[str], tokenizer: Any, max_length: int, packed: bool) -> Iterator[dict[str, Any]]:
     texts = [[*ids, tokenizer.eos_token_id] for ids in _open(rows, tokenizer)]
     for whole in [[*chain(*texts)]] if packed else texts:
         for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]
-            is_cut = not packed and start == 0 and len(whole) > max_length
-            yield Example(piece, _from(0, piece), cut=is_cut)
+            yield _example(piece, _from(0, piece))
 
 
-def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
+def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> dict[str, Any]:
     turns = [dict(message) for message in messages]
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     try:
@@ -113,9 +100,7 @@ def _of_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
         )
     end = len(learned) - learned[::-1].index(True)
     start = end - (learned[:end][::-1].index(False) if False in learned[:end] else end)
-    answer = turns[last]["content"]
-    opening = _opening(tokenizer.decode(ids[start:end], skip_special_tokens=True), answer)
-    return Example(ids, learned, asked, turns[last - 1]["content"], answer, start, opening)
+    return _example(ids, learned, asked, tokenizer.decode(ids[start:end], skip_special_tokens=True), start)
 
 
 def _tokens_of_chat(tokenizer: Any, turns: list[dict[str, str]], asked: list[int]) -> tuple[list[int], list[bool]]:
@@ -137,30 +122,13 @@ def _tokens_of_chat(tokenizer: Any, turns: list[dict[str, str]], asked: list[int
 
 def _marked_template(tokenizer: Any) -> str | None:
     """TRL's template with marks in place of the tokenizer's."""
-    advice = "set task.model to one whose template has {% generation %}, or data to chats whose only answer is last"
     try:
         from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        raise ConfigurationError(
-            "the chat template has no {% generation %} marks, and TRL, which has such templates, is not installed: pip "
-            f"install trl, or {advice}"
-        ) from None
-    try:
+
         found: str | None = get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise ConfigurationError(f"{error} Or {advice}") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(
+            f"the chat template has no {{% generation %}} marks, and TRL gives none with them: {error}; pip install "
+            "trl, set task.model to one whose template has them, or data to chats whose only answer is last"
+        ) from error
     return found
-
-
-def _opening(turn: str, answer: str) -> str:
-    """What stands before ``answer`` in the text of its turn; "" if that is blank, or the answer is not in the turn."""
-    text = answer.strip()
-    before = turn[: turn.rfind(text)] if text and text in turn else ""
-    return before if before.strip() else ""
-
-
-def check_template(tokenizer: Any, model: str) -> None:
-    """Refuse a tokenizer without a chat template, or one that does not say where in a chat its tokens stand."""
-    if not tokenizer.chat_template or not tokenizer.is_fast:
-        fault = "is in Python and says no places of tokens" if tokenizer.chat_template else "has no chat template"
-        raise ConfigurationError(f"the tokenizer of task.model={model} {fault}; set task.model")

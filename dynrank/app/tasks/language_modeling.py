@@ -2,91 +2,47 @@
 
 from __future__ import annotations
 
-import ast
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
-from math import inf
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
-from dynrank.app.tasks.examples import FEATURES, check_template, make_examples
+from dynrank.app.tasks.examples import FEATURES, make_examples
 from dynrank.app.tasks.loader import spread
-from dynrank.app.tasks.text_task import Recipe, TextTask
+from dynrank.app.tasks.text_task import TextTask
 from dynrank.errors import ConfigurationError, Count, Steps, checked_call
 
 
-class Share(MeanMetric):
-    """Share of the examples for which ``holds(prediction, target, prompt)`` is true."""
-
-    def __init__(self, holds: Callable[[Any, Any, str], bool]) -> None:
-        super().__init__()
-        self.holds = holds
-
-    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
-        """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
-        found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
-        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
-
-
-def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
-    """Whether greedy decoding generates exactly the answer and its end.
+class WholeAnswers(MeanMetric):
+    """Share of the answers that greedy decoding generates exactly, with their end.
 
     One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
-    decoding generates these tokens. Logits (length, vocabulary) and labels (length,) belong to the next token.
+    decoding generates these tokens.
     """
-    return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """Add logits (batch, length, vocabulary) and labels (batch, length) of the next token."""
+        super().update(((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float())
 
 
-def first_lines(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether ``text`` begins with the lines of the answer; blank lines and outer spaces do not count."""
-    written, right = ([line.rstrip() for line in t.strip().split("\n") if line.strip()] for t in (text, answers[0]))
-    return written[: max(1, len(right))] == right
+class ExactMatch(MeanMetric):
+    """Share of the generated texts that are the answer, but for blanks around both."""
 
-
-def python(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether ``text`` is not empty, and is valid Python together with its prompt."""
-    return bool(text) and parsed(prompt + text) is not None
-
-
-def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of ``source``; None if it is not valid Python."""
-    with warnings.catch_warnings():
-        # Python warns about some escapes and comparisons, but they are valid Python.
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(source)
-        # The last three mean that the source has null bytes, or is nested too deeply for the parser.
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
-
-
-# OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
-Metrics = dict[str, Callable[[], Metric]]
-OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
-OF_TEXTS: Metrics = {
-    "bleu": SacreBLEUScore,
-    "exact_match": partial(Share, first_lines),
-    "parses": partial(Share, python),
-}
-
-
-def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
-    """The metrics of ``table`` with these names; they are logged as ``prefix`` + name."""
-    made: Any = {name: table[name]() for name in names if name in table}
-    # Metrics are not grouped, because two shares may be equal by chance.
-    return MetricCollection(made, prefix=prefix, compute_groups=False)
+    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
+        """Add a batch of texts; each has a list with its answer."""
+        found = [text.strip() == right.strip() for text, (right,) in zip(preds, target, strict=True)]
+        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
 
 
 class LanguageModeling(TextTask):
@@ -95,7 +51,7 @@ class LanguageModeling(TextTask):
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
     positions without a loss. Examples of more than ``max_length`` tokens are left out, and ``account`` counts them;
     texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
-    and the texts in ``prompts`` and ``answers``; the answer of a chat is the assistant's last turn.
+    and the texts in ``answers``; the answer of a chat is the assistant's last turn.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
@@ -106,19 +62,19 @@ class LanguageModeling(TextTask):
             examples of ``max_length`` tokens; otherwise each text is cut alone.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
-        measures: metrics that are logged with the loss, see ``OF_LOGITS`` and ``OF_TEXTS`` in this module.
         val_examples: number of validation examples; None for all. The test uses all its examples.
-        val_generate: for how many validation examples each validation generates answers; 0: for none.
-        generate: for how many test examples a test generates answers.
+        val_generate: for how many validation examples each validation generates answers and measures their BLEU and
+            exact match; 0: for none.
+        generate: for how many test examples a test does so.
         max_new_tokens: longest generated answer in tokens; examples with longer answers, or whose prompts leave no
             positions of the model for it, are not used for generation.
-        indented: whether only the indented lines after the first line of a generated text are its answer.
         seed: seed of the order of the training batches.
-        limit: keep only this many examples of each split, for short tests; None keeps all.
+        limit: keep only this many rows of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 2
+    features = FEATURES
     final = ("train/loss", "val/loss")
 
     @checked_call
@@ -131,12 +87,10 @@ class LanguageModeling(TextTask):
         packed: bool = False,
         batch_size: Count = 8,
         max_length: Count = 256,
-        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
         val_examples: Count | None = None,
         val_generate: Steps = 0,
         generate: Steps = 0,
         max_new_tokens: Count = 64,
-        indented: bool = False,
         seed: int = 0,
         limit: Count | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -144,45 +98,39 @@ class LanguageModeling(TextTask):
         sizes: Any = {"batch_size": batch_size, "max_length": max_length, "limit": limit, "val_examples": val_examples}
         super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
         self.packed = packed
-        self.measures = list(measures)
         self.val_generate = val_generate
         self.generate = generate
         self.max_new_tokens = max_new_tokens
-        self.indented = indented
-        written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
         if packed and form != "text":
             raise ConfigurationError(f"task.packed must go with task=text, got task.form={form}; set task.packed=false")
-        if form == "text" and (written or val_generate or generate):
-            raise ConfigurationError(
-                "texts have no answers; set task.measures=[perplexity], task.val_generate=0 and task.generate=0"
-            )
-        of_texts = [name for name in self.measures if name in OF_TEXTS]
-        if of_texts and not (val_generate or generate):
-            raise ConfigurationError(
-                f"task.measures has {', '.join(of_texts)}, which is measured on generated answers, and none would be "
-                "generated; set task.generate, or task.val_generate"
-            )
+        if form == "text" and (val_generate or generate):
+            raise ConfigurationError("texts have no answers; set task.val_generate=0 and task.generate=0")
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        measured = [name for name in self.measures if name in OF_LOGITS or self.val_generate]
-        return ("train/loss", "val/loss", *(f"val/{name}" for name in measured))
+        answers = ("val/accuracy",) if self.form != "text" else ()
+        written = ("val/bleu", "val/exact_match") if self.val_generate else ()
+        return ("train/loss", "val/loss", "val/perplexity", *answers, *written)
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
-        written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
+        written: Any = {"max_new_tokens": self.max_new_tokens, "answers": self.form != "text"}
         written["settings"] = asdict(self.settings)
         written["tokenizer"] = self.own_tokenizer
-        if self.form == "chat":
-            check_template(self.tokenizer, self.model)
+        if self.form == "chat" and not self.tokenizer.chat_template:
+            raise ConfigurationError(f"the tokenizer of task.model={self.model} has no chat template; set task.model")
         if not on_meta:
             # The rows are checked before the weights are loaded, so that faults are reported early.
             first = self.rows["train"][0]
             written["end_of_turn"] = end_of_turn_of(self.tokenizer, first["messages"]) if self.form == "chat" else None
-        return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
+        return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
 
     @property
-    def recipe(self) -> Recipe:
-        return Recipe(make_examples, FEATURES, {"form": self.form, "packed": self.packed})
+    def options(self) -> tuple[Any, ...]:
+        return (self.max_length, self.packed)
+
+    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        options: Any = {"max_length": self.max_length, "form": self.form, "packed": self.packed}
+        return make_examples(rows, tokenizer=self.tokenizer, **options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
@@ -208,16 +156,15 @@ class LanguageModeling(TextTask):
         longest = self.positions - new + 1
         short = [i for i, (n, prompt, asked) in enumerate(sizes) if n - prompt <= new and asked <= longest]
         if not short:
-            limit = f" and a prompt of up to {longest}, which the model reads" if longest < inf else ""
             raise ConfigurationError(
-                f"no {split} example has an answer of up to {new} tokens{limit}; set task.max_new_tokens"
+                f"no {split} example has an answer of up to {new} tokens and leaves the model positions for it; set "
+                "task.max_new_tokens"
             )
         return [self.evaluation(spread(rows.select(short), count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer", "opening")}
-        prompts = [torch.tensor(example["asked"]) for example in examples]
-        return {**self._padded(prompts, "left"), **texts, "is_turn": self.form == "chat"}
+        prompts = self._padded([torch.tensor(example["asked"]) for example in examples], "left")
+        return {**prompts, "answers": [example["answer"] for example in examples], "is_turn": self.form == "chat"}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
         masks = [torch.ones_like(row) for row in rows]
@@ -230,10 +177,13 @@ class LanguageModeling(TextTask):
 class LanguageModel(AdapterModule):
     """A causal language model with LoRA.
 
-    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
-    store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
-    :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in chats; and ``tokenizer``, the folder or
-    name of the tokenizer (None: the model's).
+    The loss is the mean cross-entropy of the tokens that are learned. With it perplexity is measured; and, if there are
+    ``answers``, accuracy: the share of answers that greedy decoding would generate exactly. Where it generates answers,
+    BLEU and exact match are measured, too.
+
+    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
+    are those of :class:`LanguageModeling` and :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in
+    chats; and ``tokenizer``, the folder or name of the tokenizer (None: the model's).
     """
 
     def __init__(
@@ -241,9 +191,8 @@ class LanguageModel(AdapterModule):
         model: str,
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
-        measures: Sequence[str] = (),
         max_new_tokens: int = 64,
-        indented: bool = False,
+        answers: bool = True,
         settings: Mapping[str, Any] | None = None,
         end_of_turn: str | None = None,
         tokenizer: str | None = None,
@@ -251,16 +200,21 @@ class LanguageModel(AdapterModule):
     ) -> None:
         lora = dict(lora)
         optimizer = dict(optimizer)
-        measures = list(measures)
-        quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
+        quality = {}
+        written = {}
+        for split in ("val", "test"):
+            right = {"accuracy": WholeAnswers()} if answers else {}
+            # Metrics are not grouped, because two may be equal by chance.
+            options: Any = {"prefix": f"{split}/", "compute_groups": False}
+            quality[split] = MetricCollection({"perplexity": Perplexity(IGNORED), **right}, **options)
+            written[split] = MetricCollection({"bleu": SacreBLEUScore(), "exact_match": ExactMatch()}, **options)
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        names = ("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "end_of_turn")
-        self.save_hyperparameters(*names, "tokenizer")
-        self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
+        names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")
+        self.save_hyperparameters(*names)
+        self.written = nn.ModuleDict(written)
         self.tokenizer_at = tokenizer or model
         self.max_new_tokens = max_new_tokens
-        self.indented = indented
         self.end_of_turn = end_of_turn
 
     @cached_property
@@ -278,10 +232,8 @@ class LanguageModel(AdapterModule):
             super().evaluate(batch, split)
             return
         texts = self.continuations(batch["input_ids"], batch["attention_mask"], is_turn=batch["is_turn"])
-        texts = [text.removeprefix(opening) for text, opening in zip(texts, batch["openings"], strict=True)]
-        texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
-        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
+        written.update(preds=texts, target=[[answer] for answer in batch["answers"]])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
     def continuations(self, input_ids: Tensor, attention_mask: Tensor, *, is_turn: bool = False) -> list[str]:
@@ -303,13 +255,3 @@ class LanguageModel(AdapterModule):
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced=self.device_mesh is not None,
         )
-
-
-def _indented(text: str) -> str:
-    """The lines of ``text`` after the first, up to a line that is not indented: another function, or prose."""
-    kept: list[str] = []
-    for line in text.split("\n")[1:]:
-        if line.strip() and not line[0].isspace():
-            break
-        kept.append(line)
-    return ("\n" + "\n".join(kept)).rstrip()

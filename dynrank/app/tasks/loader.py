@@ -25,8 +25,7 @@ class ResumableLoader(DataLoader[Any]):
     (``limit_train_batches``), the next one begins with the rest of the permutation.
 
     Examples are sorted by their ``lengths`` within ``CHUNK`` batches, which saves padding. ``batch_size`` counts the
-    examples of one process, and ``share`` is (number of this process, number of processes). ``overfit`` is the
-    ``overfit_batches`` of Lightning's Trainer: if it is not 0, every epoch has the same batches.
+    examples of one process, and ``share`` is (number of this process, number of processes).
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class ResumableLoader(DataLoader[Any]):
         collate_fn: Any,
         *,
         share: tuple[int, int] = (0, 1),
-        overfit: float = 0,
     ) -> None:
         if len(lengths) < batch_size * share[1]:
             raise ConfigurationError(
@@ -46,9 +44,6 @@ class ResumableLoader(DataLoader[Any]):
                 f"{share[1]} processes"
             )
         self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
-        if overfit:
-            batches = overfit if isinstance(overfit, int) else int(len(self.stream) * overfit)
-            self.stream.different = min(batches, len(self.stream))
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:
@@ -66,8 +61,6 @@ class _SeededBatches(Sampler[list[int]]):
         self.seed = seed
         self.share = share
         self.given = 0
-        # After so many batches the same ones come again; None: never.
-        self.different: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
@@ -78,7 +71,7 @@ class _SeededBatches(Sampler[list[int]]):
         epoch = -1
         batches = list[list[int]]()
         while self.given < end:
-            number = self.given % self.different if self.different else self.given
+            number = self.given
             if number // len(self) != epoch:
                 epoch = number // len(self)
                 batches = self._permuted(epoch)

@@ -1,57 +1,16 @@
 """The optimizer and learning-rate schedule of a run, from plain configuration values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from transformers import get_scheduler
 
 from dynrank.errors import ConfigurationError, checked_call
-
-# Optimizers that are not torch's, with the module that has them.
-ELSEWHERE = {
-    "bitsandbytes.Adam8bit": "bitsandbytes.optim",
-    "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
-}
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon for the matrices of the group "adapter", and AdamW for everything else, as one optimizer.
-
-    A step of a matrix has the root mean square of AdamW's (Liu et al., arXiv:2502.16982), so AdamW's rates suit both.
-    """
-
-    def __init__(self, params: Any, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        # torch's classes check the values.
-        self._parts()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self._parts():
-            part.state = self.state
-            part.step()
-        return loss
-
-    def _parts(self) -> list[torch.optim.Optimizer]:
-        """Both optimizers, made anew each time, so that only this one's state is saved, copied and carried."""
-        matrices = []
-        others = []
-        for group in self.param_groups:
-            split: dict[bool, list[Tensor]] = {True: [], False: []}
-            for parameter in group["params"]:
-                split[group.get("name") == "adapter" and parameter.ndim == 2].append(parameter)
-            matrices.append({**group, "params": split[True]})
-            others.append({**group, "params": split[False]})
-        return [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(others)]
 
 
 @checked_call
@@ -75,7 +34,7 @@ def make_optimizer(
         adapter: parameters trained at ``lr``.
         head: parameters trained at ``head_lr`` (a new head needs a higher rate than an adapter); may be empty.
         total_steps: optimizer steps of the run.
-        name: a class of torch.optim, or one of ``ELSEWHERE``; with Muon, AdamW trains all but the adapter's matrices.
+        name: a class of torch.optim, or one of bitsandbytes: ``bitsandbytes.AdamW8bit``.
         lr: peak learning rate.
         head_lr: peak learning rate of the head.
         weight_decay: weight decay of the optimizer.
@@ -103,17 +62,13 @@ def make_optimizer(
 
 
 def _optimizer_class(name: str) -> Any:
-    if name in ELSEWHERE:
-        try:
-            return getattr(import_module(ELSEWHERE[name]), name.rpartition(".")[2])
-        except ImportError as error:
-            package = name.partition(".")[0]
-            raise ConfigurationError(
-                f"optimizer.name={name} needs {package} ({error}): pip install {package}, or 'dynrank[optimizers]'"
-            ) from error
-    cls = Muon if name == "Muon" else getattr(torch.optim, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+    package, _, own = name.rpartition(".")
+    try:
+        cls = getattr(import_module("bitsandbytes.optim" if package == "bitsandbytes" else "torch.optim"), own, None)
+    except ImportError as error:
         raise ConfigurationError(
-            f"optimizer.name must be a class of torch.optim or one of {sorted(ELSEWHERE)}, got {name!r}"
-        )
+            f"optimizer.name={name} needs bitsandbytes ({error}): pip install bitsandbytes, or 'dynrank[optimizers]'"
+        ) from error
+    if package not in ("", "bitsandbytes") or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigurationError(f"optimizer.name must be a class of torch.optim, or bitsandbytes.NAME, got {name!r}")
     return cls

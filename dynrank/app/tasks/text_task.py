@@ -1,8 +1,9 @@
 """Batches of tokenised texts, the common part of dynrank's own tasks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,13 @@ from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_tokenizer, positions
 from dynrank.app.tasks.account import SplitAccount, print_account
 from dynrank.app.tasks.data.columns import Form
-from dynrank.app.tasks.data.labels import counted
-from dynrank.app.tasks.data.splits import Checked, rows_by_split
-from dynrank.app.tasks.data.stored import column_of, processes, quiet, system_prompt
+from dynrank.app.tasks.data.splits import Checked, labels_of, rows_by_split
+from dynrank.app.tasks.data.stored import quiet, system_prompt
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 10
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How rows become examples.
-
-    Attributes:
-        make: function of a batch of rows (a mapping of columns), ``tokenizer``, ``max_length`` and ``options``; returns
-            examples.
-        features: features of the examples. ``length`` is the number of tokens, ``cut`` whether a text was cut there.
-        options: everything except the rows, the tokenizer and ``max_length`` that changes the examples.
-    """
-
-    make: Callable[..., Any]
-    features: datasets.Features
-    options: Mapping[str, Any]
+CACHED = 11
 
 
 class TextTask(LightningDataModule):
@@ -51,16 +35,18 @@ class TextTask(LightningDataModule):
 
     Training draws them by :class:`dynrank.app.tasks.loader.ResumableLoader`. A validation and a test use each example
     once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
-    Subclasses define :attr:`recipe` and :meth:`collate`, and describe the arguments. Data and examples from files are
-    memory-mapped.
+    Subclasses define :attr:`options`, :meth:`make` and :meth:`collate`, and describe the arguments. Data and examples
+    from files are memory-mapped.
 
     Attributes:
         evaluation_factor: how many times as many examples a batch of a validation or test has at most as in training.
+        features: features of the examples; ``length`` is the number of tokens.
         examples: {split: its examples}, once they are made.
         account: {split: its counts}.
     """
 
     evaluation_factor: int
+    features: datasets.Features
 
     def __init__(
         self,
@@ -91,8 +77,12 @@ class TextTask(LightningDataModule):
         self.account: dict[str, SplitAccount] = {}
 
     @property
-    def recipe(self) -> Recipe:
-        """The recipe that makes examples from rows."""
+    def options(self) -> Sequence[Any]:
+        """Everything except the rows and the tokenizer that changes the examples."""
+        raise NotImplementedError
+
+    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """The columns of :attr:`features` for a batch of rows."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -122,48 +112,37 @@ class TextTask(LightningDataModule):
         tokenizer = load_tokenizer(self.own_tokenizer or self.model, settings=self.settings)
         needed = "eos_token" if self.form in ("completion", "text") else "pad_token"
         if getattr(tokenizer, needed) is None:
-            at = f"in {self.own_tokenizer!r}" if self.own_tokenizer else f"of task.model={self.model}"
-            raise ConfigurationError(f"the tokenizer {at} has no {needed}; set task.model")
+            at = self.own_tokenizer or f"task.model={self.model}"
+            raise ConfigurationError(f"the tokenizer of {at} has no {needed}; set task.model")
         # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
 
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """The examples of a split's rows, from the cache on disk if they were made before."""
-        # Reading self.tokenizer sets its hash.
-        recipe = self.recipe
-        options = {"max_length": self.max_length, **recipe.options}
+        # This is read before its hash.
         tokenizer = self.tokenizer
-        if self.form == "classification":
-            # Each row becomes an example, so the others need none.
-            rows = spread(rows, self.limit)
-        how = (recipe.make.__qualname__, options)
-        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, *how)
-        with quiet():
-            made = rows.map(
-                recipe.make,
-                batched=True,
-                fn_kwargs={"tokenizer": tokenizer, **options},
-                remove_columns=rows.column_names,
-                features=recipe.features,
-                keep_in_memory=not rows.cache_files,
-                new_fingerprint=Hasher.hash(str(key)),
-                num_proc=processes(len(rows)),
-                desc=f"tokenising {split}",
-            )
+        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, self.form, *self.options)
+        quiet()
+        made = rows.map(
+            self.make,
+            batched=True,
+            remove_columns=rows.column_names,
+            features=self.features,
+            new_fingerprint=Hasher.hash(str(key)),
+            desc=f"tokenising {split}",
+        )
         if not len(made):
             raise ConfigurationError(f"no example of {split} has at most {self.max_length} tokens; set task.max_length")
-        whole = made
-        made = spread(made, self.limit)
+        classifies = self.form == "classification"
         self.account[split] = SplitAccount(
             rows=len(rows),
             examples=len(made),
             tokens=int(_lengths(made).sum()),
-            max_length=self.max_length,
             # Texts are cut instead.
-            left_out=len(rows) - len(whole) if self.form != "text" else 0,
-            cut=int(column_of(whole, "cut").to_numpy().sum()),
-            classes=counted(rows) if "label" in rows.column_names else {},
+            left_out=len(rows) - len(made) if self.form != "text" else 0,
+            cut=sum(made["cut"]) if classifies else 0,
+            classes=dict(Counter(chain.from_iterable(labels_of(rows))).most_common()) if classifies else {},
         )
         return made
 
@@ -183,35 +162,14 @@ class TextTask(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._make_examples()
-        if stage == "fit" and self.trainer:
-            self._refuse_empty(self.trainer, "train", lambda: [self.train_dataloader()])
-            self._refuse_empty(self.trainer, "val", self.val_dataloader)
-            self._refuse_empty(self.trainer, "test", self.test_dataloader)
-
-    def _refuse_empty(self, trainer: Any, split: str, loaders: Callable[[], Sequence[DataLoader[Any]]]) -> None:
-        """Refuse a share of the batches of ``split`` that leaves none of one of its loaders; Lightning would, too."""
-        limit = getattr(trainer, f"limit_{split}_batches")
-        is_share = isinstance(limit, float) and 0 < limit < 1
-        # A test comes after the whole training, and what its loaders refuse is known now.
-        if not is_share and (split != "test" or limit == 0):
-            return
-        whole, *others = loaders()
-        least = min([whole, *others], key=len)
-        if not is_share or int(len(least) * limit) > 0:
-            return
-        name = f"limit_{split}_batches"
-        if split != "test" and trainer.overfit_batches:
-            name = "overfit_batches"
-        prompts = "" if split == "train" or least.collate_fn == self.collate else " (prompts for generation)"
-        raise ConfigurationError(
-            f"trainer.{name}={limit} takes a share of each part of the {split} data, and leaves no batch of one that "
-            f"has {len(least)}{prompts}; set trainer.{name}={max(1, int(len(whole) * limit))}, a number of batches of "
-            "each part, or 1.0"
-        )
+        if stage == "fit":
+            # A test comes after the whole training, and what its loaders refuse is known now.
+            self.test_dataloader()
 
     def _make_examples(self) -> None:
         if not self.examples:
-            examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
+            rows = {split: spread(part, self.limit) for split, part in self.rows.items()}
+            examples = {split: self.examples_of(part, split) for split, part in rows.items()}
             most = self.positions
             if max(_lengths(part).max() for part in examples.values()) > most:
                 raise ConfigurationError(f"task.max_length must be at most {most}, which task.model={self.model} reads")
@@ -219,16 +177,12 @@ class TextTask(LightningDataModule):
             self.account["train"].dropped = self.rows.dropped
             for split, count in self.rows.unusable.items():
                 self.account[split].unusable = count
-            for split, counts in self.rows.ambiguous.items():
-                self.account[split].ambiguous = dict(counts)
             rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]
         lengths = _lengths(examples)
-        trainer: Any = self.trainer
-        rest: Any = {"share": self.share, "overfit": 0 if trainer is None else trainer.overfit_batches}
-        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, **rest)
+        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, share=self.share)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [self.evaluation(spread(self.examples["val"], self.val_examples))]

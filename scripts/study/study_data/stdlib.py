@@ -4,13 +4,13 @@ import ast
 import sys
 import sysconfig
 import tokenize
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from dynrank.app.tasks.data.splits import Pairs, place
-from dynrank.app.tasks.language_modeling import parsed
 from dynrank.errors import ConfigurationError, checked_call
 
 # Folders of tests, and the folder of ensurepip's wheels.
@@ -72,7 +72,7 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
     # The file's encoding may be wrong.
     except (SyntaxError, UnicodeDecodeError):
         return
-    tree = parsed(source)
+    tree = _parsed(source)
     # lib2to3 and others contain examples of Python 2.
     if tree is None:
         return
@@ -81,8 +81,20 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
             function = _function(node, lines)
-            if function is not None and parsed("".join(function)) is not None:
+            if function is not None and _parsed("".join(function)) is not None:
                 yield function
+
+
+def _parsed(source: str) -> ast.Module | None:
+    """The syntax tree of ``source``; None if it is not valid Python."""
+    with warnings.catch_warnings():
+        # Python warns about some escapes and comparisons, but they are valid Python.
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(source)
+        # A source with null bytes is a ValueError.
+        except (SyntaxError, ValueError):
+            return None
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> tuple[str, str] | None:

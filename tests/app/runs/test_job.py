@@ -107,7 +107,7 @@ def test_every_logger_gets_metrics(launch, tiny_llama, tmp_path, monkeypatch):
     lines = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     small = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "hydra.run.dir=run"]
-    small += ["task.val_generate=2", "task.measures=[bleu]", "task.max_new_tokens=5"]
+    small += ["task.val_generate=2", "task.max_new_tokens=5"]
     data = ["task=completion", f"task.model={tiny_llama}", "data.train=rows.jsonl"]
     code, _, said = launch(train.main, *data, *small, "logger=[csv,tensorboard,wandb,mlflow]")
     assert code == 0, said

@@ -1,4 +1,4 @@
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -32,16 +32,6 @@ def test_loader_resumes_at_any_batch(given):
         next(epochs)
     second.load_state_dict(first.state_dict())
     assert stream(second, 10) == stream(loader(), given + 10)[given:]
-
-
-@pytest.mark.parametrize(("overfit", "different"), [(2, 2), (0.5, 3), (9, 7)])
-def test_every_epoch_has_the_same_batches_if_the_trainer_overfits_batches(overfit, different):
-    """Lightning takes so many of each epoch (``limit_train_batches``)."""
-    data = TensorDataset(torch.arange(50))
-    source = ResumableLoader(data, LENGTHS, 8, 0, default_collate, overfit=overfit)
-    first, second = ([tuple(batch[0].tolist()) for batch in islice(source, different)] for _ in range(2))
-    assert first == second == stream(loader(), different)
-    assert len(set(first)) == different
 
 
 @pytest.mark.parametrize("given", [0, 7])

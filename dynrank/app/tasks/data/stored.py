@@ -1,33 +1,22 @@
 """Checked rows in the disk cache of ``datasets``, from which they are memory-mapped; all faults are listed at once."""
 
-import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from lightning.pytorch.utilities import rank_zero_only
 
-from dynrank.app.console import print_facts
 from dynrank.app.tasks.data.columns import Columns, each
 from dynrank.app.tasks.data.rows import checked_rows, features_of
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import DISK_FULL
 
-# Only process 0 prints.
-say = rank_zero_only(print_facts)
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 10
-# The fewest rows for which one more process is worth its start.
-_ENOUGH = 20_000
+READ = 11
 # The most faults that one message lists, and the most rows of one fault.
 SHOWN = 20
 
@@ -51,34 +40,25 @@ def usable_rows(raw: RawRows, columns: Columns, *, skip: bool = False) -> tuple[
 
     Rows with a fault are left out with ``skip``; otherwise one error lists them.
     """
-    # Another file may have a column that this one lacks.
-    read = {name for theirs in columns.names.values() for name in each(theirs)}
-    rows = raw.rows.select_columns([name for name in raw.rows.column_names if name in read])
-    kind = rows.features.get(columns.names.get("label"))
-    kind = getattr(kind, "feature", kind)
-    classes = kind.names if isinstance(kind, datasets.ClassLabel) else None
-    with reading(raw.where), quiet():
+    rows = raw.rows.select_columns([*dict.fromkeys(name for theirs in columns.names.values() for name in each(theirs))])
+    label = rows.features.get(columns.names.get("label"))
+    quiet()
+    with reading(raw.where):
         made = rows.map(
             checked_rows,
             batched=True,
             with_indices=True,
-            fn_kwargs={"columns": columns, "first": raw.first, "classes": classes},
+            fn_kwargs={"columns": columns, "first": raw.first, "label": label},
             remove_columns=rows.column_names,
-            features=features_of(columns),
-            keep_in_memory=not rows.cache_files,
+            features=features_of(columns, label),
             new_fingerprint=Hasher.hash(str((READ, raw.rows._fingerprint, columns, raw.first))),
-            num_proc=processes(len(rows)),
         )
-    faults = column_of(made, "fault")
-    wrong = np.flatnonzero(pc.is_valid(faults))
-    if len(wrong) and not (skip and len(wrong) < len(made)):
-        places = column_of(made, "place").take(wrong).to_pylist()
-        refuse(raw.where, zip(places, faults.take(wrong).to_pylist(), strict=True))
-    kept = made.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else made
-    trimmed = pc.sum(column_of(made, "trimmed")).as_py()
-    if trimmed:
-        say({"blanks": f"around the labels of {trimmed:,} rows are left out"})
-    return kept.remove_columns(["fault", "trimmed"]), len(wrong)
+    faults = made["fault"][:]
+    wrong = [i for i, fault in enumerate(faults) if fault is not None]
+    if wrong and not (skip and len(wrong) < len(made)):
+        refuse(raw.where, [(raw.first + i, faults[i]) for i in wrong])
+    kept = made.select([i for i, fault in enumerate(faults) if fault is None]) if wrong else made
+    return kept.remove_columns("fault"), len(wrong)
 
 
 def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
@@ -86,29 +66,16 @@ def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
     places: dict[str, list[int]] = {}
     for place, fault in sorted(faults):
         places.setdefault(fault, []).append(place)
-    said = [_said(fault, rows) for fault, rows in islice(places.items(), SHOWN)]
+    said = []
+    for fault, rows in [*places.items()][:SHOWN]:
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        said.append(f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:SHOWN]))}{more}: {fault}")
     said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
-    count = sum(map(len, places.values()))
-    advice = f"correct {'it' if count == 1 else f'these {count:,}'}"
+    advice = "correct them"
     # Only these keys have the other.
     advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
     advice += ", or give --skip-unusable" if where.startswith(("FILE", "TEXT")) else ""
-    if len(said) == 1:
-        raise ConfigurationError(f"{where}: {said[0]}; {advice}")
-    raise ConfigurationError("\n  ".join([f"{where}:", *said]) + f"\n{advice}")
-
-
-def _said(fault: str, rows: Sequence[int]) -> str:
-    if len(rows) == 1:
-        return f"row {rows[0]} {fault}"
-    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-    return f"rows {', '.join(map(str, rows[:SHOWN]))}{more}: each {fault}"
-
-
-def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows as an Arrow array."""
-    found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
-    return found
+    raise ConfigurationError("\n  ".join([f"{where} has rows that cannot be used; {advice}:", *said]))
 
 
 def system_prompt(rows: datasets.Dataset) -> str | None:
@@ -118,24 +85,11 @@ def system_prompt(rows: datasets.Dataset) -> str | None:
     return content if role == "system" and not firsts else None
 
 
-def processes(rows: int) -> int | None:
-    """The number of processes in which ``datasets`` handles this many rows; None: this process does it alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cores, rows // _ENOUGH)
-    return count if count > 1 else None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence ``datasets`` within the block; on a terminal it shows progress bars."""
+def quiet() -> None:
+    """Silence ``datasets``; on a terminal it shows progress bars."""
     (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
-    verbosity = datasets.logging.get_verbosity()
-    # datasets would log each error that it raises.
+    # It would log each error that it raises.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
 
 
 @contextmanager
@@ -147,13 +101,9 @@ def reading(where: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        # A full disk under the cache is no fault of the file.
         if getattr(cause, "errno", None) in DISK_FULL:
-            raise ConfigurationError(
-                f"{where} cannot be stored in the cache of datasets, {str(datasets.config.HF_DATASETS_CACHE)!r}: "
-                f"{os.strerror(cause.errno)}; free space, or set HF_HOME to a folder on another disk"
-            ) from cause
+            raise cause from error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
-        # So says pandas of a row of csv.
-        advice = "write texts that hold the delimiter in quotes" if re.search(r"Expected \d+ fields", said) else advice
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error

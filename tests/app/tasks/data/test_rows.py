@@ -1,55 +1,53 @@
 """Columns of users' rows, what is made of the rows, and what is wrong with some."""
 
 import pytest
+from datasets import ClassLabel, List, Value
 
-from dynrank.app.tasks.data.columns import COLUMNS, find_columns, form_of
+from dynrank.app.tasks.data.columns import COLUMNS, find_columns
 from dynrank.app.tasks.data.rows import checked_rows
 from dynrank.errors import ConfigurationError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SYSTEM = {"role": "system", "content": "s"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+TEXT = {"text": "x", "label": "a"}
 # Each has a form, a row, and what is read of it, or what is wrong with it.
 ROWS = {
-    "Alpaca": ("completion", {"instruction": "add", "input": "1 2", "output": "3"},
-               {"prompt": "add\n1 2", "answer": "3"}),
-    "Alpaca without an input": ("completion", {"instruction": "add", "input": "", "output": "3"},
-                                {"prompt": "add", "answer": "3"}),
-    "LLaMA-Factory": ("completion", {"prompt": "add", "query": "1 2", "response": "3"},
-                      {"prompt": "add\n1 2", "answer": "3"}),
-    "axolotl's context_qa": ("completion", {"context": "1 2", "question": "add", "answer": "3"},
-                             {"prompt": "add\n1 2", "answer": "3"}),
-    "axolotl's metharme": ("completion", {"prompt": "add", "generation": "3"}, {"prompt": "add", "answer": "3"}),
-    "ShareGPT": ("chat", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
-                          "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
-    "axolotl's open_orca": ("chat", {"system_prompt": "s", "question": "q", "response": "a"},
-                            {"messages": [SYSTEM, *TURNS]}),
-    "two system prompts": ("chat", {"messages": [SYSTEM, *TURNS], "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
-    "another system prompt": ("chat", {"messages": [SYSTEM, *TURNS], "system": "t"}, {"messages": [SYSTEM, *TURNS]}),
-    "an input alone": ("completion", {"input": "q", "output": "a"}, {"prompt": "q", "answer": "a"}),
-    "a query alone": ("chat", {"query": "q", "response": "a"}, {"messages": TURNS}),
-    "TRL's chat with a context": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:], "context": "c"},
-                                  {"messages": [{**TURNS[0], "content": "q\nc"}, TURNS[1]]}),
-    "a context that is no text": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:], "context": [1]},
-                                  "must have a text as its input"),
-    "TRL's chat": ("chat", {"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
-    "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "has an empty answer"),
-    "the assistant first": ("chat", {"messages": TURNS[1:]}, "starts with the assistant"),
-    "nobody answers": ("chat", {"messages": TURNS[:1]}, "without a turn of the assistant"),
-    "tool calls": ("chat", {"messages": [TURNS[0], CALL]}, "has tool calls"),
-    "ShareGPT's tool calls": ("chat", {"conversations": [
-        {"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"},
-        {"from": "observation", "value": "3"}, {"from": "gpt", "value": "a"}]}, "has tool calls"),
-    "a silent user": ("chat", {"messages": [{**TURNS[0], "content": ""}]}, "of the user that has an empty content"),
+    "TRL's completion": ("completion", {"prompt": "x", "completion": "y"}, {"prompt": "x", "answer": "y"}),
+    "ShareGPT": ("chat", {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                 {"messages": TURNS}),
+    "a system prompt": ("chat", {"messages": [SYSTEM, *TURNS]}, {"messages": [SYSTEM, *TURNS]}),
+    "an int as a label": ("classification", {"text": "x", "label": 3}, {"text": "x", "label": "3"}),
+    "labels": ("classification", {"text": "x", "labels": ["b", "a"]}, {"text": "x", "label": ["b", "a"]}),
+    "no labels": ("classification", {"text": "x", "labels": []}, {"text": "x", "label": []}),
+    "a flag for each class": ("classification", {"text": "x", "label": [0, 1, 0]}, "no label twice, got [0, 1, 0]"),
+    "a broken number": ("classification", {"text": "x", "label": 0.5}, "not blank, got 0.5"),
+    "no label": ("classification", {"text": "x", "label": None}, "label must be a text that is not blank, got None"),
+    "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "answer must be a text that is not blank"),
+    "chats as a prompt": ("completion", {"prompt": TURNS, "answer": "y"}, "prompt must be a text that is not"),
+    "the assistant first": ("chat", {"messages": TURNS[1:]}, "the chat must start with the user, got ['assistant']"),
+    "nobody answers": ("chat", {"messages": TURNS[:1]}, "no turn of the assistant"),
+    "no messages": ("chat", {"messages": []}, "must start with the user, got []"),
+    "tool calls": ("chat", {"messages": [TURNS[0], CALL]}, "message of the assistant must be"),
+    "ShareGPT's tool calls": ("chat", {"messages": [{"from": "human", "value": "q"},
+                                                    {"from": "function_call", "value": "{}"}]},
+                              "roles must be system, developer, user, assistant, tool, got 'function_call'"),
+    "a silent user": ("chat", {"messages": [{**TURNS[0], "content": ""}]}, "message of the user must be a text"),
 }  # fmt: skip
 
 
+def read(row, form, kind=None, **options):
+    """The cells of the one row, whose index is 5, in a file whose first row is 2."""
+    columns = find_columns([*row], {}, form, "data.train", **options)
+    kind = kind or (List(Value("string")) if isinstance(row.get(columns.names.get("label")), list) else Value("string"))
+    made = checked_rows({name: [cell] for name, cell in row.items()}, [5], columns=columns, first=2, label=kind)
+    return {name: cell for name, (cell,) in made.items()}
+
+
 @pytest.mark.parametrize("case", ROWS)
-def test_what_others_write_is_read_or_named(case):
+def test_a_row_is_read_or_its_fault_is_named(case):
     form, row, expected = ROWS[case]
-    columns = find_columns([row], {}, form, "data.train")
-    made = checked_rows({name: [cell] for name, cell in row.items()}, [5], columns=columns, first=2, classes=None)
-    found = {name: cell for name, (cell,) in made.items()}
+    found = read(row, form)
     assert found["place"] == 7
     if isinstance(expected, str):
         assert expected in found["fault"]
@@ -58,37 +56,46 @@ def test_what_others_write_is_read_or_named(case):
         assert {name: found[name] for name in COLUMNS[form]} == expected
 
 
-def test_turns_as_a_prompt_are_a_chat():
-    row = {"prompt": TURNS[:1], "completion": TURNS[1:]}
-    assert form_of([row], ("completion", "text"), {}, "") == "chat"
-    assert form_of([{"prompt": "q", "completion": "a"}], ("completion", "text"), {}, "") == "completion"
+def test_a_question_needs_no_answer_and_ends_before_one():
+    assert read({"messages": TURNS}, "chat", asked=True)["messages"] == TURNS[:1]
+    assert read({"text": "x"}, "classification", asked=True)["text"] == "x"
 
 
-def test_columns_that_are_not_read_are_named():
-    row = {"premise": "x", "hypothesis": "y", "label": 1}
-    assert find_columns([row], {}, "classification", "").unused == ["hypothesis"]
-    assert find_columns([row], {"text": ["premise", "hypothesis"]}, "classification", "").unused == []
+def test_classes_of_datasets_are_names_and_minus_one_is_none():
+    kind = ClassLabel(names=["y", "x"])
+    found = [read({"text": "t", "label": i}, "classification", kind) for i in (0, 1, -1)]
+    assert [row["label"] for row in found] == ["y", "x", None]
+    assert found[2]["fault"] == "label must be a text that is not blank, got None"
+    assert read({"text": "t", "label": [1, 0]}, "classification", List(kind))["label"] == ["x", "y"]
 
 
-TEXT = {"text": "x", "label": "a"}
-# Each has a form, a row, and names of columns.
+# Each has a form, the columns there are, and names of columns.
 WRONG = {
-    "no column 'txt'; it has .*; set data.columns.text to text": ("classification", TEXT, {"text": "txt"}),
-    "no column 'body'; it has .*; set data.columns.text to one": (
+    "no column 'txt'; it has .*; set data.columns.text=text": ("classification", TEXT, {"text": "txt"}),
+    "no column 'body'; it has .*; set data.columns.text=NAME": ("classification", TEXT, {"text": ["body", "text"]}),
+    r"must name one of \['text', 'label'\] for the form classification, got \['answer'\]": (
         "classification",
         TEXT,
-        {"text": ["body", "text"]},
+        {"answer": "label", "prompt": None},
     ),
-    "columns.text_pair names no column that is read; those": ("classification", TEXT, {"text_pair": "text"}),
-    "label must be one column, got": ("classification", TEXT, {"label": ["text", "label"]}),
-    r"no prompt column .*\['text', 'label'\]; set data.columns.prompt": ("completion", TEXT, {}),
-    "set task=chat, which takes them": ("completion", {"messages": TURNS}, {}),
-    "has chats in its column 'prompt'; set task=chat": ("completion", {"prompt": TURNS, "answer": TURNS}, {}),
+    "data.columns.label must be one column, got": ("classification", TEXT, {"label": ["text", "label"]}),
+    r"no column 'prompt'; it has \['text', 'label'\]; set data.columns.prompt=NAME": ("completion", TEXT, {}),
 }
 
 
 @pytest.mark.parametrize("said", WRONG)
 def test_columns_that_do_not_fit_are_named(said):
-    form, row, given = WRONG[said]
+    form, columns, given = WRONG[said]
     with pytest.raises(ConfigurationError, match=said):
-        find_columns([row], given, form, "data.train")
+        find_columns([*columns], given, form, "data.train")
+
+
+def test_names_of_training_hold_where_none_is_given():
+    trained = {"text": ["Subject", "Body"], "label": "Topic"}
+    options = {"trained": trained, "asked": True}
+    assert find_columns(["Subject", "Body"], {}, "classification", "FILE", **options).names == {
+        "text": ("Subject", "Body")
+    }
+    assert find_columns(["t", "Body"], {"text": "t"}, "classification", "FILE", **options).names == {"text": "t"}
+    with pytest.raises(ConfigurationError, match=r"no column 'Subject'.*; set --columns text=NAME"):
+        find_columns(["text"], {}, "classification", "FILE", **options)
