@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts
@@ -43,12 +43,6 @@ class ExactMatch(MeanMetric):
         """Add a batch of texts; each has a list with its answer."""
         found = [text.strip() == right.strip() for text, (right,) in zip(preds, target, strict=True)]
         super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
-
-
-def metrics_of(split: str, **metrics: Metric) -> MetricCollection:
-    """These metrics, which are logged as ``split``/name."""
-    # Metrics are not grouped, because two shares may be equal by chance.
-    return MetricCollection(dict(metrics), prefix=f"{split}/", compute_groups=False)
 
 
 class LanguageModeling(TextTask):
@@ -210,8 +204,10 @@ class LanguageModel(AdapterModule):
         written = {}
         for split in ("val", "test"):
             right = {"accuracy": WholeAnswers()} if answers else {}
-            quality[split] = metrics_of(split, perplexity=Perplexity(ignore_index=IGNORED), **right)
-            written[split] = metrics_of(split, bleu=SacreBLEUScore(), exact_match=ExactMatch())
+            # Metrics are not grouped, because two may be equal by chance.
+            options: Any = {"prefix": f"{split}/", "compute_groups": False}
+            quality[split] = MetricCollection({"perplexity": Perplexity(IGNORED), **right}, **options)
+            written[split] = MetricCollection({"bleu": SacreBLEUScore(), "exact_match": ExactMatch()}, **options)
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
         names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")

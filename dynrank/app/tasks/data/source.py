@@ -11,9 +11,6 @@ from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.app.tasks.data.stored import RawRows, quiet, reading
 from dynrank.errors import ConfigurationError
 
-# The names of splits on the hub.
-_THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}
-
 
 def read_source(name: str | None, key: str, split: str) -> RawRows:
     """The rows that a name stands for, before they are checked.
@@ -32,7 +29,7 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
         # A version is no suffix: teknium/OpenHermes-2.5.
         if name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
             quiet()
-            return RawRows(where, datasets.load_dataset(name, split=_THEIR_SPLITS[split]))
+            return RawRows(where, datasets.load_dataset(name, split="validation" if split == "val" else split))
         if not path.exists():
             raise ConfigurationError(f"{where} does not exist; set {key} to {kinds}")
         if not path.is_file() or path.suffix.lower() not in KINDS:
@@ -57,9 +54,13 @@ def _from_file(path: Path, where: str) -> RawRows:
 
 def _cells(path: Path) -> dict[str, Any]:
     """How pandas reads a table: cells are texts as they stand there."""
-    how: dict[str, Any] = {"sep": heading_of(path)[1], "keep_default_na": False, "encoding": "utf-8-sig"}
+    _, delimiter, names = heading_of(path)
+    how: dict[str, Any] = {"sep": delimiter, "keep_default_na": False, "encoding": "utf-8-sig"}
     first = pandas.read_csv(path, nrows=1, dtype=str, **how)
+    # pandas gives the second of two such columns another name.
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"it has two columns {twice[0]!r}")
     # Then pandas would take the first cells for names of rows.
     if not isinstance(first.index, pandas.RangeIndex):
-        raise ValueError(f"row 2 has more cells than the heading: a text that holds {how['sep']!r} belongs in quotes")
+        raise ValueError(f"row 2 has more cells than the heading: a text that holds {delimiter!r} belongs in quotes")
     return {**how, "features": datasets.Features(dict.fromkeys(first.columns, datasets.Value("string")))}

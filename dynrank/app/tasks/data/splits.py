@@ -88,7 +88,7 @@ def _raw(part: Any, form: Form, where: str) -> RawRows:
     faults = [
         (number, f"it must be a mapping or a tuple {names}, got {shown(row)}")
         for number, row in enumerate(part, start=1)
-        if not isinstance(row, Mapping) and (isinstance(row, str) or len(row) != len(names))
+        if not isinstance(row, Mapping) and not (isinstance(row, tuple | list) and len(row) == len(names))
     ]
     if faults:
         refuse(where, faults)

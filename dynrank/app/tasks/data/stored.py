@@ -1,6 +1,5 @@
 """Checked rows in the disk cache of ``datasets``, from which they are memory-mapped; all faults are listed at once."""
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -102,11 +101,9 @@ def reading(where: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        # A full disk under the cache is no fault of the file.
         if getattr(cause, "errno", None) in DISK_FULL:
-            raise ConfigurationError(
-                f"{where} cannot be stored in the cache of datasets, {str(datasets.config.HF_DATASETS_CACHE)!r}: "
-                f"{os.strerror(cause.errno)}; free space, or set HF_HOME to a folder on another disk"
-            ) from cause
+            raise cause from error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error

@@ -32,12 +32,9 @@ def texts(splits, *names):
     return [text for name in names or splits for text, _ in splits[name]]
 
 
-def test_no_term_stands_in_two_splits(splits):
-    assert len(texts(splits)) == len(set(texts(splits)))
-
-
-def test_every_label_is_the_block_of_its_term(splits):
+def test_a_term_stands_once_with_the_block_of_its_codes(splits):
     truth = blocks_of_text()
+    assert len(texts(splits)) == len(set(texts(splits)))
     assert all(block in truth[text] for part in splits.values() for text, block in part)
 
 
