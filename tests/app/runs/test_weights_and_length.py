@@ -92,7 +92,7 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     assert found["weights"].startswith("of step 32 of 32: the best val/loss since the last change")
     # A server's slot is named before training, in the words of the command line, and the rate's factor at the cut.
     said = re.sub(r"\s+", " ", printed)
-    notice = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of 8 write early_budget"
+    notice = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of 8 write"
     assert said.index(notice) < said.index("rank change")
     (change,) = found["changes"]
     assert change["lr_factor"] > 1
