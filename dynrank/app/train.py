@@ -105,8 +105,9 @@ def main() -> None:
         try:
             train()
         except OSError as error:
-            # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice.
-            if begun or isinstance(error, HydraException):
+            # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice; or
+            # the reader of the output has gone.
+            if begun or isinstance(error, HydraException | BrokenPipeError):
                 raise
             raise ConfigurationError(
                 f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "

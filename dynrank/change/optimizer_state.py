@@ -146,7 +146,6 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             )
         return
     if rules is None:
-        # The application has a class of its own.
         carried = sorted(kind.removeprefix("torch.") for kind in RULES)
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: {carried}; take one "

@@ -18,9 +18,10 @@ from dynrank.targets import Budget, Energy
 
 def start_notices(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> list[str]:
     """What to know before the first step, a line each: of a server's slot, and of scalings that differ."""
-    slot = slot_notice(model, schedule, rules)
-    scalings = scalings_in_words(ranks(model))
-    return [*([slot] if slot else []), *([f"layers differ in their scaling: {scalings}"] if scalings else [])]
+    lines = [slot_notice(model, schedule, rules)]
+    if scalings := scalings_in_words(ranks(model)):
+        lines.append(f"layers differ in their scaling: {scalings}")
+    return [line for line in lines if line is not None]
 
 
 def slot_notice(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> str | None:

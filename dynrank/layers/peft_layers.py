@@ -173,9 +173,7 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
             # The user's own config object, and other adapters that use it, must not change.
             new = copy.copy(config)
             pairs = {name: (rank, layers[name].scaling) for name, rank in will_be.items()}
-            rslora = bool(config.use_rslora) and all(
-                initial_scaling(_alpha(*pair, True), pair[0], True) == pair[1] for pair in pairs.values()
-            )
+            rslora = bool(config.use_rslora) and all(_fits_rslora(*pair) for pair in pairs.values())
             settings = peft_ranks({name: (pair[0], _alpha(*pair, rslora)) for name, pair in pairs.items()}, rslora)
             for field, value in settings.items():
                 setattr(new, field, value)
@@ -190,6 +188,11 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
 def _alpha(rank: int, scaling: float, rslora: bool) -> float:
     """The alpha by which PEFT's rule gives a layer of this rank its scaling."""
     return scaling * (rank**0.5 if rslora else rank)
+
+
+def _fits_rslora(rank: int, scaling: float) -> bool:
+    """Whether alpha / sqrt(rank) can give this scaling to the bit."""
+    return initial_scaling(_alpha(rank, scaling, True), rank, True) == scaling
 
 
 def record_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

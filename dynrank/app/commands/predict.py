@@ -59,17 +59,18 @@ def predict(
         form = "chat" if chat or system is not None else form
         if (form == "classification") != classifies:
             raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form} (--chat, --system)")
+        where = f"FILE={texts[0]}" if isfile(texts[0]) else "TEXT"
         if isinstance(asked, RawRows):
             rows = _rows(asked, form, learned, columns, skip_unusable)
         elif columns:
             raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
         else:
-            rows = _plain(asked, form)
+            rows = _plain(asked, form, where)
         place = tokenizer_source(source, base_source(adapter, base))
         tokenizer = load_tokenizer(place, "--model", base_settings(adapter, base))
         turn = None
         if form == "chat":
-            rows, turn = _rendered(rows, learned.system, tokenizer, skip_unusable)
+            rows, turn = _rendered(rows, learned.system, tokenizer, where, skip_unusable)
         model: Any = on_base(adapter, base).eval()
         several = model.config.problem_type == "multi_label_classification"
         # The one output of a reward model is a number, and so are all of a regression: they are no classes.
@@ -115,10 +116,10 @@ def _texts_or_table(texts: Sequence[str]) -> RawRows | Sequence[str]:
     return texts
 
 
-def _plain(texts: Sequence[str], form: str) -> datasets.Dataset:
+def _plain(texts: Sequence[str], form: str, where: str) -> datasets.Dataset:
     """Rows of texts."""
-    if blank := [(number, "has an empty text") for number, text in enumerate(texts, start=1) if not text.strip()]:
-        refuse("TEXT", blank)
+    if blank := [(number, "the text is blank") for number, text in enumerate(texts, start=1) if not text.strip()]:
+        refuse(where, blank)
     cells: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
     return datasets.Dataset.from_dict({of_data.COLUMNS[form][0]: cells, "place": range(1, len(texts) + 1)})
 
@@ -144,7 +145,9 @@ def _rows(
     return rows
 
 
-def _rendered(rows: datasets.Dataset, system: str | None, tokenizer: Any, skip: bool) -> tuple[datasets.Dataset, str]:
+def _rendered(
+    rows: datasets.Dataset, system: str | None, tokenizer: Any, where: str, skip: bool
+) -> tuple[datasets.Dataset, str]:
     """(the chats by the tokenizer's template, as prompts; the token by which it ends a turn, or "")."""
     if not tokenizer.chat_template:
         raise ConfigurationError("chats (--chat, --system) need a tokenizer with a chat template")
@@ -155,9 +158,9 @@ def _rendered(rows: datasets.Dataset, system: str | None, tokenizer: Any, skip: 
         try:
             prompts[place] = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            faults[place] = f"is refused by the chat template: {error}"
+            faults[place] = f"the chat template refuses it: {error}"
     if faults and not (skip and prompts):
-        refuse("TEXT", faults.items())
+        refuse(where, faults.items())
     if faults:
         print_facts({"left out": f"{len(faults):,} rows that the chat template refuses"})
     end = end_of_turn_of(tokenizer, [*begin, {"role": "user", "content": "A question."}])

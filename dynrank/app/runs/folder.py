@@ -76,14 +76,17 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
                 f"a run needs a new or empty folder, {str(folder)!r} holds {', '.join(held[:5])}; set hydra.run.dir "
                 "(of a sweep hydra.sweep.dir) to another one, or ckpt_path=last to resume the run that is there"
             )
+        if resumed:
+            # The process that had the folder until now may have ended its run.
+            checkpoint_of(folder, "last")
         # A process that was killed while it wrote a checkpoint leaves a part of it.
         for part in last.parent.glob(f"{last.name}.*{PART}"):
             part.unlink()
         try:
             yield
         except ConfigurationError:
-            # Some values are refused only when training starts.
-            if not resumed and not last.exists():
+            # Some values are refused only when training starts. A run that has diverged later keeps its losses.
+            if not (resumed or last.exists() or (folder / METRICS).exists()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:

@@ -91,7 +91,7 @@ class Classification(TextTask):
 
     @cached_property
     def labels(self) -> list[str]:
-        """The names of the classes: the training texts' labels, sorted.
+        """The names of the classes: the training texts' labels, numbers first and by value, so that 10 is behind 2.
 
         Training that goes on from an adapter has the classes of its head.
         """
@@ -109,7 +109,7 @@ class Classification(TextTask):
             )
         if absent := [label for label in before if label not in trained]:
             rank_zero_only(print_facts)({"no rows of": f"{absent}: classes of the adapter, which keep their places"})
-        return before or sorted(known)
+        return before or sorted(known, key=_in_order)
 
     @property
     def features(self) -> datasets.Features:
@@ -142,6 +142,11 @@ class Classification(TextTask):
         padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
         labels = torch.tensor([example["label"] for example in examples])
         return {**padded, "labels": labels.float() if self.several else labels}
+
+
+def _in_order(label: str) -> tuple[bool, int, str]:
+    is_number = label.isdecimal()
+    return not is_number, int(label) if is_number else 0, label
 
 
 def problem_type(*, several: bool) -> str:

@@ -71,12 +71,12 @@ class _SeededBatches(Sampler[list[int]]):
         epoch = -1
         batches = list[list[int]]()
         while self.given < end:
-            number = self.given
-            if number // len(self) != epoch:
-                epoch = number // len(self)
+            if self.given // len(self) != epoch:
+                epoch = self.given // len(self)
                 batches = self._permuted(epoch)
+            batch = batches[self.given % len(self)]
             self.given += 1
-            yield batches[number % len(self)][process::processes]
+            yield batch[process::processes]
 
     def _permuted(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, for all processes together."""

@@ -165,7 +165,7 @@ def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
         (file, "--chat"): "cannot answer rows of the form chat",
         ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, ",
         ("broken.json",): "FILE=broken.json cannot be read",
-        ("lines.log",): "row 2: has an empty text",
+        ("lines.log",): "FILE=lines.log has rows that cannot be used; correct them, or give --skip-un",
         ("-",): "TEXT must be texts, or one file, got '-'",
         ("tickets",): "TEXT must be texts, or one file, got 'tickets'",
         ("a text", "taken.csv"): "TEXT must be texts, or one file, got 'taken.csv' of 2",
@@ -421,12 +421,12 @@ def test_chats_that_the_template_refuses_are_listed_before_the_model_is_loaded(w
     assert "left out         2 rows that the chat template refuses" in said
     assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [1, 3]
     monkeypatch.setattr("dynrank.app.commands.predict.on_base", never)
-    message = "rows 2, 4: is refused by the chat template: roles must alternate"
+    message = "rows 2, 4: the chat template refuses it: roles must alternate"
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl")
     assert (code, message in said) == (2, True), said
     # No row is left.
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--system", "Be brief.", "--skip-unusable")
-    assert (code, "rows 1, 2, 3, 4: is refused by" in said) == (2, True), said
+    assert (code, "rows 1, 2, 3, 4: the chat template refuses it" in said) == (2, True), said
     (folder / "chat_template.jinja").unlink()
     code, _, said = launch(cli.main, *command[:-1], "new.jsonl")
     assert (code, "need a tokenizer with a chat template" in said) == (2, True), said

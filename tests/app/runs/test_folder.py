@@ -65,17 +65,25 @@ def test_a_new_run_replaces_no_files(name, tmp_path):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_a_refused_run_leaves_nothing_but_a_checkpoint_and_what_belongs_to_it(saved, tmp_path):
-    """As of a disk that is full."""
+@pytest.mark.parametrize("made", [None, "metrics.csv", "checkpoints/last.ckpt"])
+def test_a_run_that_is_refused_leaves_nothing_unless_it_has_trained(made, tmp_path):
+    """As one that diverges before its first checkpoint."""
 
     def refused():
         with run_folder.locked(tmp_path / "run", resumed=False):
-            write(tmp_path / "run" / "metrics.csv", "x")
-            if saved:
-                write(tmp_path / "run" / "checkpoints" / "last.ckpt", "x")
-            raise ConfigurationError("the disk is full")
+            write(tmp_path / "run" / ".hydra" / "config.yaml", "x")
+            if made is not None:
+                write(tmp_path / "run" / made, "x")
+            raise ConfigurationError("the loss is nan")
 
-    with pytest.raises(ConfigurationError, match="full"):
+    with pytest.raises(ConfigurationError, match="nan"):
         refused()
-    assert {path.name for path in tmp_path.rglob("*.*")} == ({"metrics.csv", "last.ckpt", ".lock"} if saved else set())
+    assert (tmp_path / "run").exists() == (made is not None)
+    assert made is None or (tmp_path / "run" / made).read_text() == "x"
+
+
+def test_a_run_that_another_process_has_ended_meanwhile_is_not_resumed(tmp_path):
+    write(tmp_path / "checkpoints" / "last.ckpt", "x")
+    write(tmp_path / "summary.json", "{}")
+    with pytest.raises(ConfigurationError, match="has ended"), run_folder.locked(tmp_path, resumed=True):
+        pass

@@ -93,10 +93,10 @@ ROWS = [("one", 10), ("two", 9), ("three", 10)]
 def test_classes_are_the_labels_in_order(tiny_bert, optimizer):
     task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], ROWS), batch_size=2)
     task.setup("fit")
-    assert [*task.examples["train"]["label"]] == [0, 1, 0]
+    assert [*task.examples["train"]["label"]] == [1, 0, 1]
     texts = [task.tokenizer.decode(ids, skip_special_tokens=True) for ids in task.examples["train"]["input_ids"]]
     assert texts == [text for text, _ in ROWS]
-    assert task.module(LORA, optimizer, on_meta=True).hparams["labels"] == ["10", "9"]
+    assert task.module(LORA, optimizer, on_meta=True).hparams["labels"] == ["9", "10"]
 
 
 REFUSED = {
