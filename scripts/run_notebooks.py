@@ -1,4 +1,4 @@
-"""Runs notebooks and stores their outputs: ``python scripts/run_notebooks.py scripts/examples/notebooks/*.ipynb``."""
+"""Runs notebooks, stores their outputs: ``PATH=.venv/bin:$PATH python scripts/run_notebooks.py PLACE/*.ipynb``."""
 
 import sys
 import tempfile

@@ -31,7 +31,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             "dirpath, and continue from the last checkpoint",
             "dirpath",
             "ckpt_path",
-        ) from None
+        ) from error
 
 
 def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:

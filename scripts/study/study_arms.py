@@ -125,6 +125,7 @@ ARMS = {
         *_RAISED,
         *_CUTS,
         *_WAYS[:3],
+        Arm(8, "brought", rate=2**0.5),
         Arm(2, "uniform", rate=2.0),
         Arm(2, "found", rate=2.0),
         Arm(2, "AdaLoRA"),

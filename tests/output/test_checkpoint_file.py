@@ -1,5 +1,6 @@
 """Checkpoint files: whole or not there, whoever kills the writer; what is damaged is not read."""
 
+import re
 import signal
 from functools import partial
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from dynrank.app.runs.overrides import usage_errors
 from dynrank.errors import ConfigurationError
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
 
@@ -52,10 +54,12 @@ def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path):
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_is_an_error_that_leaves_the_earlier_file(tmp_path):
+def test_a_full_disk_is_a_failure_that_leaves_the_earlier_file(tmp_path, capsys):
     write_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
-    with pytest.raises(ConfigurationError, match=r"cannot write the checkpoint .*a\.ckpt.*File too large"):
+    with pytest.raises(SystemExit) as ended, usage_errors():
         write_checkpoint({"state_dict": {"a": torch.zeros(10**5)}}, tmp_path / "a.ckpt")
+    assert ended.value.code == 1
+    assert re.search(r"cannot write the checkpoint .*a\.ckpt.*File too large", capsys.readouterr().err)
     equal(read_checkpoint(tmp_path / "a.ckpt"), CHECKPOINT)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 

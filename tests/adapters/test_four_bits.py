@@ -1,4 +1,4 @@
-"""A packed adapter has the update that its codes say, is read as it lies, and PEFT reads it after unpack."""
+"""An adapter in 4 bits has the update that its codes say, is read as it lies, and PEFT reads it in float32."""
 
 import json
 import shutil
