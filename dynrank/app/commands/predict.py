@@ -17,7 +17,7 @@ from transformers import pipeline
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs, tokenizer_source
 from dynrank.app.console import one_line
-from dynrank.app.models.base_model import base_settings, base_source, class_of_base, on_base
+from dynrank.app.models.base_model import base_of, class_of_base, on_base
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts, open_ids, rendered
 from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
 from dynrank.app.tasks.data.columns import COLUMNS, Form, find_columns
@@ -48,8 +48,8 @@ def predict(
         classifies = class_of_base(adapter).__name__.endswith("ForSequenceClassification")
         form = learned.form or ("classification" if classifies else "completion")
         rows = _rows(texts, form, learned)
-        place = tokenizer_source(source, base_source(adapter, base))
-        tokenizer = load_tokenizer(place, "--model", base_settings(adapter, base))
+        origin, settings = base_of(adapter, base)
+        tokenizer = load_tokenizer(tokenizer_source(source, origin), "--model", settings)
         asked = rows[COLUMNS[form][0]][:]
         if form == "chat":
             asked = [_chat_ids(tokenizer, messages, learned.system) for messages in asked]
@@ -142,8 +142,6 @@ def _written(
 def _labels(answers: Sequence[Any], several: bool) -> dict[str, list[Any]]:
     """The label of each row and its probability; where a row has several labels, lists of those of at least 0.5."""
     likely = [[pair for pair in row if pair["score"] >= 0.5] if several else row[:1] for row in answers]
-    columns = {}
-    for name, key in {"label": "label", "probability": "score"}.items():
-        lists = [[pair[key] for pair in row] for row in likely]
-        columns[name] = lists if several else [cell for (cell,) in lists]
-    return columns
+    columns = {"label": [[pair["label"] for pair in row] for row in likely]}
+    columns["probability"] = [[pair["score"] for pair in row] for row in likely]
+    return columns if several else {name: [cell for (cell,) in cells] for name, cells in columns.items()}

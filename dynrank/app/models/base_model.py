@@ -26,14 +26,13 @@ _OF_TASK = {
 }
 
 
-def base_source(adapter: Adapter, given: str | None) -> str:
-    """Folder or hub name of the base model: ``given`` by the user, or named by the adapter."""
-    return model_source(stored_source(base_name(adapter, given)), "--model")
+def base_of(adapter: Adapter, given: str | None) -> tuple[str, ModelSettings]:
+    """The base model, ``given`` by the user or named by the adapter: (folder or hub name, how to load it).
 
-
-def base_settings(adapter: Adapter, given: str | None) -> ModelSettings:
-    """How to load the base: at the adapter's revision, unless the user has ``given`` a base."""
-    return ModelSettings(revision=None if given else adapter.config.revision or None)
+    The revision is the adapter's, unless the user has given a base.
+    """
+    revision = None if given else adapter.config.revision or None
+    return model_source(stored_source(base_name(adapter, given)), "--model"), ModelSettings(revision=revision)
 
 
 def class_of_base(adapter: Adapter) -> Any:
@@ -56,8 +55,7 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
     Each weight is in the base's files, or in a head that the adapter stores. A base with other weights than those by
     which the adapter knows its base is refused.
     """
-    origin = base_source(adapter, given)
-    settings = base_settings(adapter, given)
+    origin, settings = base_of(adapter, given)
     cls = class_of_base(adapter)
     foreign = f"the adapter {adapter.source!r} was not trained on --model {origin!r}"
     config = read_config(origin, "--model", settings)

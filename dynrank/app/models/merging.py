@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUT_FILES, TOKENIZER_FILE, copy_files, input_files, read_inputs
-from dynrank.app.models.base_model import base_settings, base_source, on_base
+from dynrank.app.models.base_model import base_of, on_base
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
 from dynrank.app.models.pretrained import load_by_name, load_tokenizer, set_padding
 from dynrank.layers.placing import merge
@@ -35,9 +35,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
     source = Path(source)
     out = Path(out)
     adapter = read_adapter(source)
-    origin = base_source(adapter, model)
+    origin, settings = base_of(adapter, model)
     check_free(out, source, Path(origin))
-    settings = base_settings(adapter, model)
     merged: PreTrainedModel = merge(on_base(adapter, model))
     files = input_files(source)
     if TOKENIZER_FILE in files:
@@ -58,11 +57,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
 
 
 def _name_tokens(model: Any, source: Path) -> None:
-    """Let a model know two tokens by the tokenizer in ``source``.
-
-    A classifier may read the last token before the padding, and a model that generates stops at the end of an answer
-    that training learned.
-    """
+    """Let a classifier know what pads texts, and others what ends an answer, by the tokenizer in ``source``."""
     tokenizer = load_tokenizer(str(source.resolve()), "--model")
     form = read_inputs(source).form
     if not model.can_generate():

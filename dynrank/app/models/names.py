@@ -71,12 +71,8 @@ def model_source(name: str, key: str = "task.model") -> str:
 
 def public_name(place: str) -> str:
     """A name of the model at ``place`` that is valid on other machines: on the hub, if a Python package contains it."""
-    for package, _, on_hub in _PACKAGED.values():
-        spec = find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            if place and Path(place).is_relative_to(folder):
-                return on_hub
-    return place
+    parts = Path(place).parts
+    return next((on_hub for package, _, on_hub in _PACKAGED.values() if package in parts), place)
 
 
 def stored_source(base: str) -> str:

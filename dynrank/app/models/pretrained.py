@@ -1,6 +1,6 @@
 """Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
@@ -29,16 +29,7 @@ from dynrank.layers.quantized import is_quantized
 from dynrank.layers.vocabulary import remember_tokens
 
 # The errors of transformers and the libraries below it for files that they cannot use.
-_FAULTS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    ImportError,
-    StrictDataclassError,
-    SafetensorError,
-)
+_FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
 # The names that transformers gives tables with a vector for each position.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 _PLAIN = ModelSettings()
@@ -71,10 +62,10 @@ def _loading(name: str, key: str) -> Iterator[None]:
         yield
     except _FAULTS as error:
         if "trust_remote_code" in str(error):
-            read = "read that code, and set model.trust_remote_code=true"
-            never = "commands do not run such code; use PEFT in your own program"
-            advice = never if key.startswith("--") else read
-            raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
+            cure = "use PEFT in your own program" if key.startswith("--") else "set model.trust_remote_code=true"
+            raise ConfigurationError(
+                f"{key}={name} runs code that comes with its files; read it, and {cure}"
+            ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 
@@ -88,11 +79,9 @@ def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings =
     return tokenizer
 
 
-def read_config(
-    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any
-) -> PretrainedConfig:
+def read_config(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any) -> Any:
     """The config of a model, with ``changes`` such as ``num_labels=3``."""
-    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes))
+    return load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes)
 
 
 def load_classifier(
@@ -111,14 +100,23 @@ def load_classifier(
     """
     config = read_config(name, key, settings, num_labels=num_labels)
     cls = AutoModelForSequenceClassification
-    heads = _heads_of(_on_meta(cls, config, name, key, replace(settings, quantization="none")), f"{key}={name!r}")
+    empty = _on_meta(cls, config, name, key, replace(settings, quantization="none"))
+    if empty.base_model is empty:
+        raise ConfigurationError(f"{key}={name!r} is a {type(empty).__name__}, whose head transformers does not name")
+    parts = [(part, child) for part, child in empty.named_children() if child is not empty.base_model]
+    heads = [part for part, child in parts if next(child.parameters(), None) is not None]
     if on_meta:
         model = _on_meta(cls, config, name, key, settings, kept=heads)
     else:
         # A new head replaces one that was trained for other classes.
         options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         model, info = _load(cls, config, name, key, settings, kept=heads, **options)
-        heads += _new_modules(model, heads, info, f"{key}={name!r}")
+        absent = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        if drawn := sorted(weight for weight in absent if not weight.startswith(tuple(f"{head}." for head in heads))):
+            raise ConfigurationError(
+                f"{key}={name!r} has no weights that fit {drawn[:3]}, and transformers would draw them; give a folder "
+                "with them (AutoModelForSequenceClassification.from_pretrained(…).save_pretrained(FOLDER))"
+            )
     store_on(model, "heads", heads)
     # Without weights any token serves, and no file is needed.
     set_padding(model, 0 if on_meta else load_tokenizer(tokenizer or name, key, settings).pad_token_id)
@@ -140,42 +138,12 @@ def head_names(model: nn.Module) -> list[str]:
     return heads
 
 
-def _heads_of(model: Any, where: str) -> list[str]:
-    """The children of a sequence classifier that are not its body, as transformers tells it."""
-    if model.base_model is model:
-        raise ConfigurationError(f"{where} is a {type(model).__name__}, which does not tell its body from its head")
-    heads = [(name, child) for name, child in model.named_children() if child is not model.base_model]
-    return [name for name, child in heads if next(child.parameters(), None) is not None]
-
-
-def _new_modules(model: nn.Module, heads: Sequence[str], info: Mapping[str, Any], where: str) -> list[str]:
-    """The modules beside the ``heads`` that a base's files lack, as a pooler of BERT: an adapter has to hold them."""
-    inside = tuple(f"{head}." for head in heads)
-    missing = {parameter for parameter in info["missing_keys"] if not parameter.startswith(inside)}
-    new = sorted({parameter.rpartition(".")[0] for parameter in missing})
-    faults = [name for name in (str(entry[0]) for entry in info["mismatched_keys"]) if not name.startswith(inside)]
-    for name in new:
-        module = model.get_submodule(name)
-        whole = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} <= missing
-        faults += [] if whole and not is_quantized(module) else [name]
-    if faults:
-        raise ConfigurationError(
-            f"the files of {where} lack weights that fit {faults[:3]}, so these are new; an adapter can hold only "
-            "whole modules that are not packed (model.quantization); take another model"
-        )
-    return new
-
-
 def positions(model: nn.Module) -> float:
     """The most tokens that a model can read, if it has learned a vector for each position; otherwise inf."""
     tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS) and isinstance(m, nn.Embedding)]
-    return min((m.num_embeddings - _first_position(m) for m in tables), default=inf)
-
-
-def _first_position(table: nn.Embedding) -> int:
     # RoBERTa and others count from behind the padding's position, BART and OPT from an offset.
-    own = getattr(table, "offset", 0)
-    return own if own or table.padding_idx is None else table.padding_idx + 1
+    firsts = [getattr(m, "offset", 0) or (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables]
+    return min((m.num_embeddings - first for m, first in zip(tables, firsts, strict=True)), default=inf)
 
 
 def load_causal_lm(
@@ -199,10 +167,9 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
-    quantizer = getattr(model, "hf_quantizer", None) if gguf else None
     # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
+    if gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
     return model, info
 
 
