@@ -69,8 +69,7 @@ def on_base(adapter: Adapter, given: str | None) -> PreTrainedModel:
     if "Classification" in cls.__name__ and (rows := [len(weight) for weight in heads if weight.ndim > 1]):
         options["num_labels"] = min(rows)
     model, info = load_weights(cls.from_pretrained, origin, "--model", settings, **options)
-    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - adapter.others.keys()
-    if absent:
+    if absent := {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - adapter.others.keys():
         raise ConfigurationError(
             f"{foreign}, or needs a head that neither has: {type(model).__name__} would have no weights "
             f"{sorted(absent)[:5]}"

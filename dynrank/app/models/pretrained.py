@@ -154,8 +154,7 @@ def load_causal_lm(
     if on_meta:
         return cast(nn.Module, _on_meta(AutoModelForCausalLM, config, name, key, settings))
     model, info = _load(AutoModelForCausalLM, config, name, key, settings)
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(f"{key}={name!r} is no causal language model: it lacks {missing[:3]}")
     return cast(nn.Module, model)
 
