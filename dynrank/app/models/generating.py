@@ -67,9 +67,10 @@ def greedy_texts(
         )
     finally:
         model.generation_config = of_base
-    # Some tokenizers take the blank before the first word of a text away, and an answer does not begin the text.
-    prompts, wholes = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (input_ids, made))
-    return [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)]
+    cuts = (input_ids, made[:, input_ids.shape[1] :], made)
+    texts = zip(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in cuts), strict=True)
+    # Some tokenizers take the blank before the first word of a text away, and here it is not the first.
+    return [whole[len(prompt) :] if whole.startswith(prompt) else answer for prompt, answer, whole in texts]
 
 
 def end_tokens(model: Any, tokenizer: Any, end_of_turn: str | None = None) -> list[int] | None:
