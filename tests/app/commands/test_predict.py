@@ -242,42 +242,30 @@ def test_a_chat_ends_where_its_template_ends_a_turn(writer, launch, tmp_path):
     assert made.tolist() == tokens[: place + 1]
 
 
-@pytest.mark.parametrize("settings", [{"repetition_penalty": 4.0}, {"num_beams": 3}])
-def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, writer, launch, tmp_path):
-    folder = writer("completion", eos_token_id=0, **settings)
-    tokens, tokenizer = greedy(folder, "def first", count=24)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    ids = tokenizer("def first", return_tensors="pt")
-    own = PeftModel.from_pretrained(base, folder).eval().generate(**ids, max_new_tokens=24, do_sample=False)
-    assert own[0, ids["input_ids"].shape[1] :].tolist() != tokens
-    code, printed, said = launch(cli.main, "predict", folder, "def first", "--max-new-tokens", 24)
-    assert (code, printed) == (0, f"{one_line(until(tokens, tokenizer))}\n"), said
-
-
-@pytest.mark.parametrize("end_is_added", [False, True])
-def test_each_prompt_of_a_batch_is_answered_as_alone(end_is_added, writer, launch, tmp_path):
-    """Also by a tokenizer that puts an end behind texts, as ``add_eos_token=True`` of Llama's and Mistral's."""
-    folder = writer("completion")
+def test_each_prompt_of_a_batch_is_answered_greedily_as_alone(writer, launch, tmp_path):
+    """Whatever the base says of generation, and by a tokenizer that puts an end behind texts (``add_eos_token``)."""
+    folder = writer("completion", num_beams=3, repetition_penalty=4.0)
     prompts = ["who are you " * 9, "remove a tree", "copy the file"]
     # No token ends an answer.
-    expected = [one_line(until(*greedy(folder, prompt), ends=())) for prompt in prompts]
+    tokens, tokenizer = zip(*(greedy(folder, prompt) for prompt in prompts), strict=True)
+    expected = [one_line(until(own, tokenizer[0], ends=())) for own in tokens]
     assert len({*expected}) == 3
-    if end_is_added:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer._tokenizer.post_processor = TemplateProcessing(
-            single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-        )
-        tokenizer.save_pretrained(folder)
-        assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][-1] == tokenizer.eos_token_id
+    base = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder).eval()
+    ids = tokenizer[0](prompts[0], return_tensors="pt")["input_ids"]
+    assert base.generate(input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :].tolist() != tokens[0]
+    end = tokenizer[0].eos_token
+    process = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer[0].eos_token_id)])
+    tokenizer[0]._tokenizer.post_processor = process
+    tokenizer[0].save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][-1] == tokenizer[0].eos_token_id
     code, printed, said = launch(cli.main, "predict", folder, *prompts, "--max-new-tokens", 12, "--batch-size", 2)
     assert (code, printed.splitlines()) == (0, expected), said
 
 
-@pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
-def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system):
-    rest = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    chats = [[{"role": "system", "content": prompt}, *rest] if prompt else rest for prompt in prompts]
-    assert system_prompt(Dataset.from_dict({"messages": chats})) == system
+def test_a_system_prompt_is_learned_if_all_chats_begin_with_it():
+    for prompts, system in ((["s", "s"], "s"), (["s", "t"], None)):
+        chats = [[{"role": "system", "content": prompt}, *CHAT] for prompt in prompts]
+        assert system_prompt(Dataset.from_dict({"messages": chats})) == system
 
 
 CHAT = [{"role": "user", "content": "M"}]

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import dynrank
+from dynrank.app.commands import cli
 from dynrank.app.models.merging import merge_adapter
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm
@@ -41,7 +42,7 @@ def stored(zoo, tmp_path):
 def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, launch, zoo, tmp_path):
     model, adapter, expected = stored
     GPT2LMHeadModel.from_pretrained(model, dtype=dtype).save_pretrained(model)
-    code, printed, _ = launch("merge", adapter, "--model", model, "--out", tmp_path / "merged")
+    code, printed, _ = launch(cli.main, "merge", adapter, "--model", model, "--out", tmp_path / "merged")
     assert code == 0
     assert f"GPT2LMHeadModel, {str(dtype).removeprefix('torch.')}" in printed
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
@@ -115,56 +116,45 @@ def test_an_adapter_with_rows_of_added_tokens_needs_a_base_that_has_them(zoo, tm
         assert_close(merged(input_ids=ADDED).logits, theirs(input_ids=ADDED).logits, **IN_FLOAT32)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_merged_model_has_the_tokenizer_of_the_adapter_or_the_files_of_the_base(own, cached, tiny_llama, tmp_path):
-    """Of two tokenizers' files, transformers would read the base's special tokens, and its chat template."""
-    shutil.copytree(tiny_llama, cached, dirs_exist_ok=True)
-    (cached / "preprocessor_config.json").write_text("{}")
-    (cached / "chat_template.jinja").write_text("of the base")
-    model = AutoModelForCausalLM.from_pretrained("org/model")
-    dynrank.save_adapter(dynrank.add_lora(model, rank=2), tmp_path / "adapter")
-    templates = {"default": "plain", "tool_use": "with tools"}
-    if own:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_llama, eos_token="the", chat_template=templates)
-        tokenizer.save_pretrained(tmp_path / "adapter")
-    for name, base in {"named": None, "given": str(cached)}.items():
-        merge_adapter(tmp_path / "adapter", base, tmp_path / name)
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        expected = ("the", templates) if own else ("<|end|>", "of the base")
-        assert (tokenizer.eos_token, tokenizer.chat_template) == expected
-        assert (tmp_path / name / "preprocessor_config.json").exists() != own
-
-
 @pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """The folder of a model in the hub's cache, without a network; its name is org/model."""
-    folder = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
-    folder.mkdir(parents=True)
+def commits(tiny_llama, tmp_path, monkeypatch):
+    """Folders of two commits of org/model in the hub's cache, without a network; the newer one has another head."""
+    folders = [tmp_path / "models--org--model" / "snapshots" / (letter * 40) for letter in "ab"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for folder in folders:
+        shutil.copytree(tiny_llama, folder)
+        model.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(f"of {folder.name[0]}")
+        torch.nn.init.normal_(model.lm_head.weight)
     refs = tmp_path / "models--org--model" / "refs"
     refs.mkdir()
-    (refs / "main").write_text("a" * 40)
+    (refs / "main").write_text("b" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return folder
+    return folders
 
 
-def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(cached, tiny_llama, tmp_path):
-    """The hub's cache has a newer one, which the user may name."""
-    old, new = cached.name, "b" * 40
-    for commit in (old, new):
-        shutil.copytree(tiny_llama, cached.parent / commit, dirs_exist_ok=True)
-    newer = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    torch.nn.init.normal_(newer.lm_head.weight)
-    newer.save_pretrained(cached.parent / new)
-    (cached / "chat_template.jinja").write_text("a template of then")
-    (cached.parent.parent / "refs" / "main").write_text(new)
-    model = load_causal_lm("org/model", settings=ModelSettings(revision=old))
-    head = model.lm_head.weight.detach().clone()
+def test_the_base_of_an_adapter_is_of_the_commit_on_which_it_was_trained(commits, tmp_path):
+    """Unless the user names the base; so is its tokenizer, which the merged model has."""
+    model = load_causal_lm("org/model", settings=ModelSettings(revision="a" * 40))
     dynrank.save_adapter(dynrank.add_lora(model, rank=2, target_modules=["q_proj"]), tmp_path / "adapter")
-    for name, weight, template in ((None, head, "a template of then"), ("org/model", newer.lm_head.weight, None)):
-        out = tmp_path / f"out {weight is head}"
-        assert torch.equal(merge_adapter(tmp_path / "adapter", name, out).lm_head.weight, weight)
-        assert AutoTokenizer.from_pretrained(out).chat_template == template
+    for given, folder in ((None, commits[0]), ("org/model", commits[1]), (str(commits[1]), commits[1])):
+        out = tmp_path / f"out {given}".replace("/", " ")
+        merged = merge_adapter(tmp_path / "adapter", given, out)
+        assert torch.equal(merged.lm_head.weight, AutoModelForCausalLM.from_pretrained(folder).lm_head.weight)
+        assert AutoTokenizer.from_pretrained(out).chat_template == f"of {folder.name[0]}"
+
+
+def test_of_two_tokenizers_the_merged_model_has_the_adapter_s_alone(commits, tmp_path):
+    """Of the files of both, transformers would read the base's special tokens, and its chat template."""
+    model = AutoModelForCausalLM.from_pretrained(commits[0])
+    dynrank.save_adapter(dynrank.add_lora(model, rank=2), tmp_path / "adapter")
+    templates = {"default": "plain", "tool_use": "with tools"}
+    tokenizer = AutoTokenizer.from_pretrained(commits[0], eos_token="the", chat_template=templates)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", None, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("the", templates)
 
 
 def test_a_head_that_no_file_holds_is_refused(zoo, tmp_path):
@@ -181,9 +171,8 @@ def test_command_refuses_what_it_cannot_use_runs_no_code_and_writes_nothing(stor
     for name in ("broken", "own", "linked"):
         shutil.copytree(model, tmp_path / name)
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"no model")
-    config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}
-    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(own))
     (tmp_path / "own" / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
     (tmp_path / "secret").write_text("of mine")
     (tmp_path / "linked" / "chat_template.jinja").symlink_to(tmp_path / "secret")
@@ -196,6 +185,6 @@ def test_command_refuses_what_it_cannot_use_runs_no_code_and_writes_nothing(stor
         ("own", "out", "runs code that comes with its files; read it, and use PEFT"),
         ("linked", "out", "chat_template.jinja' must not be a link"),
     ):
-        code, _, said = launch("merge", "adapter", "--model", base, "--out", out)
+        code, _, said = launch(cli.main, "merge", "adapter", "--model", base, "--out", out)
         assert (code, message in said) == (2, True), said
         assert sorted(tmp_path.rglob("*")) == before
