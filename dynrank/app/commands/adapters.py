@@ -35,9 +35,8 @@ def show_adapter(folder: Path, plot: Path | None) -> None:
         # matplotlib is an optional dependency.
         from dynrank.plot import spectra
 
-        figure = spectra(layers)
         try:
-            figure.savefig(plot)
+            spectra(layers).savefig(plot)
         # matplotlib raises a ValueError for an unknown format.
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None

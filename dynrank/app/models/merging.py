@@ -58,11 +58,13 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
 
 def _name_tokens(model: Any, source: Path) -> None:
     """Let a classifier know what pads texts, and others what ends an answer, by the tokenizer in ``source``."""
-    tokenizer = load_tokenizer(str(source.resolve()), "--model")
     form = read_inputs(source).form
-    if not model.can_generate():
-        set_padding(model, tokenizer.pad_token_id)
     # An adapter of another program does not tell what training learned.
-    elif form:
+    if model.can_generate() and not form:
+        return
+    tokenizer = load_tokenizer(str(source.resolve()), "--model")
+    if model.can_generate():
         end = end_of_turn_of(tokenizer) if form == "chat" else None
         model.generation_config.eos_token_id = end_tokens(model, tokenizer, end)
+    else:
+        set_padding(model, tokenizer.pad_token_id)

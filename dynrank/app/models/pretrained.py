@@ -134,8 +134,7 @@ def set_padding(model: Any, token_id: int | None) -> None:
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the modules of a model from :func:`load_classifier` that are new, or made for classes; else none."""
-    heads: list[str] = stored_on(model, "heads") or []
-    return heads
+    return cast(list[str], stored_on(model, "heads") or [])
 
 
 def positions(model: nn.Module) -> float:

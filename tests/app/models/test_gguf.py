@@ -40,12 +40,8 @@ def test_model_of_the_file_is_the_model_and_has_the_same_layers_on_meta(llama, f
     meta = load_causal_lm(file, on_meta=True)
     assert {name: parameter.shape for name, parameter in meta.named_parameters()} == shapes
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("on_meta", [False, True])
-def test_weights_of_the_file_are_not_packed_again(on_meta, file):
     with pytest.raises(ConfigurationError, match="is a GGUF file, .*; set model.quantization=none"):
-        load_causal_lm(file, settings=ModelSettings(quantization="nf4"), on_meta=on_meta)
+        load_causal_lm(file, settings=ModelSettings(quantization="nf4"))
 
 
 def test_adapter_is_merged_into_the_model_of_the_file(file, tmp_path):
