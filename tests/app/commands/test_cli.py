@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 import dynrank
 from dynrank.app import train
@@ -68,6 +69,14 @@ def test_ranks_shows_bounds_and_the_pool_where_the_data_decide(table):
     assert f"at the end, at most {16 * 42_240:,} parameters; the run decides each rank" in end
     layers, end = table("schedule=energy")
     assert ({row[3] for row in layers[:-1]}, end) == ({"1-32"}, "at the end, the run decides each rank")
+
+
+def test_ranks_counts_all_experts(table, tiny_moe, tiny_llama, tmp_path):
+    tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    layers, _ = table("task=text", f"task.model={tmp_path}", "lora.rank=4", "schedule=fixed")
+    cells = {row[0]: row for row in layers}["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (cells[1], cells[2], cells[6]) == ("4 x 24 x 16", "4", f"{4 * 4 * (24 + 16)}")
 
 
 COMMANDS = [[], *([name] for name in ("ranks", "plan", "squeeze", "merge", "predict", "inspect", "report", "sweep"))]
