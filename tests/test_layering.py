@@ -26,7 +26,7 @@ LIBRARY = (
     ("callbacks",),
     ("integrations",),
 )
-APPLICATION = (("console", "hub", "keys"), ("models",), ("tasks",), ("runs",), ("planner",), ("commands",), ("train",))
+APPLICATION = (("console", "keys"), ("models",), ("tasks",), ("runs",), ("planner",), ("commands",), ("train",))
 ENTRANCES = (("train", "__init__"),)
 ORDER = (*LIBRARY, *(tuple(f"app.{name}" for name in floor) for floor in APPLICATION), *ENTRANCES)
 FLOOR_OF = {place: floor for floor, places in enumerate(ORDER) for place in places}

@@ -22,9 +22,8 @@ def one_line(text: str) -> str:
 
 def quiet_imports() -> None:
     """Silence libraries that log messages while they are imported."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     # torch.utils._pytree warns about torchao's classes.
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    for name in ("matplotlib", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -211,7 +211,7 @@ def test_commands_take_the_folder_of_a_run_and_inspect_draws_all_layers(blocks, 
     lines = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│")]
     rows = [[cell.strip() for cell in line] for line in lines]
     assert rows[0][:5] == ["layers.0.down", "6 x 10", "4", "6", "1.5"]
-    assert (rows[-1][0], rows[-1][2], rows[-1][-1]) == ("22 layers", "4.0 (mean)", f"{22 * 4 * 16:,}")
+    assert f"22 layers, {22 * 4 * 16:,} parameters" in printed
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert launch("squeeze", run, "--rank", 1, "--out", tmp_path / "small")[0] == 0
 

@@ -1,42 +1,21 @@
 """The output of ``dynrank inspect`` and ``dynrank squeeze``: an adapter's layers, before and after."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dynrank.adapters.read import open_stored, weights_file
-from dynrank.adapters.squeeze import LayerSpectrum, inspect, squeeze
+from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.app.console import print_facts
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_table, shape_of_update
 
-# Shares of the energy for which the table shows how many directions have them.
-SHARES = (0.9, 0.99)
-
 
 def show_adapter(folder: Path, plot: Path | None) -> None:
-    """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``."""
+    """Print a line for each layer of the adapter in ``folder``, and draw their singular values into ``plot``."""
     layers = inspect(folder)
-    print_spectra(layers)
-    if plot is not None:
-        # matplotlib is an optional dependency.
-        from dynrank.plot import spectra
-
-        figure = spectra(layers)
-        try:
-            figure.savefig(plot)
-        # matplotlib raises a ValueError for an unknown format.
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None
-        print_facts({"plot": plot})
-
-
-def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
-    """Print a line per layer, and totals."""
-    counts = {f"{share:.0%} energy": [layer.energy_rank(share) for layer in layers] for share in SHARES}
-    headings = ["layer", "d_out x d_in", "rank", "alpha", "scaling", "sigma max", "sigma min", *counts]
-    table = empty_table("LoRA layers of the adapter", *headings, "effective rank", "parameters")
-    for layer, *own in zip(layers, *counts.values(), strict=True):
+    headings = ["layer", "d_out x d_in", "rank", "alpha", "scaling", "sigma max", "sigma min", "90% energy"]
+    table = empty_table("LoRA layers of the adapter", *headings, "99% energy", "effective rank", "parameters")
+    for layer in layers:
         table.add_row(
             layer.layer,
             shape_of_update(layer.experts, *layer.shape),
@@ -45,17 +24,23 @@ def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
             f"{layer.scaling:g}",
             f"{layer.singular_values[0]:.3g}",
             f"{layer.singular_values[-1]:.3g}",
-            *map(str, own),
+            # How many directions have such a share of the energy.
+            *(str(layer.energy_rank(share)) for share in (0.9, 0.99)),
             f"{layer.effective_rank:.1f}",
             f"{layer.parameters:,}",
         )
-    table.add_section()
-    columns = [layer.rank for layer in layers], *counts.values()
-    rank, *others = (f"{sum(column) / len(layers):.1f} (mean)" for column in columns)
-    effective = f"{sum(layer.effective_rank for layer in layers) / len(layers):.1f} (mean)"
-    total = f"{sum(layer.parameters for layer in layers):,}"
-    table.add_row(f"{len(layers)} layers", "", rank, "", "", "", "", *others, effective, total)
+    table.caption = f"{len(layers)} layers, {sum(layer.parameters for layer in layers):,} parameters"
     print_table(table)
+    if plot is not None:
+        # matplotlib is an optional dependency.
+        from dynrank.plot import spectra
+
+        try:
+            spectra(layers).savefig(plot)
+        # matplotlib raises a ValueError for an unknown format.
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None
+        print_facts({"plot": plot})
 
 
 def print_squeeze(source: Path, out: Path, **options: Any) -> None:

@@ -40,36 +40,18 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as
 Adapter = Annotated[
     Path, typer.Argument(callback=_adapter_of, help="Folder of a PEFT LoRA adapter, or of the run that made it")
 ]
-Stored = Annotated[
-    Path,
-    typer.Argument(
-        metavar="ADAPTER",
-        callback=_adapter_of,
-        help="Folder of a PEFT LoRA adapter, or of the run that made it; or a .safetensors file of diffusers, kohya or "
-        "ComfyUI",
-    ),
-]
+Out = Annotated[Path, typer.Option(help="New or empty folder to write to; for a single file, a new file")]
 Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
 ]
 FileDtype = Annotated[
     str | None,
-    typer.Option(
-        metavar="D",
-        help="float32, bfloat16 or float8_e4m3fn (half and a quarter of float32's bytes), which PEFT loads; with "
-        "squeeze also nf4 (a seventh), which PEFT loads after --dtype float32; by default as stored",
-    ),
+    typer.Option(metavar="D", help="float32, bfloat16, float8_e4m3fn; for squeeze also nf4; by default as stored"),
 ]
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
-
-
-def _pairs(columns: list[str] | None) -> dict[str, str | tuple[str, ...]]:
-    """{our name of a column: the user's name, or several} of OURS=THEIRS or OURS=ONE,TWO."""
-    cut = (pair.partition("=") for pair in columns or ())
-    return {ours: tuple(theirs.split(",")) if "," in theirs else theirs for ours, _, theirs in cut}
 
 
 def _print_version(asked: bool) -> None:
@@ -98,14 +80,11 @@ def show_ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> Non
 
 
 @app.command()
-def plan(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Hydra overrides, as for dynrank-train; also ranks=[4,8], budget=24GiB"),
-    ] = None,
-    config_dir: ConfigDir = None,
-) -> None:
-    """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
+def plan(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget.
+
+    Two overrides are its own: ranks=[4,8] and budget=24GiB.
+    """
     config = _composed(overrides, "plan", config_dir)
     from dynrank.app.planner.plan import show_plan
 
@@ -124,22 +103,20 @@ def _composed(overrides: list[str] | None, name: str, folder: Path | None) -> Di
 
 @app.command()
 def squeeze(
-    adapter: Stored,
-    out: Annotated[Path, typer.Option(help="New or empty folder to write to; for a file, a new file")],
+    adapter: Adapter,
+    out: Out,
     rank: Annotated[int | None, typer.Option(metavar="N", help="New rank of every layer that has a higher one")] = None,
     energy: Annotated[
-        float | None,
-        typer.Option(metavar="E", help="Share of each layer's energy (sum of squared singular values) to keep"),
+        float | None, typer.Option(metavar="E", help="Share of each layer's squared singular values to keep")
     ] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
+        str | None, typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 50%")
     ] = None,
     dtype: FileDtype = None,
 ) -> None:
-    """Compress an adapter to lower ranks or fewer bits; give one of --rank, --energy and --budget, or --dtype, or both.
+    """Compress an adapter to lower ranks (one of --rank, --energy and --budget) or fewer bits (--dtype), or both.
 
-    It prints by how much the update changes.
+    It may also be a single .safetensors file of diffusers, kohya or ComfyUI.
     """
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.commands.adapters import print_squeeze
@@ -152,14 +129,11 @@ def squeeze(
 def export(
     adapter: Adapter,
     to: Annotated[
-        str,
-        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp), ollama or padded (SGLang, TGI, LoRAX)"),
+        str, typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp), ollama or padded (SGLang, TGI, LoRAX)")
     ],
-    out: Annotated[Path, typer.Option(help="New or empty folder to write to; for gguf, a new file")],
+    out: Out,
     model: Base = None,
-    multiple: Annotated[
-        int, typer.Option(metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
-    ] = 1,
+    multiple: Annotated[int, typer.Option(metavar="N", help="With padded: the rank is a multiple; TGI needs 16")] = 1,
     dtype: FileDtype = None,
 ) -> None:
     """Write a PEFT adapter in a form for a server, and print the command that serves it.
@@ -170,27 +144,22 @@ def export(
     from dynrank.adapters.export import export_adapter
     from dynrank.adapters.precision import named_dtype
     from dynrank.app.console import print_facts
-    from dynrank.app.models.base_model import base_for_server
+    from dynrank.app.models.names import model_source
     from dynrank.output.console import span
 
     # export_adapter checks that it knows the server.
-    server: Any = to
-    options: Any = {"multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
-    done = export_adapter(adapter, out, to=server, model=base_for_server(adapter, model, to), **options)
+    options: Any = {"to": to, "multiple": multiple, "dtype": None if dtype is None else named_dtype(dtype)}
+    base = None if model is None else model_source(model, "--model")
+    done = export_adapter(adapter, out, model=base, **options)
     ranks = [layer.rank for layer in done.layers.values()]
-    mean = sum(ranks) / len(ranks)
-    facts: dict[str, object] = {"layers": f"{len(ranks)}, rank {span(ranks)}, {mean:.1f} on average"}
+    facts: dict[str, object] = {"layers": f"{len(ranks)}, rank {span(ranks)}, {sum(ranks) / len(ranks):.1f} on average"}
     if done.rounding is not None:
         facts["rounding"] = done.rounding
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})
 
 
 @app.command()
-def merge(
-    adapter: Adapter,
-    out: Annotated[Path, typer.Option(help="New or empty folder to write to")],
-    model: Base = None,
-) -> None:
+def merge(adapter: Adapter, out: Out, model: Base = None) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     from dynrank.app.console import print_facts, quiet_loading
     from dynrank.app.models.merging import merge_adapter
@@ -198,10 +167,7 @@ def merge(
     quiet_loading()
     merged = merge_adapter(adapter, model, out)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
-    facts = {"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out}
-    if merged.can_generate():
-        facts["for llama.cpp"] = f"convert_hf_to_gguf.py {out} --outfile {out.name}.gguf"
-    print_facts(facts)
+    print_facts({"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out})
 
 
 @app.command()
@@ -211,61 +177,31 @@ def predict(
         list[str],
         typer.Argument(
             metavar="TEXT... | FILE",
-            help="Texts; or one file: csv, tsv, json, jsonl or parquet as training reads it, or other text with a text "
-            "in each line",
+            help="Texts; or one file: csv, tsv, json, jsonl or parquet with the columns of training, or a text a line",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the answers here, in the order of the rows: .csv, .jsonl or .parquet; if this is interrupted, "
-            "the same command begins anew",
-        ),
+        typer.Option(metavar="FILE", help="Write all answers here, in the order of the rows: .csv, .jsonl or .parquet"),
     ] = None,
     model: Base = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OURS=THEIRS",
-            help="A column with another name than in training, such as text=review; several are joined: "
-            "text=Subject,Body",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Each text is a user's turn in a chat; what training learned is known")
-    ] = False,
-    skip_unusable: Annotated[
-        bool, typer.Option("--skip-unusable", help="Leave out rows that cannot be used, and count them")
-    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Texts in a batch")] = 16,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Largest number of tokens to generate for a text")
-    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Largest number of tokens of an answer")] = 64,
 ) -> None:
-    """Answer texts or the rows of a file: labels with probabilities, or the generated text.
-
-    For a server such as vLLM or llama.cpp, see dynrank export.
-    """
+    """Answer texts or the rows of a file: labels with probabilities, or the generated text."""
     from dynrank.app.commands.predict import predict
     from dynrank.app.console import quiet_loading
 
     quiet_loading()
-    options: Any = {"base": model, "columns": _pairs(columns), "system": system, "chat": chat}
-    options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    predict(adapter, texts, out, **options)
+    predict(adapter, texts, out, base=model, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
 
 @app.command()
 def inspect(
-    adapter: Stored,
+    adapter: Adapter,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values: FILE.png")] = None,
 ) -> None:
-    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy."""
+    """Show each layer of an adapter, also of a file as in squeeze: rank, scaling, singular values, energy."""
     from dynrank.app.commands.adapters import show_adapter
 
     show_adapter(adapter, plot)

@@ -2,75 +2,59 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
-import datasets
-from jinja2 import TemplateError
+import torch
+from datasets import Dataset
 from tqdm import tqdm
+from transformers import pipeline
 
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs, tokenizer_source
-from dynrank.app.console import one_line, print_facts
-from dynrank.app.models.base_model import base_settings, base_source, class_of_base, on_base
-from dynrank.app.models.generating import end_of_turn_of
-from dynrank.app.models.predicting import classified, written
-from dynrank.app.models.pretrained import load_tokenizer, set_padding
-from dynrank.app.tasks.data import columns as of_data
+from dynrank.app.console import one_line
+from dynrank.app.models.base_model import base_of, class_of_base, on_base
+from dynrank.app.models.generating import end_of_turn_of, greedy_texts, open_ids, rendered
+from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
+from dynrank.app.tasks.data.columns import COLUMNS, Form, find_columns
 from dynrank.app.tasks.data.headings import KINDS
 from dynrank.app.tasks.data.source import read_source
-from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
+from dynrank.app.tasks.data.stored import RawRows, reading, usable_rows
 from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 
-_KINDS = (".csv", ".parquet", ".jsonl")
-# How many labels are printed for each text.
-_SHOWN = 3
+_WRITERS: dict[str, Any] = {
+    ".csv": Dataset.to_csv,
+    ".jsonl": partial(Dataset.to_json, force_ascii=False),
+    ".parquet": Dataset.to_parquet,
+}
 
 
 @checked_call
 def predict(
-    source: Path,
-    texts: Sequence[str],
-    out: Path | None,
-    *,
-    base: str | None,
-    columns: Mapping[str, of_data.Theirs],
-    system: str | None,
-    chat: bool,
-    skip_unusable: bool,
-    batch_size: Count,
-    max_new_tokens: Count,
+    source: Path, texts: Sequence[str], out: Path | None, *, base: str | None, batch_size: Count, max_new_tokens: Count
 ) -> None:
     """Print the answers to ``texts``, or write them to ``out``; see ``dynrank predict --help``."""
-    if out is not None and (out.suffix not in _KINDS or out.exists()):
-        raise ConfigurationError(f"--out must be a new file that ends in one of {[*_KINDS]}, got {str(out)!r}")
-    learned = read_inputs(source)
-    learned.system = learned.system if system is None else system
+    if out is not None and (out.suffix not in _WRITERS or out.exists()):
+        raise ConfigurationError(f"--out must be a new file that ends in one of {[*_WRITERS]}, got {str(out)!r}")
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
-        asked = _texts_or_table(texts)
         adapter = read_adapter(source)
-        classifies = class_of_base(adapter, base).__name__.endswith("ForSequenceClassification")
+        learned = read_inputs(source)
+        classifies = class_of_base(adapter).__name__.endswith("ForSequenceClassification")
         form = learned.form or ("classification" if classifies else "completion")
-        form = "chat" if chat or system is not None else form
-        if (form == "classification") != classifies:
-            raise ConfigurationError(f"{str(source)!r} cannot answer rows of the form {form} (--chat, --system)")
-        where = f"FILE={texts[0]}" if isfile(texts[0]) else "TEXT"
-        if isinstance(asked, RawRows):
-            rows = _rows(asked, form, learned, columns, skip_unusable)
-        elif columns:
-            raise ConfigurationError(f"--columns must go with a file of columns, got {texts[0]!r}")
-        else:
-            rows = _plain(asked, form, where)
-        place = tokenizer_source(source, base_source(adapter, base))
-        tokenizer = load_tokenizer(place, "--model", base_settings(adapter, base))
-        turn = None
+        rows = _rows(texts, form, learned)
+        origin, settings = base_of(adapter, base)
+        tokenizer = load_tokenizer(tokenizer_source(source, origin), "--model", settings)
+        asked = rows[COLUMNS[form][0]][:]
         if form == "chat":
-            rows, turn = _rendered(rows, learned.system, tokenizer, where, skip_unusable)
+            asked = [_chat_ids(tokenizer, messages, learned.system) for messages in asked]
+        elif not classifies:
+            asked = open_ids(tokenizer, asked)
         model: Any = on_base(adapter, base).eval()
         several = model.config.problem_type == "multi_label_classification"
         # The one output of a reward model is a number, and so are all of a regression: they are no classes.
@@ -81,112 +65,83 @@ def predict(
                 "predict asks classifiers and causal language models; ask others by PEFT"
             )
         set_padding(model, tokenizer.pad_token_id)
-        if out is not None:
-            print_facts({"writing": f"{out}, {len(rows):,} rows; if this is interrupted, it begins anew"})
-    prompts = rows["prompt" if "prompt" in rows.column_names else "text"][:]
-    # Batches of texts with similar lengths need less padding, and the longest tell first whether there is memory.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if out else [*range(len(prompts))]
-    prompts = [prompts[i] for i in order]
-    if classifies:
-        answers = classified(model, tokenizer, prompts, learned.max_length, batch_size)
-    else:
-        answers = written(model, tokenizer, prompts, max_new_tokens, batch_size, turn)
+        # Batches of texts with similar lengths need less padding, and the longest tell first whether there is memory.
+        order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+        asked = [asked[i] for i in order]
+        if classifies:
+            options: Any = {"top_k": None, "truncation": True, "return_token_type_ids": False}
+            pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, **options)
+            # Only of a generator, the pipeline gives each answer when it is known.
+            made = pipe((text for text in asked), batch_size=batch_size, max_length=learned.max_length)
+        else:
+            end = end_of_turn_of(tokenizer) if form == "chat" else None
+            made = _written(model, tokenizer, asked, max_new_tokens, batch_size, end)
+        bar = tqdm(made, total=len(order), unit=" rows", disable=None)
+        answers = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
     if out is None:
         for answer in answers:
-            best = [f"{one_line(pair['label'])} {pair['score']:.4f}" for pair in answer[:_SHOWN] if classifies]
-            print("\t".join(best) if classifies else one_line(answer), flush=True)
+            best = [f"{one_line(pair['label'])} {pair['score']:.4f}" for pair in answer[:3] if classifies]
+            print("\t".join(best) if classifies else one_line(answer))
         return
-    bar = tqdm(answers, total=len(order), unit=" rows", mininterval=0.1 if sys.stderr.isatty() else 30)
-    found = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
-    _write(out, {"row": rows["place"][:], **(_labels(found, several) if classifies else {"answer": found})})
+    columns = _labels(answers, several) if classifies else {"answer": answers}
+    if several and out.suffix == ".csv":
+        # A cell of csv is a text.
+        columns = {name: [json.dumps(cell, ensure_ascii=False) for cell in cells] for name, cells in columns.items()}
+    with new_file(out) as file:
+        _WRITERS[out.suffix](Dataset.from_dict({"row": rows["place"][:], **columns}), file)
 
 
-def _texts_or_table(texts: Sequence[str]) -> RawRows | Sequence[str]:
-    """The file of columns that is named; otherwise the texts, or those in the lines of another file."""
-    places = [text for text in texts if text == "-" or exists(text)]
-    first = Path(texts[0])
-    if places and not (len(texts) == 1 and isfile(first)):
+def _rows(texts: Sequence[str], form: Form, learned: Inputs) -> Dataset:
+    """The rows of the file that is named, otherwise the texts, or those in the lines of another file."""
+    places = [*filter(exists, texts)]
+    if places and not (len(texts) == 1 and isfile(texts[0])):
         raise ConfigurationError(f"TEXT must be texts, or one file, got {places[0]!r} of {len(texts)}")
+    if old := learned.columns.keys() - COLUMNS[form]:
+        raise ConfigurationError(f"{INPUTS_FILE} must name columns of {COLUMNS[form]}, got {[*old]}; join them in it")
+    ours = COLUMNS[form][0]
+    names = {}
     # Also a misspelt name of a file.
-    if len(texts) == 1 and first.suffix.lower() in ({*KINDS} - {".txt"} if places else KINDS):
-        return read_source(texts[0], "FILE", "test")
-    if places:
-        with reading(f"FILE={first}"):
-            return first.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    return texts
+    if len(texts) == 1 and Path(texts[0]).suffix.lower() in ({*KINDS} - {".txt"} if places else KINDS):
+        raw = read_source(texts[0], "FILE", "test")
+        names = {ours: learned.columns.get(ours)}
+    else:
+        where = f"FILE={texts[0]}" if places else "TEXT"
+        if places:
+            with reading(where):
+                texts = Path(texts[0]).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        cells: Any = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
+        raw = RawRows(where, Dataset.from_dict({ours: cells}))
+    return usable_rows(raw, find_columns(raw.rows.column_names, names, form, raw.where, asked=True))[0]
 
 
-def _plain(texts: Sequence[str], form: str, where: str) -> datasets.Dataset:
-    """Rows of texts."""
-    if blank := [(number, "the text is blank") for number, text in enumerate(texts, start=1) if not text.strip()]:
-        refuse(where, blank)
-    cells: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
-    return datasets.Dataset.from_dict({of_data.COLUMNS[form][0]: cells, "place": range(1, len(texts) + 1)})
+def _chat_ids(tokenizer: Any, messages: Sequence[Any], system: str | None) -> Any:
+    """The tokens of a chat before an answer; ``system`` begins a chat that has no system prompt."""
+    begins = system is None or messages[0]["role"] == "system"
+    turns = messages if begins else [{"role": "system", "content": system}, *messages]
+    return tokenizer(rendered(tokenizer, turns, asked=True), add_special_tokens=False)["input_ids"]
 
 
-def _rows(
-    table: RawRows, form: of_data.Form, learned: Inputs, given: Mapping[str, of_data.Theirs], skip: bool
-) -> datasets.Dataset:
-    """The rows of a table by the columns that training read, unless the user has ``given`` others.
-
-    Unusable rows are left out if they are to ``skip``, otherwise one error lists them.
-    """
-    old = [ours for ours in learned.columns if not any(ours in names for names in of_data.COLUMNS.values())]
-    if old and not given:
+def _written(
+    model: Any, tokenizer: Any, asked: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, end: str | None
+) -> Iterator[str]:
+    """What a causal language model writes greedily after the tokens of each prompt, the longest of which is first."""
+    most = positions(model)
+    # The last token of an answer is not read.
+    if len(asked[0]) + max_new_tokens - 1 > most:
         raise ConfigurationError(
-            f"{INPUTS_FILE} says that training read a column as {old[0]!r}, which this version does not; name columns "
-            "by --columns, such as prompt=instruction,input"
+            f"the longest prompt, of {len(asked[0])} tokens, and --max-new-tokens={max_new_tokens} must fit into the "
+            f"{most} positions of the model; shorten one of the two"
         )
-    options: Any = {"trained": learned.columns, "asked": True}
-    used = of_data.find_columns(table.rows.column_names, given, form, table.where, **options)
-    rows, unusable = usable_rows(table, used, skip=skip)
-    if unusable:
-        print_facts({"left out": f"{unusable:,} rows that cannot be used"})
-    return rows
-
-
-def _rendered(
-    rows: datasets.Dataset, system: str | None, tokenizer: Any, where: str, skip: bool
-) -> tuple[datasets.Dataset, str]:
-    """(the chats by the tokenizer's template, as prompts; the token by which it ends a turn, or "")."""
-    if not tokenizer.chat_template:
-        raise ConfigurationError("chats (--chat, --system) need a tokenizer with a chat template")
-    begin = [] if system is None else [{"role": "system", "content": system}]
-    prompts, faults = {}, {}
-    for place, messages in zip(rows["place"], rows["messages"], strict=True):
-        turns = messages if messages[0]["role"] == "system" else [*begin, *messages]
-        try:
-            prompts[place] = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            faults[place] = f"the chat template refuses it: {error}"
-    if faults and not (skip and prompts):
-        refuse(where, faults.items())
-    if faults:
-        print_facts({"left out": f"{len(faults):,} rows that the chat template refuses"})
-    end = end_of_turn_of(tokenizer, [*begin, {"role": "user", "content": "A question."}])
-    return datasets.Dataset.from_dict({"prompt": [*prompts.values()], "place": [*prompts]}), end or ""
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    for start in range(0, len(asked), batch_size):
+        batch = {"input_ids": asked[start : start + batch_size]}
+        inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        yield from greedy_texts(model, tokenizer, **inputs, max_new_tokens=max_new_tokens, end_of_turn=end)
 
 
 def _labels(answers: Sequence[Any], several: bool) -> dict[str, list[Any]]:
     """The label of each row and its probability; where a row has several labels, lists of those of at least 0.5."""
-    keys = {"label": "label", "probability": "score"}
-    if not several:
-        return {name: [row[0][key] for row in answers] for name, key in keys.items()}
-    return {
-        name: [[pair[key] for pair in row if pair["score"] >= 0.5] for row in answers] for name, key in keys.items()
-    }
-
-
-def _write(out: Path, cells: Mapping[str, list[Any]]) -> None:
-    def cell(value: Any) -> Any:
-        # A cell of csv is a text.
-        return json.dumps(value, ensure_ascii=False) if out.suffix == ".csv" and isinstance(value, list) else value
-
-    answers = datasets.Dataset.from_dict({name: [*map(cell, column)] for name, column in cells.items()})
-    with new_file(out) as file:
-        if out.suffix == ".parquet":
-            answers.to_parquet(file)
-        elif out.suffix == ".jsonl":
-            answers.to_json(file, force_ascii=False)
-        else:
-            answers.to_csv(file)
+    likely = [[pair for pair in row if pair["score"] >= 0.5] if several else row[:1] for row in answers]
+    columns = {"label": [[pair["label"] for pair in row] for row in likely]}
+    columns["probability"] = [[pair["score"] for pair in row] for row in likely]
+    return columns if several else {name: [cell for (cell,) in cells] for name, cells in columns.items()}

@@ -3,20 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.sidecar_files import (
-    INPUT_FILES,
-    TOKENIZER_FILE,
-    copy_files,
-    input_files,
-    label_names,
-    read_inputs,
-)
-from dynrank.app.models.base_model import base_settings, base_source, on_base
+from dynrank.adapters.sidecar_files import INPUT_FILES, TOKENIZER_FILE, copy_files, input_files, read_inputs
+from dynrank.app.models.base_model import base_of, on_base
 from dynrank.app.models.generating import end_of_turn_of, end_tokens
-from dynrank.app.models.pretrained import folder_with, load_by_name, load_tokenizer, set_padding
+from dynrank.app.models.pretrained import load_by_name, load_tokenizer, set_padding
 from dynrank.layers.placing import merge
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
@@ -24,11 +18,10 @@ from dynrank.output.output_folder import check_free, whole_or_nothing
 def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
     """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
 
-    Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
-    one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
-    common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
-    adapter's folder has precedence. If it says what training learned, generation_config.json names the ends of answers.
-    ``out`` is written whole or not at all. No code from the model's folder is run.
+    Weights keep the stored dtype of the model; sums are computed in float32 or wider. Heads stored in the adapter
+    (modules_to_save), tokenizer files and label names are included; the adapter's folder has precedence. If it says
+    what training learned, generation_config.json names the ends of answers. ``out`` is written whole or not at all. No
+    code from the model's folder is run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
@@ -42,44 +35,36 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
     source = Path(source)
     out = Path(out)
     adapter = read_adapter(source)
-    origin = base_source(adapter, model)
+    origin, settings = base_of(adapter, model)
     check_free(out, source, Path(origin))
-    own = input_files(source)
-    settings = base_settings(adapter, model)
-    of_base = input_files(folder_with(INPUT_FILES, origin, "--model", settings))
-    if (source / TOKENIZER_FILE).exists():
-        # Files of two tokenizers are none: transformers would read the base's special tokens and template.
-        of_base = {name: file for name, file in of_base.items() if name.endswith("processor_config.json")}
     merged: PreTrainedModel = merge(on_base(adapter, model))
-    # An adapter of another program does not tell what training learned, and need not have a tokenizer.
-    if (label_names(merged) or read_inputs(source).form) and (source / TOKENIZER_FILE).exists():
+    files = input_files(source)
+    if TOKENIZER_FILE in files:
         _name_tokens(merged, source)
+    # Files of two tokenizers are none: transformers would read the base's special tokens and template.
+    elif not origin.endswith(".gguf"):
+        at = origin
+        if not Path(origin).exists():
+            at = snapshot_download(origin, revision=settings.revision, allow_patterns=[*INPUT_FILES])
+        files = input_files(Path(at)) | files
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         # The tokenizer of a GGUF file is in it.
-        if not own and origin.endswith(".gguf"):
+        if not files and origin.endswith(".gguf"):
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model", settings).save_pretrained(folder)
-        copy_files(own, folder)
-        copy_files(of_base, folder)
+        copy_files(files, folder)
     return merged
 
 
 def _name_tokens(model: Any, source: Path) -> None:
-    """Let a model know two tokens by the tokenizer in ``source``.
-
-    A classifier may read the last token before the padding, and a model that generates stops at the end of an answer
-    that training learned.
-    """
-    tokenizer = load_tokenizer(str(source.resolve()), "--model")
-    if not model.can_generate():
-        set_padding(model, tokenizer.pad_token_id)
+    """Let a classifier know what pads texts, and others what ends an answer, by the tokenizer in ``source``."""
+    form = read_inputs(source).form
+    # An adapter of another program does not tell what training learned.
+    if model.can_generate() and not form:
         return
-    learned = read_inputs(source)
-    end = None
-    if learned.form == "chat":
-        system = [{"role": "system", "content": learned.system}] if learned.system is not None else []
-        end = end_of_turn_of(tokenizer, [*system, {"role": "user", "content": "A question."}])
-    own = model.generation_config.eos_token_id
-    ends = end_tokens(model, tokenizer, end) or []
-    if {*ends} > {*(own if isinstance(own, list) else [own])} - {None}:
-        model.generation_config.eos_token_id = ends
+    tokenizer = load_tokenizer(str(source.resolve()), "--model")
+    if model.can_generate():
+        end = end_of_turn_of(tokenizer) if form == "chat" else None
+        model.generation_config.eos_token_id = end_tokens(model, tokenizer, end)
+    else:
+        set_padding(model, tokenizer.pad_token_id)

@@ -1,6 +1,5 @@
 """Which model is loaded and how: the names of models and the group ``model``. Nothing here loads torch."""
 
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -63,25 +62,17 @@ def model_source(name: str, key: str = "task.model") -> str:
     path = Path(name).expanduser()
     if name and path.exists():
         return str(path.resolve())
-    near = get_close_matches(name.lower(), known, n=3)
-    local = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json")) or name.count("/") > 1
-    if not name or local or path.is_symlink() or (near and "/" not in name):
-        nearest = "" if "/" in name else f"; nearest known names: {near or known}"
+    if not name or name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json")) or name.count("/") > 1:
         raise ConfigurationError(
-            f"{key} must be a folder, a GGUF file, a config.json, ORG/NAME on the hub or a known name, got {name!r}"
-            + nearest
+            f"{key} must be a folder, a GGUF file, a config.json, ORG/NAME on the hub or one of {known}, got {name!r}"
         )
     return name
 
 
 def public_name(place: str) -> str:
     """A name of the model at ``place`` that is valid on other machines: on the hub, if a Python package contains it."""
-    for package, _, on_hub in _PACKAGED.values():
-        spec = find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            if place and Path(place).is_relative_to(folder):
-                return on_hub
-    return place
+    parts = Path(place).parts
+    return next((on_hub for package, _, on_hub in _PACKAGED.values() if package in parts), place)
 
 
 def stored_source(base: str) -> str:

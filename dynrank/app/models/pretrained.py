@@ -1,16 +1,14 @@
 """Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
 
-import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dynrank.app.hub import hub_answers
 from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
 from dynrank.layers.foreign import store_on, stored_on
@@ -32,8 +29,7 @@ from dynrank.layers.quantized import is_quantized
 from dynrank.layers.vocabulary import remember_tokens
 
 # The errors of transformers and the libraries below it for files that they cannot use.
-_FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-_FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
+_FAULTS = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
 # The names that transformers gives tables with a vector for each position.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 _PLAIN = ModelSettings()
@@ -48,8 +44,6 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if source.endswith(".json") and loader != AutoConfig.from_pretrained:
         raise ConfigurationError(f"{key}={name} is a config without weights; set {key} to a folder or to ORG/NAME")
     if source.endswith(".gguf"):
-        if find_spec("gguf") is None:
-            raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
         if settings.quantization != "none":
             raise ConfigurationError(
                 f"{key}={name} is a GGUF file, whose weights bitsandbytes does not pack; set model.quantization=none"
@@ -57,29 +51,23 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         options = {**options, "gguf_file": Path(source).name}
         source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
-    if not Path(source).exists() and not constants.HF_HUB_OFFLINE and not hub_answers(source, settings.revision):
-        options["local_files_only"] = True
-    try:
+    with _loading(name, key):
         return loader(source, trust_remote_code=settings.trust_remote_code, **options)
+
+
+@contextmanager
+def _loading(name: str, key: str) -> Iterator[None]:
+    """Turn the errors of transformers within the block into a ConfigurationError that names the model."""
+    try:
+        yield
     except _FAULTS as error:
         if "trust_remote_code" in str(error):
-            read = "read that code, and set model.trust_remote_code=true"
-            never = "commands do not run such code; use PEFT in your own program"
-            advice = never if key.startswith("--") else read
-            raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
+            cure = "use PEFT in your own program" if key.startswith("--") else "set model.trust_remote_code=true"
+            raise ConfigurationError(
+                f"{key}={name} runs code that comes with its files; read it, and {cure}"
+            ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
-        fix = _fix(error, key, settings)
-        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
-
-
-def folder_with(patterns: Sequence[str], name: str, key: str, settings: ModelSettings = _PLAIN) -> Path:
-    """A model's folder, or that of its snapshot in the hub's cache, which then has the files of these ``patterns``."""
-
-    def loader(source: str, trust_remote_code: bool, **options: Any) -> Path:
-        return Path(snapshot_download(source, allow_patterns=[*patterns], **options))
-
-    folder = Path(model_source(name, key))
-    return folder if folder.exists() else load_by_name(loader, name, key, settings)
+        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 
 
 def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
@@ -91,11 +79,9 @@ def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings =
     return tokenizer
 
 
-def read_config(
-    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any
-) -> PretrainedConfig:
+def read_config(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any) -> Any:
     """The config of a model, with ``changes`` such as ``num_labels=3``."""
-    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes))
+    return load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes)
 
 
 def load_classifier(
@@ -114,20 +100,23 @@ def load_classifier(
     """
     config = read_config(name, key, settings, num_labels=num_labels)
     cls = AutoModelForSequenceClassification
-    empty = _on_meta(cls, config, key, replace(settings, quantization="none"))
-    heads = _heads_of(empty, f"{key}={name!r}")
+    empty = _on_meta(cls, config, name, key, replace(settings, quantization="none"))
+    if empty.base_model is empty:
+        raise ConfigurationError(f"{key}={name!r} is a {type(empty).__name__}, whose head transformers does not name")
+    parts = [(part, child) for part, child in empty.named_children() if child is not empty.base_model]
+    heads = [part for part, child in parts if next(child.parameters(), None) is not None]
     if on_meta:
-        model = empty if settings.quantization == "none" else _on_meta(cls, config, key, settings, kept=heads)
+        model = _on_meta(cls, config, name, key, settings, kept=heads)
     else:
         # A new head replaces one that was trained for other classes.
         options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         model, info = _load(cls, config, name, key, settings, kept=heads, **options)
-        inside = tuple(f"{head}." for head in heads)
-        misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(inside)]
-        if misfits:
-            raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
-        missing = [parameter for parameter in info["missing_keys"] if not parameter.startswith(inside)]
-        heads += _new_modules(model, missing, f"{key}={name!r}")
+        absent = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        if drawn := sorted(weight for weight in absent if not weight.startswith(tuple(f"{head}." for head in heads))):
+            raise ConfigurationError(
+                f"{key}={name!r} has no weights that fit {drawn[:3]}, and transformers would draw them; give a folder "
+                "with them (AutoModelForSequenceClassification.from_pretrained(…).save_pretrained(FOLDER))"
+            )
     store_on(model, "heads", heads)
     # Without weights any token serves, and no file is needed.
     set_padding(model, 0 if on_meta else load_tokenizer(tokenizer or name, key, settings).pad_token_id)
@@ -140,57 +129,20 @@ def load_classifier(
 def set_padding(model: Any, token_id: int | None) -> None:
     """Let ``model`` know the token that pads texts: decoders classify by the last token before the padding."""
     # Of a model that also reads images, the part that reads texts has a config of its own.
-    for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = token_id
+    model.config.get_text_config().pad_token_id = token_id
 
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the modules of a model from :func:`load_classifier` that are new, or made for classes; else none."""
-    heads: list[str] = stored_on(model, "heads") or []
-    return heads
-
-
-def _heads_of(model: Any, where: str) -> list[str]:
-    """The children of a sequence classifier that are not its body, as transformers tells it."""
-    if model.base_model is model:
-        raise ConfigurationError(f"{where} is a {type(model).__name__}, which does not tell its body from its head")
-    heads = [(name, child) for name, child in model.named_children() if child is not model.base_model]
-    return [name for name, child in heads if next(child.parameters(), None) is not None]
-
-
-def _new_modules(model: nn.Module, missing: Collection[str], where: str) -> list[str]:
-    """The modules that have only ``missing`` parameters, without those inside of another.
-
-    Such a module (a pooler of BERT, if the base was stored without it) is new, so an adapter has to hold it.
-    """
-    if not missing:
-        return []
-    new: list[str] = []
-    for name, module in model.named_modules():
-        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
-        if own and own <= {*missing} and not f"{name}.".startswith(tuple(f"{outer}." for outer in new)):
-            new.append(name)
-    inside = tuple(f"{name}." for name in new)
-    lost = sorted(parameter for parameter in missing if not parameter.startswith(inside))
-    packed = [name for name in new if any(map(is_quantized, model.get_submodule(name).modules()))]
-    if lost or packed:
-        raise ConfigurationError(
-            f"{where} lacks the weights of {(lost or packed)[:3]}, so they are new; an adapter can hold only whole "
-            "modules that are not packed (model.quantization); take another model"
-        )
-    return new
+    return cast(list[str], stored_on(model, "heads") or [])
 
 
 def positions(model: nn.Module) -> float:
     """The most tokens that a model can read, if it has learned a vector for each position; otherwise inf."""
     tables = [m for name, m in model.named_modules() if name.endswith(_POSITIONS) and isinstance(m, nn.Embedding)]
-    return min((m.num_embeddings - _first_position(m) for m in tables), default=inf)
-
-
-def _first_position(table: nn.Embedding) -> int:
     # RoBERTa and others count from behind the padding's position, BART and OPT from an offset.
-    own = getattr(table, "offset", 0)
-    return own if own or table.padding_idx is None else table.padding_idx + 1
+    firsts = [getattr(m, "offset", 0) or (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables]
+    return min((m.num_embeddings - first for m, first in zip(tables, firsts, strict=True)), default=inf)
 
 
 def load_causal_lm(
@@ -199,10 +151,9 @@ def load_causal_lm(
     """A pre-trained causal language model; ``on_meta`` builds it without memory for weights."""
     config = read_config(name, key, settings)
     if on_meta:
-        return cast(nn.Module, _on_meta(AutoModelForCausalLM, config, key, settings))
+        return cast(nn.Module, _on_meta(AutoModelForCausalLM, config, name, key, settings))
     model, info = _load(AutoModelForCausalLM, config, name, key, settings)
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(f"{key}={name!r} is no causal language model: it lacks {missing[:3]}")
     return cast(nn.Module, model)
 
@@ -214,20 +165,16 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
-    quantizer = getattr(model, "hf_quantizer", None) if gguf else None
     # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
+    if gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
     return model, info
 
 
 def _enable_checkpointing(model: Any) -> None:
     """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
-    try:
-        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigurationError(f"{error}; set model.gradient_checkpointing=false") from None
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _load(
@@ -235,7 +182,8 @@ def _load(
 ) -> tuple[Any, Any]:
     options |= _options(config, settings)
     if settings.quantization != "none":
-        options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
+        with _loading(name, key):
+            options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
     # An adapter says by these on which base it was trained; transformers itself forgets the revision.
     store_on(model, "revision", settings.revision)
@@ -250,24 +198,16 @@ def _load(
     return model, info
 
 
-def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Sequence[str] = ()) -> Any:
+def _on_meta(cls: Any, config: Any, name: str, key: str, settings: ModelSettings, kept: Sequence[str] = ()) -> Any:
     options = _options(config, settings)
-    try:
+    with _loading(name, key):
         with torch.device("meta"):
             model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
-    except _FAULTS as error:
-        fix = _fix(error, key, settings)
-        raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error
-    if settings.quantization != "none":
-        _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
+        if settings.quantization != "none":
+            _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:
         _enable_checkpointing(model)
     return model
-
-
-def _fix(error: Exception, key: str, settings: ModelSettings) -> str:
-    """The key that fixes ``error``: an ImportError means that the package of the chosen attention is missing."""
-    return "model.attention" if isinstance(error, ImportError) and settings.attention != "auto" else key
 
 
 def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any]:
@@ -285,10 +225,6 @@ def _in_dtype_of_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
 
 def _packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
     """The config for ``from_pretrained`` that packs all linear layers except ``kept`` (if empty, the output head)."""
-    for package in ("bitsandbytes", "accelerate"):
-        if find_spec(package) is None:
-            needed = f"model.quantization={settings.quantization} needs {package}"
-            raise ConfigurationError(f"{needed}: pip install 'dynrank[hf,optimizers]'")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     options = {"load_in_4bit": True, **nf4} if settings.quantization == "nf4" else {"load_in_8bit": True}
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=[*kept] or None)

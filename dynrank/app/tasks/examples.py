@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from jinja2 import TemplateError
 
-from dynrank.app.models.generating import closing_tokens
+from dynrank.app.models.generating import open_ids
 from dynrank.errors import ConfigurationError, shown
 
 _NUMBER = datasets.Value("int32")
@@ -58,16 +58,10 @@ def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any) -> Iterator[d
     end = tokenizer.eos_token
     pairs = [*zip(rows["prompt"], rows["answer"], strict=True)]
     wholes = [prompt + answer + ("" if answer.endswith(end) else end) for prompt, answer in pairs]
-    ids = zip(_open(rows["prompt"], tokenizer), _open(wholes, tokenizer), strict=True)
+    ids = zip(open_ids(tokenizer, rows["prompt"]), open_ids(tokenizer, wholes), strict=True)
     for (_, answer), (asked, whole) in zip(pairs, ids, strict=True):
         start = len(commonprefix([asked, whole]))
         yield _example(whole, _from(start, whole), asked, answer, start)
-
-
-def _open(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of texts, without an end that the tokenizer puts behind each."""
-    closing = closing_tokens(tokenizer)
-    return [ids[: len(ids) - closing] for ids in tokenizer([*texts])["input_ids"]]
 
 
 def _from(start: int, ids: Sequence[int]) -> list[bool]:
@@ -76,7 +70,7 @@ def _from(start: int, ids: Sequence[int]) -> list[bool]:
 
 
 def _of_texts(rows: Sequence[str], tokenizer: Any, max_length: int, packed: bool) -> Iterator[dict[str, Any]]:
-    texts = [[*ids, tokenizer.eos_token_id] for ids in _open(rows, tokenizer)]
+    texts = [[*ids, tokenizer.eos_token_id] for ids in open_ids(tokenizer, rows)]
     for whole in [[*chain(*texts)]] if packed else texts:
         for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]

@@ -118,10 +118,9 @@ class LanguageModeling(TextTask):
         written["tokenizer"] = self.own_tokenizer
         if self.form == "chat" and not self.tokenizer.chat_template:
             raise ConfigurationError(f"the tokenizer of task.model={self.model} has no chat template; set task.model")
-        if not on_meta:
-            # The rows are checked before the weights are loaded, so that faults are reported early.
-            first = self.rows["train"][0]
-            written["end_of_turn"] = end_of_turn_of(self.tokenizer, first["messages"]) if self.form == "chat" else None
+        # The rows are checked before the weights are loaded, so that faults are reported early.
+        if not on_meta and self.rows and self.form == "chat":
+            written["end_of_turn"] = end_of_turn_of(self.tokenizer)
         return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
 
     @property
@@ -164,7 +163,7 @@ class LanguageModeling(TextTask):
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         prompts = self._padded([torch.tensor(example["asked"]) for example in examples], "left")
-        return {**prompts, "answers": [example["answer"] for example in examples], "is_turn": self.form == "chat"}
+        return {**prompts, "answers": [example["answer"] for example in examples]}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
         masks = [torch.ones_like(row) for row in rows]
@@ -231,18 +230,17 @@ class LanguageModel(AdapterModule):
         if "answers" not in batch:
             super().evaluate(batch, split)
             return
-        texts = self.continuations(batch["input_ids"], batch["attention_mask"], is_turn=batch["is_turn"])
+        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
         written: Any = self.written[split]
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
-    def continuations(self, input_ids: Tensor, attention_mask: Tensor, *, is_turn: bool = False) -> list[str]:
+    def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
         """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
 
         Args:
             input_ids: int64 (batch, length), padded on the left.
             attention_mask: (batch, length).
-            is_turn: whether they are turns of chats.
         """
         return greedy_texts(
             self.model,
@@ -251,7 +249,6 @@ class LanguageModel(AdapterModule):
             attention_mask,
             self.max_new_tokens,
             end_of_turn=self.end_of_turn,
-            is_turn=is_turn,
             # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced=self.device_mesh is not None,
         )

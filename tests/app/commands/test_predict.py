@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from trained import updated
@@ -28,9 +30,8 @@ from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
 from dynrank.app.commands import cli
 from dynrank.app.commands.predict import _rows
 from dynrank.app.console import one_line
-from dynrank.app.models.base_model import on_base
-from dynrank.app.models.predicting import classified
-from dynrank.app.tasks.data.source import read_source
+from dynrank.app.tasks.data.columns import COLUMNS
+from dynrank.app.tasks.data.stored import system_prompt
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
 
@@ -42,7 +43,7 @@ TEMPLATE = (
 LABELS = ["LABEL_0", "LABEL_10", "LABEL_2"]
 SUBJECTS = ["" if i % 5 == 0 else f"Ticket {i}" for i in range(30)]
 BODIES = [f'first line {i * i}\nsecond, "{i}" ' * (i % 4 + 1) for i in range(30)]
-ROWS = [{"id": f"00{i}", "Subject": SUBJECTS[i], "Body": BODIES[i], "score": 1.5e-12 * i} for i in range(30)]
+ROWS = [{"id": i, "Subject": SUBJECTS[i], "Body": BODIES[i]} for i in range(30)]
 TEXTS = ["\n".join(filter(None, (row["Subject"], row["Body"]))) for row in ROWS]
 
 
@@ -70,20 +71,6 @@ def classifier(tiny_bert, tmp_path_factory):
     return adapter(folder, model, tiny_bert, inputs, modules_to_save=["classifier"])
 
 
-@pytest.fixture(scope="module")
-def by_peft(classifier, tiny_bert):
-    """The label and probability of each text by PEFT, alone, cut as in training."""
-    model = PeftModel.from_pretrained(classifier_of(tiny_bert), classifier).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    found = []
-    for text in TEXTS:
-        inputs = tokenizer(text, truncation=True, max_length=20, return_tensors="pt", return_token_type_ids=False)
-        with torch.no_grad():
-            value, index = model(**inputs).logits[0].softmax(-1).max(0)
-        found.append((LABELS[index], float(value)))
-    return found
-
-
 @pytest.fixture
 def writer(tiny_llama, tmp_path):
     """An adapter on a copy of the tiny Llama beside it, in ``base``, that learned ``form``."""
@@ -103,41 +90,32 @@ def writer(tiny_llama, tmp_path):
 
 
 def write(path, rows):
-    table = pd.DataFrame(rows)
-    if path.suffix == ".parquet":
-        table.to_parquet(path)
-    elif path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    else:
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
 
 def read(path):
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path).to_dict("records")
-    if path.suffix == ".csv":
-        return pd.read_csv(path, dtype={"id": str}).to_dict("records")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = {".csv": pd.read_csv, ".jsonl": partial(pd.read_json, lines=True), ".parquet": pd.read_parquet}
+    return kinds[path.suffix](path)
 
 
-@pytest.mark.parametrize(("kind", "out"), [("csv", "csv"), ("jsonl", "parquet"), ("parquet", "jsonl")])
-def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classifier, by_peft, launch, tmp_path):
-    """With an unusable row in between."""
-    file = write(tmp_path / f"rows.{kind}", [*ROWS[:7], {**ROWS[0], "Subject": "", "Body": " "}, *ROWS[7:]])
-    options = ["--batch-size", 4, "--skip-unusable"]
-    code, _, said = launch(cli.main, "predict", classifier, file, "--out", f"out.{out}", *options)
-    assert code == 0, said
-    assert "left out         1 rows" in said
-    answers = read(tmp_path / f"out.{out}")
-    assert [*answers[0]] == ["row", "label", "probability"]
-    # The heading of a csv file is row 1.
-    first = 2 if kind == "csv" else 1
-    assert [row["row"] - first for row in answers] == [i for i in range(31) if i != 7]
-    assert [row["label"] for row in answers] == [label for label, _ in by_peft]
-    assert len({row["label"] for row in answers}) > 1
-    assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-4)
-    assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
+def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(classifier, tiny_bert, launch, tmp_path):
+    """Cut as in training; the heading of the file is row 1."""
+    pd.DataFrame(ROWS).to_csv(tmp_path / "rows.csv", index=False)
+    model = PeftModel.from_pretrained(classifier_of(tiny_bert), classifier).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    options = {"truncation": True, "max_length": 20, "return_tensors": "pt", "return_token_type_ids": False}
+    with torch.no_grad():
+        best = [model(**tokenizer(text, **options)).logits[0].softmax(-1).max(0) for text in TEXTS]
+    expected = [LABELS[index] for _, index in best]
+    assert len({*expected}) > 1
+    for out in (tmp_path / f"out{kind}" for kind in (".csv", ".jsonl", ".parquet")):
+        code, _, said = launch(cli.main, "predict", classifier, "rows.csv", "--out", out, "--batch-size", 4)
+        assert code == 0, said
+        answers = read(out)
+        assert [*answers] == ["row", "label", "probability"]
+        assert ([*answers["row"]], [*answers["label"]]) == ([*range(2, 32)], expected)
+        assert [*answers["probability"]] == pytest.approx([float(value) for value, _ in best], abs=1e-4)
 
 
 def never(*_, **__):
@@ -145,38 +123,29 @@ def never(*_, **__):
 
 
 def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
-    classifier, tiny_bert, launch, tmp_path, monkeypatch
+    classifier, launch, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("dynrank.app.commands.predict.on_base", never)
-    empty = {"id": "", "Subject": "", "Body": " ", "label": "x"}
-    file = write(tmp_path / "rows.csv", [empty, *({**row, "label": "x"} for row in ROWS[:3]), empty])
+    empty = {"Subject": "", "Body": " "}
+    file = write(tmp_path / "rows.jsonl", [empty, *ROWS[:3], empty])
     (tmp_path / "taken.csv").write_text("")
     (tmp_path / "tickets").mkdir()
     (tmp_path / "lines.log").write_text("a\n\nb\n")
     (tmp_path / "broken.json").write_text("[{")
     for options, message in {
-        (file,): "rows 2, 6: text must be a text that is not blank, got ''",
-        (file, "--out", "out.xlsx"): "--out must be a new file that ends in one of ['.csv', '.parquet', '.jsonl']",
+        (file,): "rows 1, 5: text must be a text that is not blank, got ''",
+        (file, "--out", "out.xlsx"): "--out must be a new file that ends in one of ['.csv', '.jsonl', '.parquet']",
         (file, "--out", "taken.csv"): "--out must be a new file",
-        (file, "--columns", "text=Text"): "no column 'Text'; it has [",
-        (file, "--columns", "prompt=Body"): "--columns NAME must name one of ['text'] for the form classification",
-        ("a text", "--columns", "text=Body"): "--columns must go with a file of columns",
         ("a text", "--batch-size", 0): "batch_size must be greater than or equal to 1, got 0 (--batch-size)",
-        (file, "--chat"): "cannot answer rows of the form chat",
         ("absent.csv",): "FILE=absent.csv does not exist; set FILE to a file (.csv, .tsv, ",
         ("broken.json",): "FILE=broken.json cannot be read",
-        ("lines.log",): "FILE=lines.log has rows that cannot be used; correct them, or give --skip-un",
-        ("-",): "TEXT must be texts, or one file, got '-'",
+        ("lines.log",): "FILE=lines.log has rows that cannot be used; correct them:\n  row 2: text must",
         ("tickets",): "TEXT must be texts, or one file, got 'tickets'",
         ("a text", "taken.csv"): "TEXT must be texts, or one file, got 'taken.csv' of 2",
     }.items():
         code, _, said = launch(cli.main, "predict", classifier, *options)
         assert (code, message in said) == (2, True), said
     assert (tmp_path / "taken.csv").read_text() == ""
-    assert not (tmp_path / "out.csv").exists()
-    for folder in ("tickets", tiny_bert):
-        code, _, said = launch(cli.main, "predict", folder, "a text")
-        assert (code, "adapter" in said) == (2, True), said
 
 
 def test_what_neither_classifies_nor_goes_on_with_a_text_is_refused(tiny_bert, tiny_llama, launch, tmp_path):
@@ -189,35 +158,19 @@ def test_what_neither_classifies_nor_goes_on_with_a_text_is_refused(tiny_bert, t
         assert (code, printed, f"adapts a {numbers}; dynrank predict asks classifiers" in said) == (2, "", True), said
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
-    T5ForConditionalGeneration(T5Config(vocab_size=600, d_model=16, d_kv=8, d_ff=24, num_layers=1)).save_pretrained(
-        base
-    )
-    model = T5ForConditionalGeneration.from_pretrained(base)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=600, d_model=16, d_kv=8, d_ff=24, num_layers=1))
+    model.save_pretrained(base)
     code, printed, said = launch(cli.main, "predict", adapter(tmp_path / "t5", model, base, None), "a text")
     assert (code, printed, "adapts a T5ForConditionalGeneration; dynrank predict" in said) == (2, "", True), said
 
 
-def test_an_interrupted_command_leaves_no_file_and_begins_anew(classifier, launch, tmp_path, monkeypatch):
-    write(tmp_path / "rows.csv", ROWS)
-    command = ["predict", classifier, "rows.csv", "--batch-size", 4, "--out"]
-    assert launch(cli.main, *command, "whole.parquet")[0] == 0
-    asked = []
-    forward = TextClassificationPipeline.forward
-
-    def stopping(self, inputs, **options):
-        asked.append(len(inputs["input_ids"]))
-        if sum(asked) == 16:
-            raise KeyboardInterrupt
-        return forward(self, inputs, **options)
+def test_an_interrupted_command_leaves_no_file(classifier, launch, tmp_path, monkeypatch):
+    def stopping(*_, **__):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(TextClassificationPipeline, "forward", stopping)
-    code, _, said = launch(cli.main, *command, "out.parquet")
-    assert (code, "30 rows; if this is interrupted, it begins anew" in said) == (130, True), said
+    assert launch(cli.main, "predict", classifier, "a text", "--out", "out.parquet")[0] == 130
     assert not [*tmp_path.glob("out*")]
-    asked.clear()
-    monkeypatch.setattr(TextClassificationPipeline, "forward", forward)
-    assert launch(cli.main, *command, "out.parquet")[0] == 0
-    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
 def greedy(folder, prompt, count=12):
@@ -248,16 +201,13 @@ def test_chats_are_answered_with_the_system_prompt_that_was_learned(writer, laun
     with_system = [{"role": "system", "content": "Be brief."}, *asked]
     write(tmp_path / "rows.jsonl", [{"talk": talk} for talk in (asked, answered, with_system)])
     prompt = "<|system|>{}<|end|><|user|>who\nare you<|end|><|assistant|>"
-    texts = [prompt.format(text) for text in ("Be kind.", "Be brief.", "Be rude.")]
-    learned, brief, given = (until(*greedy(folder, text), ends) for text in texts)
-    assert len({learned, brief, given}) == 3
+    learned, brief = (until(*greedy(folder, prompt.format(text)), ends) for text in ("Be kind.", "Be brief."))
+    assert learned != brief
     options = ["--max-new-tokens", 12, "--batch-size", 2]
-    for extra, expected in (((), learned), (("--system", "Be rude."), given)):
-        out = tmp_path / f"{len(extra)}.jsonl"
-        code, _, said = launch(cli.main, "predict", folder, "rows.jsonl", *options, *extra, "--out", out)
-        assert code == 0, said
-        assert [row["answer"] for row in read(out)] == [expected, expected, brief]
-    # Texts are first turns of a chat, without --chat.
+    code, _, said = launch(cli.main, "predict", folder, "rows.jsonl", *options, "--out", "out.jsonl")
+    assert code == 0, said
+    assert [*read(tmp_path / "out.jsonl")["answer"]] == [learned, learned, brief]
+    # Texts are first turns of a chat.
     code, printed, _ = launch(cli.main, "predict", folder, "who\nare you", *options)
     assert printed == f"{one_line(learned)}\n"
 
@@ -277,14 +227,8 @@ def test_a_chat_ends_where_its_template_ends_a_turn(writer, launch, tmp_path):
     for at in (base, folder):
         tokenizer.save_pretrained(at)
     expected = tokenizer.decode(tokens[:place])
-    command = ["predict", folder, "who are you", "--max-new-tokens", 12]
-    by_run = launch(cli.main, *command)
-    # Adapters of other programs say nothing of their training.
-    (folder / "inputs.json").rename(tmp_path / "inputs.json")
-    by_user = launch(cli.main, *command, "--chat")
-    (tmp_path / "inputs.json").rename(folder / "inputs.json")
-    for code, printed, said in (by_run, by_user):
-        assert (code, printed) == (0, f"{one_line(expected)}\n"), said
+    code, printed, said = launch(cli.main, "predict", folder, "who are you", "--max-new-tokens", 12)
+    assert (code, printed) == (0, f"{one_line(expected)}\n"), said
     talk = [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "ok"}]
     data = dict.fromkeys(["train", "val", "test"], [{"messages": talk}] * 8)
     module = LanguageModeling(str(base), data, form="chat", max_new_tokens=12).module({"rank": 2, "alpha": 8}, {})
@@ -298,92 +242,58 @@ def test_a_chat_ends_where_its_template_ends_a_turn(writer, launch, tmp_path):
     assert made.tolist() == tokens[: place + 1]
 
 
-@pytest.mark.parametrize("settings", [{"repetition_penalty": 4.0}, {"num_beams": 3}])
-def test_answers_are_greedy_whatever_the_base_says_of_generation(settings, writer, launch, tmp_path):
-    folder = writer("completion", eos_token_id=0, **settings)
-    tokens, tokenizer = greedy(folder, "def first", count=24)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    ids = tokenizer("def first", return_tensors="pt")
-    own = PeftModel.from_pretrained(base, folder).eval().generate(**ids, max_new_tokens=24, do_sample=False)
-    assert own[0, ids["input_ids"].shape[1] :].tolist() != tokens
-    code, printed, said = launch(cli.main, "predict", folder, "def first", "--max-new-tokens", 24)
-    assert (code, printed) == (0, f"{one_line(until(tokens, tokenizer))}\n"), said
-    assert launch(cli.main, "merge", folder, "--out", "merged")[0] == 0
-    kept = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert settings.items() <= kept.items()
-
-
-@pytest.mark.parametrize("end_is_added", [False, True])
-def test_each_prompt_of_a_batch_is_answered_as_alone(end_is_added, writer, launch, tmp_path):
-    """Also by a tokenizer that puts an end behind texts, as ``add_eos_token=True`` of Llama's and Mistral's."""
-    folder = writer("completion")
+def test_each_prompt_of_a_batch_is_answered_greedily_as_alone(writer, launch, tmp_path):
+    """Whatever the base says of generation, and by a tokenizer that puts an end behind texts (``add_eos_token``)."""
+    folder = writer("completion", num_beams=3, repetition_penalty=4.0)
     prompts = ["who are you " * 9, "remove a tree", "copy the file"]
     # No token ends an answer.
-    expected = [one_line(until(*greedy(folder, prompt), ends=())) for prompt in prompts]
+    tokens, tokenizer = zip(*(greedy(folder, prompt) for prompt in prompts), strict=True)
+    expected = [one_line(until(own, tokenizer[0], ends=())) for own in tokens]
     assert len({*expected}) == 3
-    if end_is_added:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer._tokenizer.post_processor = TemplateProcessing(
-            single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-        )
-        tokenizer.save_pretrained(folder)
-        assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][-1] == tokenizer.eos_token_id
+    base = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder).eval()
+    ids = tokenizer[0](prompts[0], return_tensors="pt")["input_ids"]
+    assert base.generate(input_ids=ids, max_new_tokens=12)[0, ids.shape[1] :].tolist() != tokens[0]
+    end = tokenizer[0].eos_token
+    process = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer[0].eos_token_id)])
+    tokenizer[0]._tokenizer.post_processor = process
+    tokenizer[0].save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][-1] == tokenizer[0].eos_token_id
     code, printed, said = launch(cli.main, "predict", folder, *prompts, "--max-new-tokens", 12, "--batch-size", 2)
     assert (code, printed.splitlines()) == (0, expected), said
 
 
-@pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
-def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system, tiny_llama):
-    rows = [
-        {"messages": [*([{"role": "system", "content": prompt}] if prompt else []),
-                      {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-        for prompt in prompts
-    ]  # fmt: skip
-    task = LanguageModeling(str(tiny_llama), dict.fromkeys(["train", "val", "test"], rows), form="chat")
-    assert (task.training_inputs.form, task.training_inputs.system) == ("chat", system)
+def test_a_system_prompt_is_learned_if_all_chats_begin_with_it():
+    for prompts, system in ((["s", "s"], "s"), (["s", "t"], None)):
+        chats = [[{"role": "system", "content": prompt}, *CHAT] for prompt in prompts]
+        assert system_prompt(Dataset.from_dict({"messages": chats})) == system
 
 
-UNKNOWN = {"text": "T", "prompt": "Q", "messages": [{"role": "user", "content": "M"}], "system": "S", "input": "I"}
-LEARNED = {
-    "texts": Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"}),
-    "prompts": Inputs("completion", {"prompt": "prompt", "answer": "answer"}),
-    "prompts with inputs": Inputs("completion", {"prompt": "prompt", "input": "context", "answer": "answer"}),
-    "chats": Inputs("chat", {"messages": "talk"}),
-}
-# (what training read, a row, the user's names of columns, what the model is asked)
+CHAT = [{"role": "user", "content": "M"}]
+UNKNOWN = {"text": "T", "prompt": "Q", "messages": CHAT, "system": "S", "input": "I"}
+TRAINED = Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"})
+# (the form, what training read, a row, what the model is asked, or what is wrong)
 READ = [
-    ("texts", {"Subject": "S", "Body": "B", "text": "T", "queue": "login"}, {}, "S\nB"),
-    ("texts", {"Title": "S", "Body": "B"}, {"text": ("Title", "Body")}, "S\nB"),
-    ("texts", {"text": "T"}, {}, "no column 'Subject'; it has ['text']; set --columns text=NAME"),
-    ("prompts", {"prompt": "Q", "context": "note", "input": "i"}, {}, "Q"),
+    ("classification", TRAINED, {"Subject": "S", "Body": "B", "text": "T", "queue": "login"}, "S\nB"),
+    ("classification", TRAINED, {"text": "T"}, "no column 'Subject'; it has ['text']; rename one"),
     # As version 0.4 wrote it.
-    (
-        "prompts with inputs",
-        {"prompt": "Q", "context": "i"},
-        {},
-        "read a column as 'input', which this version does no",
-    ),
-    ("prompts with inputs", {"prompt": "Q", "context": "i"}, {"prompt": ("prompt", "context")}, "Q\ni"),
-    ("chats", {"talk": [{"role": "user", "content": "M"}]}, {}, ["M"]),
-    ("classification", UNKNOWN, {}, "T"),
-    ("completion", UNKNOWN, {}, "Q"),
-    ("chat", UNKNOWN, {}, ["M"]),
+    ("completion", Inputs("completion", {"prompt": "prompt", "input": "context"}), UNKNOWN, "got ['input']; join"),
+    ("chat", Inputs("chat", {"messages": "talk"}), {"talk": CHAT, "messages": "x"}, CHAT),
+    ("classification", Inputs(), UNKNOWN, "T"),
+    ("completion", Inputs(), UNKNOWN, "Q"),
+    ("text", Inputs("text", {"text": "text"}), UNKNOWN, "T"),
 ]
 
 
-@pytest.mark.parametrize(("learned", "row", "given", "expected"), READ)
+@pytest.mark.parametrize(("form", "learned", "row", "expected"), READ)
 def test_the_columns_that_training_read_are_read_or_missed_and_others_left_alone(
-    learned, row, given, expected, tmp_path
+    form, learned, row, expected, tmp_path
 ):
-    inputs = LEARNED.get(learned, Inputs())
-    table = read_source(str(write(tmp_path / "rows.jsonl", [row])), "FILE", "test")
-    if "column" in expected:
+    texts = [str(write(tmp_path / "rows.jsonl", [row]))]
+    if ";" in expected:
         with pytest.raises(ConfigurationError, match=re.escape(expected)):
-            _rows(table, inputs.form or learned, inputs, given, False)
-        return
-    (found,) = _rows(table, inputs.form or learned, inputs, given, False).to_list()
-    chat = [turn["content"] for turn in found.get("messages", ())]
-    assert (chat or found.get("prompt") or found["text"]) == expected
+            _rows(texts, form, learned)
+    else:
+        assert _rows(texts, form, learned)[COLUMNS[form][0]][:] == [expected]
 
 
 def test_prompts_that_leave_no_positions_for_an_answer_are_refused_before_an_answer(tiny_llama, launch, tmp_path):
@@ -393,47 +303,24 @@ def test_prompts_that_leave_no_positions_for_an_answer_are_refused_before_an_ans
     model = GPT2LMHeadModel.from_pretrained("base")
     adapter(tmp_path / "adapter", model, "base", Inputs("completion", {"prompt": "prompt"}))
     # The last of 12 new tokens is not read.
-    longest = "x"
-    while len(tokenizer(longest)["input_ids"]) < 21:
-        longest += "x"
-    for last, refused in ((longest, False), (f"{longest} y", True)):
-        write(tmp_path / "rows.csv", [{"prompt": prompt} for prompt in ("who are you", last)])
-        out = tmp_path / f"{refused}.jsonl"
-        command = ["predict", "adapter", "rows.csv", "--max-new-tokens", 12, "--batch-size", 1, "--out", out]
-        code, printed, said = launch(cli.main, *command)
-        assert (code, printed, out.exists()) == (2 * refused, "", not refused), said
-        assert ("tokens, and --max-new-tokens=12 must fit into the 32 positions" in said) == refused
+    for count, refused in ((21, False), (22, True)):
+        prompt = tokenizer.decode([5] * count)
+        assert len(tokenizer(prompt)["input_ids"]) == count
+        write(tmp_path / "rows.jsonl", [{"prompt": "who are you"}, {"prompt": prompt}])
+        code, printed, said = launch(cli.main, "predict", "adapter", "rows.jsonl", "--max-new-tokens", 12)
+        assert (code, bool(printed)) == (2 * refused, not refused), said
+        assert ("22 tokens, and --max-new-tokens=12 must fit into the 32 positions" in said) == refused
 
 
-def test_chats_that_the_template_refuses_are_listed_before_the_model_is_loaded(writer, launch, tmp_path, monkeypatch):
+def test_a_chat_that_the_template_refuses_is_named_before_the_model_is_loaded(writer, launch, tmp_path, monkeypatch):
     """As templates do that know no system prompt, or only turns that alternate."""
-    refusing = (
-        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
-    )
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
     folder = writer("chat", refusing + TEMPLATE)
     user = {"role": "user", "content": "who are you"}
-    talks = [[user], [user, user], [user, {"role": "assistant", "content": "x"}, user], [user, user, user]]
-    write(tmp_path / "rows.jsonl", [{"messages": talk} for talk in talks])
-    command = ["predict", folder, "rows.jsonl", "--max-new-tokens", 3, "--out", "out.jsonl"]
-    code, _, said = launch(cli.main, *command, "--skip-unusable")
-    assert code == 0, said
-    assert "left out         2 rows that the chat template refuses" in said
-    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [1, 3]
+    write(tmp_path / "rows.jsonl", [{"messages": talk} for talk in ([user], [user, user])])
     monkeypatch.setattr("dynrank.app.commands.predict.on_base", never)
-    message = "rows 2, 4: the chat template refuses it: roles must alternate"
-    code, _, said = launch(cli.main, *command[:-1], "new.jsonl")
-    assert (code, message in said) == (2, True), said
-    # No row is left.
-    code, _, said = launch(cli.main, *command[:-1], "new.jsonl", "--system", "Be brief.", "--skip-unusable")
-    assert (code, "rows 1, 2, 3, 4: the chat template refuses it" in said) == (2, True), said
+    code, _, said = launch(cli.main, "predict", folder, "rows.jsonl")
+    assert (code, "the chat template refuses [{" in said, "roles must alternate" in said) == (2, True, True), said
     (folder / "chat_template.jinja").unlink()
-    code, _, said = launch(cli.main, *command[:-1], "new.jsonl")
-    assert (code, "need a tokenizer with a chat template" in said) == (2, True), said
-
-
-def test_a_text_is_cut_where_the_model_ends_if_training_did_not_cut(classifier):
-    model = on_base(dynrank.read_adapter(classifier), None).eval()
-    tokenizer = AutoTokenizer.from_pretrained(classifier, model_max_length=10**30)
-    found = [[*classified(model, tokenizer, ["word " * 900], cut, 1)] for cut in (None, 600, 512)]
-    assert found[0] == found[1] == found[2]
+    code, _, said = launch(cli.main, "predict", folder, "rows.jsonl")
+    assert (code, "chat_template is not set" in said) == (2, True), said

@@ -40,19 +40,8 @@ def test_model_of_the_file_is_the_model_and_has_the_same_layers_on_meta(llama, f
     meta = load_causal_lm(file, on_meta=True)
     assert {name: parameter.shape for name, parameter in meta.named_parameters()} == shapes
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("on_meta", [False, True])
-def test_weights_of_the_file_are_not_packed_again(on_meta, file):
     with pytest.raises(ConfigurationError, match="is a GGUF file, .*; set model.quantization=none"):
-        load_causal_lm(file, settings=ModelSettings(quantization="nf4"), on_meta=on_meta)
-
-
-def test_tokenizer_of_the_file_gives_text_back(file):
-    tokenizer = load_tokenizer(file)
-    ids = tokenizer("the model\n    of the file")["input_ids"]
-    assert tokenizer.decode(ids) == "the model\n    of the file"
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0)
+        load_causal_lm(file, settings=ModelSettings(quantization="nf4"))
 
 
 def test_adapter_is_merged_into_the_model_of_the_file(file, tmp_path):
@@ -65,4 +54,8 @@ def test_adapter_is_merged_into_the_model_of_the_file(file, tmp_path):
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     expected = model.eval()(input_ids=IDS).logits
     torch.testing.assert_close(merged(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-4)
-    assert load_tokenizer(str(tmp_path / "merged"))("the model")["input_ids"]
+    # The tokenizer of the file is written beside it.
+    tokenizers = [load_tokenizer(place) for place in (file, str(tmp_path / "merged"))]
+    ids, written = (tokenizer("the model\n    of the file")["input_ids"] for tokenizer in tokenizers)
+    assert ids == written
+    assert tokenizers[0].decode(ids) == "the model\n    of the file"

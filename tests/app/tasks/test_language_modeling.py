@@ -123,7 +123,7 @@ def test_quality_of_what_is_written(case, task, module, regression):
     write, expected = CASES[case]
     answers = [answer for batch in task.test_dataloader()[-1] for answer in batch["answers"]]
     made = iter([write(i, answer) for i, answer in enumerate(answers)])
-    module.continuations = lambda ids, mask, is_turn: [next(made) for _ in ids]
+    module.continuations = lambda ids, mask: [next(made) for _ in ids]
     results = regression[2]().test(module, task, verbose=False)
     metrics = {name: value for of_loader in results for name, value in of_loader.items()}
     assert {name: metrics[f"test/{name}"] for name in expected} == pytest.approx(expected)

@@ -11,7 +11,6 @@ from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.app.runs import job
 from dynrank.app.tasks.language_modeling import LanguageModel
-from dynrank.errors import ConfigurationError
 from dynrank.layers.quantized import is_quantized
 
 ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i % 3]}"} for i in range(60)]
@@ -55,8 +54,3 @@ def test_settings_reach_the_model(tiny_llama):
     # The config of the model says float32.
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.is_gradient_checkpointing
-
-
-def test_attention_that_is_not_installed_is_named(tiny_llama):
-    with pytest.raises(ConfigurationError, match=r"(FlashAttention2|flash_attn).*set model\.attention"):
-        load_causal_lm(str(tiny_llama), settings=ModelSettings(attention="flash_attention_2"))

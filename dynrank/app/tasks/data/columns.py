@@ -45,35 +45,31 @@ def each(theirs: Theirs) -> tuple[str, ...]:
     return (theirs,) if isinstance(theirs, str) else theirs
 
 
-def find_columns(
-    columns: Sequence[str], given: Given, form: Form, where: str, *, trained: Given | None = None, asked: bool = False
-) -> Columns:
+def find_columns(columns: Sequence[str], given: Given, form: Form, where: str, *, asked: bool = False) -> Columns:
     """The columns of ``form`` among those of the data.
 
     Args:
         columns: the names of the columns that the data have.
-        given: the user's names.
+        given: the user's names, or those of training.
         form: form of the rows.
         where: name of the data in errors.
-        trained: the names in the training data, which hold where none is given.
         asked: whether the rows are questions, which need no label or answer.
     """
-    setting = "data.columns." if where.startswith("data") else "--columns "
     wanted = [ours for ours in COLUMNS[form] if not (asked and ours in _ANSWERS)]
     if unread := [ours for ours, theirs in given.items() if theirs and ours not in wanted]:
-        raise ConfigurationError(f"{setting}NAME must name one of {wanted} for the form {form}, got {unread}")
+        raise ConfigurationError(f"data.columns.NAME must name one of {wanted} for the form {form}, got {unread}")
     found: dict[str, Theirs] = {}
     for ours in wanted:
         usual = next((name for name in (ours, _ALSO.get(ours, ours)) if name in columns), ours)
-        chosen = given.get(ours) or (trained or {}).get(ours) or usual
+        chosen = given.get(ours) or usual
         theirs = found[ours] = chosen if isinstance(chosen, str) else tuple(chosen)
         if ours in ("label", "messages") and not isinstance(theirs, str):
-            raise ConfigurationError(f"{setting}{ours} must be one column, got {[*theirs]}; only texts are joined")
+            raise ConfigurationError(f"data.columns.{ours} must be one column, got {[*theirs]}; only texts are joined")
         for name in each(theirs):
             if name not in columns:
                 near = get_close_matches(name.lower(), columns, n=1)
-                cure = f"set {setting}{ours}={near[0] if near else 'NAME'}"
-                # A function of Python has no key for it.
-                cure = "rename one" if where.startswith("data,") else cure
+                cure = f"set data.columns.{ours}={near[0] if near else 'NAME'}"
+                # A function of Python and dynrank predict have no key for it.
+                cure = cure if where.startswith("data.") else "rename one"
                 raise ConfigurationError(f"{where} has no column {name!r}; it has {[*columns]}; {cure}")
     return Columns(form, found, asked)

@@ -72,9 +72,8 @@ def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
         said.append(f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:SHOWN]))}{more}: {fault}")
     said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
     advice = "correct them"
-    # Only these keys have the other.
+    # The rows of dynrank predict have no such key.
     advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
-    advice += ", or give --skip-unusable" if where.startswith(("FILE", "TEXT")) else ""
     raise ConfigurationError("\n  ".join([f"{where} has rows that cannot be used; {advice}:", *said]))
 
 

@@ -90,12 +90,9 @@ def test_columns_that_do_not_fit_are_named(said):
         find_columns([*columns], given, form, "data.train")
 
 
-def test_names_of_training_hold_where_none_is_given():
-    trained = {"text": ["Subject", "Body"], "label": "Topic"}
-    options = {"trained": trained, "asked": True}
-    assert find_columns(["Subject", "Body"], {}, "classification", "FILE", **options).names == {
-        "text": ("Subject", "Body")
-    }
-    assert find_columns(["t", "Body"], {"text": "t"}, "classification", "FILE", **options).names == {"text": "t"}
-    with pytest.raises(ConfigurationError, match=r"no column 'Subject'.*; set --columns text=NAME"):
-        find_columns(["text"], {}, "classification", "FILE", **options)
+def test_names_of_training_hold_and_answers_need_no_column():
+    given = {"text": ["Subject", "Body"]}
+    found = find_columns(["Subject", "Body"], given, "classification", "FILE", asked=True)
+    assert found.names == {"text": ("Subject", "Body")}
+    with pytest.raises(ConfigurationError, match=r"no column 'Subject'.*; rename one"):
+        find_columns(["text"], given, "classification", "FILE", asked=True)
