@@ -194,7 +194,8 @@ def _load(
     model.config.name_or_path = public_name(source if source.endswith(".gguf") else model.config.name_or_path)
     _keep_packing(model)
     if settings.gradient_checkpointing:
-        _enable_checkpointing(model)
+        with _loading(name, key):
+            _enable_checkpointing(model)
     return model, info
 
 
@@ -205,8 +206,8 @@ def _on_meta(cls: Any, config: Any, name: str, key: str, settings: ModelSettings
             model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
         if settings.quantization != "none":
             _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
-    if settings.gradient_checkpointing:
-        _enable_checkpointing(model)
+        if settings.gradient_checkpointing:
+            _enable_checkpointing(model)
     return model
 
 
