@@ -21,8 +21,8 @@ from dynrank.app.models.predicting import classified, written
 from dynrank.app.models.pretrained import load_tokenizer, set_padding
 from dynrank.app.tasks.data import columns as of_data
 from dynrank.app.tasks.data.headings import KINDS
-from dynrank.app.tasks.data.source import read_source
-from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
+from dynrank.app.tasks.data.rows import refuse, usable_rows
+from dynrank.app.tasks.data.source import RawRows, read_source, reading
 from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 
@@ -139,7 +139,7 @@ def _rows(
         )
     options: Any = {"trained": learned.columns, "asked": True}
     used = of_data.find_columns(table.rows.column_names, given, form, table.where, **options)
-    rows, unusable = usable_rows(table, used, skip=skip)
+    rows, unusable = usable_rows(table, used, asked=True, skip=skip)
     if unusable:
         print_facts({"left out": f"{unusable:,} rows that cannot be used"})
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -125,12 +125,8 @@ class LanguageModeling(TextTask):
         return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
 
     @property
-    def options(self) -> tuple[Any, ...]:
-        return (self.max_length, self.packed)
-
-    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        options: Any = {"max_length": self.max_length, "form": self.form, "packed": self.packed}
-        return make_examples(rows, tokenizer=self.tokenizer, **options)
+    def recipe(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        return make_examples, {"max_length": self.max_length, "form": self.form, "packed": self.packed}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]

@@ -1,7 +1,6 @@
 """Finding the columns of a form in users' data: by the field's names, or as the user names them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
@@ -25,21 +24,6 @@ Theirs = str | tuple[str, ...]
 Given = Mapping[str, str | Sequence[str] | None]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a data set.
-
-    Attributes:
-        form: form of the rows.
-        names: {our name of a column: its name in the data, or several names}.
-        asked: whether the rows are questions, without label or answer.
-    """
-
-    form: Form
-    names: Mapping[str, Theirs]
-    asked: bool = False
-
-
 def each(theirs: Theirs) -> tuple[str, ...]:
     """The names of one column or of several."""
     return (theirs,) if isinstance(theirs, str) else theirs
@@ -47,8 +31,8 @@ def each(theirs: Theirs) -> tuple[str, ...]:
 
 def find_columns(
     columns: Sequence[str], given: Given, form: Form, where: str, *, trained: Given | None = None, asked: bool = False
-) -> Columns:
-    """The columns of ``form`` among those of the data.
+) -> dict[str, Theirs]:
+    """{our name of a column of ``form``: its name in the data, or several names}.
 
     Args:
         columns: the names of the columns that the data have.
@@ -73,7 +57,7 @@ def find_columns(
             if name not in columns:
                 near = get_close_matches(name.lower(), columns, n=1)
                 cure = f"set {setting}{ours}={near[0] if near else 'NAME'}"
-                # A function of Python has no key for it.
+                # Data of Python have no key for it.
                 cure = "rename one" if where.startswith("data,") else cure
                 raise ConfigurationError(f"{where} has no column {name!r}; it has {[*columns]}; {cure}")
-    return Columns(form, found, asked)
+    return found
