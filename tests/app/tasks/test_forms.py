@@ -1,11 +1,9 @@
-"""Chats, texts and several labels: what is learned of them."""
+"""Completions, chats and texts: what is learned of them."""
 
 import json
 import re
 import shutil
-from collections import Counter
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import dynrank
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs import job
-from dynrank.app.tasks.classification import Classification
 from dynrank.app.tasks.examples import make_examples
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
@@ -185,7 +182,8 @@ def test_a_template_that_cannot_be_learned_is_named(case, speaking):
 )
 def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
     hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
-    rows = dict.fromkeys(["train", "val", "test"], [("x", "y")])
+    row = {"prompt": "x", "answer": "y"} if form == "completion" else {"messages": turns("x", "y")}
+    rows = dict.fromkeys(["train", "val", "test"], [row])
     task = LanguageModeling("minilm" if form == "completion" else str(tmp_path), rows, form=form)
     with pytest.raises(ConfigurationError, match=rf"task\.model=.* {said}.*; set task\.model"):
         task.setup("fit") if form == "completion" else task.module({}, {})
@@ -195,20 +193,17 @@ WORDS = ["class", "import", "return x", "def", "with open", "lambda"]
 ROWS = {
     "chat": [{"messages": turns(f"item {i}" * (1 + i % 3 * 9), WORDS[i % 3], "more", WORDS[i % 6])} for i in range(90)],
     "text": [{"text": f"def item{i}():\n    return {i}\n" * (1 + i % 5)} for i in range(90)],
-    "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
 }
 LENGTH = 100
 
 
 @pytest.fixture
-def task_of(chatty, tiny_bert, tmp_path):
+def task_of(chatty, tmp_path):
     def make(form, *overrides):
         file = tmp_path / f"{form}.jsonl"
         if not file.exists():
             file.write_text("\n".join(map(json.dumps, ROWS[form])))
-        task = ["task=classification", f"task.model={tiny_bert}"]
-        if form != "several":
-            task = [f"task={form}", f"task.model={chatty(MARKED)}"]
+        task = [f"task={form}", f"task.model={chatty(MARKED)}"]
         options = [f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4", "plots=false"]
         made = job.make(dynrank.compose([*task, *options, *overrides]).task, "task")
         made.setup("fit")
@@ -246,56 +241,20 @@ def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of
     assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
 
 
-@pytest.mark.parametrize("form", ["chat", "text", "several"])
+@pytest.mark.parametrize("form", ["chat", "text"])
 def test_account_says_what_became_of_every_row(form, task_of, capsys):
     """Beside the rows, tokenised whole."""
     task = task_of(form, *(["task.packed=false"] if form == "text" else []))
     printed = capsys.readouterr().out
     for split, rows in task.rows.items():
-        account = task.account[split]
-        examples = task.examples[split]
         if form == "chat":
             lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
-            assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
-            assert account.tokens == sum(length for length in lengths if length <= LENGTH)
-        elif form == "text":
-            lengths = [len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
-            assert account.left_out == 0
-            assert account.tokens == sum(lengths)
+            long = sum(length > LENGTH for length in lengths)
+            tokens = sum(length for length in lengths if length <= LENGTH)
         else:
-            assert account.classes == Counter(chain(*rows["label"]))
-            assert examples["label"][:] == [[label in own for label in "abc"] for own in rows["label"]]
-        assert (account.rows, account.examples) == (len(rows), len(examples))
-        assert re.search(rf"│ {split} +│ +{len(rows)} │.* {account.tokens:,} │", printed)
-
-
-def test_classes_are_counted_and_those_that_are_nearly_alike_are_said_before_training(tiny_bert, capsys):
-    labels = [f"class{i}" for i in range(25)]
-    train = [(f"{label} {i}", label) for label in labels for i in range(3)]
-    train += [(f"b {i}", "Late bill") for i in range(2)] + [("c 1", "late  Bill ")]
-    # The same word with é as one character, and as two.
-    train += [(f"f {form}", form) for form in ("caf\u00e9", "cafe\u0301")]
-    # One that could be a number.
-    train += [(f"e {i}", "010") for i in range(4)]
-    data = {"train": train, "val": train[:3], "test": train[:3]}
-    Classification(str(tiny_bert), data, batch_size=2).setup("fit")
-    lines = capsys.readouterr().out.splitlines()
-    rows = {
-        cells[1].strip(): [*map(str.strip, cells[2:-1])] for cells in (line.split("│") for line in lines if "│" in line)
-    }
-    # Those 20 that are most frequent.
-    assert (rows["'010'"], rows["'class0'"], rows["'class18'"]) == (["4", "0", "0"], ["3", "3", "3"], ["3", "0", "0"])
-    assert sum(len(cells) == 3 and label not in ("train", "val", "test") for label, cells in rows.items()) == 20
-    start = "labels that differ only by case, blanks or Unicode form: "
-    said = {line.removeprefix(start) for line in lines if line.startswith(start)}
-    assert said == {"'Late bill', 'late  Bill '", "'caf\u00e9', 'cafe\u0301'"}
-
-
-def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_bert):
-    rows = [(f"{i} {'word ' * i}", "ab"[i % 2]) for i in range(40)]
-    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=16)
-    task.setup("fit")
-    whole = [len(ids) for ids in task.tokenizer([text for text, _ in rows])["input_ids"]]
-    assert task.account["train"].cut == sum(length > 16 for length in whole) > 0
-    expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
-    assert task.examples["train"]["input_ids"][:] == expected
+            long, tokens = 0, sum(len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows)
+        examples = len(task.examples[split])
+        counts = {"rows": len(rows), "examples": examples, "tokens": tokens, "too_long": long, "unusable": 0}
+        assert counts.items() <= task.account[split].items()
+        assert examples == len(rows) - long or form == "text"
+        assert re.search(rf"│ {split} +│ +{len(rows)} │ +{examples} │ +{tokens:,} │", printed)

@@ -7,8 +7,7 @@ from torch import nn
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
 
-VALUES = {"name": "AdamW", "lr": 0.1, "head_lr": 0.3, "weight_decay": 0.0, "warmup_steps": 10}
-VALUES |= {"decay": "warmup_stable_decay", "decay_share": 0.25, "options": {}}
+VALUES = {"lr": 0.1, "head_lr": 0.3, "warmup_steps": 10, "decay_share": 0.25}
 
 
 def rates(**values):

@@ -29,7 +29,7 @@ class Checked(dict[str, datasets.Dataset]):
     def __init__(self) -> None:
         super().__init__()
         self.columns: Mapping[str, Theirs] = {}
-        self.left_out: dict[str, dict[str, int]] = {}
+        self.left_out = {split: {"unusable": 0, "in_another_split": 0} for split in SPLITS}
 
 
 def number_of(key: str, seed: int) -> int:
@@ -84,8 +84,7 @@ def _checked(parts: Mapping[str, RawRows], form: Form, given: Given, *, skip: bo
     found = Checked()
     for split, raw in parts.items():
         names = find_columns(raw.rows.column_names, given, form, raw.where)
-        found[split], unusable = usable_rows(raw, names, skip=skip)
-        found.left_out[split] = {"unusable": unusable, "in_another_split": 0}
+        found[split], found.left_out[split]["unusable"] = usable_rows(raw, names, skip=skip)
         found.columns = found.columns or names
     return found
 
