@@ -20,7 +20,6 @@ from dynrank.app.models.generating import end_of_turn_of
 from dynrank.app.models.predicting import classified, written
 from dynrank.app.models.pretrained import load_tokenizer, set_padding
 from dynrank.app.tasks.data import columns as of_data
-from dynrank.app.tasks.data.headings import KINDS
 from dynrank.app.tasks.data.rows import refuse, usable_rows
 from dynrank.app.tasks.data.source import RawRows, read_source, reading
 from dynrank.errors import ConfigurationError, Count, checked_call
@@ -108,7 +107,7 @@ def _texts_or_table(texts: Sequence[str]) -> RawRows | Sequence[str]:
     if places and not (len(texts) == 1 and isfile(first)):
         raise ConfigurationError(f"TEXT must be texts, or one file, got {places[0]!r} of {len(texts)}")
     # Also a misspelt name of a file.
-    if len(texts) == 1 and first.suffix.lower() in ({*KINDS} - {".txt"} if places else KINDS):
+    if len(texts) == 1 and first.suffix.lower() in ({*of_data.KINDS} - {".txt"} if places else of_data.KINDS):
         return read_source(texts[0], "FILE", "test")
     if places:
         with reading(f"FILE={first}"):

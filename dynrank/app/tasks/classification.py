@@ -182,8 +182,7 @@ class Classifier(AdapterModule):
         # The base's own may be another; by it programs make probabilities of logits.
         classifier.config.problem_type = f"{'multi' if several else 'single'}_label_classification"
         super().__init__(classifier, lora, optimizer, quality, label_smoothing)
-        names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "tokenizer")
-        self.save_hyperparameters(*names)
+        self.save_hyperparameters(ignore="on_meta")
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits

@@ -129,11 +129,9 @@ class LanguageModeling(TextTask):
         return make_examples, {"max_length": self.max_length, "form": self.form, "packed": self.packed}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = [torch.tensor(example["input_ids"]) for example in examples]
-        batch = self._padded(rows, "right")
-        learned = [torch.tensor(example["learned"]) for example in examples]
-        labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
-        return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
+        padded = self._padded("right", [example["input_ids"] for example in examples])
+        learned = pad_sequence([torch.tensor(example["learned"]) for example in examples], True)
+        return {**padded, "labels": padded["input_ids"].where(learned, IGNORED)}
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [*super().val_dataloader(), *self._to_write("val", self.val_generate)]
@@ -159,15 +157,11 @@ class LanguageModeling(TextTask):
         return [self.evaluation(spread(rows.select(short), count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        prompts = self._padded([torch.tensor(example["asked"]) for example in examples], "left")
+        prompts = self._padded("left", [example["asked"] for example in examples])
         return {**prompts, "answers": [example["answer"] for example in examples], "is_turn": self.form == "chat"}
 
-    def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
-        masks = [torch.ones_like(row) for row in rows]
-        return {
-            "input_ids": pad_sequence(rows, True, self.tokenizer.pad_token_id, side),
-            "attention_mask": pad_sequence(masks, True, 0, side),
-        }
+    def _padded(self, side: str, ids: list[list[int]]) -> dict[str, Tensor]:
+        return dict(self.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt"))
 
 
 class LanguageModel(AdapterModule):
@@ -206,8 +200,7 @@ class LanguageModel(AdapterModule):
             written[split] = MetricCollection({"bleu": SacreBLEUScore(), "exact_match": ExactMatch()}, **options)
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")
-        self.save_hyperparameters(*names)
+        self.save_hyperparameters(ignore="on_meta")
         self.written = nn.ModuleDict(written)
         self.tokenizer_at = tokenizer or model
         self.max_new_tokens = max_new_tokens

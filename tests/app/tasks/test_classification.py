@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
-from transformers import DistilBertConfig, LlamaConfig, RobertaConfig
+from transformers import DistilBertConfig, LlamaConfig
 
 import dynrank
 from dynrank.app.tasks.classification import Classification, Classifier
@@ -41,11 +41,9 @@ def test_batches_are_padded_to_their_longest_text_and_have_its_class(task):
     assert len(train) == 39
     lengths = batch["attention_mask"].sum(1)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, int(lengths.max()))
-    assert batch["labels"].shape == (8,)
-    assert lengths.max() <= 16
-    classes = {tuple(ids): label for ids, label in zip(train["input_ids"], train["label"], strict=True)}
-    texts = [tuple(ids[:length].tolist()) for ids, length in zip(batch["input_ids"], lengths, strict=True)]
-    assert [classes[text] for text in texts] == batch["labels"].tolist()
+    known = [*zip(train["input_ids"], train["label"], strict=True)]
+    for ids, length, label in zip(batch["input_ids"], lengths, batch["labels"], strict=True):
+        assert (ids[:length].tolist(), int(label)) in known
 
 
 def test_results_are_those_of_a_plain_evaluation_and_of_scikit_learn(task, optimizer, regression, tiny_bert):
@@ -131,7 +129,7 @@ REFUSED = {
 def test_what_cannot_be_used_is_named(case, tiny_bert):
     values, named = REFUSED[case]
     with pytest.raises(ConfigurationError, match=named):
-        Classification(**{"model": str(tiny_bert), "data": {}, **values}).setup("fit")
+        Classification(str(tiny_bert), **{"data": {}, **values}).setup("fit")
 
 
 def test_a_length_that_the_model_cannot_read_is_refused_before_the_first_step(tiny_bert, optimizer, regression):
@@ -157,11 +155,7 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "i
 # Each has the config of a model, and its parts that are new and have no LoRA.
 HEADS = {
     "decoder": (LlamaConfig(num_key_value_heads=2, **SMALL), {"score"}),
-    "two-layer head": (RobertaConfig(**SMALL), {"classifier"}),
-    "pre_classifier": (
-        DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4),
-        {"pre_classifier", "classifier"},
-    ),
+    "two parts": (DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4), {"pre_classifier", "classifier"}),
 }
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,22 +35,6 @@ def turns(*contents, system=None):
     return [*first, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))]
 
 
-@pytest.fixture(scope="module")
-def chatty(tiny_llama, tmp_path_factory):
-    """Makes the tiny Llama's folder with a chat template."""
-
-    @cache
-    def make(template):
-        folder = tmp_path_factory.mktemp("chatty") / "llama"
-        shutil.copytree(tiny_llama, folder)
-        tokenizer = load_tokenizer(str(folder))
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
 # As Qwen 3's: thoughts before the last answer, which the prompt for an answer does not have.
 THINKING = PLAIN.replace(
     "{{ m.content }}", "{{ '<think></think>\n' if m.role == 'assistant' and loop.last else '' }}{{ m.content }}"
@@ -59,8 +42,8 @@ THINKING = PLAIN.replace(
 
 
 @pytest.mark.parametrize(("template", "before"), [(THINKING, "<think></think>\n"), (PLAIN, "")])
-def test_a_written_answer_is_compared_with_all_that_is_learned_of_the_turn(template, before, chatty):
-    tokenizer = load_tokenizer(str(chatty(template)))
+def test_a_written_answer_is_compared_with_all_that_is_learned_of_the_turn(template, before, speaking):
+    tokenizer = speaking(template)
     rows = {"messages": [turns("q", "  return")]}
     made = make_examples(rows, tokenizer=tokenizer, max_length=100, form="chat", packed=False)
     assert made["answer"] == [f"{before}  return\n"]
@@ -159,11 +142,7 @@ def test_completions_are_learned_as_sft_trainer_learns_them(answer, metaspace, t
 
 # Each has a template, a chat, and what is said of them.
 REFUSED = {
-    "unknown": (
-        PLAIN,
-        turns("q", "a", "q", "a"),
-        r"not training-compatible.*set task\.model to one whose",
-    ),
+    "unknown": (PLAIN, turns("q", "a", "q", "a"), r"not training-compatible.*set task\.model to one whose"),
     "drops": ("{{ messages[0].content }}", turns("question", "answer"), r"drop whole turns; set task\.model"),
     "refuses": ("{{ raise_exception('never') }}", turns("q", "a"), "refuses .*never.*set data"),
 }
@@ -176,14 +155,10 @@ def test_a_template_that_cannot_be_learned_is_named(case, speaking):
         learned_of({"messages": [chat]}, speaking(template), "chat")
 
 
-@pytest.mark.parametrize(
-    ("form", "template", "said"),
-    [("chat", None, "no chat template"), ("completion", None, "no eos_token")],
-)
-def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
-    hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
-    row = {"prompt": "x", "answer": "y"} if form == "completion" else {"messages": turns("x", "y")}
-    rows = dict.fromkeys(["train", "val", "test"], [row])
+@pytest.mark.parametrize(("form", "said"), [("chat", "no chat template"), ("completion", "no eos_token")])
+def test_a_tokenizer_that_a_form_cannot_use_is_named(form, said, tmp_path):
+    hf.ByT5Tokenizer().save_pretrained(tmp_path)
+    rows = dict.fromkeys(["train", "val", "test"], [{"prompt": "x", "answer": "y", "messages": turns("x", "y")}])
     task = LanguageModeling("minilm" if form == "completion" else str(tmp_path), rows, form=form)
     with pytest.raises(ConfigurationError, match=rf"task\.model=.* {said}.*; set task\.model"):
         task.setup("fit") if form == "completion" else task.module({}, {})
@@ -198,12 +173,15 @@ LENGTH = 100
 
 
 @pytest.fixture
-def task_of(chatty, tmp_path):
+def task_of(tiny_llama, speaking, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "llama")
+    speaking(MARKED).save_pretrained(base)
+
     def make(form, *overrides):
         file = tmp_path / f"{form}.jsonl"
         if not file.exists():
             file.write_text("\n".join(map(json.dumps, ROWS[form])))
-        task = [f"task={form}", f"task.model={chatty(MARKED)}"]
+        task = [f"task={form}", f"task.model={base}"]
         options = [f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4", "plots=false"]
         made = job.make(dynrank.compose([*task, *options, *overrides]).task, "task")
         made.setup("fit")
@@ -241,20 +219,14 @@ def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of
     assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
 
 
-@pytest.mark.parametrize("form", ["chat", "text"])
-def test_account_says_what_became_of_every_row(form, task_of, capsys):
+def test_account_says_what_became_of_every_row(task_of, capsys):
     """Beside the rows, tokenised whole."""
-    task = task_of(form, *(["task.packed=false"] if form == "text" else []))
+    task = task_of("chat")
     printed = capsys.readouterr().out
     for split, rows in task.rows.items():
-        if form == "chat":
-            lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
-            long = sum(length > LENGTH for length in lengths)
-            tokens = sum(length for length in lengths if length <= LENGTH)
-        else:
-            long, tokens = 0, sum(len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows)
-        examples = len(task.examples[split])
-        counts = {"rows": len(rows), "examples": examples, "tokens": tokens, "too_long": long, "unusable": 0}
+        lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
+        kept = [length for length in lengths if length <= LENGTH]
+        counts = {"rows": len(rows), "examples": len(kept), "tokens": sum(kept), "too_long": len(rows) - len(kept)}
         assert counts.items() <= task.account[split].items()
-        assert examples == len(rows) - long or form == "text"
-        assert re.search(rf"│ {split} +│ +{len(rows)} │ +{examples} │ +{tokens:,} │", printed)
+        assert re.search(rf"│ {split} +│ +{len(rows)} │ +{len(kept)} │ +{sum(kept):,} │", printed)
+    assert any(task.account[split]["too_long"] for split in task.account)

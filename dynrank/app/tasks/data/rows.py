@@ -48,7 +48,7 @@ def usable_rows(
             fn_kwargs=options,
             remove_columns=rows.column_names,
             features=features,
-            new_fingerprint=fingerprint(checked_row, rows._fingerprint, options),
+            new_fingerprint=fingerprint(checked_row, raw.rows._fingerprint, str(options)),
         )
     faults = made["fault"][:]
     wrong = [i for i, fault in enumerate(faults) if fault is not None]
@@ -78,15 +78,9 @@ def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
 def checked_row(
     row: Mapping[str, Any], index: int, *, names: Mapping[str, Theirs], label: Any, first: int, asked: bool
 ) -> dict[str, Any]:
-    """Our columns of a row, its place, and None or what is wrong with it as its fault.
+    """Our columns of a row, its place, and None or what is wrong with it as its fault; see :func:`usable_rows`.
 
-    Args:
-        row: the user's columns.
-        index: index of the row.
-        names: {our name of a column: the user's}.
-        label: the type of the user's labels in ``datasets``; None if there are none.
-        first: the place of the row with the index 0.
-        asked: whether a chat ends before the answer.
+    ``label`` is the type of the user's labels in ``datasets``, and ``first`` the place of the row with the index 0.
     """
     found = {ours: _joined(row, theirs) for ours, theirs in names.items()}
     fault = None

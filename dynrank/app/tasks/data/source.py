@@ -12,9 +12,8 @@ import pandas
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
+from dynrank.app.tasks.data.columns import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import DISK_FULL
 
 _TEXT = datasets.Value("string")
 
@@ -42,13 +41,11 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
         split: train, val or test, for a data set on the hub.
     """
     kinds = f"a file ({', '.join(KINDS)}){', or ORG/NAME on the hub' if key.startswith('data.') else ''}"
-    if not name:
-        raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
     where = f"{key}={name}"
-    path = Path(name).expanduser()
+    path = Path(name or "").expanduser()
     with reading(where):
         # A version is no suffix: teknium/OpenHermes-2.5.
-        if name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
+        if name and name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
             return RawRows(where, datasets.load_dataset(name, split="validation" if split == "val" else split))
         if not path.exists():
             raise ConfigurationError(f"{where} does not exist; set {key} to {kinds}")
@@ -97,9 +94,6 @@ def reading(where: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        # A full disk under the cache is no fault of the file.
-        if getattr(cause, "errno", None) in DISK_FULL:
-            raise cause from error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
         raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error
