@@ -34,16 +34,12 @@ class Classification(TextTask):
     A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
     each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
 
+    Other arguments are those of :class:`dynrank.app.tasks.text_task.TextTask`.
+
     Args:
-        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
-        data: rows with a text, and a label or a list of labels; see
-            :func:`dynrank.app.tasks.data.splits.rows_by_split`. Labels are texts or ints.
-        batch_size: training texts per batch of each process; evaluation takes four times as many.
+        data: rows with a text, and a label or a list of labels, which are texts or ints.
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
-        seed: seed of the order of the training batches.
-        limit: keep only this many texts of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 4

@@ -53,24 +53,18 @@ class LanguageModeling(TextTask):
     texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
     and the texts in ``answers``; the answer of a chat is the assistant's last turn.
 
+    Other arguments are those of :class:`dynrank.app.tasks.text_task.TextTask`.
+
     Args:
-        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
-        data: rows with a prompt and an answer, with messages (each has role and content), or with a text; see
-            :func:`dynrank.app.tasks.data.splits.rows_by_split`.
         form: form of the rows: completion, chat or text.
         packed: with form=text, the texts are one stream, with the tokenizer's end token after each, that is cut into
             examples of ``max_length`` tokens; otherwise each text is cut alone.
-        batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
-        val_examples: number of validation examples; None for all. The test uses all its examples.
         val_generate: for how many validation examples each validation generates answers and measures their BLEU and
             exact match; 0: for none.
         generate: for how many test examples a test does so.
         max_new_tokens: longest generated answer in tokens; examples with longer answers, or whose prompts leave no
             positions of the model for it, are not used for generation.
-        seed: seed of the order of the training batches.
-        limit: keep only this many rows of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 2

@@ -29,8 +29,18 @@ class TextTask(LightningDataModule):
 
     Training draws them by :class:`dynrank.app.tasks.loader.ResumableLoader`. A validation and a test use each example
     once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
-    Subclasses define :attr:`recipe` and :meth:`collate`, and describe the arguments. Data and examples
-    from files are memory-mapped.
+    Subclasses define :attr:`recipe` and :meth:`collate`. Data and examples from files are memory-mapped.
+
+    Args:
+        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
+        data: rows in the columns of ``form``, see :func:`dynrank.app.tasks.data.splits.rows_by_split`.
+        form: form of the rows.
+        batch_size: training examples per batch of each process.
+        max_length: the most tokens of an example.
+        seed: seed of the order of the training batches.
+        limit: keep only this many rows of each split, for short tests; None keeps all.
+        val_examples: number of validation examples; None for all. The test uses all its examples.
+        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
 
     Attributes:
         evaluation_factor: how many times as many examples a batch of a validation or test has at most as in training.

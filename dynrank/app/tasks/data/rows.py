@@ -132,7 +132,7 @@ def _label(value: Any, kind: Any) -> str | list[str]:
 
 def _chat(turns: Any, *, asked: bool) -> list[dict[str, str]]:
     found = list[dict[str, str]]()
-    for turn in turns or ():
+    for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise ConfigurationError(f"each message must have a role and a content, got {shown(turn)}")
         _refuse_no_text(turn.get("content"), f"message of the {turn['role']}")

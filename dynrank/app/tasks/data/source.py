@@ -96,4 +96,4 @@ def reading(where: str) -> Iterator[None]:
         cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         said = " ".join(str(cause).split())
         advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
-        raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from error
+        raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from cause

@@ -83,12 +83,3 @@ def test_columns_that_do_not_fit_are_named(said):
     form, columns, given = WRONG[said]
     with pytest.raises(ConfigurationError, match=said):
         find_columns([*columns], given, form, "data.train")
-
-
-def test_names_of_training_hold_where_none_is_given():
-    trained = {"text": ["Subject", "Body"], "label": "Topic"}
-    options = {"trained": trained, "asked": True}
-    assert find_columns(["Subject", "Body"], {}, "classification", "FILE", **options) == {"text": ("Subject", "Body")}
-    assert find_columns(["t", "Body"], {"text": "t"}, "classification", "FILE", **options) == {"text": "t"}
-    with pytest.raises(ConfigurationError, match=r"no column 'Subject'.*; set --columns text=NAME"):
-        find_columns(["text"], {}, "classification", "FILE", **options)
