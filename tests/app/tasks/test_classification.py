@@ -115,21 +115,17 @@ def test_classes_are_the_labels_in_order(tiny_bert, optimizer):
 
 
 REFUSED = {
-    "max_length": ({"max_length": 1}, "^max_length must be .* got 1$"),
-    "one class": ({"data": same(("x", "a"))}, "'a'.*set data"),
-    "a list in one split": (
-        {"data": {"train": ROWS, "val": [{"text": "x", "label": ["9"]}], "test": ROWS}},
-        "lists.*set data",
-    ),
-    "a new label": ({"data": {"train": ROWS, "val": rows_of(("x", 3)), "test": ROWS}}, r"\['3'\].*set data"),
+    "one class": (rows_of(("x", "a")), rows_of(("x", "a")), "'a'.*set data"),
+    "a list in one split": (ROWS, rows_of(("x", ["9"])), "lists.*set data"),
+    "a new label": (ROWS, rows_of(("x", 3)), r"\['3'\].*set data"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_used_is_named(case, tiny_bert):
-    values, named = REFUSED[case]
+    train, val, named = REFUSED[case]
     with pytest.raises(ConfigurationError, match=named):
-        Classification(str(tiny_bert), **{"data": {}, **values}).setup("fit")
+        Classification(str(tiny_bert), {"train": train, "val": val, "test": train}).setup("fit")
 
 
 def test_a_length_that_the_model_cannot_read_is_refused_before_the_first_step(tiny_bert, optimizer, regression):

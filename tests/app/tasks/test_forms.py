@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import dynrank
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs import job
+from dynrank.app.tasks.data.rows import fingerprint
 from dynrank.app.tasks.examples import make_examples
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
@@ -201,6 +202,18 @@ def test_examples_are_made_once_and_then_read_from_the_disk(task_of, monkeypatch
     monkeypatch.setattr(hf.PreTrainedTokenizerFast, "apply_chat_template", fail)
     again = task_of("chat").examples
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
+    with pytest.raises(AssertionError, match="made again"):
+        task_of("chat", "task.max_length=90")
+
+
+def test_stored_examples_are_of_the_same_code_options_and_tokenizer(speaking, monkeypatch):
+    def found(max_length=9, template=PLAIN):
+        return fingerprint(make_examples, "rows", {"max_length": max_length}, speaking(template))
+
+    before = found()
+    assert found() == before not in (found(max_length=8), found(template=MARKED))
+    monkeypatch.setattr("inspect.getsource", lambda module: f"other code of {module}")
+    assert found() != before
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -40,9 +40,7 @@ def test_head_rate_keeps_its_proportion(name):
     ("values", "key"),
     [
         ({"name": "Adamw"}, "optimizer.name"),
-        ({"name": "functional"}, "optimizer.name"),
         ({"name": "bitsandbytes.AdamW9bit"}, "optimizer.name"),
-        ({"name": "lion.Lion"}, "optimizer.name"),
         ({"options": {"momentum": 0.9}}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
         ({"name": "Muon"}, "only supports 2D"),
