@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dynrank.adapters.sidecar_files import Inputs, tokenizer_source
+from dynrank.app.console import print_facts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_tokenizer, positions
 from dynrank.app.tasks.data.columns import Form
@@ -21,7 +22,6 @@ from dynrank.app.tasks.data.rows import fingerprint
 from dynrank.app.tasks.data.splits import Checked, rows_by_split
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import empty_table, print_table
 
 
 class TextTask(LightningDataModule):
@@ -159,7 +159,11 @@ class TextTask(LightningDataModule):
             counts["at_max_length"] = int((lengths == self.max_length).sum())
             counts["too_long"] = len(rows) - len(made) if self.form in ("completion", "chat") else 0
             self.account[split] = counts | self.rows.left_out[split]
-        rank_zero_only(print_counts)(self.account)
+        said = {
+            split: ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+            for split, counts in self.account.items()
+        }
+        rank_zero_only(print_facts)(said)
         self.examples = examples
 
     def setup(self, stage: str) -> None:
@@ -187,14 +191,6 @@ class TextTask(LightningDataModule):
         ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))
         batches = evaluation_batches(len(ordered), self.evaluation_factor * self.batch_size, self.share)
         return DataLoader(ordered, batch_sampler=batches, collate_fn=collate or self.collate)
-
-
-def print_counts(account: Mapping[str, Mapping[str, int]]) -> None:
-    """Print a line for each split."""
-    table = empty_table("data", "split", *(name.replace("_", " ") for name in account["train"]))
-    for split, counts in account.items():
-        table.add_row(split, *(f"{count:,}" for count in counts.values()))
-    print_table(table)
 
 
 def _lengths(examples: datasets.Dataset) -> Any:

@@ -56,13 +56,10 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
 
 def _from_file(path: Path, where: str) -> RawRows:
     suffix = path.suffix.lower()
-    reader, options = "json", dict[str, Any]()
-    if suffix in TABLES:
-        reader, options = "csv", _cells(path)
-    elif suffix == ".parquet":
-        reader = "parquet"
-    elif suffix == ".txt":
-        reader, options = "text", {"sample_by": "paragraph", "encoding": "utf-8-sig"}
+    reader = "csv" if suffix in TABLES else {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    options = {"text": {"sample_by": "paragraph", "encoding": "utf-8-sig"}}.get(reader, {})
+    if reader == "csv":
+        options = _cells(path)
     rows = datasets.load_dataset(reader, data_files=[escape(str(path.resolve()))], split="train", **options)
     # The heading of a table is its first row.
     return RawRows(where, rows, first=2 if reader == "csv" else 1)

@@ -1,5 +1,4 @@
-import csv
-import json
+from functools import partial
 
 import datasets
 import pytest
@@ -11,16 +10,15 @@ ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} 
 
 
 def write(path, rows):
-    if path.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        lines = "\n".join(map(json.dumps, rows))
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
+    table = datasets.Dataset.from_list(rows)
+    writers = {
+        ".csv": table.to_csv,
+        ".tsv": partial(table.to_csv, sep="\t"),
+        ".json": partial(table.to_json, lines=False),
+        ".jsonl": table.to_json,
+        ".parquet": table.to_parquet,
+    }
+    writers[path.suffix](path)
     return str(path)
 
 
