@@ -24,24 +24,18 @@ def stream(source, count):
 
 
 @pytest.mark.parametrize("given", range(0, 30, 7))
-def test_loader_resumes_at_any_batch(given):
+def test_processes_share_the_batches_of_one_also_after_a_resume_at_any_batch(given):
     first = loader()
-    second = loader()
     epochs = chain.from_iterable(repeat(first))
     for _ in range(given):
         next(epochs)
-    second.load_state_dict(first.state_dict())
-    assert stream(second, 10) == stream(loader(), given + 10)[given:] != stream(loader(1), given + 10)[given:]
-
-
-@pytest.mark.parametrize("given", [0, 7])
-def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
     sources = [loader(), *(loader(batch_size=4, share=(process, 2)) for process in (0, 1))]
     for source in sources:
         # The state is the same for either number of processes.
-        source.load_state_dict({"given": given})
-    whole, first, second = (stream(source, 20) for source in sources)
-    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
+        source.load_state_dict(first.state_dict())
+    whole, *shares = (stream(source, 10) for source in sources)
+    assert whole == stream(loader(), given + 10)[given:] != stream(loader(1), given + 10)[given:]
+    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(*shares, strict=True))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
