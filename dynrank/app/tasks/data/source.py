@@ -67,9 +67,12 @@ def _from_file(path: Path, where: str) -> RawRows:
 
 def _cells(path: Path) -> dict[str, Any]:
     """How pandas reads a table: cells are texts as they stand there."""
-    _, delimiter, _ = heading_of(path)
+    _, delimiter, names = heading_of(path)
     how: dict[str, Any] = {"sep": delimiter, "keep_default_na": False, "encoding": "utf-8-sig"}
     first = pandas.read_csv(path, nrows=1, dtype=str, **how)
+    # pandas gives the second of two such columns another name.
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"it has two columns {twice[0]!r}")
     # Then pandas would take the first cells for names of rows.
     if not isinstance(first.index, pandas.RangeIndex):
         raise ValueError(f"row 2 has more cells than the heading: a text that holds {delimiter!r} belongs in quotes")

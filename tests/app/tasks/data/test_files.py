@@ -132,6 +132,7 @@ BAD = {
     "not UTF-8": ("a.csv", LABELLED + b"caf\xe9,a\n", "can't decode byte 0xe9.*save it as UTF-8"),
     "broken JSON": ("a.jsonl", b'\n{"text": "x", "label": "a"}\n{"text": ', "JSON parse error.* in row 1"),
     "a cell too many": ("a.csv", LABELLED + b"x,y,a\n", "Expected 2 fields in line 4, saw 3"),
+    "one name twice": ("a.csv", b"text,text,label\nx,y,a\n", "has two columns 'text'"),
     "one too many in each row": ("a.csv", b"text,label\nx,y,a\n", "row 2 has more cells than the heading: a text that"),
     "no list": ("a.json", b'{"data": [{"text": "x"}]}', r"no column 'text'; it has \['data'\]"),
     "a cell too few": ("a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3: label must be a text that is not blank"),
