@@ -20,10 +20,9 @@ from dynrank.app.console import one_line
 from dynrank.app.models.base_model import base_of, class_of_base, on_base
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts, open_ids, rendered
 from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
-from dynrank.app.tasks.data.columns import COLUMNS, Form, find_columns
-from dynrank.app.tasks.data.headings import KINDS
-from dynrank.app.tasks.data.source import read_source
-from dynrank.app.tasks.data.stored import RawRows, reading, usable_rows
+from dynrank.app.tasks.data.columns import COLUMNS, KINDS, Form, find_columns
+from dynrank.app.tasks.data.rows import usable_rows
+from dynrank.app.tasks.data.source import RawRows, read_source, reading
 from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 
@@ -111,7 +110,8 @@ def _rows(texts: Sequence[str], form: Form, learned: Inputs) -> Dataset:
                 texts = Path(texts[0]).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         cells: Any = [[{"role": "user", "content": text}] for text in texts] if form == "chat" else [*texts]
         raw = RawRows(where, Dataset.from_dict({ours: cells}))
-    return usable_rows(raw, find_columns(raw.rows.column_names, names, form, raw.where, asked=True))[0]
+    found = find_columns(raw.rows.column_names, names, form, raw.where, asked=True)
+    return usable_rows(raw, found, asked=True)[0]
 
 
 def _chat_ids(tokenizer: Any, messages: Sequence[Any], system: str | None) -> Any:

@@ -19,6 +19,7 @@ from dynrank.adapters.folder import CONFIG_FILE, existing_adapter
 from dynrank.app.keys import below, keys_of, named, names_keys
 from dynrank.app.models.names import ModelSettings, stored_source
 from dynrank.app.runs.overrides import check_keys, overrides_explained
+from dynrank.app.tasks.optimizer_keys import OptimizerKeys
 from dynrank.errors import ConfigurationError, Count, Name, Positive, checked
 from dynrank.rank_map import RankRule, load_rank_map, parse_rank_map
 
@@ -40,20 +41,6 @@ class LoraKeys:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
     backend: Literal["auto", "torch", "triton", "reference"] = "auto"
-
-
-@checked
-class OptimizerKeys:
-    """The keys of ``optimizer``: arguments of ``make_optimizer`` of the tasks, whose import would load torch."""
-
-    name: str = "AdamW"
-    lr: float = 1e-3
-    head_lr: float = 4e-3
-    weight_decay: float = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
-    decay: Literal["constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "warmup_stable_decay"
-    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.2
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @checked

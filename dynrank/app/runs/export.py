@@ -17,7 +17,6 @@ from dynrank.app.runs.folder import ADAPTER
 from dynrank.app.runs.report.page import write_card, write_report
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.app.runs.summary import Summary, print_summary, write_summary
-from dynrank.app.tasks.account import SplitAccount
 from dynrank.callbacks import RankEvent
 from dynrank.layers.finding import adapter_parameters, lora_layers, parameter_count
 
@@ -32,7 +31,7 @@ def summarise(
     meter: RunMeter,
     held: dict[str, int],
     seconds: float,
-    data: dict[str, SplitAccount],
+    data: dict[str, dict[str, Any]],
     weights: str,
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""

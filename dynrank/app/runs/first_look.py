@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 from dynrank.app.keys import names_keys
 from dynrank.app.models.names import model_source
 from dynrank.app.runs.config import plain, rank_pattern
-from dynrank.app.tasks.data.columns import find_columns
-from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
+from dynrank.app.tasks.data.columns import KINDS, TABLES, find_columns, heading_of
 from dynrank.errors import ConfigurationError
 
 # Files of which each line is a row.

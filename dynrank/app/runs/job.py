@@ -177,7 +177,8 @@ def make_task(config: DictConfig, *, on_meta: bool) -> Any:
     """The task of a run; with ``on_meta``, a task that :func:`lacks_data` gets two classes, to inspect its layers."""
     if on_meta and lacks_data(config):
         config = config.copy()
-        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
+        two = [{"text": name, "label": name} for name in ("one", "two")]
+        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, two), merge=False)
     return make(config.task, "task")
 
 

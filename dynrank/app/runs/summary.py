@@ -3,12 +3,12 @@
 import json
 from dataclasses import asdict, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.app.console import print_facts
-from dynrank.app.tasks.account import SplitAccount
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
 from dynrank.output.whole_file import whole_file
@@ -51,7 +51,7 @@ class Summary:
     gap: float | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: float | None = None
-    data: dict[str, SplitAccount] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: str = ""
 
 

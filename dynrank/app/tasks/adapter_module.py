@@ -29,7 +29,8 @@ class AdapterModule(LightningModule):
 
     A head of ``model`` with new random weights is trained whole. ``lora`` are arguments of :func:`dynrank.add_lora`,
     ``optimizer`` those of :func:`dynrank.app.tasks.optimizers.make_optimizer`. ``quality`` is {``val``, ``test`` or
-    ``final/val``: metrics of logits and labels to log with the loss}.
+    ``final/val``: metrics of logits and labels to log with the loss}. ``label_smoothing`` is the share of the target
+    that is spread over all classes in training.
     """
 
     def __init__(
@@ -38,29 +39,29 @@ class AdapterModule(LightningModule):
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         quality: Mapping[str, MetricCollection],
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_options = optimizer
+        self.label_smoothing = label_smoothing
         add_lora(model.train(), modules_to_save=head_names(model), **lora)
         self.quality = nn.ModuleDict(quality)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss."""
+        """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss.
+
+        Labels of floats (..., classes) are ones and zeros, for classes of which each is a separate yes or no.
+        """
         raise NotImplementedError
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy over all labels that are not ``IGNORED``."""
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
-
-    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a training step."""
-        return self.loss(logits, labels)
-
-    def measure(self, split: str, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch to the metrics of ``split``."""
-        quality: Any = self.quality[split]
-        quality.update(logits, labels)
+        if labels.is_floating_point():
+            wanted = labels * (1 - label_smoothing) + label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, wanted)
+        options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
 
     def configure_model(self) -> None:
         # Only ModelParallelStrategy has a device mesh; load_from_checkpoint calls this method, too.
@@ -73,7 +74,7 @@ class AdapterModule(LightningModule):
         return make_optimizer(adapter_parameters(self.model), head, steps, **self.optimizer_options)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.training_loss(*self.predict(batch))
+        loss = self.loss(*self.predict(batch), self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -91,6 +92,6 @@ class AdapterModule(LightningModule):
         shown = not split.startswith("final/")
         self.log(f"{split}/loss", self.loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         if split in self.quality:
-            self.measure(split, logits, labels)
             quality: Any = self.quality[split]
+            quality.update(*((logits.sigmoid(), labels.int()) if labels.is_floating_point() else (logits, labels)))
             self.log_dict(quality, **options)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import normalize
 
-import datasets
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 from torch import Tensor
@@ -20,7 +20,6 @@ from torchmetrics.classification import Accuracy, F1Score
 
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels
-from dynrank.app.console import print_facts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.adapter_module import AdapterModule
@@ -35,16 +34,12 @@ class Classification(TextTask):
     A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
     each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
 
+    Other arguments are those of :class:`dynrank.app.tasks.text_task.TextTask`.
+
     Args:
-        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
-        data: rows with a text, and a label or a list of labels; see
-            :func:`dynrank.app.tasks.data.splits.rows_by_split`. Labels are texts or ints.
-        batch_size: training texts per batch of each process; evaluation takes four times as many.
+        data: rows with a text, and a label or a list of labels, which are texts or ints.
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
-        seed: seed of the order of the training batches.
-        limit: keep only this many texts of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 4
@@ -98,6 +93,7 @@ class Classification(TextTask):
         if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
             raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
         trained, *others = ({*chain.from_iterable(labels_of(rows))} for rows in self.rows.values())
+        rank_zero_only(_say_alike)(sorted(trained.union(*others)))
         before = self.labels_before
         known = {*before} or trained
         unknown = sorted(trained.union(*others) - known)
@@ -107,36 +103,11 @@ class Classification(TextTask):
                 f"texts must have two or more labels, those of {whose}, {sorted(known)[:9]}, got {unknown[:9]} beside "
                 "them; set data"
             )
-        if absent := [label for label in before if label not in trained]:
-            rank_zero_only(print_facts)({"no rows of": f"{absent}: classes of the adapter, which keep their places"})
         return before or sorted(known, key=_in_order)
 
     @property
-    def features(self) -> datasets.Features:
-        number = datasets.Value("int32")
-        label = datasets.List(datasets.Value("bool")) if self.several else number
-        ids = datasets.List(number)
-        return datasets.Features({"input_ids": ids, "label": label, "length": number, "cut": datasets.Value("bool")})
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        return (self.max_length, self.labels)
-
-    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = rows["text"]
-        options = {"return_token_type_ids": False, "return_attention_mask": False}
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length, **options)["input_ids"]
-        # Of the examples of full length, some were cut.
-        cut = [
-            len(own) == self.max_length and len(self.tokenizer(text, verbose=False).input_ids) > self.max_length
-            for text, own in zip(texts, ids, strict=True)
-        ]
-        labels: list[Any]
-        if self.several:
-            labels = [[one in given for one in self.labels] for given in rows["label"]]
-        else:
-            labels = [self.labels.index(given) for given in rows["label"]]
-        return {"input_ids": ids, "label": labels, "length": [*map(len, ids)], "cut": cut}
+    def recipe(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        return make_examples, {"max_length": self.max_length, "classes": self.labels}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
@@ -144,14 +115,31 @@ class Classification(TextTask):
         return {**padded, "labels": labels.float() if self.several else labels}
 
 
+def _say_alike(labels: Sequence[str]) -> None:
+    alike = defaultdict[str, list[str]](list)
+    for label in labels:
+        alike["".join(normalize("NFKC", label).casefold().split())].append(label)
+    for same in alike.values():
+        if len(same) > 1:
+            print(f"labels that differ only by case, blanks or Unicode form: {', '.join(map(repr, same))}")
+
+
 def _in_order(label: str) -> tuple[bool, int, str]:
     is_number = label.isdecimal()
     return not is_number, int(label) if is_number else 0, label
 
 
-def problem_type(*, several: bool) -> str:
-    """Transformers' name of the kind of labels, by which programs make probabilities: by sigmoids or by softmax."""
-    return "multi_label_classification" if several else "single_label_classification"
+def make_examples(
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, classes: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Token ids of a batch of texts, cut to ``max_length``, and the numbers of their classes, or flags for each."""
+    options = {"return_token_type_ids": False, "return_attention_mask": False}
+    ids = tokenizer(rows["text"], truncation=True, max_length=max_length, **options)["input_ids"]
+    labels = [
+        [one in given for one in classes] if isinstance(given, list) else classes.index(given)
+        for given in rows["label"]
+    ]
+    return {"input_ids": ids, "label": labels, "length": [*map(len, ids)]}
 
 
 class Classifier(AdapterModule):
@@ -187,27 +175,11 @@ class Classifier(AdapterModule):
         options: Any = {"settings": ModelSettings(**settings or {}), "tokenizer": tokenizer, "on_meta": on_meta}
         classifier: Any = load_classifier(model, len(labels), **options)
         classifier.config.id2label = dict(enumerate(labels))
-        # The base's own may be another.
-        classifier.config.problem_type = problem_type(several=several)
-        super().__init__(classifier, lora, optimizer, quality)
-        names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "tokenizer")
-        self.save_hyperparameters(*names)
-        self.labels = labels
-        self.label_smoothing = label_smoothing
-        self.several = several
+        # The base's own may be another; by it programs make probabilities of logits.
+        classifier.config.problem_type = f"{'multi' if several else 'single'}_label_classification"
+        super().__init__(classifier, lora, optimizer, quality, label_smoothing)
+        self.save_hyperparameters(ignore="on_meta")
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         return logits.float(), batch["labels"]
-
-    def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        if not self.several:
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits, wanted)
-
-    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(logits, labels, self.label_smoothing)
-
-    def measure(self, split: str, logits: Tensor, labels: Tensor) -> None:
-        super().measure(split, *((logits.sigmoid(), labels.int()) if self.several else (logits, labels)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -53,24 +53,18 @@ class LanguageModeling(TextTask):
     texts are cut into pieces. A batch for generation has input_ids and attention_mask of prompts, padded on the left,
     and the texts in ``answers``; the answer of a chat is the assistant's last turn.
 
+    Other arguments are those of :class:`dynrank.app.tasks.text_task.TextTask`.
+
     Args:
-        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
-        data: rows with a prompt and an answer, with messages (each has role and content), or with a text; see
-            :func:`dynrank.app.tasks.data.splits.rows_by_split`.
         form: form of the rows: completion, chat or text.
         packed: with form=text, the texts are one stream, with the tokenizer's end token after each, that is cut into
             examples of ``max_length`` tokens; otherwise each text is cut alone.
-        batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
-        val_examples: number of validation examples; None for all. The test uses all its examples.
         val_generate: for how many validation examples each validation generates answers and measures their BLEU and
             exact match; 0: for none.
         generate: for how many test examples a test does so.
         max_new_tokens: longest generated answer in tokens; examples with longer answers, or whose prompts leave no
             positions of the model for it, are not used for generation.
-        seed: seed of the order of the training batches.
-        limit: keep only this many rows of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
     """
 
     evaluation_factor = 2
@@ -124,19 +118,13 @@ class LanguageModeling(TextTask):
         return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
 
     @property
-    def options(self) -> tuple[Any, ...]:
-        return (self.max_length, self.packed)
-
-    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        options: Any = {"max_length": self.max_length, "form": self.form, "packed": self.packed}
-        return make_examples(rows, tokenizer=self.tokenizer, **options)
+    def recipe(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        return make_examples, {"max_length": self.max_length, "form": self.form, "packed": self.packed}
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = [torch.tensor(example["input_ids"]) for example in examples]
-        batch = self._padded(rows, "right")
-        learned = [torch.tensor(example["learned"]) for example in examples]
-        labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
-        return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
+        padded = self._padded("right", [example["input_ids"] for example in examples])
+        learned = pad_sequence([torch.tensor(example["learned"]) for example in examples], True)
+        return {**padded, "labels": padded["input_ids"].where(learned, IGNORED)}
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [*super().val_dataloader(), *self._to_write("val", self.val_generate)]
@@ -162,15 +150,11 @@ class LanguageModeling(TextTask):
         return [self.evaluation(spread(rows.select(short), count), self._collate_prompts)]
 
     def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        prompts = self._padded([torch.tensor(example["asked"]) for example in examples], "left")
+        prompts = self._padded("left", [example["asked"] for example in examples])
         return {**prompts, "answers": [example["answer"] for example in examples]}
 
-    def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
-        masks = [torch.ones_like(row) for row in rows]
-        return {
-            "input_ids": pad_sequence(rows, True, self.tokenizer.pad_token_id, side),
-            "attention_mask": pad_sequence(masks, True, 0, side),
-        }
+    def _padded(self, side: str, ids: list[list[int]]) -> dict[str, Tensor]:
+        return dict(self.tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt"))
 
 
 class LanguageModel(AdapterModule):
@@ -209,8 +193,7 @@ class LanguageModel(AdapterModule):
             written[split] = MetricCollection({"bleu": SacreBLEUScore(), "exact_match": ExactMatch()}, **options)
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        names = ("model", "lora", "optimizer", "max_new_tokens", "answers", "settings", "end_of_turn", "tokenizer")
-        self.save_hyperparameters(*names)
+        self.save_hyperparameters(ignore="on_meta")
         self.written = nn.ModuleDict(written)
         self.tokenizer_at = tokenizer or model
         self.max_new_tokens = max_new_tokens

@@ -38,11 +38,6 @@ class ResumableLoader(DataLoader[Any]):
         *,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        if len(lengths) < batch_size * share[1]:
-            raise ConfigurationError(
-                f"task.batch_size must be at most the {len(lengths)} training examples, got {batch_size} in each of "
-                f"{share[1]} processes"
-            )
         self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 

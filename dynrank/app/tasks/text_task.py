@@ -1,33 +1,27 @@
 """Batches of tokenised texts, the common part of dynrank's own tasks."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.fingerprint import Hasher
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dynrank.adapters.sidecar_files import Inputs, tokenizer_source
+from dynrank.app.console import print_facts
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_tokenizer, positions
-from dynrank.app.tasks.account import SplitAccount, print_account
 from dynrank.app.tasks.data.columns import Form
-from dynrank.app.tasks.data.splits import Checked, labels_of, rows_by_split
-from dynrank.app.tasks.data.stored import quiet, system_prompt
+from dynrank.app.tasks.data.rows import fingerprint
+from dynrank.app.tasks.data.splits import Checked, rows_by_split
 from dynrank.app.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.errors import ConfigurationError
-
-# Increase this number when the making of examples changes, so that old examples in a cache are not used.
-CACHED = 11
 
 
 class TextTask(LightningDataModule):
@@ -35,18 +29,28 @@ class TextTask(LightningDataModule):
 
     Training draws them by :class:`dynrank.app.tasks.loader.ResumableLoader`. A validation and a test use each example
     once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
-    Subclasses define :attr:`options`, :meth:`make` and :meth:`collate`, and describe the arguments. Data and examples
-    from files are memory-mapped.
+    Subclasses define :attr:`recipe` and :meth:`collate`. Data and examples from files are memory-mapped.
+
+    Args:
+        model: name of a pre-trained model, see :func:`dynrank.app.models.names.model_source`.
+        data: rows in the columns of ``form``, see :func:`dynrank.app.tasks.data.splits.rows_by_split`.
+        form: form of the rows.
+        batch_size: training examples per batch of each process.
+        max_length: the most tokens of an example.
+        seed: seed of the order of the training batches.
+        limit: keep only this many rows of each split, for short tests; None keeps all.
+        val_examples: number of validation examples; None for all. The test uses all its examples.
+        settings: how the model is loaded: fields of :class:`dynrank.app.models.names.ModelSettings`.
 
     Attributes:
         evaluation_factor: how many times as many examples a batch of a validation or test has at most as in training.
-        features: features of the examples; ``length`` is the number of tokens.
+        features: features of the examples, of which ``length`` is the number of tokens; None: those of the first.
         examples: {split: its examples}, once they are made.
-        account: {split: its counts}.
+        account: {split: its counts of rows, of rows that were left out, and of examples and tokens made of the others}.
     """
 
     evaluation_factor: int
-    features: datasets.Features
+    features: datasets.Features | None = None
 
     def __init__(
         self,
@@ -74,15 +78,14 @@ class TextTask(LightningDataModule):
         self.val_examples = val_examples
         self.limit = limit
         self.examples: Mapping[str, datasets.Dataset] = {}
-        self.account: dict[str, SplitAccount] = {}
+        self.account: dict[str, dict[str, int]] = {}
 
     @property
-    def options(self) -> Sequence[Any]:
-        """Everything except the rows and the tokenizer that changes the examples."""
-        raise NotImplementedError
+    def recipe(self) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+        """The function that makes the columns of :attr:`features` of a batch of rows, and its options.
 
-    def make(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns of :attr:`features` for a batch of rows."""
+        The examples are read from the cache on disk if it made them before, with these options and this tokenizer.
+        """
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -99,8 +102,8 @@ class TextTask(LightningDataModule):
         """How inputs are made of rows, for the adapter's folder."""
         rows = self.rows
         columns = {ours: theirs if isinstance(theirs, str) else [*theirs] for ours, theirs in rows.columns.items()}
-        system = system_prompt(rows["train"]) if self.form == "chat" else None
-        return Inputs(self.form, columns, system, self.max_length)
+        begins = {tuple(turns[0].values()) for turns in rows["train"]["messages"]} if self.form == "chat" else {}
+        return Inputs(self.form, columns, dict(begins).get("system") if len(begins) == 1 else None, self.max_length)
 
     def go_on_from(self, adapter: Path) -> None:
         """Read data as the adapter in this folder was trained: with its own tokenizer, if it has one."""
@@ -114,37 +117,7 @@ class TextTask(LightningDataModule):
         if getattr(tokenizer, needed) is None:
             at = self.own_tokenizer or f"task.model={self.model}"
             raise ConfigurationError(f"the tokenizer of {at} has no {needed}; set task.model")
-        # The hash is computed before the first use, which changes the internal state of the tokenizer.
-        self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
-
-    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The examples of a split's rows, from the cache on disk if they were made before."""
-        # This is read before its hash.
-        tokenizer = self.tokenizer
-        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, self.form, *self.options)
-        quiet()
-        made = rows.map(
-            self.make,
-            batched=True,
-            remove_columns=rows.column_names,
-            features=self.features,
-            new_fingerprint=Hasher.hash(str(key)),
-            desc=f"tokenising {split}",
-        )
-        if not len(made):
-            raise ConfigurationError(f"no example of {split} has at most {self.max_length} tokens; set task.max_length")
-        classifies = self.form == "classification"
-        self.account[split] = SplitAccount(
-            rows=len(rows),
-            examples=len(made),
-            tokens=int(_lengths(made).sum()),
-            # Texts are cut instead.
-            left_out=len(rows) - len(made) if self.form != "text" else 0,
-            cut=sum(made["cut"]) if classifies else 0,
-            classes=dict(Counter(chain.from_iterable(labels_of(rows))).most_common()) if classifies else {},
-        )
-        return made
 
     @property
     def share(self) -> tuple[int, int]:
@@ -158,26 +131,46 @@ class TextTask(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache in one process before the others read it."""
-        self._make_examples()
+        if self.examples:
+            return
+        function, options = self.recipe
+        examples = {}
+        for split, whole in self.rows.items():
+            rows = spread(whole, self.limit)
+            made = rows.map(
+                function,
+                batched=True,
+                fn_kwargs={**options, "tokenizer": self.tokenizer},
+                remove_columns=rows.column_names,
+                features=self.features,
+                new_fingerprint=fingerprint(function, rows._fingerprint, options, self.tokenizer),
+                desc=f"tokenising {split}",
+            )
+            lengths = _lengths(made)
+            if not len(made):
+                few = f"no example of {split} has at most {self.max_length} tokens"
+                raise ConfigurationError(f"{few}; set task.max_length")
+            if lengths.max() > self.positions:
+                most = f"at most {self.positions}, which task.model={self.model} reads"
+                raise ConfigurationError(f"task.max_length must be {most}")
+            examples[split] = made
+            counts = {"rows": len(rows), "examples": len(made), "tokens": int(lengths.sum())}
+            # Longer texts are cut to this length, longer chats and completions are left out.
+            counts["at_max_length"] = int((lengths == self.max_length).sum())
+            counts["too_long"] = len(rows) - len(made) if self.form in ("completion", "chat") else 0
+            self.account[split] = counts | self.rows.left_out[split]
+        said = {
+            split: ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+            for split, counts in self.account.items()
+        }
+        rank_zero_only(print_facts)(said)
+        self.examples = examples
 
     def setup(self, stage: str) -> None:
-        self._make_examples()
+        self.prepare_data()
         if stage == "fit":
             # A test comes after the whole training, and what its loaders refuse is known now.
             self.test_dataloader()
-
-    def _make_examples(self) -> None:
-        if not self.examples:
-            rows = {split: spread(part, self.limit) for split, part in self.rows.items()}
-            examples = {split: self.examples_of(part, split) for split, part in rows.items()}
-            most = self.positions
-            if max(_lengths(part).max() for part in examples.values()) > most:
-                raise ConfigurationError(f"task.max_length must be at most {most}, which task.model={self.model} reads")
-            self.examples = examples
-            self.account["train"].dropped = self.rows.dropped
-            for split, count in self.rows.unusable.items():
-                self.account[split].unusable = count
-            rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from dynrank.app.tasks.data.splits import Pairs, place
+from dynrank.app.tasks.data.splits import Rows, place
 from dynrank.errors import ConfigurationError, checked_call
 
 # Folders of tests, and the folder of ensurepip's wheels.
@@ -18,8 +18,8 @@ _LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}
 
 
 @checked_call
-def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
-    """Functions without their indentation as (prompt, answer), by split.
+def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Rows:
+    """Functions without their indentation as rows of prompt and answer, by split.
 
     The prompt is the signature and the docstring, and the answer is the rest of the source, from the line break on. All
     of a top-level module or package is in one split, which depends only on (``seed``, its name): about 80% of them are
@@ -42,16 +42,16 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
         for file in files[name]:
             for function in _functions(file):
                 modules_of[function].add(name)
-    pairs: Pairs = {"train": [], "val": [], "test": []}
-    for function, names in modules_of.items():
+    rows: Rows = {"train": [], "val": [], "test": []}
+    for (prompt, answer), names in modules_of.items():
         if len(names) == 1:
-            pairs[place(min(names), seed, 0.8, 0.9)].append(function)
-    empty = [split for split, functions in pairs.items() if not functions]
+            rows[place(min(names), seed, 0.8, 0.9)].append({"prompt": prompt, "answer": answer})
+    empty = [split for split, functions in rows.items() if not functions]
     if empty:
         raise ConfigurationError(
             f"no functions are left for {empty}, because all of a module is in one split; set data.modules or data.seed"
         )
-    return pairs
+    return rows
 
 
 def _files() -> dict[str, list[Path]]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dynrank.app.tasks.data.splits import Pairs
+from dynrank.app.tasks.data.splits import Rows
 from dynrank.errors import ConfigurationError, checked_call
 
 _FILE = Path("xbrl", "standardization", "gaap_mappings.json")
@@ -29,7 +29,7 @@ _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=
 
 
 @checked_call
-def line_items(seed: int) -> Pairs:
+def line_items(seed: int) -> Rows:
     """Line items as prompts and their sections as answers, by split: 70, 10 and 20% of each section, at random.
 
     Sections with at least 50 items are used. Tags that the package maps to several items, IFRS tags, and items without
@@ -47,7 +47,7 @@ def line_items(seed: int) -> Pairs:
         if len({section for _, section in same}) == 1:
             by_section[same[0][1]].append(min(same))
     draw = random.Random(seed)
-    parts: Pairs = {"train": [], "val": [], "test": []}
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
     for _, items in sorted(by_section.items()):
         if len(items) >= _MIN_ITEMS:
             draw.shuffle(items)
@@ -62,7 +62,7 @@ def line_items(seed: int) -> Pairs:
         # After this line, a few items in a row are from different sections.
         draw.shuffle(part)
     return {
-        split: [(f"Line item: {text}\nSection:", f" {section}") for text, section in part]
+        split: [{"prompt": f"Line item: {text}\nSection:", "answer": f" {section}"} for text, section in part]
         for split, part in parts.items()
     }
 

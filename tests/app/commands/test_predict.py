@@ -8,7 +8,6 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from trained import updated
@@ -31,7 +30,6 @@ from dynrank.app.commands import cli
 from dynrank.app.commands.predict import _rows
 from dynrank.app.console import one_line
 from dynrank.app.tasks.data.columns import COLUMNS
-from dynrank.app.tasks.data.stored import system_prompt
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
 
@@ -262,10 +260,12 @@ def test_each_prompt_of_a_batch_is_answered_greedily_as_alone(writer, launch, tm
     assert (code, printed.splitlines()) == (0, expected), said
 
 
-def test_a_system_prompt_is_learned_if_all_chats_begin_with_it():
+def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(tiny_llama):
     for prompts, system in ((["s", "s"], "s"), (["s", "t"], None)):
-        chats = [[{"role": "system", "content": prompt}, *CHAT] for prompt in prompts]
-        assert system_prompt(Dataset.from_dict({"messages": chats})) == system
+        answered = [*CHAT, {"role": "assistant", "content": "a"}]
+        rows = [{"messages": [{"role": "system", "content": prompt}, *answered]} for prompt in prompts]
+        task = LanguageModeling(str(tiny_llama), dict.fromkeys(["train", "val", "test"], rows), form="chat")
+        assert task.training_inputs.system == system
 
 
 CHAT = [{"role": "user", "content": "M"}]

@@ -15,9 +15,8 @@ from torch import nn
 import dynrank
 from dynrank.app import train
 from dynrank.app.keys import arguments_of
-from dynrank.app.runs.config import LoraKeys, OptimizerKeys, make, rank_pattern
+from dynrank.app.runs.config import LoraKeys, make, rank_pattern
 from dynrank.app.runs.job import lora_arguments, make_scheduler
-from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.driver.checks import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import early_budget
@@ -134,14 +133,9 @@ def test_arguments_are_read_from_files_as_the_objects_have_them():
         assert {*arguments_of(target)} == {*inspect.signature(get_object(target)).parameters}, target
 
 
-@pytest.mark.parametrize(
-    ("keys", "function", "of_others"),
-    [
-        (LoraKeys, dynrank.add_lora, {"model", "rank_map", "modules_to_save", "dtype"}),
-        (OptimizerKeys, make_optimizer, {"adapter", "head", "total_steps"}),
-    ],
-)
-def test_keys_are_the_arguments_of_what_takes_them_with_their_defaults(keys, function, of_others):
-    arguments = inspect.signature(function).parameters
+def test_keys_of_lora_are_the_arguments_of_add_lora_with_their_defaults():
+    arguments = inspect.signature(dynrank.add_lora).parameters
+    of_others = {"model", "rank_map", "modules_to_save", "dtype"}
     defaults = {name: argument.default for name, argument in arguments.items() if name not in of_others}
-    assert asdict(keys()) == {name: MISSING if d is inspect.Parameter.empty else d for name, d in defaults.items()}
+    expected = {name: MISSING if d is inspect.Parameter.empty else d for name, d in defaults.items()}
+    assert asdict(LoraKeys()) == expected

@@ -215,16 +215,14 @@ def rows_of(tiny_bert, tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of, tmp_path, capsys):
+def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of, tmp_path):
     options = {"several": several}
     run(dynrank.compose([*rows_of("b", "10", "a", "9", **options), "optimizer.head_lr=0.1"]), tmp_path / "run")
     labels = json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"]
     stored = dynrank.read_adapter(tmp_path / "run" / "adapter")
     head = stored.tensor(stored.others["classifier.weight"])
-    capsys.readouterr()
     overrides = [*rows_of("a", "9", **options), f"lora.from={tmp_path / 'run'}"]
     job = build(dynrank.compose(overrides))
-    assert "no rows of       ['10', 'b']: classes of the adapter, which keep" in capsys.readouterr().out
     assert job.task.labels == labels
     assert torch.equal(job.module.model.classifier.weight, head)
     run(dynrank.compose(overrides), tmp_path / "more")

@@ -73,7 +73,8 @@ def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch,
 
 TASK = """from dynrank.app.tasks.classification import Classification
 
-ROWS = [(f"{word} film number {i}", label) for i in range(30) for word, label in (("fine", "good"), ("dull", "bad"))]
+WORDS = {"fine": "good", "dull": "bad"}
+ROWS = [{"text": f"{word} film {i}", "label": label} for i in range(30) for word, label in WORDS.items()]
 
 class Reviews(Classification):
     def __init__(self, **settings):

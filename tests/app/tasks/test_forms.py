@@ -1,11 +1,8 @@
-"""Chats, texts and several labels: what is learned of them."""
+"""Completions, chats and texts: what is learned of them."""
 
 import json
 import re
 import shutil
-from collections import Counter
-from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import dynrank
 from dynrank.app.models.pretrained import load_tokenizer
 from dynrank.app.runs import job
-from dynrank.app.tasks.classification import Classification
+from dynrank.app.tasks.data.rows import fingerprint
 from dynrank.app.tasks.examples import make_examples
 from dynrank.app.tasks.language_modeling import LanguageModeling
 from dynrank.errors import ConfigurationError
@@ -39,22 +36,6 @@ def turns(*contents, system=None):
     return [*first, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))]
 
 
-@pytest.fixture(scope="module")
-def chatty(tiny_llama, tmp_path_factory):
-    """Makes the tiny Llama's folder with a chat template."""
-
-    @cache
-    def make(template):
-        folder = tmp_path_factory.mktemp("chatty") / "llama"
-        shutil.copytree(tiny_llama, folder)
-        tokenizer = load_tokenizer(str(folder))
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
 # As Qwen 3's: thoughts before the last answer, which the prompt for an answer does not have.
 THINKING = PLAIN.replace(
     "{{ m.content }}", "{{ '<think></think>\n' if m.role == 'assistant' and loop.last else '' }}{{ m.content }}"
@@ -62,8 +43,8 @@ THINKING = PLAIN.replace(
 
 
 @pytest.mark.parametrize(("template", "before"), [(THINKING, "<think></think>\n"), (PLAIN, "")])
-def test_a_written_answer_is_compared_with_all_that_is_learned_of_the_turn(template, before, chatty):
-    tokenizer = load_tokenizer(str(chatty(template)))
+def test_a_written_answer_is_compared_with_all_that_is_learned_of_the_turn(template, before, speaking):
+    tokenizer = speaking(template)
     rows = {"messages": [turns("q", "  return")]}
     made = make_examples(rows, tokenizer=tokenizer, max_length=100, form="chat", packed=False)
     assert made["answer"] == [f"{before}  return\n"]
@@ -162,11 +143,7 @@ def test_completions_are_learned_as_sft_trainer_learns_them(answer, metaspace, t
 
 # Each has a template, a chat, and what is said of them.
 REFUSED = {
-    "unknown": (
-        PLAIN,
-        turns("q", "a", "q", "a"),
-        r"not training-compatible.*set task\.model to one whose",
-    ),
+    "unknown": (PLAIN, turns("q", "a", "q", "a"), r"not training-compatible.*set task\.model to one whose"),
     "drops": ("{{ messages[0].content }}", turns("question", "answer"), r"drop whole turns; set task\.model"),
     "refuses": ("{{ raise_exception('never') }}", turns("q", "a"), "refuses .*never.*set data"),
 }
@@ -179,13 +156,10 @@ def test_a_template_that_cannot_be_learned_is_named(case, speaking):
         learned_of({"messages": [chat]}, speaking(template), "chat")
 
 
-@pytest.mark.parametrize(
-    ("form", "template", "said"),
-    [("chat", None, "no chat template"), ("completion", None, "no eos_token")],
-)
-def test_a_tokenizer_that_a_form_cannot_use_is_named(form, template, said, tmp_path):
-    hf.ByT5Tokenizer(chat_template=template).save_pretrained(tmp_path)
-    rows = dict.fromkeys(["train", "val", "test"], [("x", "y")])
+@pytest.mark.parametrize(("form", "said"), [("chat", "no chat template"), ("completion", "no eos_token")])
+def test_a_tokenizer_that_a_form_cannot_use_is_named(form, said, tmp_path):
+    hf.ByT5Tokenizer().save_pretrained(tmp_path)
+    rows = dict.fromkeys(["train", "val", "test"], [{"prompt": "x", "answer": "y", "messages": turns("x", "y")}])
     task = LanguageModeling("minilm" if form == "completion" else str(tmp_path), rows, form=form)
     with pytest.raises(ConfigurationError, match=rf"task\.model=.* {said}.*; set task\.model"):
         task.setup("fit") if form == "completion" else task.module({}, {})
@@ -195,20 +169,20 @@ WORDS = ["class", "import", "return x", "def", "with open", "lambda"]
 ROWS = {
     "chat": [{"messages": turns(f"item {i}" * (1 + i % 3 * 9), WORDS[i % 3], "more", WORDS[i % 6])} for i in range(90)],
     "text": [{"text": f"def item{i}():\n    return {i}\n" * (1 + i % 5)} for i in range(90)],
-    "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
 }
 LENGTH = 100
 
 
 @pytest.fixture
-def task_of(chatty, tiny_bert, tmp_path):
+def task_of(tiny_llama, speaking, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "llama")
+    speaking(MARKED).save_pretrained(base)
+
     def make(form, *overrides):
         file = tmp_path / f"{form}.jsonl"
         if not file.exists():
             file.write_text("\n".join(map(json.dumps, ROWS[form])))
-        task = ["task=classification", f"task.model={tiny_bert}"]
-        if form != "several":
-            task = [f"task={form}", f"task.model={chatty(MARKED)}"]
+        task = [f"task={form}", f"task.model={base}"]
         options = [f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4", "plots=false"]
         made = job.make(dynrank.compose([*task, *options, *overrides]).task, "task")
         made.setup("fit")
@@ -228,6 +202,18 @@ def test_examples_are_made_once_and_then_read_from_the_disk(task_of, monkeypatch
     monkeypatch.setattr(hf.PreTrainedTokenizerFast, "apply_chat_template", fail)
     again = task_of("chat").examples
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
+    with pytest.raises(AssertionError, match="made again"):
+        task_of("chat", "task.max_length=90")
+
+
+def test_stored_examples_are_of_the_same_code_options_and_tokenizer(speaking, monkeypatch):
+    def found(max_length=9, template=PLAIN):
+        return fingerprint(make_examples, "rows", {"max_length": max_length}, speaking(template))
+
+    before = found()
+    assert found() == before not in (found(max_length=8), found(template=MARKED))
+    monkeypatch.setattr("inspect.getsource", lambda module: f"other code of {module}")
+    assert found() != before
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -246,56 +232,14 @@ def test_texts_are_cut_with_their_ends_one_by_one_or_as_a_stream(packed, task_of
     assert torch.equal(batch["labels"], torch.where(real, batch["input_ids"], -100))
 
 
-@pytest.mark.parametrize("form", ["chat", "text", "several"])
-def test_account_says_what_became_of_every_row(form, task_of, capsys):
+def test_account_says_what_became_of_every_row(task_of, capsys):
     """Beside the rows, tokenised whole."""
-    task = task_of(form, *(["task.packed=false"] if form == "text" else []))
+    task = task_of("chat")
     printed = capsys.readouterr().out
     for split, rows in task.rows.items():
-        account = task.account[split]
-        examples = task.examples[split]
-        if form == "chat":
-            lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
-            assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
-            assert account.tokens == sum(length for length in lengths if length <= LENGTH)
-        elif form == "text":
-            lengths = [len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
-            assert account.left_out == 0
-            assert account.tokens == sum(lengths)
-        else:
-            assert account.classes == Counter(chain(*rows["label"]))
-            assert examples["label"][:] == [[label in own for label in "abc"] for own in rows["label"]]
-        assert (account.rows, account.examples) == (len(rows), len(examples))
-        assert re.search(rf"│ {split} +│ +{len(rows)} │.* {account.tokens:,} │", printed)
-
-
-def test_classes_are_counted_and_those_that_are_nearly_alike_are_said_before_training(tiny_bert, capsys):
-    labels = [f"class{i}" for i in range(25)]
-    train = [(f"{label} {i}", label) for label in labels for i in range(3)]
-    train += [(f"b {i}", "Late bill") for i in range(2)] + [("c 1", "late  Bill ")]
-    # The same word with é as one character, and as two.
-    train += [(f"f {form}", form) for form in ("caf\u00e9", "cafe\u0301")]
-    # One that could be a number.
-    train += [(f"e {i}", "010") for i in range(4)]
-    data = {"train": train, "val": train[:3], "test": train[:3]}
-    Classification(str(tiny_bert), data, batch_size=2).setup("fit")
-    lines = capsys.readouterr().out.splitlines()
-    rows = {
-        cells[1].strip(): [*map(str.strip, cells[2:-1])] for cells in (line.split("│") for line in lines if "│" in line)
-    }
-    # Those 20 that are most frequent.
-    assert (rows["'010'"], rows["'class0'"], rows["'class18'"]) == (["4", "0", "0"], ["3", "3", "3"], ["3", "0", "0"])
-    assert sum(len(cells) == 3 and label not in ("train", "val", "test") for label, cells in rows.items()) == 20
-    start = "labels that differ only by case, blanks or Unicode form: "
-    said = {line.removeprefix(start) for line in lines if line.startswith(start)}
-    assert said == {"'Late bill', 'late  Bill '", "'caf\u00e9', 'cafe\u0301'"}
-
-
-def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_bert):
-    rows = [(f"{i} {'word ' * i}", "ab"[i % 2]) for i in range(40)]
-    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=16)
-    task.setup("fit")
-    whole = [len(ids) for ids in task.tokenizer([text for text, _ in rows])["input_ids"]]
-    assert task.account["train"].cut == sum(length > 16 for length in whole) > 0
-    expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
-    assert task.examples["train"]["input_ids"][:] == expected
+        lengths = [len(task.tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in rows]
+        kept = [length for length in lengths if length <= LENGTH]
+        counts = {"rows": len(rows), "examples": len(kept), "tokens": sum(kept), "too_long": len(rows) - len(kept)}
+        assert counts.items() <= task.account[split].items()
+        assert re.search(rf"^{split} +{len(rows)} rows, {len(kept)} examples, {sum(kept):,} tokens, ", printed, re.M)
+    assert any(task.account[split]["too_long"] for split in task.account)

@@ -24,24 +24,18 @@ def stream(source, count):
 
 
 @pytest.mark.parametrize("given", range(0, 30, 7))
-def test_loader_resumes_at_any_batch(given):
+def test_processes_share_the_batches_of_one_also_after_a_resume_at_any_batch(given):
     first = loader()
-    second = loader()
     epochs = chain.from_iterable(repeat(first))
     for _ in range(given):
         next(epochs)
-    second.load_state_dict(first.state_dict())
-    assert stream(second, 10) == stream(loader(), given + 10)[given:]
-
-
-@pytest.mark.parametrize("given", [0, 7])
-def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
     sources = [loader(), *(loader(batch_size=4, share=(process, 2)) for process in (0, 1))]
     for source in sources:
         # The state is the same for either number of processes.
-        source.load_state_dict({"given": given})
-    whole, first, second = (stream(source, 20) for source in sources)
-    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
+        source.load_state_dict(first.state_dict())
+    whole, *shares = (stream(source, 10) for source in sources)
+    assert whole == stream(loader(), given + 10)[given:] != stream(loader(1), given + 10)[given:]
+    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(*shares, strict=True))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -51,7 +45,6 @@ def test_an_epoch_has_each_example_once(processes):
     orders = []
     for _ in range(3):
         epochs = [[batch[0].tolist() for batch in source] for source in sources]
-        assert {len(epoch) for epoch in epochs} == {len(sources[0])} == {5}
         # All processes have as many in each batch, and all batches but one are full.
         sizes = [[len(batch) for batch in epoch] for epoch in epochs]
         assert sizes == [sizes[0]] * processes
@@ -60,10 +53,6 @@ def test_an_epoch_has_each_example_once(processes):
         assert {*orders[-1]} == {*range(50)}
         assert len(orders[-1]) == 50 + -50 % processes
     assert orders[0] != orders[1] != orders[2]
-
-
-def test_the_order_of_epochs_is_that_of_the_seed():
-    assert stream(loader(1), 20) == stream(loader(1), 20) != stream(loader(2), 20)
 
 
 def test_an_epoch_that_is_left_early_goes_on_in_the_next_one():
@@ -93,9 +82,9 @@ def test_evaluation_takes_each_example_once_in_equally_many_batches(count, proce
     assert all(max(map(len, share)) - min(map(len, share)) <= 1 for share in shares)
 
 
-def test_fewer_examples_than_a_batch_or_processes_are_refused():
-    with pytest.raises(ConfigurationError, match="at most the 2 training examples, got 8"):
-        ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
+def test_fewer_examples_than_a_batch_are_one_and_than_processes_are_refused():
+    (batch,) = ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
+    assert sorted(batch[0].tolist()) == [0, 1]
     with pytest.raises(ConfigurationError, match="2 examples .* 3 processes"):
         evaluation_batches(2, 4, (0, 3))
 

@@ -1,11 +1,17 @@
-"""Finding the columns of a form in users' data: by the field's names, or as the user names them."""
+"""The columns of a form in users' data: by the field's names, or as the user names them; without ``datasets``."""
 
+import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Literal
 
 from dynrank.errors import ConfigurationError
+
+# The ends of the names of files that hold rows.
+KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+TABLES = (".csv", ".tsv")
+_DELIMITERS = ",;\t"
 
 Form = Literal["classification", "completion", "chat", "text"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -25,19 +31,13 @@ Theirs = str | tuple[str, ...]
 Given = Mapping[str, str | Sequence[str] | None]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a data set.
-
-    Attributes:
-        form: form of the rows.
-        names: {our name of a column: its name in the data, or several names}.
-        asked: whether the rows are questions, without label or answer.
-    """
-
-    form: Form
-    names: Mapping[str, Theirs]
-    asked: bool = False
+def heading_of(path: Path) -> tuple[str, str, list[str]]:
+    """(the first line of a table that is not empty, the delimiter that gives it most cells, these cells)."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = next(filter(str.strip, file), "")
+    cells = {sign: next(csv.reader([line], delimiter=sign), []) for sign in _DELIMITERS}
+    delimiter = max(cells, key=lambda sign: len(cells[sign]))
+    return line, delimiter, cells[delimiter]
 
 
 def each(theirs: Theirs) -> tuple[str, ...]:
@@ -45,8 +45,10 @@ def each(theirs: Theirs) -> tuple[str, ...]:
     return (theirs,) if isinstance(theirs, str) else theirs
 
 
-def find_columns(columns: Sequence[str], given: Given, form: Form, where: str, *, asked: bool = False) -> Columns:
-    """The columns of ``form`` among those of the data.
+def find_columns(
+    columns: Sequence[str], given: Given, form: Form, where: str, *, asked: bool = False
+) -> dict[str, Theirs]:
+    """{our name of a column of ``form``: its name in the data, or several names}.
 
     Args:
         columns: the names of the columns that the data have.
@@ -69,7 +71,7 @@ def find_columns(columns: Sequence[str], given: Given, form: Form, where: str, *
             if name not in columns:
                 near = get_close_matches(name.lower(), columns, n=1)
                 cure = f"set data.columns.{ours}={near[0] if near else 'NAME'}"
-                # A function of Python and dynrank predict have no key for it.
+                # Data of Python and dynrank predict have no key for it.
                 cure = cure if where.startswith("data.") else "rename one"
                 raise ConfigurationError(f"{where} has no column {name!r}; it has {[*columns]}; {cure}")
-    return Columns(form, found, asked)
+    return found

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dynrank.app.tasks.data.splits import Pairs, place
+from dynrank.app.tasks.data.splits import Rows, place
 from dynrank.errors import ConfigurationError, checked_call
 
 # Chapters of injuries and of external causes. Half of all codes are theirs, made from templates ("... initial
@@ -20,7 +20,7 @@ def icd10_terms(
     code_length: Annotated[int, Field(ge=3, le=7)],
     min_terms: Annotated[int, Field(ge=1)],
     seed: int,
-) -> Pairs:
+) -> Rows:
     """Terms and their blocks (code ranges such as ``A00-A09``) by split.
 
     Inclusion terms are the words that clinicians use for a code. All official descriptions and 70% of the inclusion
@@ -39,16 +39,16 @@ def icd10_terms(
     for text, block in [*described, *included]:
         blocks[text].add(block)
     descriptions = {text for text, _ in described}
-    pairs: Pairs = {"train": [], "val": [], "test": []}
+    rows: Rows = {"train": [], "val": [], "test": []}
     for text in sorted(blocks):
         if len(blocks[text]) == 1:
             split = "train" if text in descriptions else place(text, seed, 0.7, 0.8)
-            pairs[split].append((text, min(blocks[text])))
-    sizes = Counter(block for _, block in pairs["train"])
-    pairs = {split: [pair for pair in rows if sizes[pair[1]] >= min_terms] for split, rows in pairs.items()}
-    if not all(pairs.values()):
+            rows[split].append({"text": text, "label": min(blocks[text])})
+    sizes = Counter(row["label"] for row in rows["train"])
+    rows = {split: [row for row in part if sizes[row["label"]] >= min_terms] for split, part in rows.items()}
+    if not all(rows.values()):
         raise ConfigurationError("no ICD-10-CM terms are left; set data.chapters, data.code_length or data.min_terms")
-    return pairs
+    return rows
 
 
 def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -1,71 +1,106 @@
-"""One row of users' data in the columns of a form, and what is wrong with it."""
+"""Users' rows in the columns of a form: each is checked, and all faults are listed at once."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import datasets
+from datasets.fingerprint import Hasher
 
-from dynrank.app.tasks.data.columns import COLUMNS, Columns, Theirs
-from dynrank.errors import shown
+from dynrank.app.tasks.data.columns import Theirs, each
+from dynrank.app.tasks.data.source import RawRows, reading
+from dynrank.errors import ConfigurationError, shown
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names.
-_OTHER_ROLES = {"human": "user", "gpt": "assistant"}
-_KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
+# The most faults that one message lists, and the most rows of one fault.
+SHOWN = 20
 _TEXT = datasets.Value("string")
 
 
-class UnusableRow(ValueError):
-    """What is wrong with a row."""
+def fingerprint(function: Callable[..., Any], *inputs: Any) -> str:
+    """The name by which ``datasets`` stores what a function makes of ``inputs``; new for new code in its file."""
+    return Hasher.hash((inspect.getsource(sys.modules[function.__module__]), *inputs))  # type: ignore[no-any-return]
 
 
-def features_of(columns: Columns, label: Any) -> datasets.Features:
-    """The types of the columns that :func:`checked_rows` makes; ``label`` is the type of the user's labels."""
-    made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
-    if columns.form == "chat":
-        made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
-    if isinstance(label, datasets.List):
-        made["label"] = datasets.List(_TEXT)
-    return datasets.Features({**made, "place": datasets.Value("int64"), "fault": _TEXT})
-
-
-def checked_rows(
-    batch: Mapping[str, list[Any]], indices: Sequence[int], *, columns: Columns, first: int, label: Any
-) -> dict[str, list[Any]]:
-    """Our columns of a batch of rows; also the place of each, and None or what is wrong with it as its fault.
+def usable_rows(
+    raw: RawRows, names: Mapping[str, Theirs], *, asked: bool = False, skip: bool = False
+) -> tuple[datasets.Dataset, int]:
+    """The rows with our columns, and ``place``, the number of each; and how many were left out.
 
     Args:
-        batch: the user's columns.
-        indices: the indices of the rows.
-        columns: how the user's columns are read.
-        first: the place of the row with the index 0.
-        label: the type of the user's labels in ``datasets``; None if there are none.
+        raw: the user's rows.
+        names: {our name of a column: the user's}.
+        asked: whether chats are questions, which end before the answer.
+        skip: leave out rows with a fault; otherwise one error lists them.
     """
-    rows = (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
-    made = [_checked(row, columns, label) | {"place": first + i} for i, row in zip(indices, rows, strict=True)]
-    return {name: [row.get(name) for row in made] for name in features_of(columns, label)}
+    rows = raw.rows.select_columns([*dict.fromkeys(name for theirs in names.values() for name in each(theirs))])
+    label = rows.features.get(names.get("label"))
+    features = datasets.Features({**dict.fromkeys(names, _TEXT), "place": datasets.Value("int64"), "fault": _TEXT})
+    if "messages" in names:
+        features["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
+    if isinstance(label, datasets.List):
+        features["label"] = datasets.List(_TEXT)
+    options = {"names": names, "label": label, "first": raw.first, "asked": asked}
+    with reading(raw.where):
+        made = rows.map(
+            checked_row,
+            with_indices=True,
+            fn_kwargs=options,
+            remove_columns=rows.column_names,
+            features=features,
+            new_fingerprint=fingerprint(checked_row, raw.rows._fingerprint, str(options)),
+        )
+    faults = made["fault"][:]
+    wrong = [i for i, fault in enumerate(faults) if fault is not None]
+    if wrong and not (skip and len(wrong) < len(made)):
+        refuse(raw.where, [(raw.first + i, faults[i]) for i in wrong])
+    kept = made.select([i for i, fault in enumerate(faults) if fault is None]) if wrong else made
+    return kept.remove_columns("fault"), len(wrong)
 
 
-def _checked(row: Mapping[str, Any], columns: Columns, label: Any) -> dict[str, Any]:
+def refuse(where: str, faults: Iterable[tuple[int, str]]) -> None:
+    """Raise one error that lists all faults, each with the numbers of its rows."""
+    places: dict[str, list[int]] = {}
+    for place, fault in sorted(faults):
+        places.setdefault(fault, []).append(place)
+    said = []
+    for fault, rows in [*places.items()][:SHOWN]:
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        said.append(f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:SHOWN]))}{more}: {fault}")
+    said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
+    advice = "correct them"
+    # The rows of dynrank predict have no such key.
+    advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
+    raise ConfigurationError("\n  ".join([f"{where} has rows that cannot be used; {advice}:", *said]))
+
+
+def checked_row(
+    row: Mapping[str, Any], index: int, *, names: Mapping[str, Theirs], label: Any, first: int, asked: bool
+) -> dict[str, Any]:
+    """Our columns of a row, its place, and None or what is wrong with it as its fault; see :func:`usable_rows`.
+
+    ``label`` is the type of the user's labels in ``datasets``, and ``first`` the place of the row with the index 0.
+    """
+    found = {ours: _joined(row, theirs) for ours, theirs in names.items()}
+    fault = None
     try:
-        found = {ours: _joined(row, theirs) for ours, theirs in columns.names.items()}
-        if columns.form == "chat":
-            return {"messages": _chat(found["messages"], asked=columns.asked)}
-        for name, value in found.items():
-            if name == "label":
-                found[name] = _label(value, label)
+        for ours, value in found.items():
+            if ours == "messages":
+                found[ours] = _chat(value, asked=asked)
+            elif ours == "label":
+                found[ours] = _label(value, label)
             else:
-                _refuse_no_text(value, name)
-    except UnusableRow as error:
-        return {"fault": str(error)}
-    return found
+                _refuse_no_text(value, ours)
+    except ConfigurationError as error:
+        found, fault = dict.fromkeys(names), str(error)
+    return {**found, "place": first + index, "fault": fault}
 
 
 def _joined(row: Mapping[str, Any], theirs: Theirs) -> Any:
     """The value of a column, or of several: their texts that are not empty, each in a new line."""
     if isinstance(theirs, str):
-        return row.get(theirs)
-    filled = [row[name] for name in theirs if row.get(name) is not None]
+        return row[theirs]
+    filled = [row[name] for name in theirs if row[name] is not None]
     strange = [value for value in filled if not isinstance(value, str)]
     return strange[0] if strange else "\n".join(text for text in filled if text.strip())
 
@@ -73,13 +108,13 @@ def _joined(row: Mapping[str, Any], theirs: Theirs) -> Any:
 def _refuse_no_text(value: Any, name: str) -> None:
     """Refuse a value that is no text, or blank."""
     if not isinstance(value, str) or not value.strip():
-        raise UnusableRow(f"{name} must be a text that is not blank, got {shown(value)}")
+        raise ConfigurationError(f"{name} must be a text that is not blank, got {shown(value)}")
 
 
 def _label(value: Any, kind: Any) -> str | list[str]:
     """The label of a row as a text, or its labels."""
     several = isinstance(kind, datasets.List)
-    labels = value if isinstance(value, list) else [value]
+    labels = value if several and value is not None else [value]
     classes = getattr(kind.feature if several else kind, "names", None)
     if classes is not None:
         # datasets writes -1 where there is none.
@@ -87,36 +122,26 @@ def _label(value: Any, kind: Any) -> str | list[str]:
     for label in labels:
         if not isinstance(label, int):
             _refuse_no_text(label, "label")
-    if isinstance(value, list) != several:
-        raise UnusableRow(f"label must be {'a list' if several else 'one label'} as in other rows, got {shown(value)}")
     names = [str(label) for label in labels]
     # As a vector with a flag for each class would.
     if len({*names}) < len(names):
-        raise UnusableRow(f"label must name no label twice, got {shown(value)}; write the labels that the row has")
+        raise ConfigurationError(f"label must name no label twice, got {shown(value)}; write the labels of the row")
     return names if several else names[0]
 
 
 def _chat(turns: Any, *, asked: bool) -> list[dict[str, str]]:
-    found = [_turn(turn) for turn in (turns if isinstance(turns, list) else [turns])]
+    found = list[dict[str, str]]()
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise ConfigurationError(f"each message must have a role and a content, got {shown(turn)}")
+        _refuse_no_text(turn.get("content"), f"message of the {turn['role']}")
+        found.append({"role": turn["role"], "content": turn["content"]})
     # A question ends before the answer.
     while asked and found and found[-1]["role"] == "assistant":
         found.pop()
     roles = [message["role"] for message in found if message["role"] not in ("system", "developer")]
     if roles[:1] != ["user"]:
-        raise UnusableRow(f"the chat must start with the user, got {[message['role'] for message in found]}")
+        raise ConfigurationError(f"the chat must start with the user, got {[message['role'] for message in found]}")
     if not asked and "assistant" not in roles:
-        raise UnusableRow("the chat has no turn of the assistant")
+        raise ConfigurationError("the chat has no turn of the assistant")
     return found
-
-
-def _turn(turn: Any) -> dict[str, str]:
-    """A turn of a chat with our names of roles."""
-    keys = [keys for keys in _KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(keys[0]), str)]
-    if not keys:
-        raise UnusableRow(f"each message must have a role and a content, or from and value, got {shown(turn)}")
-    role, content = (turn.get(key) for key in keys[0])
-    role = _OTHER_ROLES.get(role, role)
-    if role not in _ROLES:
-        raise UnusableRow(f"roles must be {', '.join(_ROLES)}, got {role!r}")
-    _refuse_no_text(content, f"message of the {role}")
-    return {"role": role, "content": content}

@@ -1,15 +1,35 @@
 """Reading the rows of a source that a user names, by ``datasets``: a file, or a data set on the hub."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pandas
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError
 
-from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
-from dynrank.app.tasks.data.stored import RawRows, quiet, reading
+from dynrank.app.tasks.data.columns import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
+
+_TEXT = datasets.Value("string")
+
+
+class RawRows(NamedTuple):
+    """Rows before they are checked.
+
+    Attributes:
+        where: their name in errors.
+        rows: the rows.
+        first: the number of the first one, which is 2 after a heading.
+    """
+
+    where: str
+    rows: datasets.Dataset
+    first: int = 1
 
 
 def read_source(name: str | None, key: str, split: str) -> RawRows:
@@ -21,14 +41,11 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
         split: train, val or test, for a data set on the hub.
     """
     kinds = f"a file ({', '.join(KINDS)}){', or ORG/NAME on the hub' if key.startswith('data.') else ''}"
-    if not name:
-        raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
     where = f"{key}={name}"
-    path = Path(name).expanduser()
+    path = Path(name or "").expanduser()
     with reading(where):
         # A version is no suffix: teknium/OpenHermes-2.5.
-        if name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
-            quiet()
+        if name and name.count("/") == 1 and not path.exists() and not path.suffix[1:2].isalpha():
             return RawRows(where, datasets.load_dataset(name, split="validation" if split == "val" else split))
         if not path.exists():
             raise ConfigurationError(f"{where} does not exist; set {key} to {kinds}")
@@ -39,14 +56,10 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
 
 def _from_file(path: Path, where: str) -> RawRows:
     suffix = path.suffix.lower()
-    reader, options = "json", dict[str, Any]()
-    if suffix in TABLES:
-        reader, options = "csv", _cells(path)
-    elif suffix == ".parquet":
-        reader = "parquet"
-    elif suffix == ".txt":
-        reader, options = "text", {"sample_by": "paragraph", "encoding": "utf-8-sig"}
-    quiet()
+    reader = "csv" if suffix in TABLES else {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    options = {"text": {"sample_by": "paragraph", "encoding": "utf-8-sig"}}.get(reader, {})
+    if reader == "csv":
+        options = _cells(path)
     rows = datasets.load_dataset(reader, data_files=[escape(str(path.resolve()))], split="train", **options)
     # The heading of a table is its first row.
     return RawRows(where, rows, first=2 if reader == "csv" else 1)
@@ -63,4 +76,24 @@ def _cells(path: Path) -> dict[str, Any]:
     # Then pandas would take the first cells for names of rows.
     if not isinstance(first.index, pandas.RangeIndex):
         raise ValueError(f"row 2 has more cells than the heading: a text that holds {delimiter!r} belongs in quotes")
-    return {**how, "features": datasets.Features(dict.fromkeys(first.columns, datasets.Value("string")))}
+    return {**how, "features": datasets.Features(dict.fromkeys(first.columns, _TEXT))}
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn errors of reading within the block into a ConfigurationError that names the data as ``where``.
+
+    From here on ``datasets`` is silent; on a terminal it shows progress bars.
+    """
+    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
+    # It would log each error that it raises.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cause: Any = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        said = " ".join(str(cause).split())
+        advice = "save it as UTF-8" if "utf" in said.lower() else "correct it, or name another"
+        raise ConfigurationError(f"{where} cannot be read: {said}; {advice}") from cause

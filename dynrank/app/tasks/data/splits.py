@@ -1,9 +1,7 @@
 """The rows of a task's data by split: of files and names on the hub, or of what a function returns."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import datasets
@@ -11,26 +9,27 @@ from pydantic import Field
 
 from dynrank.app.keys import below, named
 from dynrank.app.tasks.data.columns import COLUMNS, Form, Given, Theirs, find_columns
-from dynrank.app.tasks.data.source import read_source
-from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
+from dynrank.app.tasks.data.rows import usable_rows
+from dynrank.app.tasks.data.source import RawRows, read_source, reading
 from dynrank.errors import ConfigurationError, checked_call, shown
 
 SPLITS = ("train", "val", "test")
-Pairs = dict[str, list[tuple[str, str]]]
+# {split: rows of a function of Python}.
+Rows = dict[str, list[dict[str, Any]]]
 
 
 class Checked(dict[str, datasets.Dataset]):
     """{split: its rows}, in the columns of their form and checked.
 
     Attributes:
-        dropped: number of training rows that were left out, because their text is also in another split's file.
-        unusable: {split: number of rows of its file that were left out, because they cannot be used}.
         columns: {our name of a column: its name in the training rows}.
+        left_out: {split: {reason: number of rows of its file that were left out}}.
     """
 
-    dropped: int = 0
-    unusable: Mapping[str, int] = MappingProxyType({})
-    columns: Mapping[str, Theirs] = MappingProxyType({})
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: Mapping[str, Theirs] = {}
+        self.left_out = {split: {"unusable": 0, "in_another_split": 0} for split in SPLITS}
 
 
 def number_of(key: str, seed: int) -> int:
@@ -56,8 +55,8 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     """The rows of train, val and test with our names of columns (see :data:`dynrank.app.tasks.data.columns.COLUMNS`).
 
     Args:
-        data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset``, or to a list of mappings or of
-            tuples in the order of the columns; or a function without arguments that returns such a mapping.
+        data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset`` or a list of mappings; or a
+            function without arguments that returns such a mapping.
         form: form of the rows.
     """
     with named(below("data")):
@@ -67,36 +66,27 @@ def rows_by_split(data: Any, form: Form) -> Checked:
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
         got = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {got}; set data")
-    found = Checked()
+    found = dict[str, RawRows]()
     for split in SPLITS:
-        raw = _raw(splits[split], form, f"data, {split}")
-        used = find_columns(raw.rows.column_names, {}, form, raw.where)
-        rows, _ = usable_rows(raw, used)
-        found[split] = rows.remove_columns("place")
-        if split == "train":
-            found.columns = used.names
+        rows = splits[split]
+        where = f"data, {split}"
+        if not isinstance(rows, datasets.Dataset):
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+                must = "must be a datasets.Dataset or a list of mappings, which name the columns"
+                raise ConfigurationError(f"{where} {must}, got {shown(rows)}; set data")
+            with reading(where):
+                rows = datasets.Dataset.from_list(rows)
+        found[split] = RawRows(where, rows)
+    return _checked(found, form, {}, skip=False)
+
+
+def _checked(parts: Mapping[str, RawRows], form: Form, given: Given, *, skip: bool) -> Checked:
+    found = Checked()
+    for split, raw in parts.items():
+        names = find_columns(raw.rows.column_names, given, form, raw.where)
+        found[split], found.left_out[split]["unusable"] = usable_rows(raw, names, skip=skip)
+        found.columns = found.columns or names
     return found
-
-
-def _raw(part: Any, form: Form, where: str) -> RawRows:
-    """The rows of a data set, or of a list of mappings or tuples."""
-    if not isinstance(part, Sequence | datasets.Dataset) or not len(part):
-        raise ConfigurationError(f"{where} must be a list of rows or a datasets.Dataset, got {shown(part)}; set data")
-    if isinstance(part, datasets.Dataset):
-        return RawRows(where, part)
-    names = COLUMNS[form]
-    faults = [
-        (number, f"it must be a mapping or a tuple {names}, got {shown(row)}")
-        for number, row in enumerate(part, start=1)
-        if not isinstance(row, Mapping) and not (isinstance(row, tuple | list) and len(row) == len(names))
-    ]
-    if faults:
-        refuse(where, faults)
-    rows = [row if isinstance(row, Mapping) else dict(zip(names, row, strict=True)) for row in part]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    with reading(where):
-        cells = {key: [row.get(key) for row in rows] for key in keys}
-        return RawRows(where, datasets.Dataset.from_dict(cells, on_mixed_types="use_json"))
 
 
 @checked_call
@@ -129,16 +119,11 @@ def from_files(
         seed: seed of the splits.
         skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
     """
-    found = Checked()
-    unusable = {}
-    for split, name in (("train", train), ("val", val), ("test", test)):
-        if split == "train" or name:
-            raw = read_source(name, f"data.{split}", split)
-            used = find_columns(raw.rows.column_names, columns, form, raw.where)
-            rows, unusable[split] = usable_rows(raw, used, skip=skip_unusable)
-            found[split] = rows.remove_columns("place")
-            found.columns = found.columns or used.names
-    found.unusable = unusable
+    files = {"train": train, "val": val, "test": test}
+    parts = {
+        split: read_source(name, f"data.{split}", split) for split, name in files.items() if name or split == "train"
+    }
+    found = _checked(parts, form, columns, skip=skip_unusable)
     whole = found["train"]
     # A chat is known by all of its turns.
     texts = [str(text) for text in whole[COLUMNS[form][0]]]
@@ -147,27 +132,17 @@ def from_files(
     # A split with a file of its own takes no text.
     places = {text: "train" if split in found else split for text, split in places.items()}
     if form == "classification":
-        _train_each_label(places, zip(texts, labels_of(whole), strict=True), seed)
-    found.dropped = sum(text in elsewhere for text in texts)
+        # Of each label the text with the lowest number is trained; those of training have the lowest.
+        pairs = [pair for pair in zip(texts, labels_of(whole), strict=True) if pair[0] in places]
+        pairs.sort(key=lambda pair: number_of(pair[0], seed), reverse=True)
+        places |= dict.fromkeys({label: text for text, labels in pairs for label in labels}.values(), "train")
+    twice = sum(text in elsewhere for text in texts)
+    found.left_out["train"]["in_another_split"] = twice
     for split in SPLITS:
         if split == "train" or split not in found:
             found[split] = whole.select([i for i, text in enumerate(texts) if places.get(text) == split])
         if not len(found[split]):
-            twice = f", of which {found.dropped} are also in the other files" if found.dropped else ""
-            few = f"data.train={train} has {len(whole)} rows{twice}, which leaves none for {split}"
+            same = f", of which {twice} are also in the other files" if twice else ""
+            few = f"data.train={train} has {len(whole)} rows{same}, which leaves none for {split}"
             raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
     return found
-
-
-def _train_each_label(places: dict[str, str], pairs: Iterable[tuple[str, list[str]]], seed: int) -> None:
-    """Move to training, of each label that has no text there, the text with the lowest number.
-
-    ``places`` are {text: its split}, and ``pairs`` the rows' texts and labels.
-    """
-    texts: dict[str, set[str]] = defaultdict(set)
-    for text, labels in pairs:
-        for label in labels if text in places else ():
-            texts[label].add(text)
-    for _, own in sorted(texts.items()):
-        if all(places[text] != "train" for text in own):
-            places[min(own, key=lambda text: number_of(text, seed))] = "train"

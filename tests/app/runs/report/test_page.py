@@ -55,7 +55,7 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
 @pytest.mark.usefixtures("no_matplotlib")
 def test_page_begins_with_results_final_weights_and_data(tmp_path):
     weights = "of step 20 of 30: the best val/loss"
-    split = {"rows": 1234, "examples": 1200, "tokens": 9, "max_length": 8, "unusable": 31, "dropped": 3}
+    split = {"rows": 1234, "examples": 1200, "tokens": 9, "at_max_length": 0, "unusable": 31}
     # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
     more = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "data": {"train": split}}
     report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], weights=weights, **more)))
@@ -63,8 +63,8 @@ def test_page_begins_with_results_final_weights_and_data(tmp_path):
     facts |= {"gap: val/loss - train/loss": "0.7", "rank": "4-8", "adapter parameters": "1,234"}
     assert facts.items() <= report.facts().items()
     assert weights in " ".join(report.texts("p"))
-    counts = {"split": "train", "rows": "1,234", "unusable, left out": "31", "in another split, left out": "3"}
-    counts |= {"too long, left out": "0", "too long, cut": "0", "examples": "1,200", "tokens": "9"}
+    counts = {"split": "train", "rows": "1,234", "examples": "1,200", "tokens": "9", "at max length": "0"}
+    counts["unusable"] = "31"
     headings, row = report.table("The data")
     assert dict(zip(headings, row, strict=True)) == counts
 

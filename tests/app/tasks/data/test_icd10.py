@@ -16,44 +16,27 @@ def normal(text):
     return " ".join(text.casefold().split())
 
 
-def blocks_of_text():
-    """Every block under which a text stands in chapters 1, 2 and 9, straight from the classification."""
-    found = {}
+def test_terms_stand_once_with_their_block_and_only_inclusion_terms_evaluate(splits):
+    blocks, descriptions = {}, set()
     for code in icd.get_all_codes():
-        ancestors = icd.get_ancestors(code)
-        if ancestors and ancestors[-1] in ("1", "2", "9"):
-            block = next((c for c in [code, *ancestors] if icd.is_block(c)), None)
-            for text in [icd.get_description(code), *icd.get_inclusion_term(code)]:
-                found.setdefault(normal(text), set()).add(block)
-    return found
-
-
-def texts(splits, *names):
-    return [text for name in names or splits for text, _ in splits[name]]
-
-
-def test_a_term_stands_once_with_the_block_of_its_codes(splits):
-    truth = blocks_of_text()
-    assert len(texts(splits)) == len(set(texts(splits)))
-    assert all(block in truth[text] for part in splits.values() for text, block in part)
-
-
-def test_evaluation_holds_inclusion_terms_only(splits):
-    codes = [code for code in icd.get_all_codes() if not icd.is_chapter_or_block(code)]
-    descriptions = {normal(icd.get_description(code)) for code in codes}
-    assert not descriptions & {*texts(splits, "val", "test")}
-
-
-def test_blocks_have_enough_training_terms(splits):
-    sizes = Counter(block for _, block in splits["train"])
+        description = normal(icd.get_description(code))
+        if not icd.is_chapter_or_block(code):
+            descriptions.add(description)
+        block = next((c for c in [code, *icd.get_ancestors(code)] if icd.is_block(c)), None)
+        for text in [description, *map(normal, icd.get_inclusion_term(code))]:
+            blocks.setdefault(text, set()).add(block)
+    rows = [row for part in splits.values() for row in part]
+    assert all(row["label"] in blocks[row["text"]] for row in rows)
+    assert len(rows) == len({row["text"] for row in rows})
+    assert not descriptions & {row["text"] for split in ("val", "test") for row in splits[split]}
+    sizes = Counter(row["label"] for row in splits["train"])
     assert min(sizes.values()) >= 10
-    assert {block for part in splits.values() for _, block in part} == sizes.keys()
+    assert {row["label"] for row in rows} == sizes.keys()
 
 
-def test_seed_changes_the_split_alone(splits):
-    other = icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=1)
-    assert set(other["test"]) != set(splits["test"])
+def test_the_seed_decides_the_split(splits):
     assert icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=0) == splits
+    assert icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=1)["test"] != splits["test"]
 
 
 def test_what_leaves_no_terms_is_named():

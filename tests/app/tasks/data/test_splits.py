@@ -6,40 +6,33 @@ from datasets import Dataset, DatasetDict
 from dynrank.app.tasks.data.splits import place, rows_by_split
 from dynrank.errors import ConfigurationError
 
-PAIRS = {"train": [("a", "x"), ("b", "y")], "val": [("c", "x")], "test": [("d", "y")]}
-
-
-def dataset(rows):
-    return Dataset.from_list([{"source": "web", "label": label, "text": text} for text, label in rows])
-
-
+ROWS = {
+    split: [{"source": "web", "label": label, "text": text} for text, label in rows]
+    for split, rows in {"train": ["ax", "by"], "val": ["cx"], "test": ["dy"]}.items()
+}
 KINDS = {
-    "lists": PAIRS,
-    "a function": lambda: PAIRS,
-    "data sets": DatasetDict({name: dataset(rows) for name, rows in PAIRS.items()}),
-    "one split more": {**PAIRS, "unsupervised": []},
+    "lists": ROWS,
+    "a function": lambda: ROWS,
+    "data sets and one more": DatasetDict({name: Dataset.from_list(rows) for name, rows in [*ROWS.items(), ("x", [])]}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_the_same_whatever_holds_them(kind):
     found = rows_by_split(KINDS[kind], "classification")
-    assert {split: [*zip(rows["text"], rows["label"], strict=True)] for split, rows in found.items()} == PAIRS
+    texts = {split: [*zip(rows["label"], rows["text"], strict=True)] for split, rows in found.items()}
+    assert texts == {split: [(row["label"], row["text"]) for row in rows] for split, rows in ROWS.items()}
 
 
 REFUSED = {
-    "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation.*set data"),
-    "an empty split": ({**PAIRS, "val": []}, r"val must be a list of rows .*, got \[\]"),
-    "a row of one": (
-        {**PAIRS, "test": [("a", "x"), ("b",), "cd"]},
-        r"(?s)test .*row 2: it must be .*tuple \('text', 'label'\), got \('b',\)\n  row 3: .* got 'cd'",
+    "a split too few": ({"train": ROWS["train"], "validation": ROWS["val"]}, "val.*validation.*set data"),
+    "an empty split": ({**ROWS, "val": []}, r"val must be .* a list of mappings.*, got \[\]"),
+    "tuples": ({**ROWS, "test": [("a", "x")]}, r"test must be .* a list of mappings.*, got \[\('a', 'x'\)\]; set data"),
+    "a broken number": (
+        {**ROWS, "train": [{"text": "a", "label": 1.0}, {"text": "a", "label": 0.5}]},
+        r"(?s)train .*row 2: label must be .*0\.5",
     ),
-    "a broken number": ({**PAIRS, "train": [("a", "x"), ("a", 0.5)]}, r"(?s)train .*row 2: label must be .*0\.5"),
-    "no rows at all": ({**PAIRS, "val": None}, "val must be a list of rows .*, got None; set data"),
-    "other names": (
-        {**PAIRS, "val": [{"a": "x", "label": "y"}]},
-        "val has no column 'text'; it has .*; rename one",
-    ),
+    "other names": ({**ROWS, "val": [{"a": "x", "label": "y"}]}, "val has no column 'text'; it has .*; rename one"),
 }
 
 
