@@ -54,6 +54,7 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
         "seconds": 12.0,
         "tokens_per_second": 250.0,
         "peak_memory_bytes": 2**30,
+        "steps": STEPS,
     }
     (folder / "summary.json").write_text(json.dumps(ended | summary))
     (folder / ".hydra").mkdir(exist_ok=True)
