@@ -77,10 +77,6 @@ class Page:
         """Those of the pictures."""
         return [picture.get("alt") for picture in self.root.iter("img")]
 
-    def facts(self):
-        """Name -> value of what stands at the top."""
-        return dict(zip(self.texts("dt"), self.texts("dd"), strict=True))
-
     def table(self, start):
         """The rows of the table whose caption begins so, the headings first."""
         (table,) = [t for t in self.root.iter("table") if "".join(t.find("caption").itertext()).startswith(start)]

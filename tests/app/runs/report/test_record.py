@@ -1,4 +1,4 @@
-"""A folder that is not that of a finished run, or whose files are broken, is refused by name; nothing is written."""
+"""The record of a finished run; a folder of another kind, or with a broken file, is refused by name."""
 
 import shutil
 
@@ -24,10 +24,14 @@ def folder(whole, tmp_path):
 
 def test_ranks_follow_what_was_made_and_not_what_was_taken_back(tmp_path):
     run = read_run(write_run(tmp_path, drops=[(10, 4), (20, 6)], undone=[(10, 1), (12, 3)]))
-    assert [change.undone for change in run.history] == [True, False, True, False]
+    assert [(change.undone, change.ranks) for change in run.history] == [
+        (True, "8 → 1"),
+        (False, "8 → 4"),
+        (True, "4 → 3"),
+        (False, "4 → 6"),
+    ]
     assert run.ranks()["layers.0.up"] == [8, 4, 6]
     assert run.ranks()["head"] == [8]
-    assert run.last_step == 30
 
 
 def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder):
@@ -47,39 +51,21 @@ def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder):
         assert (folder / "again.png").read_bytes() == (folder / "plots" / f"{name}.png").read_bytes()
 
 
-@pytest.mark.parametrize(("rows", "steps"), [("30,1.25,,", 30), ("0,1.25,,", 0), ("30,1.25,,\n30,,2.0,", 31)])
-def test_steps_are_those_before_the_test_also_if_none_was_trained_here(folder, rows, steps):
-    (folder / "rank_history.csv").write_text("step\n")
-    (folder / "metrics.csv").write_text(f"step,test/loss,train/loss,val/loss\n{rows}\n")
-    assert read_run(folder).last_step == steps
-
-
-def edit(name, old, new):
-    def change(folder):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return change
-
-
-def without(name):
-    return lambda folder: (folder / name).unlink()
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "damage", "message"),
     [
-        (without("summary.json"), "summary.json"),
-        (without(".hydra/config.yaml"), "config.yaml"),
-        (without("adapter/adapter_model.safetensors"), "adapter_model.safetensors"),
-        (edit("summary.json", "{", "["), "summary.json"),
-        (edit("summary.json", '"seconds": 12.0', '"seconds": "12"'), "(?s)seconds.*'12'.*summary.json"),
+        ("summary.json", None, "finished run.*summary.json"),
+        ("summary.json", ("{", "["), "finished run.*summary.json"),
+        ("summary.json", ('"seconds": 12.0', '"seconds": "12"'), "(?s)seconds.*'12'.*summary.json"),
+        ("adapter/adapter_model.safetensors", None, "adapter_model.safetensors"),
     ],
 )
-def test_missing_file_is_named_and_an_earlier_report_stays(folder, damage, message):
+def test_missing_or_broken_file_is_named_and_an_earlier_report_stays(folder, name, damage, message):
     (folder / "report.html").write_text("earlier")
-    damage(folder)
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text((folder / name).read_text().replace(*damage, 1))
     with pytest.raises(ConfigurationError, match=message):
         write_report(folder)
     assert (folder / "report.html").read_text() == "earlier"

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tables import rows
 
 import dynrank
@@ -28,11 +26,6 @@ def table(folder):
     return rows(Path(folder, "sweep.csv"))
 
 
-def measured(folder):
-    """The table without what depends on the clock."""
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in table(folder)]
-
-
 def test_experiment_is_four_ranks_at_one_scaling():
     configs = [dynrank.compose(["experiment=medical_rank_sweep", f"lora.rank={rank}"]) for rank in (4, 8, 12, 16)]
     models = [job.build(config, on_meta=True).module.model for config in configs]
@@ -44,24 +37,16 @@ def test_experiment_is_four_ranks_at_one_scaling():
 def test_experiment_in_miniature_ends_in_a_table_of_its_runs_summaries(sweep):
     code, printed, said = sweep("experiment=medical_rank_sweep", "hydra.sweep.dir=s", "lora.rank=4,8", "seed=0")
     assert code == 0, said
-    assert "adapter parameters" in printed
+    assert "gap" in printed
     for row, rank, folder in zip(table("s"), "48", (Path("s/0"), Path("s/1")), strict=True):
         run = json.loads((folder / "summary.json").read_text())
-        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-        assert run["bytes"]["adapter"] == sum(t.nbytes for name, t in adapter.items() if "lora_" in name)
-        trained = sum(t.nbytes for t in adapter.values())
-        assert run["bytes"]["gradients"] == trained == 4 * run["parameters"]["trainable"]
-        (state,) = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
-        tensors = [value for of_one in state["state"].values() for value in of_one.values()]
-        assert run["bytes"]["optimizer"] == sum(tensor.nbytes for tensor in tensors)
-        assert 0 < run["step_seconds"] <= run["seconds"]
         assert row["lora.rank"] == rank
         for name, value in {
             "test/accuracy": run["test"]["test/accuracy"],
             "gap": run["final"]["val/loss"] - run["final"]["train/loss"],
             "adapter_parameters": run["parameters"]["adapter"],
-            "optimizer_bytes": run["bytes"]["optimizer"],
-            "step_seconds": run["step_seconds"],
+            "tokens_per_second": run["tokens_per_second"],
+            "peak_memory_bytes": run["peak_memory_bytes"],
         }.items():
             assert float(row[name]) == pytest.approx(value)
 
@@ -77,7 +62,6 @@ def fail(monkeypatch):
             if not isinstance(error, ConfigurationError) or config.lora.rank != 4:
                 (folder / ".hydra").mkdir()
                 record()
-                (folder / "rank_history.csv").touch()
             if config.lora.rank == 4:
                 raise error
             summary = {"test": {"test/loss": 1.0}, "parameters": {"adapter": 1}, "final": {"val/loss": 3.0}}
@@ -114,7 +98,7 @@ def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fai
     assert (code, said.rpartition("error: ")[2]) == (2, "no rank of 4\n")
     assert "s/0: ConfigurationError: no rank of 4\n" in said
     show_sweep(Path("s"))
-    assert [(row["runs"], row["without_result"]) for row in table("s")] == [("1", "0")]
+    assert [row["runs"] for row in table("s")] == ["1"]
 
 
 def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, capsys):
@@ -124,7 +108,7 @@ def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, c
     # The traceback stands where it happened, as Hydra raises only the first error.
     assert "s/0: RuntimeError: out of memory\nTraceback" in capsys.readouterr().err
     show_sweep(Path("s"))
-    assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
+    assert [(row["lora.rank"], row["runs"]) for row in table("s")] == [("4", "0"), ("8", "1")]
 
 
 def test_a_sweep_that_ctrl_c_ends_has_said_how_to_get_the_table(sweep, fail):
