@@ -73,10 +73,6 @@ class Page:
     def texts(self, path):
         return ["".join(element.itertext()) for element in self.root.iterfind(f".//{path}")]
 
-    def captions(self):
-        """Those of the pictures."""
-        return [picture.get("alt") for picture in self.root.iter("img")]
-
     def table(self, start):
         """The rows of the table whose caption begins so, the headings first."""
         (table,) = [t for t in self.root.iter("table") if "".join(t.find("caption").itertext()).startswith(start)]

@@ -108,7 +108,7 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     lora = lora_arguments(config, adapter_of(config))
     # Triton's op saves the same tensors as torch's, which can run on tensors without values.
     lora["backend"] = lora["backend"].replace("triton", "torch")
-    # Its data are read, and printed, once.
+    # Its data are read once for all ranks.
     task = make_task(config, on_meta=True)
     needs = []
     for rank in sorted({*asked(config).ranks}):

@@ -16,8 +16,6 @@ from dynrank.app.models.pretrained import read_config
 from dynrank.app.planner.plan import make_plan, show_plan
 from dynrank.app.runs.config import plain
 from dynrank.app.runs.job import lora_arguments
-from dynrank.app.tasks.data import splits
-from dynrank.app.tasks.data.source import read_source
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
 from dynrank.importance.importance import bytes_held
@@ -93,27 +91,16 @@ def real_step(model, make_loss, batch, optimizer="adamw"):
     }
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "checkpointing"),
-    [
-        ("llama", "bfloat16", False),
-        ("bloom", "bfloat16", False),
-        ("gpt2", "bfloat16", False),
-        ("llama", "bfloat16", True),
-        ("mixtral", "float32", False),
-        ("gpt_oss", "float32", False),
-    ],
-)
-def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, small):
-    options, model = small(kind, dtype)
-    (need,) = plan_of(*options, f"model.gradient_checkpointing={checkpointing}")
+@pytest.mark.parametrize("kind", TINY)
+def test_counted_bytes_are_those_of_a_real_step(kind, small):
+    experts = "num_local_experts" in TINY[kind]
+    options, model = small(kind, "float32" if experts else "bfloat16")
+    (need,) = plan_of(*options)
     dynrank.add_lora(model, rank=4)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(200, (3, 24))
     real = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
     # Without values there are no ends of the experts' rows: 4 bytes for each expert.
-    assert {part: need.bytes[part] for part in real} == pytest.approx(real, rel=1e-4 if "experts" in str(model) else 0)
+    assert {part: need.bytes[part] for part in real} == pytest.approx(real, rel=1e-4 if experts else 0)
     assert need.bytes["importance"] == bytes_held(dynrank.adapter_parameters(model))
 
 
@@ -133,18 +120,6 @@ def test_peak_of_a_step_is_that_of_torchs_own_allocator(small):
     assert need.total - lasting == pytest.approx(peak, rel=0.05)
 
 
-def test_tables_that_an_8_bit_optimizer_shares_count_for_each_parameter(small):
-    # Only factors above 4,096 numbers have states of 8 bits.
-    options, model = small(intermediate_size=2048)
-    (need,) = plan_of(*options, "optimizer=adamw8bit")
-    dynrank.add_lora(model, rank=4)
-    ids = torch.randint(200, (3, 24))
-    real = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids], "adamw8bit")
-    factors = len([p for p in model.parameters() if p.requires_grad])
-    # Two tables of 256 numbers in float32.
-    assert real["optimizer"] < need.bytes["optimizer"] <= real["optimizer"] + 2 * 4 * 256 * factors
-
-
 # Each has a task, keys of the model, and an optimizer.
 MODES = {
     "nf4": ("classification", ["model.quantization=nf4"], "adamw"),
@@ -153,7 +128,7 @@ MODES = {
         ["model.quantization=nf4", "model.dtype=bfloat16", "model.gradient_checkpointing=true"],
         "adafactor",
     ),
-    "int8": ("completion", ["model.quantization=int8"], "adamw"),
+    "int8": ("completion", ["model.quantization=int8"], "adamw8bit"),
     "eager, bfloat16": ("classification", ["model.attention=eager", "model.dtype=bfloat16"], "sgd"),
 }
 
@@ -234,32 +209,20 @@ def test_rules_a_schedule_without_importance_and_the_backend_of_a_gpu_are_planne
     assert plan_of(*options, "lora.backend=triton") == plan_of(*options, "lora.backend=torch")
 
 
-def test_data_are_read_once_for_all_ranks(tiny_bert, tmp_path, monkeypatch):
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *(f"text {i},{i % 3}" for i in range(60))]))
-    data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
-    read = []
-    monkeypatch.setattr(splits, "read_source", lambda name, *rest: read.append(name) or read_source(name, *rest))
-    show_plan(dynrank.compose([*data, "ranks=[2,4]"], "plan"))
-    assert read == [str(tmp_path / "rows.csv")]
-
-
-def test_the_table_adds_up_and_says_what_fits_the_budget(small, capsys):
+def test_the_table_says_what_fits_the_budget(small, capsys):
     options = [*small()[0], "ranks=[8,4]"]
     four, eight = (need.total for need in plan_of(*options))
-    for budget, said in (
-        ("1.5GB", "1,430.5 MiB: rank 8 is the highest of these that fits"),
-        (f"{eight - 1}B", "rank 4 is the highest of these that fits"),
-        (f"{four - 1}B", "none of these fits; rank 4 lacks 0.0 MiB"),
+    for budget, fit, said in (
+        ("1.5GB", ["yes", "yes"], "1,430.5 MiB: rank 8 is the highest of these that fits"),
+        (f"{eight - 1}B", ["yes", "no"], "rank 4 is the highest of these that fits"),
+        (f"{four - 1}B", ["no", "no"], "none of these fits; rank 4 lacks 0.0 MiB"),
     ):
         show_plan(dynrank.compose([*options, f"budget={budget}"], "plan"))
         out = capsys.readouterr().out
         assert said in out
-    rows = [line.split("│")[4:12] for line in out.splitlines() if line.startswith("│")]
-    assert len(rows) == 2
-    for row in rows:
-        *held, gradients, logits, total = map(float, row)
-        # Each number is rounded to a tenth.
-        assert sum(held) + max(gradients, logits) == pytest.approx(total, abs=0.3)
+        rows = [line.strip("│ ").split() for line in out.splitlines() if line.startswith("│")]
+        assert [row[-1] for row in rows] == fit
+        assert [row[-3] for row in rows] == [f"{total / 2**20:,.1f}" for total in (four, eight)]
 
 
 def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, launch):
@@ -270,8 +233,6 @@ def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, 
     code, printed, said = launch(cli.main, "plan", "task=mine", "--config-dir", tmp_path, "ranks=[4]")
     assert (code, "32 x 9 tokens" in printed) == (0, True), said
     assert "a head of two classes: data.train is not set" in printed
-    code, printed, said = launch(cli.main, "ranks", "task=mine", "--config-dir", tmp_path, "lora.rank=4")
-    assert (code, printed.count("│ bert."), "13 layers" in printed) == (0, 13, True), said
 
 
 @pytest.mark.parametrize(
@@ -280,9 +241,8 @@ def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, 
         (["budget=lots"], ["budget", "'lots'", "24GiB"]),
         (["ranks=[]"], ["ranks", "[]"]),
         (["trainer.precision=64-true"], ["trainer.precision", "64-true"]),
-        (["task.max_length=2000", "task.model=minilm", "task=classification"], ["task.max_length", "2000"]),
     ],
-    ids=lambda value: " ".join(value),
+    ids=" ".join,
 )
 def test_what_cannot_be_used_is_named(small, overrides, words):
     options, _ = small()

@@ -80,9 +80,7 @@ def test_picture_shows_every_run_the_means_and_deviations_of_several():
     dots = [(float(x), float(y)) for line in loss.lines if line.get_marker() == "o" for x, y in line.get_xydata()]
     assert dots == [(0, 1), (0, 3), (1, 5)]
     bars = [(bar.lines[0].get_xydata().tolist(), bar.has_yerr) for bar in loss.containers]
-    assert bars == [([[0, 2]], True), ([[1, 5]], False)]
-    assert len(gap.containers) == 1
-    assert [text.get_text() for text in loss.get_xticklabels()] == ["4", "16"]
+    assert (bars, len(gap.containers)) == ([([[0, 2]], True), ([[1, 5]], False)], 1)
 
 
 def test_command_works_without_matplotlib_and_for_equal_runs_and_refuses_what_is_no_sweep(
