@@ -116,14 +116,6 @@ def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke
     assert any("val/accuracy, val/macro_f1" in picture.get("alt") for picture in report.root.iter("img"))
 
 
-def test_ranks_follow_what_was_made_and_not_what_was_taken_back(tmp_path):
-    run = read_run(write_run(tmp_path, drops=[(10, 4), (20, 6)], undone=[(10, 1), (12, 3)]))
-    assert [change.undone for change in run.history] == [True, False, True, False]
-    assert [change.ranks for change in run.history] == ["8 → 1", "8 → 4", "4 → 3", "4 → 6"]
-    assert run.ranks()["layers.0.up"] == [8, 4, 6]
-    assert run.ranks()["head"] == [8]
-
-
 def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder, report, tmp_path):
     run = dynrank.read_run(str(folder))
     assert repr(run) == f"<run {str(folder)!r}: 30 steps, rank 2-8, test/loss 1.25>"
