@@ -46,12 +46,7 @@ def summarise(
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
         changes=[
-            {
-                "step": event.step,
-                "reason": event.reason_and_cost,
-                "undone": event.undone,
-                "lr_factor": event.lr_factor,
-            }
+            {"step": event.step, "reason": event.reason_and_cost, "undone": event.undone, "lr_factor": event.lr_factor}
             for event in history
         ],
         parameters={

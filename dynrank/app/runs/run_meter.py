@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ class RunMeter(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A sweep makes several runs in one process.
         if torch.cuda.is_available():
-            # A sweep makes several runs in one process.
             torch.cuda.reset_peak_memory_stats()
+        # Only Linux can forget a peak, and not every container lets it.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.perf_counter()
@@ -53,7 +57,10 @@ class RunMeter(Callback):
 
 
 def peak_memory_bytes() -> int:
-    """The peak memory of this process so far in bytes: allocated on the GPU if there is one, otherwise resident."""
+    """The peak memory of this process in bytes: allocated on the GPU if there is one, otherwise resident.
+
+    It is that since the training began, where the system can forget an earlier one.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

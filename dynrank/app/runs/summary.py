@@ -27,7 +27,7 @@ class Summary:
         parameters: how many are in the ``adapter``, ``trainable``, and in ``total``.
         seconds: of the whole run.
         tokens_per_second: in training batches.
-        peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
+        peak_memory_bytes: the largest memory since the training began: on the GPU if there is one, otherwise resident.
         steps: optimizer steps made, those before a resume included.
         changes: step of each change, its reason and what it cost if that was measured, whether it was undone, and the
             factor of the adapters' rate from there on.

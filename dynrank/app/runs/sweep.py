@@ -65,7 +65,6 @@ def show_sweep(folder: Path) -> None:
             table.to_csv(part, index=bool(keys))
         print_facts({"table": folder / TABLE})
         if find_spec("matplotlib") is not None:
-            # matplotlib is an optional dependency.
             from dynrank import plot
 
             panels = {name: [arm[name].dropna().tolist() for _, arm in arms] for name in shown}

@@ -214,9 +214,8 @@ def test_the_table_says_what_fits_the_budget(small, capsys):
 
 def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, launch):
     (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "mine.yaml").write_text(
-        f"defaults: [classification, _self_]\nmodel: {tiny_bert}\nmax_length: 9\n"
-    )
+    mine = f"defaults: [classification, _self_]\nmodel: {tiny_bert}\nmax_length: 9\n"
+    (tmp_path / "task" / "mine.yaml").write_text(mine)
     code, printed, said = launch(cli.main, "plan", "task=mine", "--config-dir", tmp_path, "ranks=[4]")
     assert (code, "32 x 9 tokens" in printed) == (0, True), said
     assert "a head of two classes: data.train is not set" in printed

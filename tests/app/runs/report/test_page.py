@@ -1,7 +1,4 @@
-"""report.html holds what the run's files say, alone or beside other runs, as a whole page that needs nothing else.
-
-The same files are a record in Python; a folder of another kind, or with a broken file, is refused by name.
-"""
+"""report.html, and the record in Python, hold what the run's files say; the page is whole and needs nothing else."""
 
 import base64
 import io
