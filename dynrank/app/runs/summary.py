@@ -56,7 +56,7 @@ class Summary:
         if self.gap is not None:
             metrics["gap: val/loss - train/loss"] = self.gap
         return {name: f"{value:.4g}" for name, value in metrics.items()} | {
-            "steps": f"{self.steps:,}",
+            "steps": f"{self.steps:,}" if self.steps else "–",
             "rank": span(self.final_ranks.values()),
             **{f"{name} parameters": f"{count:,}" for name, count in self.parameters.items()},
             "seconds": f"{self.seconds:,.0f}",

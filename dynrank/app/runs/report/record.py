@@ -101,7 +101,8 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     summary = read_summary(folder)
-    rows = pd.read_csv(folder / HISTORY, keep_default_na=False)
+    # A layer may have the name "0" or "NA".
+    rows = pd.read_csv(folder / HISTORY, keep_default_na=False, dtype={"layer": str})
     judged = rows[(rows.importance != "") & (rows.importance_error != "")]
     layers = {layer.layer: layer for layer in inspect(folder / ADAPTER)}
     return RunRecord(
