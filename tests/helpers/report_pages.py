@@ -54,6 +54,7 @@ def write_run(folder, *, drops=((10, 4), (20, 2)), undone=(), **summary):
         "seconds": 12.0,
         "tokens_per_second": 250.0,
         "peak_memory_bytes": 2**30,
+        "steps": STEPS,
     }
     (folder / "summary.json").write_text(json.dumps(ended | summary))
     (folder / ".hydra").mkdir(exist_ok=True)
@@ -71,14 +72,6 @@ class Page:
 
     def texts(self, path):
         return ["".join(element.itertext()) for element in self.root.iterfind(f".//{path}")]
-
-    def captions(self):
-        """Those of the pictures."""
-        return [picture.get("alt") for picture in self.root.iter("img")]
-
-    def facts(self):
-        """Name -> value of what stands at the top."""
-        return dict(zip(self.texts("dt"), self.texts("dd"), strict=True))
 
     def table(self, start):
         """The rows of the table whose caption begins so, the headings first."""

@@ -1,6 +1,6 @@
-"""Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
+"""Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
@@ -25,7 +25,6 @@ from transformers import (
 from dynrank.app.models.names import ModelSettings, model_source, public_name
 from dynrank.errors import ConfigurationError
 from dynrank.layers.foreign import store_on, stored_on
-from dynrank.layers.quantized import is_quantized
 from dynrank.layers.vocabulary import remember_tokens
 
 # The errors of transformers and the libraries below it for files that they cannot use.
@@ -253,28 +252,3 @@ def _keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, for mypy
-
-
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer, and the scales and tables of weights that bitsandbytes has packed."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        if is_quantized(module):
-            weight: Any = module.weight
-            state = getattr(weight, "quant_state", None)
-            kept = [getattr(weight, "CB", None), getattr(weight, "SCB", None)]
-            for level in (state, getattr(state, "state2", None)):
-                kept += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
-            yield from (tensor for tensor in kept if tensor is not None)
-
-
-def storage_key(tensor: Tensor) -> int:
-    """A number that is the same for all tensors with the same storage, while one of them exists."""
-    return id(tensor.untyped_storage())
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """The bytes of the storages of ``tensors``; a shared storage counts once."""
-    held = [tensor for tensor in tensors if tensor is not None]
-    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())

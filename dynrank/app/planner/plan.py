@@ -1,31 +1,26 @@
 """``dynrank plan``: the trained parameters and the bytes of a run by rank, from its configuration only."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from dynrank.adapters.read import Adapter
 from dynrank.app.console import print_facts
 from dynrank.app.keys import names_keys
-from dynrank.app.models.pretrained import storage_bytes, tensors_of
-from dynrank.app.planner.step import count_forward, token_batch, without_values
+from dynrank.app.planner.step import count_step, storage_bytes
 from dynrank.app.runs.config import argument, asked, plain
 from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
 from dynrank.importance.importance import bytes_held, shares_by_importance
-from dynrank.layers.finding import adapter_parameters, own_layers, parameter_count
+from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 
-_PARTS = ("weights", "adapter", "optimizer", "importance", "activations", "gradients", "logits")
 # Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
@@ -35,78 +30,60 @@ _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-mixed": (None, torch.bfloat16),
     "16-mixed": (None, torch.float16),
 }
+# The parts of Need.bytes in the order of the table.
+_PARTS = ("weights", "adapter", "optimizer", "importance", "activations", "gradients", "logits")
 
 
 @dataclass(frozen=True)
 class Need:
-    """What training at one rank needs, in bytes except for the first four.
+    """What training at one rank needs.
 
     Attributes:
         rank: rank of the layers that no rule sets.
-        ranks: (lowest, highest) rank of all layers.
+        ranks: of all layers.
         parameters: number of parameters of all LoRA layers.
         of: number of parameters of the model without LoRA.
-        weights: the frozen base and all buffers.
-        adapter: the factors, and the modules that are trained without LoRA.
-        optimizer: the optimizer's state.
-        importance: what the importance of layers is computed from, until the last stage of the schedule that shares
-            ranks by it; 0 if there is none.
-        activations: the tensors that the forward saves for the backward.
-        gradients: those of the adapter, when the backward ends.
-        logits: two gradients of the logits in float32, when the backward begins.
+        bytes: {part: its bytes}: ``weights``, the frozen base and all buffers; ``adapter``, the factors and the modules
+            that are trained without LoRA; the state of the ``optimizer``; what the ``importance`` of layers is computed
+            from, until the last stage of the schedule that shares ranks by it; ``activations``, the tensors that the
+            forward saves for the backward; ``gradients`` of the adapter, when the backward ends; ``logits``, two
+            gradients of the logits in float32, when the backward begins.
     """
 
     rank: int
-    ranks: tuple[int, int]
+    ranks: set[int]
     parameters: int
     of: int
-    weights: int
-    adapter: int
-    optimizer: int
-    importance: int
-    activations: int
-    gradients: int
-    logits: int
+    bytes: dict[str, int]
 
     @property
     def total(self) -> int:
         """The peak of a step, without what single operations take for a moment."""
-        lasting = self.weights + self.adapter + self.optimizer + self.importance
-        return lasting + self.activations + max(self.gradients, self.logits)
+        return sum(self.bytes.values()) - min(self.bytes["gradients"], self.bytes["logits"])
 
 
 def show_plan(config: DictConfig) -> None:
     """Print what the run of ``config`` needs at each rank, and what fits the budget."""
     facts, needs = make_plan(config)
     budget = asked(config).budget
-    print_facts(facts)
-    print_table(_table(needs, budget))
-    print("total            weights + adapter + optimizer + importance + activations + the larger of the last two: the")
-    print(
-        "                 gradients of the logits (two, in float32) when the backward begins, those of the adapter when"
-    )
-    print("                 it ends; importance: two copies of the factors, until ranks have been shared by importance")
-    if budget is not None:
-        fit = [need.rank for need in needs if need.total <= budget]
-        lacking = needs[0].total - budget
-        said = f"none of these fits; rank {needs[0].rank} lacks {_mebibytes(lacking)} MiB"
-        if fit:
-            said = f"rank {max(fit)} is the highest of these that fits"
-        print(f"budget           {_mebibytes(budget)} MiB: {said}")
-
-
-def _table(needs: Sequence[Need], budget: int | None) -> Table:
-    more = [] if budget is None else ["fits"]
-    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *_PARTS, "total", *more)
+    title = "MiB by rank; the total has the larger of gradients and logits, as one ends before the other begins"
+    headings = ["rank", "LoRA parameters", "of model", *_PARTS, "total", *([] if budget is None else ["fits"])]
+    table = empty_table(title, *headings)
     for need in needs:
         # Layers of a rank map may have other ranks.
-        of_others = "" if need.ranks == (need.rank, need.rank) else f" ({span(need.ranks)})"
+        of_others = "" if need.ranks == {need.rank} else f" ({span(need.ranks)})"
         cells = [f"{need.rank}{of_others}", f"{need.parameters:,}", f"{need.parameters / need.of:.2%}"]
-        cells += [_mebibytes(getattr(need, part)) for part in (*_PARTS, "total")]
+        cells += [_mebibytes(size) for size in (*(need.bytes[part] for part in _PARTS), need.total)]
         if budget is not None:
             cells.append("yes" if need.total <= budget else "no")
         table.add_row(*cells)
-    return table
+    print_facts(facts)
+    print_table(table)
+    if budget is not None:
+        fit = [need.rank for need in needs if need.total <= budget]
+        lacking = f"none of these fits; rank {needs[0].rank} lacks {_mebibytes(needs[0].total - budget)} MiB"
+        said = f"rank {max(fit)} is the highest of these that fits" if fit else lacking
+        print_facts({"budget": f"{_mebibytes(budget)} MiB: {said}"})
 
 
 def _mebibytes(size: int) -> str:
@@ -119,7 +96,6 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
 
     Both are made without any weights; ranks ascend.
     """
-    keys = asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
@@ -127,110 +103,58 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     rows, length = (argument(config.task, name) for name in ("batch_size", "max_length"))
     if rows is None or length is None:
         raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
-    needs = []
-    adapter = adapter_of(config)
     measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
-    # Its data are read, and printed, once.
+    options = plain(config.optimizer)
+    lora = lora_arguments(config, adapter_of(config))
+    # Triton's op saves the same tensors as torch's, which can run on tensors without values.
+    lora["backend"] = lora["backend"].replace("triton", "torch")
+    # Its data are read once for all ranks.
     task = make_task(config, on_meta=True)
-    for rank in sorted(set(keys.ranks)):
-        model = _model(task, config, adapter, rank)
-        for parameter in model.parameters() if dtype is not None else ():
-            parameter.data = parameter.data.to(dtype)
-        factors = set(adapter_parameters(model))
-        head = [p for p in model.parameters() if p.requires_grad and p not in factors]
-        state = _optimizer_state_bytes(factors, head, plain(config.optimizer))
-        importance = bytes_held(adapter_parameters(model)) if measures else 0
-        needs.append(_need(model, rank, (rows, length), autocast, state, importance))
-    name = config.task.get("model") or type(model).__name__
+    needs = []
+    for rank in sorted({*asked(config).ranks}):
+        model: Any = task.module({**lora, "rank": rank}, options, on_meta=True).model.train()
+        if dtype is not None:
+            nn.Module.to(model, dtype)
+        if hasattr(model.config, "use_cache"):
+            # A training step does not need the cache of keys and values.
+            model.config.use_cache = False
+        factors = adapter_parameters(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = sum(factor.numel() for factor in factors)
+        parts = count_step(model, rows, length, autocast)
+        parts["optimizer"] = _optimizer_state_bytes(trained, options)
+        parts["importance"] = bytes_held(factors) if measures else 0
+        layers = own_layers(model)
+        of = sum(parameter.numel() for parameter in model.parameters()) - parameters
+        needs.append(Need(rank, {layer.rank for layer in layers.values()}, parameters, of, parts))
     packing = config.model.quantization
     base = str(model.dtype).removeprefix("torch.") if packing == "none" else packing
-    layers = own_layers(model)
+    name = config.task.get("model") or type(model).__name__
     facts = {
-        "model": f"{name} ({type(model).__name__}), {needs[-1].of:,} parameters, base in {base}",
+        "model": f"{name} ({type(model).__name__}), {of:,} parameters, base in {base}",
         "LoRA": f"{len(layers)} layers: {', '.join(dict.fromkeys(layer_kinds(layers).values()))}",
     }
-    if head:
+    whole = sum(parameter.numel() for parameter in trained) - parameters
+    if whole:
         unknown = ", a head of two classes: data.train is not set" if lacks_data(config) else ""
-        facts["trained whole"] = f"{sum(parameter.numel() for parameter in head):,} parameters{unknown}"
+        facts["trained whole"] = f"{whole:,} parameters{unknown}"
     facts["batch"] = f"{rows} x {length} tokens; optimizer {config.optimizer.name}"
     return facts, needs
 
 
-def _model(task: Any, config: DictConfig, adapter: Adapter | None, rank: int) -> PreTrainedModel:
-    """The model of the task with its LoRA layers, on the meta device."""
-    lora = {**lora_arguments(config, adapter), "rank": rank}
-    if lora["backend"] == "triton":
-        # It saves the same tensors as torch's, which can run on tensors without values.
-        lora["backend"] = "torch"
-    model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
-    return model.train()
-
-
-def _need(
-    model: PreTrainedModel,
-    rank: int,
-    batch: tuple[int, int],
-    autocast: torch.dtype | None,
-    optimizer: int,
-    importance: int,
-) -> Need:
-    """The need of a model with its LoRA layers; ``optimizer`` and ``importance`` are in bytes."""
-    ranks = [layer.rank for layer in own_layers(model).values()]
-    parameters = sum(factor.numel() for factor in adapter_parameters(model))
-    if hasattr(model.config, "use_cache"):
-        # A training step does not need the cache of keys and values.
-        model.config.use_cache = False
-    mode = without_values(model)
-    adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
-    # bitsandbytes' forward for int8 takes tables off the weights, so they are counted before it.
-    weights = storage_bytes(tensors_of(model)) - adapter
-    with mode:
-        activations, logits = count_forward(model, token_batch(model, *batch), autocast)
-    return Need(
-        rank=rank,
-        ranks=(min(ranks), max(ranks)),
-        parameters=parameters,
-        of=parameter_count(model.parameters()) - parameters,
-        weights=weights,
-        adapter=adapter,
-        optimizer=optimizer,
-        importance=importance,
-        activations=activations,
-        gradients=adapter,
-        logits=8 * logits,
-    )
-
-
-def _optimizer_state_bytes(
-    adapter: Iterable[nn.Parameter], head: Iterable[nn.Parameter], options: Mapping[str, Any]
-) -> int:
-    """The bytes of the optimizer's state after a step, by the shapes and dtypes of the parameters.
+def _optimizer_state_bytes(trained: Iterable[nn.Parameter], options: Mapping[str, Any]) -> int:
+    """The bytes of the state that the optimizer of these ``options`` has after a step.
 
     The step runs on zeros, with one parameter of each shape and dtype. A table that an 8-bit optimizer shares among its
-    parameters counts for each. The arguments are those of :func:`dynrank.app.tasks.optimizers.make_optimizer`.
+    parameters counts for each.
     """
-    of_adapter = _stand_ins(adapter)
-    of_head = _stand_ins(head)
-    made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
+    counts = Counter((parameter.shape, parameter.dtype) for parameter in trained)
+    stand_ins = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in counts]
+    for stand_in in stand_ins:
+        stand_in.grad = torch.zeros_like(stand_in)
+    made: Any = make_optimizer(stand_ins, [], 1000, **options)
     optimizer = made["optimizer"]
-    try:
-        optimizer.step()
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(
-            f"optimizer.name={options['name']} cannot make a step: {error}; set optimizer"
-        ) from error
-    total = 0
-    for parameter, count in (of_adapter | of_head).items():
-        state = optimizer.state[parameter].values()
-        total += count * storage_bytes(value for value in state if isinstance(value, Tensor))
-    return total
-
-
-def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
-    """A new parameter of each shape and dtype -> how many of ``parameters`` it represents."""
-    made = {}
-    for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
-        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        parameter.grad = torch.zeros_like(parameter)
-        made[parameter] = count
-    return made
+    optimizer.step()
+    states = [optimizer.state[stand_in].values() for stand_in in stand_ins]
+    sizes = [storage_bytes(value for value in state if isinstance(value, Tensor)) for state in states]
+    return sum(count * size for count, size in zip(counts.values(), sizes, strict=True))

@@ -21,7 +21,7 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.app.console import print_facts
 from dynrank.app.keys import keys_of, named, names_keys
 from dynrank.app.runs.config import better, check_run_keys, make, plain, rank_pattern
-from dynrank.app.runs.export import export, held_bytes, summarise
+from dynrank.app.runs.export import export, summarise
 from dynrank.app.runs.folder import CONFIG, METRICS, checkpoint_of, locked
 from dynrank.app.runs.going_on import start_facts
 from dynrank.app.runs.run_meter import RunMeter
@@ -93,7 +93,6 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             # The run was killed in the validation after its last step.
             trainer.validate(job.module, job.task, verbose=False)
         model: Any = job.module.model
-        bytes_held = held_bytes(model, trainer.optimizers)
         weights = _choose_weights(job.module, best, config.export_weights, trainer.global_step)
         # The trainer returns one mapping for each data loader.
         tested = trainer.test(job.module, job.task, verbose=False)
@@ -101,11 +100,12 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
         data = dict(getattr(job.task, "account", {}))
-        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
+        steps = trainer.global_step
+        summary = summarise(model, job.scheduler.history, metrics, meter, seconds, steps, data, weights)
         # All processes hold a part of a base that is sharded.
         base = base_of(model)
         if first:
-            export(model, job.task, summary, folder, config, trainer.global_step, base)
+            export(model, job.task, summary, folder, config, base)
     return summary
 
 

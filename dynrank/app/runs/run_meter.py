@@ -4,10 +4,8 @@ import re
 import resource
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,47 +22,45 @@ class RunMeter(Callback):
 
     Attributes:
         tokens: input tokens without padding: of this process, and once training is over of all processes.
-        seconds: {optimizer steps made before: seconds of the batches of the next one}, without validations.
+        seconds: of the batches of training, without validations.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.seconds: dict[int, float] = defaultdict(float)
-        # Optimizer steps and the time at which the batch began.
-        self._begun = (0, 0.0)
+        self.seconds = 0.0
+        self._start = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / sum(self.seconds.values()) if self.seconds else 0.0
-
-    def step_seconds(self, changes: Iterable[int]) -> float | None:
-        """Median seconds of an optimizer step after the last of ``changes`` that a step followed; None without one."""
-        last = max(self.seconds, default=-1)
-        since = max((step for step in changes if step <= last), default=0)
-        return median(of for step, of in self.seconds.items() if step >= since) if self.seconds else None
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A sweep makes several runs in one process.
         if torch.cuda.is_available():
-            # A sweep makes several runs in one process.
             torch.cuda.reset_peak_memory_stats()
+        # Only Linux can forget a peak, and not every container lets it.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._begun = (trainer.global_step, time.perf_counter())
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Reading the sum waits for the device, so the clock is read after it.
         self.tokens += int(batch["attention_mask"].sum())
-        step, start = self._begun
-        self.seconds[step] += time.perf_counter() - start
+        self.seconds += time.perf_counter() - self._start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tokens = sum(from_all(self.tokens))
 
 
 def peak_memory_bytes() -> int:
-    """The peak memory of this process so far in bytes: allocated on the GPU if there is one, otherwise resident."""
+    """The peak memory of this process in bytes: allocated on the GPU if there is one, otherwise resident.
+
+    It is that since the training began, where the system can forget an earlier one.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

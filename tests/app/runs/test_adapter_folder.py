@@ -143,7 +143,7 @@ def test_card_of_a_chat_asks_in_the_format_of_chats(writer, launch, tmp_path, ca
     tokenizer.save_pretrained(folder)
     (folder / "inputs.json").write_text(json.dumps({"form": "chat", "system": 'Be "kind".'}))
     model = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model
-    write_card(folder, model, read_summary(writer.parent), 4, None)
+    write_card(folder, model, read_summary(writer.parent), None)
     assert launch(cli.main, "merge", folder, "--out", folder / "merged")[0] == 0
     capsys.readouterr()
     assert card(folder)["chat"] == [
@@ -188,7 +188,7 @@ def test_names_of_labels_stay_within_their_line_and_are_no_markup(classifier, ti
         "<img src=x>", r"[link](http://x)\nsecond line", r"\x1b[31mred `code`"
     }  # fmt: skip
     card = template("card.md.jinja").render(
-        base="b", on_hub=False, kind="XForSequenceClassification", labels=LABELS, ranks={}, steps=1, command=None,
+        base="b", on_hub=False, kind="XForSequenceClassification", labels=LABELS, ranks={}, command=None,
         summary=read_summary(classifier.parent), version="",
     )  # fmt: skip
     shown = MarkdownIt().render(card)

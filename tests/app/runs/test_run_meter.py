@@ -1,9 +1,6 @@
 """Tokens and seconds of a run, and its peak memory."""
 
-import subprocess
-import sys
-from inspect import getsource
-from pathlib import Path
+import os
 
 import pytest
 import torch
@@ -11,9 +8,6 @@ import torch
 from dynrank.app.runs import run_meter
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
-from dynrank.schedules import Stage
-from dynrank.targets import Rank
-from dynrank.triggers import At
 
 
 class Tokens(RunMeter):
@@ -24,52 +18,30 @@ class Tokens(RunMeter):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def test_tokens_count_the_whole_run_and_steps_the_last_ranks(fit):
-    meter = Tokens()
-    fit(RankScheduler([Stage(At(step=5), Rank(3))]), meter, max_steps=8, accumulate_grad_batches=2)
-    assert (meter.tokens, [*meter.seconds]) == (128, [*range(8)])
-    assert meter.tokens_per_second == pytest.approx(128 / sum(meter.seconds.values()))
-    meter.seconds = {step: float(step) for step in range(8)}
-    assert meter.step_seconds([2, 5]) == 6
-    # A change in the last step leaves the steps before it.
-    assert meter.step_seconds([5, 8]) == 6
-
-
-def test_a_resumed_run_measures_what_it_trains_itself(fit, tmp_path):
-    def measured(**options):
-        meter = Tokens()
-        fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, max_steps=8, **options)
-        return meter.tokens, [*meter.seconds], meter.step_seconds([4]) is None
-
-    assert measured(saved=tmp_path, kind=AdapterCheckpoint) == (64, [*range(8)], False)
-    assert measured(ckpt_path=tmp_path / "step=6.ckpt") == (16, [6, 7], False)
-    assert measured(ckpt_path=tmp_path / "step=8.ckpt") == (0, [], True)
-
-
-def test_tokens_of_two_processes_count_once(fit, monkeypatch):
+def test_tokens_are_those_of_all_processes_that_this_run_has_trained_itself(fit, tmp_path, monkeypatch):
     """The second process has as many tokens as this one."""
     monkeypatch.setattr(run_meter, "from_all", lambda tokens: [tokens, tokens])
-    meter = Tokens()
-    fit(meter, max_steps=3)
-    assert meter.tokens == 48
+
+    def measured(**options):
+        meter = Tokens()
+        fit(RankScheduler([]), meter, max_steps=8, accumulate_grad_batches=2, **options)
+        assert meter.tokens_per_second == pytest.approx(meter.tokens / meter.seconds if meter.tokens else 0)
+        return meter.tokens
+
+    of_step = 2 * 2 * 8
+    assert measured(saved=tmp_path, kind=AdapterCheckpoint) == 8 * of_step
+    assert measured(ckpt_path=tmp_path / "step=6.ckpt") == 2 * of_step
+    assert measured(ckpt_path=tmp_path / "step=8.ckpt") == 0
 
 
-# The function without its module, whose imports take seconds, on a machine that has no GPU.
-ALONE = f"""
-import re
-import resource
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
-{getsource(peak_memory_bytes)}
-block = b"1" * (1 << 26)
-print(peak_memory_bytes())
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="without /proc the peak of before counts, too")
-def test_peak_memory_holds_a_block_and_is_not_that_of_the_program_before():
-    before = f"import os, sys; b'1' * (1 << 29); os.execv(sys.executable, [sys.executable, '-c', {ALONE!r}])"
-    done = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
-    assert 1 << 26 < int(done.stdout) < 1 << 29
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="here a peak of before counts, too")
+def test_peak_memory_is_that_since_the_training_began(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # This number survives exec.
+    monkeypatch.delattr("resource.getrusage")
+    block = b"1" * (1 << 28)
+    before = peak_memory_bytes()
+    assert before > len(block)
+    del block
+    RunMeter().on_train_start(None, None)
+    assert peak_memory_bytes() < before - (1 << 27)

@@ -1,32 +1,28 @@
 """The page of a finished run, which needs no other file, no script and no network, and the README.md of its adapter."""
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dynrank import __version__
 from dynrank.adapters.sidecar_files import label_names, read_inputs
 from dynrank.app.console import one_line
-from dynrank.app.runs.folder import REPORT
+from dynrank.app.runs.command import read_overrides
+from dynrank.app.runs.folder import CONFIG, REPORT
 from dynrank.app.runs.report.record import RunRecord, read_run
-from dynrank.app.runs.summary import Summary, read_summary, results_of
-from dynrank.errors import ConfigurationError
+from dynrank.app.runs.summary import Summary, read_summary
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import span
 from dynrank.output.ranks import layer_kinds
 from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.private import source_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
@@ -35,28 +31,23 @@ def write_report(folder: Path, against: Sequence[Path] = ()) -> Path:
     Without matplotlib the page has no pictures, and says so. It compares the run with those in the folders ``against``.
     """
     run = read_run(folder)
-    results = results_of(run.summary)
-    rivals = [results_of(read_summary(other)) for other in against]
-    file = folder / REPORT
-    try:
-        page = template("page.html.jinja").render(
-            run=run,
-            title=f"dynrank run {_run_name(folder)}",
-            results={"steps": f"{run.last_step:,}"} | results,
-            compared=_compared([results, *rivals]),
-            rivals=[_run_name(other) for other in against],
-            pictures=_draw(run),
-            ranks=run.ranks(),
-            version=__version__,
-        )
-        with whole_file(file) as part:
-            part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {str(file)!r}: {error.strerror or error}") from None
-    return file
+    results = pd.DataFrame([summary.results() for summary in (run.summary, *map(read_summary, against))])
+    page = template("page.html.jinja").render(
+        run=run,
+        # The last two parts of a path are the date and the time for a run without a name.
+        names=["/".join(path.resolve().parts[-2:]) for path in (folder, *against)],
+        results=results.fillna("–").to_dict("list"),
+        pictures=_draw(run),
+        overrides=read_overrides(folder),
+        config=(folder / CONFIG).read_text(encoding="utf-8"),
+        version=__version__,
+    )
+    with whole_file(folder / REPORT) as part:
+        part.write_text(page, encoding="utf-8")
+    return folder / REPORT
 
 
-def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
+def write_card(folder: Path, model: Any, summary: Summary, command: str | None) -> None:
     """Write README.md into the adapter's ``folder``; ``command`` trains such an adapter, None if it is not known."""
     base = source_of(model)
     ranks: dict[str, list[int]] = {}
@@ -72,7 +63,6 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: 
         ranks=ranks,
         slot=slot_rank(max(layers.values())),
         summary=summary,
-        steps=steps,
         command=command,
         version=__version__,
     )
@@ -104,50 +94,24 @@ def _data_uri(picture: Path) -> str:
     return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
 
 
-def _run_name(folder: Path) -> str:
-    """The last two parts of the path: the date and the time for a run without a name."""
-    return "/".join(folder.resolve().parts[-2:])
-
-
-def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """{name: its value in each of ``runs``}; "–" means not measured."""
-    names = dict.fromkeys(name for results in runs for name in results)
-    return {name: [results.get(name, "–") for results in runs] for name in names}
-
-
 def _draw(run: RunRecord) -> dict[str, Path]:
     """Write the pictures of ``run``; returns {caption: PNG file} for the page, empty without matplotlib."""
     if find_spec("matplotlib") is None:
         return {}
-    folder = run.folder / "plots"
-    folder.mkdir(exist_ok=True)
-    pictures = {}
-    for name, caption, figure in _figures(run):
-        figure.savefig(folder / f"{name}.png")
-        pictures[caption] = folder / f"{name}.png"
-    return pictures
-
-
-def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
-    """(name of the file, caption, figure) of each picture."""
     # matplotlib is an optional dependency.
     from dynrank import plot
 
-    over = f"over {run.last_step:,} optimizer steps"
-    # A run that was resumed at its last step has no losses.
-    if run.metrics.keys() & {"train/loss", "val/loss"}:
-        caption = (
-            f"Training and validation loss {over}; dashed: ranks change. Training loss is of one batch before its "
-            "step, with the dropout and label smoothing that are set."
-        )
-        yield "loss", caption, plot.loss(run)
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
+    loss = "Training and validation loss; dashed: ranks change. Training loss is of one batch before its step, with "
+    drawn = {loss + "the dropout and label smoothing that are set.": ("loss", plot.loss(run))}
     if quality:
-        yield "quality", f"In validation {over}: {', '.join(quality)}.", plot.quality(quality, run.change_texts())
-    caption = (
-        f"Ranks of {len(run.layers)} layers, the first → the last: a row for each block, a column for each kind of "
-        "layer."
-    )
-    yield "ranks", caption, plot.ranks(run)
-    caption = f"Singular values of {len(run.layers)} updates at the end, relative to the largest of each."
-    yield "spectra", caption, plot.spectra(run, "at the end")
+        drawn[f"In validation: {', '.join(quality)}."] = ("quality", plot.quality(quality, run.change_texts()))
+    ranks = "Ranks of the layers, the first → the last: a row for each block, a column for each kind of layer."
+    drawn[ranks] = ("ranks", plot.ranks(run))
+    spectra = "Singular values of the layers' updates at the end, relative to the largest of each."
+    drawn[spectra] = ("spectra", plot.spectra(run, "at the end"))
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, figure in drawn.values():
+        figure.savefig(folder / f"{name}.png")
+    return {caption: folder / f"{name}.png" for caption, (name, _) in drawn.items()}

@@ -1,4 +1,4 @@
-"""report.html holds what the run's files say, alone or beside other runs, as a whole page that needs nothing else."""
+"""report.html, and the record in Python, hold what the run's files say; the page is whole and needs nothing else."""
 
 import base64
 import io
@@ -9,16 +9,22 @@ import pytest
 from PIL import Image
 from report_pages import NASTY, Page, write_run
 
+import dynrank
+from dynrank import plot
 from dynrank.app.commands import cli
 from dynrank.app.runs.report import page as report_page
 from dynrank.app.runs.report.page import write_report
 from dynrank.app.runs.report.record import read_run
 from dynrank.errors import ConfigurationError
 
+SPLIT = {"rows": 1234, "examples": 1200, "tokens": 9, "at_max_length": 0, "unusable": 31}
+# Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
+MORE = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "weights": "of step 20", "data": {"train": SPLIT}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("report") / "run", undone=[(15, 1)])
+    return write_run(tmp_path_factory.mktemp("report") / "run", undone=[(15, 1)], **MORE)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +32,19 @@ def report(folder):
     return Page(write_report(folder))
 
 
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
+def test_page_begins_with_results_and_data(report):
+    facts = {"test/loss": "1.25", "steps": "30", "val/loss at the end": "0.9", "train/loss at the end": "0.2"}
+    facts |= {
+        "gap: val/loss - train/loss": "0.7",
+        "rank": "2-8",
+        "adapter parameters": "1,234",
+        "weights": "of step 20",
+    }
+    assert facts.items() <= dict(report.table("Results")).items()
+    counts = {"split": "train", "rows": "1,234", "examples": "1,200", "tokens": "9", "at max length": "0"}
+    counts["unusable"] = "31"
+    headings, row = report.table("The data")
+    assert dict(zip(headings, row, strict=True)) == counts
 
 
 def test_every_layer_has_a_row_with_its_ranks(report, folder):
@@ -52,23 +68,6 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
     assert len(report.root.findall(".//tr[@class='undone']")) == 1
 
 
-@pytest.mark.usefixtures("no_matplotlib")
-def test_page_begins_with_results_final_weights_and_data(tmp_path):
-    weights = "of step 20 of 30: the best val/loss"
-    split = {"rows": 1234, "examples": 1200, "tokens": 9, "at_max_length": 0, "unusable": 31}
-    # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
-    more = {"final": {"val/loss": 0.9, "train/loss": 0.2}, "gap": 0.7, "data": {"train": split}}
-    report = Page(write_report(write_run(tmp_path, drops=[(10, 4)], weights=weights, **more)))
-    facts = {"test/loss": "1.25", "steps": "30", "val/loss at the end": "0.9", "train/loss at the end": "0.2"}
-    facts |= {"gap: val/loss - train/loss": "0.7", "rank": "4-8", "adapter parameters": "1,234"}
-    assert facts.items() <= report.facts().items()
-    assert weights in " ".join(report.texts("p"))
-    counts = {"split": "train", "rows": "1,234", "examples": "1,200", "tokens": "9", "at max length": "0"}
-    counts["unusable"] = "31"
-    headings, row = report.table("The data")
-    assert dict(zip(headings, row, strict=True)) == counts
-
-
 def test_configuration_and_what_was_given_are_there_word_for_word(report, folder):
     assert report.texts("pre") == [(folder / ".hydra" / "config.yaml").read_text()]
     assert report.texts("code") == ["lora.rank=8", f"note={NASTY!r}"]
@@ -82,48 +81,67 @@ def test_page_needs_nothing_else_and_can_be_heard(report, folder):
         content = base64.b64decode(image.get("src").removeprefix("data:image/png;base64,"))
         assert content == (folder / "plots" / f"{name}.png").read_bytes()
         assert Image.open(io.BytesIO(content)).width > 900
-    assert [caption.split()[0] for caption in report.captions()] == ["Training", "Ranks", "Singular"]
+        assert image.get("alt")
     assert {heading.get("scope") for heading in report.root.iter("th")} == {"col", "row"}
     assert report.root.attrib == {"lang": "en"}
 
 
-@pytest.mark.usefixtures("no_matplotlib")
-def test_a_run_without_changes_and_a_page_without_matplotlib_say_so(tmp_path):
-    report = Page(write_report(write_run(tmp_path, drops=())))
-    assert not report.captions()
-    paragraphs = report.texts("p")
-    assert "No rank changed in this run." in paragraphs
-    assert any("dynrank[plots]" in text for text in paragraphs)
-    assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"8"}
-
-
-@pytest.mark.usefixtures("no_matplotlib")
-def test_other_runs_stand_beside_it_and_every_section_stays(tmp_path, launch):
+def test_other_runs_stand_beside_one_without_changes_and_pictures(tmp_path, launch, monkeypatch):
+    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
     for name, test in (("a", {}), ("b/run", {"test/loss": 1.5}), ("b/b/run", {"test/loss": 1.0, "test/bleu": 0.5})):
-        write_run(tmp_path / name, test={"test/loss": 1.25} | test)
-    code, printed, _ = launch(cli.main, "report", "a")
-    assert (code, printed.split()) == (0, ["report", "a/report.html"])
-    alone = Page(tmp_path / "a" / "report.html").texts("h2")
-    assert alone == ["Changes of rank", "Pictures", "Layers", "Configuration"]
-    # Both have one name on the page.
-    code, _, said = launch(cli.main, "report", "a", "--against", "b/run", "b/b/run")
-    assert code == 0, said
+        write_run(tmp_path / name, drops=(), test={"test/loss": 1.25} | test)
+    code, printed, said = launch(cli.main, "report", "a", "--against", "b/run", "b/b/run")
+    assert (code, printed.split()) == (0, ["report", "a/report.html"]), said
     report = Page(tmp_path / "a" / "report.html")
-    compared = {row[0]: row[1:] for row in report.table("Results of the runs")[1:]}
-    assert compared["test/loss"] == ["1.25", "1.5", "1"]
-    assert compared["test/bleu"] == ["–", "–", "0.5"]
-    assert compared["rank"] == ["2-8"] * 3
-    assert report.texts("h2") == ["Against other runs", *alone]
+    headings, *rows = report.table("Results")
+    # Two of them have one name on the page.
+    assert headings == ["", f"{tmp_path.name}/a", "b/run", "b/run"]
+    compared = {row[0]: row[1:] for row in rows}
+    assert (compared["test/loss"], compared["test/bleu"]) == (["1.25", "1.5", "1"], ["–", "–", "0.5"])
+    changes, pictures, *_ = report.texts("p")
+    assert (changes, "dynrank[plots]" in pictures) == ("No rank changed in this run.", True)
+    assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"8"}
     assert launch(cli.main, "report", "a", "b")[0] == 2
-    (tmp_path / "empty").mkdir()
-    before = (tmp_path / "a" / "report.html").read_bytes()
-    with pytest.raises(ConfigurationError, match="empty.*finished run"):
-        write_report(tmp_path / "a", against=[tmp_path / "empty"])
-    assert (tmp_path / "a" / "report.html").read_bytes() == before
+    with pytest.raises(ConfigurationError, match="b' must be the folder of a finished run"):
+        write_report(tmp_path / "a", against=[tmp_path / "b"])
 
 
 def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke_run):
-    assert read_run(smoke_run[0]).last_step == 12
+    assert read_run(smoke_run[0]).summary.steps == 12
     report = Page(smoke_run[0] / "report.html")
     assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"32 → 16"}
-    assert any("val/accuracy, val/macro_f1" in caption for caption in report.captions())
+    assert any("val/accuracy, val/macro_f1" in picture.get("alt") for picture in report.root.iter("img"))
+
+
+def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder, report, tmp_path):
+    run = dynrank.read_run(str(folder))
+    assert repr(run) == f"<run {str(folder)!r}: 30 steps, rank 2-8, test/loss 1.25>"
+    assert run.config["lora"]["rank"] == 8
+    assert run.summary.test == {"test/loss": 1.25}
+    assert [(change.step, change.undone) for change in run.history] == [(10, False), (15, True), (20, False)]
+    assert [len(values) for values in run.metrics["val/loss"]] == [5, 5]
+    for name, figure in {"loss": plot.loss(run), "ranks": plot.ranks(run)}.items():
+        figure.savefig(tmp_path / "again.png")
+        assert (tmp_path / "again.png").read_bytes() == (folder / "plots" / f"{name}.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("summary.json", None, "finished run.*summary.json"),
+        ("summary.json", ("{", "["), "finished run.*summary.json"),
+        ("summary.json", ('"seconds": 12.0', '"seconds": "12"'), "(?s)seconds.*'12'.*summary.json"),
+        ("adapter/adapter_model.safetensors", None, "adapter_model.safetensors"),
+    ],
+)
+def test_missing_or_broken_file_is_named_and_an_earlier_report_stays(tmp_path, name, damage, message):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").write_text("earlier")
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text((folder / name).read_text().replace(*damage, 1))
+    with pytest.raises(ConfigurationError, match=message):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "earlier"
+    assert not list(folder.glob("*.part"))

@@ -1,21 +1,24 @@
-"""Whole sweeps in miniature: the experiment and its table, one that is killed and goes on, and runs that fail."""
+"""Whole sweeps in miniature: the experiments and their tables, runs that fail, and jobs of SLURM."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from hydra import compose, initialize_config_module
 from tables import rows
 
 import dynrank
 from dynrank.app import train
 from dynrank.app.runs import job
+from dynrank.app.runs.run_meter import RunMeter
 from dynrank.app.runs.summary import read_summary
 from dynrank.app.runs.sweep import run_in_sweep, show_sweep
+from dynrank.app.runs.trainer import make_trainer
+from dynrank.callbacks import BestWeights
 from dynrank.errors import ConfigurationError
 
 SMALL = ["--multirun", "debug=smoke", "trainer.enable_progress_bar=false", "task.limit=32", "plots=false"]
+SMALL += ["hydra.sweep.dir=s", "seed=0"]
 
 
 @pytest.fixture
@@ -24,61 +27,40 @@ def sweep(launch, tiny_bert):
     return lambda *arguments: launch(train.main, *SMALL, f"task.model={tiny_bert}", *arguments)
 
 
-def table(folder):
-    return rows(Path(folder, "sweep.csv"))
-
-
-def measured(folder):
-    """The table without what depends on the clock."""
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in table(folder)]
-
-
-def test_experiment_is_four_ranks_at_one_scaling():
-    configs = [dynrank.compose(["experiment=medical_rank_sweep", f"lora.rank={rank}"]) for rank in (4, 8, 12, 16)]
-    models = [job.build(config, on_meta=True).module.model for config in configs]
-    # Alpha is twice the rank unless it is given.
-    assert {layer.scaling for model in models for _, layer in dynrank.lora_layers(model)} == {2.0}
-    assert all(config.schedule == {"_target_": "dynrank.schedules.fixed"} for config in configs)
+def table():
+    return rows(Path("s", "sweep.csv"))
 
 
 def test_experiment_in_miniature_ends_in_a_table_of_its_runs_summaries(sweep):
-    code, printed, said = sweep("experiment=medical_rank_sweep", "hydra.sweep.dir=s", "lora.rank=4,8", "seed=0")
-    assert code == 0, said
-    assert "adapter parameters" in printed
-    for row, rank, folder in zip(table("s"), "48", (Path("s/0"), Path("s/1")), strict=True):
+    code, printed, said = sweep("experiment=medical_rank_sweep", "lora.rank=4,8")
+    assert (code, "gap" in printed) == (0, True), said
+    for row, rank, folder in zip(table(), "48", (Path("s/0"), Path("s/1")), strict=True):
         run = json.loads((folder / "summary.json").read_text())
-        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-        assert run["bytes"]["adapter"] == sum(t.nbytes for name, t in adapter.items() if "lora_" in name)
-        trained = sum(t.nbytes for t in adapter.values())
-        assert run["bytes"]["gradients"] == trained == 4 * run["parameters"]["trainable"]
-        (state,) = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
-        tensors = [value for of_one in state["state"].values() for value in of_one.values()]
-        assert run["bytes"]["optimizer"] == sum(tensor.nbytes for tensor in tensors)
-        assert 0 < run["step_seconds"] <= run["seconds"]
-        assert row["lora.rank"] == rank
+        config = dynrank.read_run(folder).config
+        assert (row["lora.rank"], config["schedule"]) == (rank, {"_target_": "dynrank.schedules.fixed"})
         for name, value in {
             "test/accuracy": run["test"]["test/accuracy"],
             "gap": run["final"]["val/loss"] - run["final"]["train/loss"],
             "adapter_parameters": run["parameters"]["adapter"],
-            "optimizer_bytes": run["bytes"]["optimizer"],
-            "step_seconds": run["step_seconds"],
+            "tokens_per_second": run["tokens_per_second"],
+            "peak_memory_bytes": run["peak_memory_bytes"],
         }.items():
             assert float(row[name]) == pytest.approx(value)
 
 
 @pytest.fixture
 def fail(monkeypatch):
-    """Makes runs that end at once, those of rank 4 with the given error; a refused one has not begun."""
+    """Makes runs that end at once; those of rank 4 raise the given error, if any, and a refused one has not begun."""
 
     def replace(error):
         def run(config, folder, *, record, **options):
             # What follows from other values is set, too.
             assert config.trainer.max_steps
-            if not isinstance(error, ConfigurationError) or config.lora.rank != 4:
+            fails = error is not None and config.lora.rank == 4
+            if not (fails and isinstance(error, ConfigurationError)):
                 (folder / ".hydra").mkdir()
                 record()
-                (folder / "rank_history.csv").touch()
-            if config.lora.rank == 4:
+            if fails:
                 raise error
             summary = {"test": {"test/loss": 1.0}, "parameters": {"adapter": 1}, "final": {"val/loss": 3.0}}
             summary |= {"final_ranks": {}, "seconds": 1, "tokens_per_second": 1, "peak_memory_bytes": 1}
@@ -90,44 +72,64 @@ def fail(monkeypatch):
     return replace
 
 
-def test_experiment_of_targets_is_one_run_for_each(sweep, fail):
-    # The runs have rank 16, so none of them fails; they do not measure the objective, as without a test.
+@pytest.mark.parametrize(
+    ("experiment", "key", "values"),
+    [
+        ("medical_rank_sweep", "lora.rank", ["4", "8", "12", "16"]),
+        ("medical_targets", "lora.target_modules", ["[query,value]", "attention", "all-linear"]),
+    ],
+)
+def test_experiments_have_a_run_for_each_value(sweep, fail, experiment, key, values):
     fail(None)
-    code, printed, said = sweep("experiment=medical_targets", "hydra.sweep.dir=s", "seed=0", "objective=val/accuracy")
+    # The runs do not measure this objective, as without a test.
+    code, _, said = sweep(f"experiment={experiment}", "objective=val/accuracy")
     assert code == 0, said
-    names = {"[query,value]", "attention", "all-linear"}
-    assert {row["lora.target_modules"] for row in table("s")} == names
-    assert all(name in printed for name in names)
+    assert [row[key] for row in table()] == values
 
 
 def test_a_sweeper_is_told_the_objective_at_the_final_weights(fail, tmp_path):
     fail(None)
-    for objective, value in (("val/loss", 3.0), ("val/accuracy", None)):
-        (tmp_path / objective).mkdir(parents=True)
-        config = dynrank.compose(["lora.rank=8", f"objective={objective}"])
-        assert run_in_sweep(config, [], tmp_path / objective, lambda: None) == value
+    config = dynrank.compose(["lora.rank=8", "objective=val/loss"])
+    assert run_in_sweep(config, [], tmp_path, lambda: None) == 3
 
 
 def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fail):
     fail(ConfigurationError("no rank of 4"))
-    code, _, said = sweep("sweep=rank", "lora.rank=4,8", "trainer.max_steps=null", "hydra.sweep.dir=s")
+    code, printed, said = sweep("sweep=rank", "lora.rank=4,8", "trainer.max_steps=null")
     assert (code, said.rpartition("error: ")[2]) == (2, "no rank of 4\n")
     assert "s/0: ConfigurationError: no rank of 4\n" in said
+    # Said at the start, as Hydra calls no callback at the end of such a sweep.
+    assert "dynrank sweep s" in printed
     show_sweep(Path("s"))
-    assert [(row["runs"], row["without_result"]) for row in table("s")] == [("1", "0")]
+    assert [row["runs"] for row in table()] == ["1"]
 
 
 def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, capsys):
     fail(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
+        sweep("sweep=rank", "lora.rank=4,8")
     # The traceback stands where it happened, as Hydra raises only the first error.
     assert "s/0: RuntimeError: out of memory\nTraceback" in capsys.readouterr().err
     show_sweep(Path("s"))
-    assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
+    assert [(row["lora.rank"], row["runs"]) for row in table()] == [("4", "0"), ("8", "1")]
 
 
-def test_a_sweep_that_ctrl_c_ends_has_said_how_to_get_the_table(sweep, fail):
-    fail(KeyboardInterrupt())
-    code, printed, _ = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
-    assert (code, "dynrank sweep s" in printed) == (130, True)
+def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
+    overrides = ["trainer=slurm", "sweep=rank", "hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2"]
+    with initialize_config_module("dynrank.conf", version_base="1.3"):
+        config = compose("train", overrides=overrides, return_hydra_config=True)
+    assert config.hydra.launcher._target_.endswith(".SlurmLauncher")
+    # Slurm sets these variables in such a job.
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (4, 2, "ddp")
+
+
+def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path):
+    config = dynrank.compose(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
+    arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter(), BestWeights("val/loss", "min"))
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert make_trainer(*arguments, sweep=True).world_size == 2
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    with pytest.raises(ConfigurationError, match="--multirun cannot make a run of 2 processes.*submitit_slurm"):
+        make_trainer(*arguments, sweep=True)
