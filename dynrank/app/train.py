@@ -11,12 +11,11 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from dynrank import __version__
-from dynrank.errors import ConfigurationError, train_packages
+from dynrank.errors import train_packages
 
 with train_packages("dynrank-train"):
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
@@ -94,25 +93,8 @@ def main() -> None:
         # ckpt_path=last needs the folder of the run.
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
-    begun = []
-
-    @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
-    def train(config: DictConfig) -> float | None:
-        begun.append(config)
-        return _train(config)
-
     with usage_errors():
-        try:
-            train()
-        except OSError as error:
-            # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice; or
-            # the reader of the output has gone.
-            if begun or isinstance(error, HydraException | BrokenPipeError):
-                raise
-            raise ConfigurationError(
-                f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "
-                "hydra.sweep.dir) to another one"
-            ) from error
+        hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(_train)()
 
 
 if __name__ == "__main__":

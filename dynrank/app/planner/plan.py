@@ -16,7 +16,7 @@ from dynrank.app.console import print_facts
 from dynrank.app.keys import names_keys
 from dynrank.app.models.pretrained import storage_bytes, tensors_of
 from dynrank.app.planner.step import count_forward, token_batch, without_values
-from dynrank.app.runs.config import argument, asked, plain
+from dynrank.app.runs.config import PlanKeys, plain, read_keys
 from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
@@ -78,7 +78,7 @@ class Need:
 def show_plan(config: DictConfig) -> None:
     """Print what the run of ``config`` needs at each rank, and what fits the budget."""
     facts, needs = make_plan(config)
-    budget = asked(config).budget
+    budget = read_keys(PlanKeys, config).budget
     print_facts(facts)
     print_table(_table(needs, budget))
     print("total            weights + adapter + optimizer + importance + activations + the larger of the last two: the")
@@ -119,19 +119,19 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
 
     Both are made without any weights; ranks ascend.
     """
-    keys = asked(config)
+    keys = read_keys(PlanKeys, config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
-    rows, length = (argument(config.task, name) for name in ("batch_size", "max_length"))
-    if rows is None or length is None:
-        raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
     needs = []
     adapter = adapter_of(config)
     measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
     # Its data are read, and printed, once.
     task = make_task(config, on_meta=True)
+    rows, length = (getattr(task, name, None) for name in ("batch_size", "max_length"))
+    if rows is None or length is None:
+        raise ConfigurationError("dynrank plan needs a batch: the attributes batch_size and max_length of the task")
     for rank in sorted(set(keys.ranks)):
         model = _model(task, config, adapter, rank)
         for parameter in model.parameters() if dtype is not None else ():

@@ -19,9 +19,6 @@ from dynrank.app.tasks.data.columns import find_columns
 from dynrank.app.tasks.data.headings import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
 
-# Files of which each line is a row.
-_LINES = (".jsonl", ".ndjson")
-
 
 @names_keys
 def look(config: DictConfig) -> None:
@@ -47,12 +44,10 @@ def look(config: DictConfig) -> None:
 
 def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
     path = Path(name).expanduser()
-    if not path.exists():
-        # ORG/NAME may be on the hub.
-        if path.suffix in KINDS or name.count("/") != 1:
-            kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
-            raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
-        return
+    # ORG/NAME may be on the hub.
+    if not path.exists() and (path.suffix in KINDS or name.count("/") != 1):
+        kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
+        raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
     columns = _columns(path) if path.is_file() else []
     if columns and data.get("form"):
         find_columns(columns, data.get("columns") or {}, data["form"], f"{key}={name}")
@@ -66,12 +61,11 @@ def _columns(path: Path) -> list[str]:
             line, _, names = heading_of(path)
             # A name of two lines has an open quote in the first.
             return [] if line.count('"') % 2 else names
-        if kind in _LINES:
+        if kind in (".jsonl", ".ndjson"):
             with path.open(encoding="utf-8-sig") as file:
-                found = [json.loads(line) for line in islice(file, 1000) if line.strip()]
-            are_rows = all(isinstance(row, dict) for row in found)
-            return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
+                rows = [json.loads(line) for line in islice(file, 1000) if line.strip()]
+            return [*dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)]
     # What cannot be read is explained where it is read.
-    except (ValueError, csv.Error, RecursionError):
-        return []
+    except (ValueError, csv.Error):
+        pass
     return []

@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import PART
 
 METRICS = "metrics.csv"
 HISTORY = "rank_history.csv"
@@ -55,20 +53,13 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # filelock takes a folder that cannot be written to for one that is in use.
-        with TemporaryFile(dir=folder):
-            lock.acquire(blocking=False)
-    except Timeout:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError) as error:
+        why = "it is in use by another process" if isinstance(error, Timeout) else error.strerror
         raise ConfigurationError(
-            f"{str(folder)!r} is in use by another process; wait for its end, or set hydra.run.dir (of a sweep "
-            "hydra.sweep.dir) to another folder"
+            f"no run can be made in {str(folder)!r}: {why}; set hydra.run.dir (of a sweep hydra.sweep.dir) to another "
+            "folder"
         ) from None
-    except OSError as error:
-        raise ConfigurationError(
-            f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
-            "to another folder"
-        ) from None
-    last = last_checkpoint(folder)
     try:
         held = sorted(file.name for file in folder.iterdir() if file.name != LOCK)
         if held and not resumed:
@@ -76,17 +67,11 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
                 f"a run needs a new or empty folder, {str(folder)!r} holds {', '.join(held[:5])}; set hydra.run.dir "
                 "(of a sweep hydra.sweep.dir) to another one, or ckpt_path=last to resume the run that is there"
             )
-        if resumed:
-            # The process that had the folder until now may have ended its run.
-            checkpoint_of(folder, "last")
-        # A process that was killed while it wrote a checkpoint leaves a part of it.
-        for part in last.parent.glob(f"{last.name}.*{PART}"):
-            part.unlink()
         try:
             yield
         except ConfigurationError:
             # Some values are refused only when training starts. A run that has diverged later keeps its losses.
-            if not (resumed or last.exists() or (folder / METRICS).exists()):
+            if not (resumed or last_checkpoint(folder).exists() or (folder / METRICS).exists()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:

@@ -28,6 +28,9 @@ AT_ONCE = {
     "train seed=-1 checkpoint_every=0": ["seed", "checkpoint_every"],
     "train lora.rank=0": ["0", "lora.rank"],
     "train optimizer.decay=fast": ["'fast'", "optimizer.decay"],
+    "train trainer.max_steps=1e400": ["inf", "trainer.max_steps"],
+    "train trainer.fast_dev_run=true": ["must be False, got True", "trainer.fast_dev_run"],
+    "train trainer.accumulate_grad_batches=0": ["0", "trainer.accumulate_grad_batches"],
     "train model.quantization=int3": ["int3", "model.quantization"],
     "train export_weights=first": ["'best'", "'first'", "export_weights"],
     "train rank_map.file=absent.yaml": ["absent.yaml", "rank_map.file"],
@@ -43,12 +46,10 @@ AT_ONCE = {
         "data.columns.text=body",
         "['body', 'kind']",
     ],
-    "train hydra.run.dir=/proc/x": ["'/proc/x' cannot be made", "hydra.run.dir"],
-    "train hydra.sweep.dir=rows.csv/x lora.rank=2,4 --multirun": ["'rows.csv/x' cannot be made", "hydra.sweep.dir"],
     "dynrank rnaks": ["rnaks", "ranks"],
     "dynrank --frobnicate": ["--frobnicate"],
     "dynrank ranks lora.rnak=8": ["nearest: lora.rank"],
-    "dynrank plan budget=24": ["24", "24GiB", "budget"],
+    "dynrank plan budget=24": ["got 24", "budget"],
     "dynrank sweep lora.rank=4,8": ["'lora.rank=4,8' must be the folder of a sweep (hydra.sweep.dir)"],
     "dynrank inspect absent": ["'absent' must be the folder of an adapter", "it does not exist"],
     "dynrank predict absent hello": ["'absent' must be the folder of an adapter"],
@@ -90,10 +91,6 @@ def test_what_needs_no_library_is_refused_before_torch_is_loaded(tmp_path):
 
 CASES = [
     # (overrides, what the message must name); one or two for each that refuses, whose own tests have the others
-    (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
-    (["trainer.fast_dev_run=true"], ["must be False, got True", "trainer.fast_dev_run"]),
-    (["trainer.accumulate_grad_batches=0"], ["0", "trainer.accumulate_grad_batches"]),
-    (["trainer.overfit_batches=2"], ["trainer.overfit_batches=2", "task.limit=N"]),
     # In Lightning's words.
     (["trainer.limit_val_batches=0.01"], ["0.01 of the `val_dataloader`", "`limit_val_batches`", "set trainer"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
@@ -104,13 +101,8 @@ CASES = [
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["ddp_spawn", 'strategy="ddp"', "trainer.strategy"]),
     (["schedule.final_rank=64"], ["changes none of the ranks [32]", "64", "schedule.final_rank"]),
-    (["schedule=after_convergence", "schedule.shared=false", "schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
-    (
-        ["schedule=after_convergence", "schedule.trigger.monitor=val/los"],
-        ["val/los", "val/loss", "schedule.trigger.monitor"],
-    ),
     (
         ["schedule=after_convergence", "schedule.trigger.warmup_steps=10"],
         ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"],

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import dynrank
 from dynrank.app.commands.ranks import print_ranks
 from dynrank.app.models.merging import merge_adapter
-from dynrank.app.runs.going_on import start_facts
 from dynrank.app.runs.job import build, run
 from dynrank.errors import ConfigurationError
 
@@ -57,7 +56,7 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert "4 layers" in capsys.readouterr().out
     first = run(dynrank.compose(overrides), tmp_path / "run")
     said = capsys.readouterr().out
-    assert f"goes on from     the adapter {theirs}, at rank 1-6; the ranks stay, as no schedule was chosen" in said
+    assert f"goes on from     the adapter {theirs}, at rank 1-6; schedule=fixed" in said
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
     name = next(iter(layers))
@@ -96,14 +95,11 @@ def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs,
         # Its texts are decoded by it, too.
         for used in (made.task.tokenizer, made.module.tokenizer):
             assert (used.eos_token_id, used.chat_template) == (expected.eos_token_id, expected.chat_template)
-    run(dynrank.compose([*task, f"lora.from={own}"]), tmp_path / "run")
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_run_trains_an_adapter_of_two_bytes_in_float32(dtype, task, theirs, tiny_llama, tmp_path):
+def test_a_run_trains_an_adapter_of_two_bytes_in_float32(task, theirs, tiny_llama, tmp_path):
     file = shutil.copytree(theirs, tmp_path / "half") / "adapter_model.safetensors"
-    save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
     model = build(dynrank.compose([*task, f"lora.from={file.parent}"])).module.model.eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), file.parent).eval()
@@ -124,48 +120,23 @@ def test_a_schedule_that_was_chosen_reckons_from_the_mean_rank_of_the_adapter(ch
     # by hand: a direction of q_proj has 32 + 32 parameters, one of down_proj 32 + 48
     assert config.lora.rank == round((2 * 6 * 64 + (1 + 4) * 80) / (2 * 64 + 2 * 80))
     assert config.schedule.final_rank == max(1, config.lora.rank // (8 if chosen == "experiment=mine" else 2))
-    made = build(config)
-    facts = start_facts(config, made.adapter, made.module, made.scheduler)
-    assert "at rank 1-6, which the schedule" in facts["goes on from"]
+    build(config)
 
 
-@pytest.fixture
-def other_base(tiny_llama, tmp_path):
-    """Makes a folder with a model of the same shapes; ``place`` may be changed weights of one parameter."""
-
-    def make(name, change=None):
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        if change is not None:
-            with torch.no_grad():
-                model.get_parameter(change).mul_(1.5)
-        shutil.copytree(tiny_llama, tmp_path / name)
-        model.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return make
-
-
-def test_an_adapter_of_a_run_knows_its_base_by_its_weights(task, other_base, tmp_path):
+def test_an_adapter_of_a_run_knows_its_base_by_its_weights(task, tiny_llama, tmp_path):
     changed = "model.layers.1.self_attn.o_proj.weight"
     run(dynrank.compose([*task, "lora.rank=2", "schedule=fixed"]), tmp_path / "run")
     dynrank.squeeze(tmp_path / "run" / "adapter", tmp_path / "less", rank=1)
-    same, other = other_base("the same, moved"), other_base("other", changed)
+    same, other = (shutil.copytree(tiny_llama, tmp_path / name) for name in ("the same, moved", "other"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.get_parameter(changed).mul_(1.5)
+    model.save_pretrained(other)
     for place in ("run", "less"):
         build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'"]))
         build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model='{same}'", "model.dtype=bfloat16"]))
         with pytest.raises(ConfigurationError, match=rf"another base \(.*\): '{changed}' has other values .*\(1 of "):
             build(dynrank.compose([*task, f"lora.from={tmp_path / place}", f"task.model={other}"]))
-
-
-def test_a_run_says_that_an_adapter_of_another_program_names_another_base(task, theirs, other_base):
-    """Which may be the same model elsewhere."""
-    place = other_base("other")
-    for more in ([], [f"task.model={place}"]):
-        config = dynrank.compose([*task, f"lora.from={theirs}", *more])
-        made = build(config)
-        said = start_facts(config, made.adapter, made.module, made.scheduler).get("another base", "")
-        assert said.endswith(f", and the run has {more[0]}" if more else "")
-        assert (str(made.adapter.config.base_model_name_or_path) in said) == bool(more)
 
 
 def test_what_contradicts_the_adapter_is_refused(task, theirs):
@@ -176,42 +147,34 @@ def test_what_contradicts_the_adapter_is_refused(task, theirs):
         dynrank.compose([*task, "lora.from=absent"])
 
 
-def test_a_classifier_goes_on_with_its_head_and_refuses_other_labels(tiny_bert, tmp_path):
-    def overrides(labels, *more):
-        rows = [f"{word} {i},{labels[i % 2]}" for i in range(40) for word in ("fine", "dull")]
-        (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
-        data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
-        return dynrank.compose([*SMALL, *data, *more])
-
-    run(overrides("ab", "lora.rank=4", "schedule=fixed", "optimizer.head_lr=0.1"), tmp_path / "run")
-    again = build(overrides("ab", f"lora.from={tmp_path / 'run'}")).module.model.eval()
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-    expected = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    with torch.no_grad():
-        assert (again(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
-    with pytest.raises(ConfigurationError, match=r"those of the adapter lora.from, \['a', 'b'\], got \['c'\]"):
-        build(overrides("bc", f"lora.from={tmp_path / 'run'}"))
-    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-    dynrank.save_adapter(updated(dynrank.add_lora(plain, rank=2)), tmp_path / "headless")
-    with pytest.raises(ConfigurationError, match=r"'classifier\.weight' is trained by the task, .* no values"):
-        build(overrides("ab", f"lora.from={tmp_path / 'headless'}"))
-
-
 @pytest.fixture
 def rows_of(tiny_bert, tmp_path):
     """Makes overrides of a small run on 20 texts of each of these labels, or lists of labels."""
 
     def make(*labels, several=False):
-        rows = [
-            {"text": f"fine {label} {i}", "label": [label, "all"] if several else label}
-            for label in labels
-            for i in range(20)
-        ]
+        named = {label: [label, "all"] if several else label for label in labels}
+        rows = [{"text": f"fine {label} {i}", "label": value} for label, value in named.items() for i in range(20)]
         file = tmp_path / f"{'-'.join(labels)}.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
         return [*SMALL, "task=classification", f"task.model={tiny_bert}", f"data.train={file}"]
 
     return make
+
+
+def test_a_classifier_goes_on_with_its_head_and_refuses_other_labels(rows_of, tiny_bert, tmp_path):
+    trained = [*rows_of("a", "b"), "lora.rank=4", "schedule=fixed", "optimizer.head_lr=0.1"]
+    run(dynrank.compose(trained), tmp_path / "run")
+    again = build(dynrank.compose([*rows_of("a", "b"), f"lora.from={tmp_path / 'run'}"])).module.model.eval()
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    expected = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        assert (again(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
+    with pytest.raises(ConfigurationError, match=r"those of the adapter lora.from, \['a', 'b'\], got \['c'\]"):
+        build(dynrank.compose([*rows_of("b", "c"), f"lora.from={tmp_path / 'run'}"]))
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    dynrank.save_adapter(updated(dynrank.add_lora(plain, rank=2)), tmp_path / "headless")
+    with pytest.raises(ConfigurationError, match=r"'classifier\.weight' is trained by the task, .* no values"):
+        build(dynrank.compose([*rows_of("a", "b"), f"lora.from={tmp_path / 'headless'}"]))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -229,17 +192,6 @@ def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of
     assert torch.equal(job.module.model.classifier.weight, head)
     run(dynrank.compose(overrides), tmp_path / "more")
     assert json.loads((tmp_path / "more" / "adapter" / "labels.json").read_text())["labels"] == labels
-
-
-def test_other_labels_than_the_adapter_has_are_refused_before_the_model_is_loaded(rows_of, tmp_path, monkeypatch):
-    run(dynrank.compose(rows_of("a", "b")), tmp_path / "run")
-
-    def never(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("dynrank.app.tasks.classification.Classifier", never)
-    with pytest.raises(ConfigurationError, match=r"the adapter lora.from, .* got \['c', 'd'\]"):
-        build(dynrank.compose([*rows_of("a", "c", "d"), f"lora.from={tmp_path / 'run'}"]))
 
 
 def test_a_classifier_knows_the_padding_of_the_tokenizer_in_the_adapter_s_folder(rows_of, tiny_bert, tmp_path):

@@ -12,7 +12,6 @@ from tables import rows
 
 import dynrank
 from dynrank.app import train
-from dynrank.app.keys import keys_of
 from dynrank.callbacks import BestWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,14 +97,6 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     assert change["lr_factor"] > 1
     assert f"adapter's rate × {change['lr_factor']:.3g} from here" in said
     assert dynrank.read_run("run").history[0].lr_factor == change["lr_factor"]
-
-
-def test_a_schedule_without_a_limit_of_ranks_has_no_key_for_it():
-    """Not even if another group has one of the name."""
-    rules = "rank_map.rank_pattern={a: {highest: 3}}"
-    for name, key in (("early_budget", "schedule.highest"), ("auto", "schedule.highest"), ("after_convergence", None)):
-        config = dynrank.compose([f"schedule={name}", rules])
-        assert keys_of(config.schedule, "schedule")("highest") == key
 
 
 def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import datasets
 from pydantic import Field
 
-from dynrank.app.keys import below, named
+from dynrank.app.keys import named
 from dynrank.app.tasks.data.columns import COLUMNS, Form, Given, Theirs, find_columns
 from dynrank.app.tasks.data.source import read_source
 from dynrank.app.tasks.data.stored import RawRows, reading, refuse, usable_rows
@@ -60,7 +60,7 @@ def rows_by_split(data: Any, form: Form) -> Checked:
             tuples in the order of the columns; or a function without arguments that returns such a mapping.
         form: form of the rows.
     """
-    with named(below("data")):
+    with named("data.{}".format):
         splits: Any = data() if callable(data) else data
     if isinstance(splits, Checked):
         return splits
