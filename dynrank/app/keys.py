@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Where the key is not called as the argument: {argument: key}.
 _OTHER_NAMES = {
@@ -60,15 +59,15 @@ def keys_of(config: DictConfig) -> Callable[[str], str | None]:
     return key_of
 
 
-def names_keys(function: Callable[Concatenate[DictConfig, P], T]) -> Callable[Concatenate[DictConfig, P], T]:
+def names_keys(function: F) -> F:
     """Make the errors of a function, whose first argument is a composed configuration, name its keys."""
 
     @wraps(function)
-    def naming(config: DictConfig, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def naming(config: DictConfig, *args: Any, **kwargs: Any) -> Any:
         with named(keys_of(config)):
             return function(config, *args, **kwargs)
 
-    return naming
+    return cast(F, naming)
 
 
 def known_keys(config: DictConfig) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -37,14 +35,11 @@ def _train(config: DictConfig) -> float | None:
     overrides = hydra_config.overrides.task
     record = partial(_record, folder)
     if hydra_config.mode == RunMode.MULTIRUN:
-        with _removed_if_empty(folder):
-            return run_in_sweep(config, overrides, folder, record)
+        return run_in_sweep(config, overrides, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
-    with usage_errors(), _removed_if_empty(folder):
+    with usage_errors():
         complete(config, overrides)
         look(config)
-        if not _is_another_process():
-            print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         # torch and transformers are loaded here, so that --help does not wait for them.
         from dynrank.app.runs.job import run
 
@@ -52,28 +47,11 @@ def _train(config: DictConfig) -> float | None:
     return None
 
 
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the empty folders that Hydra has made for a run that was refused within the block."""
-    try:
-        yield
-    except BaseException:
-        # A relative path never removes the current directory.
-        with suppress(OSError):
-            os.removedirs(os.path.relpath(folder))
-        raise
-
-
 def _record(folder: Path) -> None:
     """Write .hydra/ here, because Hydra would overwrite an earlier run's before that folder is refused."""
     hydra_config = HydraConfig.get()
     OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), folder / ".hydra" / "hydra.yaml")
     OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
-
-
-def _is_another_process() -> bool:
-    """Whether this process is not the run's process 0."""
-    return any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS)
 
 
 def main() -> None:
@@ -87,7 +65,7 @@ def main() -> None:
         return
     # With this variable Hydra raises exceptions here and does not turn them into exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if _is_another_process():
+    if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # Only process 0 writes the run's files; here the time in the folder's name may differ.
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
         # ckpt_path=last needs the folder of the run.

@@ -134,18 +134,14 @@ def _open(keys: Mapping[str, Any]) -> DictConfig:
     return OmegaConf.create({**keys, **groups})
 
 
-def _half(rank: Any) -> Any:
-    # What is no number is refused by what reads the rank.
-    return max(1, rank // 2) if isinstance(rank, int) else rank
-
-
-def _base(default: str, place: str | None) -> str:
-    return default if place is None else _named_by(place)[0]
-
-
+# What is no number is refused by what reads the rank.
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "half": lambda rank: max(1, rank // 2) if isinstance(rank, int) else rank,
+    "base": lambda default, place: default if place is None else _named_by(place)[0],
+}
 # In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}.
-OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
-OmegaConf.register_new_resolver("dynrank.base", _base, replace=True)
+for resolver, value in RESOLVERS.items():
+    OmegaConf.register_new_resolver(f"dynrank.{resolver}", value, replace=True)
 ConfigStore.instance().store(name="schema", node=_open(_RUN))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))

@@ -6,6 +6,7 @@ Nothing here decides more than the parts of a run that read the same files later
 import csv
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
 def _columns(path: Path) -> list[str]:
     """The columns in the heading of a table, or in its first 1000 rows; none if they cannot be read so simply."""
     kind = path.suffix.lower()
-    try:
+    # What cannot be read is explained where it is read.
+    with suppress(ValueError, csv.Error):
         if kind in TABLES:
             line, _, names = heading_of(path)
             # A name of two lines has an open quote in the first.
@@ -65,7 +67,4 @@ def _columns(path: Path) -> list[str]:
             with path.open(encoding="utf-8-sig") as file:
                 rows = [json.loads(line) for line in islice(file, 1000) if line.strip()]
             return [*dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)]
-    # What cannot be read is explained where it is read.
-    except (ValueError, csv.Error):
-        pass
     return []

@@ -31,15 +31,10 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path != "last":
         return Path(ckpt_path) if ckpt_path is not None else None
     path = last_checkpoint(folder)
-    if not path.is_file():
+    if not path.is_file() or (folder / SUMMARY).exists():
         raise ConfigurationError(
-            f"ckpt_path=last: {str(folder)!r} holds no run with a checkpoint; set hydra.run.dir to the folder of the "
-            "run to resume, or ckpt_path=null to begin a new run"
-        )
-    if (folder / SUMMARY).exists():
-        raise ConfigurationError(
-            f"ckpt_path=last: the run in {str(folder)!r} has ended; to train on, set hydra.run.dir to a new folder and "
-            f"ckpt_path={path}"
+            f"ckpt_path=last: {str(folder)!r} must hold a checkpoint of a run that has not ended; set hydra.run.dir to "
+            f"its folder, or train on in a new folder with ckpt_path=FILE, such as {path}"
         )
     return path
 
