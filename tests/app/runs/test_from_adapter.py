@@ -6,7 +6,6 @@ import shutil
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from trained import updated
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,7 +29,7 @@ def task(tiny_llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(tiny_llama, tmp_path_factory):
-    """An adapter of PEFT's with unlike ranks and alphas, and rsLoRA."""
+    """An adapter of PEFT's with unlike ranks and alphas, and rsLoRA, in two bytes."""
     folder = tmp_path_factory.mktemp("theirs")
     patterns = {"rank_pattern": {"q_proj": 6, r"0\..*down_proj": 1}, "alpha_pattern": {"q_proj": 5}}
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], use_rslora=True, **patterns)
@@ -38,13 +37,14 @@ def theirs(tiny_llama, tmp_path_factory):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 
 def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, theirs, tiny_llama, tmp_path, capsys):
     overrides = [*task, f"lora.from={theirs}"]
     model = build(dynrank.compose(overrides)).module.model.eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), theirs).eval()
     with torch.no_grad():
         assert (model(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
@@ -59,9 +59,6 @@ def test_a_run_starts_as_the_adapter_of_somebody_else_and_keeps_its_ranks(task, 
     assert f"goes on from     the adapter {theirs}, at rank 1-6; schedule=fixed" in said
     trained = dynrank.read_adapter(tmp_path / "run" / "adapter")
     assert {name: layer.rank for name, layer in trained.layers.items()} == {n: la.rank for n, la in layers.items()}
-    name = next(iter(layers))
-    before, after = (float(one.factors(name)[0].norm()) for one in (dynrank.read_adapter(theirs), trained))
-    assert 0 < abs(before - after) < 0.5 * before
     # A run of no step tests an adapter as it lies.
     again = dynrank.compose([*task, f"lora.from={tmp_path / 'run'}", "trainer.max_steps=0"])
     assert run(again, tmp_path / "again").test == pytest.approx(first.test, rel=1e-6)
@@ -81,30 +78,6 @@ def test_a_run_takes_the_base_that_the_adapter_names_unless_another_is_set(task,
     file.write_text(json.dumps(of_hub | {"base_model_name_or_path": None}))
     with pytest.raises(ConfigurationError, match=r"\(lora\.from\) names no base model; set task\.model"):
         dynrank.compose([*without, f"lora.from={file.parent}"])
-
-
-def test_a_run_reads_data_by_the_tokenizer_in_the_adapter_s_folder(task, theirs, tiny_llama, tmp_path):
-    """As TRL leaves it there, with an end of answers or a chat template of the user's."""
-    own = shutil.copytree(theirs, tmp_path / "own")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(60)
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(own)
-    for place, expected in ((theirs, AutoTokenizer.from_pretrained(tiny_llama)), (own, tokenizer)):
-        made = build(dynrank.compose([*task, f"lora.from={place}"]))
-        # Its texts are decoded by it, too.
-        for used in (made.task.tokenizer, made.module.tokenizer):
-            assert (used.eos_token_id, used.chat_template) == (expected.eos_token_id, expected.chat_template)
-
-
-def test_a_run_trains_an_adapter_of_two_bytes_in_float32(task, theirs, tiny_llama, tmp_path):
-    file = shutil.copytree(theirs, tmp_path / "half") / "adapter_model.safetensors"
-    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
-    model = build(dynrank.compose([*task, f"lora.from={file.parent}"])).module.model.eval()
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), file.parent).eval()
-    with torch.no_grad():
-        assert (model(IDS).logits - expected(IDS).logits).abs().max() < 1e-5
 
 
 CHOSEN = ["schedule=early_budget", "schedule.at=0.5", "+schedule.lowest=1", "schedule/how=early", "experiment=mine"]
@@ -190,8 +163,6 @@ def test_classes_of_the_adapter_without_a_row_keep_their_places(several, rows_of
     assert "no rows of       ['10', 'b']: classes of the adapter, which keep" in capsys.readouterr().out
     assert job.task.labels == labels
     assert torch.equal(job.module.model.classifier.weight, head)
-    run(dynrank.compose(overrides), tmp_path / "more")
-    assert json.loads((tmp_path / "more" / "adapter" / "labels.json").read_text())["labels"] == labels
 
 
 def test_a_classifier_knows_the_padding_of_the_tokenizer_in_the_adapter_s_folder(rows_of, tiny_bert, tmp_path):

@@ -45,18 +45,15 @@ def validations(folder):
 
 def test_best_weights_since_the_change_are_exported_or_the_last(launch, own):
     settings = [*own, "schedule.final_rank=2"]
-    code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=whole")
     assert code == 0, said
     found = summary("whole")
     (change,) = found["changes"]
     values = {step: value for step, value in validations("whole").items() if step > change["step"] + 1}
     best = min(values, key=values.get)
-    step, of, value = re.search(
-        r"of step (\d+) of (\d+): the best val/loss since the last change, (\S+)$", found["weights"]
-    ).groups()
-    assert found["weights"] in re.sub(r"\s+", " ", printed)
+    words = r"of step (\d+) of 32: the best val/loss since the last change, (\S+)$"
+    step, value = re.search(words, found["weights"]).groups()
     # Own files train in epochs, and are validated four times in each.
-    assert int(of) == 32
     assert [*validations("whole")] == [4 * n for n in range(1, 9)]
     # The final metrics are measured again, with the weights that are exported.
     assert found["final"]["val/loss"] == pytest.approx(float(value), rel=1e-3)
@@ -89,14 +86,7 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
         assert len(exported[f"base_model.model.{name}.lora_A.weight"]) == rank
     # The cut model is validated once more, and there is no other since the change.
     assert found["weights"].startswith("of step 32 of 32: the best val/loss since the last change")
-    # A server's slot is named before training, in the words of the command line, and the rate's factor at the cut.
-    said = re.sub(r"\s+", " ", printed)
-    notice = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of 8 write"
-    assert said.index(notice) < said.index("rank change")
-    (change,) = found["changes"]
-    assert change["lr_factor"] > 1
-    assert f"adapter's rate × {change['lr_factor']:.3g} from here" in said
-    assert dynrank.read_run("run").history[0].lr_factor == change["lr_factor"]
+    assert dynrank.read_run("run").history[0].lr_factor == found["changes"][0]["lr_factor"] > 1
 
 
 def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
