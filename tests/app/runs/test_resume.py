@@ -148,18 +148,3 @@ def test_a_checkpoint_of_something_else_is_refused(override, stored, named, laun
     assert code == 2
     assert re.search(rf"{named}.*ckpt_path", said, re.DOTALL), said
     assert not [*Path("run").glob("*")]
-
-
-class Trap:
-    def __reduce__(self):
-        return open, ("trapped", "w")
-
-
-def test_code_in_a_checkpoint_is_not_run(launch, settings, tmp_path):
-    torch.save({"state_dict": {}, "extra": Trap()}, tmp_path / "trap.ckpt")
-    code, _, said = launch(train.main, *settings, "ckpt_path=trap.ckpt")
-    assert (code, "ckpt_path" in said) == (2, True)
-    assert not Path("trapped").exists()
-    # The trap works where its file is trusted.
-    torch.load("trap.ckpt", weights_only=False)["extra"].close()
-    assert Path("trapped").exists()
