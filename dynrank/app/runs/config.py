@@ -128,11 +128,8 @@ _RUN: dict[str, Any] = {
 _SCHEMAS = {"train": _RUN, "plan": {**_RUN, **asdict(PlanKeys())}}
 
 
-def _open(keys: Mapping[str, Any]) -> DictConfig:
-    """A node with these keys whose groups take new keys, which are checked when all keys are there."""
-    groups = {name: DictConfig(keys[name] or {}, flags={"struct": False}) for name in keys.keys() - asdict(RunKeys())}
-    return OmegaConf.create({**keys, **groups})
-
+# These take new keys, which are checked when all keys are there.
+_GROUPS = {name: DictConfig(_RUN[name] or {}, flags={"struct": False}) for name in _RUN.keys() - asdict(RunKeys())}
 
 # What is no number is refused by what reads the rank.
 RESOLVERS: dict[str, Callable[..., Any]] = {
@@ -142,7 +139,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 # In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}.
 for resolver, value in RESOLVERS.items():
     OmegaConf.register_new_resolver(f"dynrank.{resolver}", value, replace=True)
-ConfigStore.instance().store(name="schema", node=_open(_RUN))
+ConfigStore.instance().store(name="schema", node=OmegaConf.create({**_RUN, **_GROUPS}))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
 

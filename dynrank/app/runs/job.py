@@ -37,11 +37,8 @@ from dynrank.output.console import span
 from dynrank.schedules.stage import Stage, check_schedule
 from dynrank.triggers import Run
 
-VAL_LOSS = "val/loss"
 # How the names of metrics end whose smaller values are better.
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "wer", "cer")
-# In a schedule of at most so many changes each one is measured.
-_MEASURED = 2
 
 
 @dataclass
@@ -130,10 +127,10 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
-    # A task of your own need not log what is measured, and each of many changes would take two validations.
+    # A change is measured by two validations: not each of many. A task of your own need not log what is measured.
     stages = [_measured(stage) for stage in scheduler.driver.stages]
     is_logged = judging_metrics(stages) <= {*task.metrics}
-    if config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= _MEASURED:
+    if config.trainer.get("limit_val_batches") != 0 and is_logged and len(stages) <= 2:
         scheduler.driver.stages = stages
     if config.objective not in (None, *task.final):
         raise ConfigurationError(f"objective must be null or one of {sorted(task.final)}, got {config.objective!r}")
@@ -194,7 +191,9 @@ def _measured(stage: Stage) -> Stage:
 
 def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:
     """The metric that says which validation was the best, and whether a smaller value is better."""
-    monitor = objective if objective is not None and objective in logged and objective.startswith("val/") else VAL_LOSS
+    monitor = (
+        objective if objective is not None and objective in logged and objective.startswith("val/") else "val/loss"
+    )
     return monitor, "min" if monitor.endswith(LOWER_IS_BETTER) else "max"
 
 

@@ -14,9 +14,6 @@ from dynrank.app.keys import arguments_of, known_keys, nodes_of
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 from dynrank.output.whole_file import DISK_FULL
 
-# Keys that only the tasks for rows of the user's own have; the default task is another.
-_OWN_DATA = ("data.train", "data.val", "data.test")
-
 
 @contextmanager
 def overrides_explained() -> Iterator[None]:
@@ -84,5 +81,8 @@ def unknown_key(key: str, config: DictConfig) -> str:
 
     known = {other for other in known_keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
-    own = "; for rows of your own choose task=classification, completion, chat or text" if key in _OWN_DATA else ""
-    return f"{key} is not a configuration key; nearest: {', '.join(near)}{own}"
+    said = f"{key} is not a configuration key; nearest: {', '.join(near)}"
+    if key in ("data.train", "data.val", "data.test"):
+        # The default task has data of its own.
+        said += "; for rows of your own choose task=classification, completion, chat or text"
+    return said

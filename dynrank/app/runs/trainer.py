@@ -73,6 +73,8 @@ def log_again(file: Path, step: int, logger: CSVLogger) -> None:
     kept = file.with_suffix(".before")
     if file.exists() and not kept.exists():
         file.rename(kept)
+    if not kept.exists():
+        return
     with kept.open(newline="", encoding="utf-8") as opened:
         # A row that was cut short by a kill may have no step.
         rows = [row for row in csv.DictReader(opened) if (row.get("step") or "").isdigit() and int(row["step"]) < step]

@@ -70,10 +70,7 @@ def test_folder_of_a_classifier_is_complete(classifier, tiny_bert):
     assert all(text in page for text in said), page
 
 
-@pytest.mark.parametrize(
-    ("of_base", "several"),
-    [("regression", False), ("single_label_classification", True)],
-)
+@pytest.mark.parametrize(("of_base", "several"), [("regression", False), ("single_label_classification", True)])
 def test_probabilities_are_those_of_the_task_whatever_the_base_was_trained_for(
     of_base, several, tiny_bert, launch, tmp_path
 ):

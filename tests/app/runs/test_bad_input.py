@@ -19,7 +19,6 @@ AT_ONCE = {
     "train +schedule.finl_rank=1": ["schedule.finl_rank is not a configuration key", "nearest: schedule.final_rank"],
     "train schedule=early_buget": ["schedule/early_buget", "early_budget"],
     "train schedule=null": ["schedule=fixed"],
-    "train lora.rank": ["lora.rank", "EQUAL"],
     "train seed=-1 checkpoint_every=0": ["seed", "checkpoint_every"],
     "train lora.rank=0": ["0", "lora.rank"],
     "train optimizer.decay=fast": ["'fast'", "optimizer.decay"],
@@ -44,7 +43,6 @@ AT_ONCE = {
     "dynrank plan budget=24": ["got 24", "budget"],
     "dynrank sweep lora.rank=4,8": ["'lora.rank=4,8' must be the folder of a sweep (hydra.sweep.dir)"],
     "dynrank inspect absent": ["'absent' must be the folder of an adapter", "it does not exist"],
-    "dynrank predict absent hello": ["'absent' must be the folder of an adapter"],
 }
 RUN_ALL = """
 import contextlib, io, json, sys
@@ -93,15 +91,9 @@ CASES = [
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["ddp_spawn", 'strategy="ddp"', "trainer.strategy"]),
     (["schedule.final_rank=64"], ["changes none of the ranks [32]", "64", "schedule.final_rank"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
-    (
-        ["schedule=after_convergence", "schedule.trigger.warmup_steps=10"],
-        ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"],
-    ),
     (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
     # Only the run shows these.
     (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state"]),
-    (["schedule.how.lr_factor=-1"], ["-1", "schedule.how.lr_factor"]),
-    (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
     (
         ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
         ["tensor_parallel_size=1"],
