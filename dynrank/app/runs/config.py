@@ -105,10 +105,10 @@ class PlanKeys:
     budget: Annotated[ByteSize, Field(ge=10**6)] | None = None
 
 
-def read_keys(kind: Callable[..., T], node: DictConfig) -> T:
+def read_keys(kind: type[T], node: DictConfig) -> T:
     """The keys of a ``kind``, one of the classes above, in a node of the configuration, checked."""
-    keys: Any = kind
-    return kind(**{key.name: plain(node[key.name]) for key in fields(keys) if key.name in node})
+    names = [key.name for key in fields(kind) if key.name in node]  # type: ignore[arg-type]
+    return kind(**{name: plain(node[name]) for name in names})
 
 
 # Every key of a run with its default. Groups of None have the arguments of what their _target_ names. An argument that

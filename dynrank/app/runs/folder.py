@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.errors import ConfigurationError
@@ -49,8 +49,9 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
-    except (Timeout, OSError) as error:
-        why = "it is in use by another process" if isinstance(error, Timeout) else error.strerror
+    except OSError as error:
+        # The time-out of a lock is one without a reason.
+        why = error.strerror or "it is in use by another process, or cannot be written to"
         raise ConfigurationError(
             f"no run can be made in {str(folder)!r}: {why}; set hydra.run.dir (of a sweep hydra.sweep.dir) to another "
             "folder"

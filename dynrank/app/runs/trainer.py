@@ -139,8 +139,10 @@ def stoppable(trainer: Trainer, folder: Path) -> Iterator[None]:
         if trainer.is_global_zero:
             advice = f"go on by the same command with ckpt_path=last hydra.run.dir={folder}"
             advice = advice if last_checkpoint(folder).exists() else "there is no checkpoint yet"
-            name = "Ctrl-C" if pressed else "SIGTERM"
-            print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
+            print(
+                f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped after step {trainer.global_step}; {advice}",
+                file=sys.stderr,
+            )
         if pressed:
             raise KeyboardInterrupt from stop
         raise
