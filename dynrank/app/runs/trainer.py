@@ -139,18 +139,15 @@ def stoppable(trainer: Trainer, folder: Path) -> Iterator[None]:
         if trainer.is_global_zero:
             advice = f"go on by the same command with ckpt_path=last hydra.run.dir={folder}"
             advice = advice if last_checkpoint(folder).exists() else "there is no checkpoint yet"
-            print(
-                f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped after step {trainer.global_step}; {advice}",
-                file=sys.stderr,
-            )
+            name = "Ctrl-C" if pressed else "SIGTERM"
+            print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
         if pressed:
             raise KeyboardInterrupt from stop
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(f"{' '.join(str(error).split())} (said by Lightning; set trainer)") from error
     finally:
-        run = getattr(sys.modules.get("wandb"), "run", None)
-        if run is not None:
+        if (run := getattr(sys.modules.get("wandb"), "run", None)) is not None:
             run.finish()
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
