@@ -222,12 +222,6 @@ def test_an_argument_has_its_key_in_the_composed_configuration(overrides, argume
     assert keys_of(config)(argument) == key
 
 
-def test_keys_of_the_object_that_was_made_come_first():
-    config = dynrank.compose(["task=classification"])
-    assert keys_of(config.data, "data")("share") == "data.share"
-    assert keys_of(config.data, "data")("lr") is None
-
-
 def test_keys_are_added_once_and_a_note_and_the_cause_stay():
     cause = OSError("full")
     raised = DivergedError("a must be b", "a", "c")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
 from dynrank import __version__
-from dynrank.errors import ConfigurationError, train_packages
+from dynrank.errors import train_packages
 
 with train_packages("dynrank-train"):
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
@@ -38,14 +35,11 @@ def _train(config: DictConfig) -> float | None:
     overrides = hydra_config.overrides.task
     record = partial(_record, folder)
     if hydra_config.mode == RunMode.MULTIRUN:
-        with _removed_if_empty(folder):
-            return run_in_sweep(config, overrides, folder, record)
+        return run_in_sweep(config, overrides, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
-    with usage_errors(), _removed_if_empty(folder):
+    with usage_errors():
         complete(config, overrides)
         look(config)
-        if not _is_another_process():
-            print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         # torch and transformers are loaded here, so that --help does not wait for them.
         from dynrank.app.runs.job import run
 
@@ -53,28 +47,11 @@ def _train(config: DictConfig) -> float | None:
     return None
 
 
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the empty folders that Hydra has made for a run that was refused within the block."""
-    try:
-        yield
-    except BaseException:
-        # A relative path never removes the current directory.
-        with suppress(OSError):
-            os.removedirs(os.path.relpath(folder))
-        raise
-
-
 def _record(folder: Path) -> None:
     """Write .hydra/ here, because Hydra would overwrite an earlier run's before that folder is refused."""
     hydra_config = HydraConfig.get()
     OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), folder / ".hydra" / "hydra.yaml")
     OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
-
-
-def _is_another_process() -> bool:
-    """Whether this process is not the run's process 0."""
-    return any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS)
 
 
 def main() -> None:
@@ -88,31 +65,14 @@ def main() -> None:
         return
     # With this variable Hydra raises exceptions here and does not turn them into exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if _is_another_process():
+    if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # Only process 0 writes the run's files; here the time in the folder's name may differ.
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
         # ckpt_path=last needs the folder of the run.
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
-    begun = []
-
-    @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
-    def train(config: DictConfig) -> float | None:
-        begun.append(config)
-        return _train(config)
-
     with usage_errors():
-        try:
-            train()
-        except OSError as error:
-            # Before the run begins, an error is about the folder that Hydra makes for it, or about a missing choice; or
-            # the reader of the output has gone.
-            if begun or isinstance(error, HydraException | BrokenPipeError):
-                raise
-            raise ConfigurationError(
-                f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "
-                "hydra.sweep.dir) to another one"
-            ) from error
+        hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(_train)()
 
 
 if __name__ == "__main__":

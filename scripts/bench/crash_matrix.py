@@ -156,7 +156,7 @@ def train(case: Case, folder: Path, process: int, watches: list[lightning.Callba
     )  # fmt: skip
     checkpoint = folder / "last.ckpt" if (folder / "last.ckpt").exists() else None
     module = Regression(case, process)
-    with usage_errors(), stoppable(trainer, checkpoint, folder):
+    with usage_errors(), stoppable(trainer, folder):
         trainer.fit(module, ckpt_path=checkpoint)
     history = [(event.step, event.reason, repr(event.layers)) for event in scheduler.history]
     return {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "history": history}

@@ -3,6 +3,7 @@
 import re
 import signal
 from functools import partial
+from pathlib import Path
 
 import forked
 import pytest
@@ -69,6 +70,22 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"a\.ckpt.*no state_dict$") as caught:
         read_checkpoint(tmp_path / "a.ckpt")
     assert caught.value.arguments == ("ckpt_path",)
+
+
+class Trap:
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Trap()}, "trap.ckpt")
+    with pytest.raises(ConfigurationError, match="not a complete checkpoint of plain tensors"):
+        read_checkpoint("trap.ckpt")
+    assert not Path("trapped").exists()
+    # The trap works where its file is trusted.
+    torch.load("trap.ckpt", weights_only=False)["extra"].close()
+    assert Path("trapped").exists()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynrank.app.console import print_facts
 from dynrank.app.keys import names_keys
 from dynrank.app.planner.step import count_step, storage_bytes
-from dynrank.app.runs.config import argument, asked, plain
+from dynrank.app.runs.config import PlanKeys, plain, read_keys
 from dynrank.app.runs.job import adapter_of, lacks_data, lora_arguments, make_scheduler, make_task
 from dynrank.app.tasks.optimizers import make_optimizer
 from dynrank.errors import ConfigurationError
@@ -65,7 +65,7 @@ class Need:
 def show_plan(config: DictConfig) -> None:
     """Print what the run of ``config`` needs at each rank, and what fits the budget."""
     facts, needs = make_plan(config)
-    budget = asked(config).budget
+    budget = read_keys(PlanKeys, config).budget
     title = "MiB by rank; the total has the larger of gradients and logits, as one ends before the other begins"
     headings = ["rank", "LoRA parameters", "of model", *_PARTS, "total", *([] if budget is None else ["fits"])]
     table = empty_table(title, *headings)
@@ -100,9 +100,6 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
-    rows, length = (argument(config.task, name) for name in ("batch_size", "max_length"))
-    if rows is None or length is None:
-        raise ConfigurationError("dynrank plan needs a batch; set task.batch_size and task.max_length")
     measures = shares_by_importance(make_scheduler(config.schedule).driver.stages)
     options = plain(config.optimizer)
     lora = lora_arguments(config, adapter_of(config))
@@ -110,8 +107,11 @@ def make_plan(config: DictConfig) -> tuple[dict[str, str], list[Need]]:
     lora["backend"] = lora["backend"].replace("triton", "torch")
     # Its data are read once for all ranks.
     task = make_task(config, on_meta=True)
+    rows, length = (getattr(task, name, None) for name in ("batch_size", "max_length"))
+    if rows is None or length is None:
+        raise ConfigurationError("dynrank plan needs a batch: the attributes batch_size and max_length of the task")
     needs = []
-    for rank in sorted({*asked(config).ranks}):
+    for rank in sorted({*read_keys(PlanKeys, config).ranks}):
         model: Any = task.module({**lora, "rank": rank}, options, on_meta=True).model.train()
         if dtype is not None:
             nn.Module.to(model, dtype)

@@ -6,6 +6,7 @@ Nothing here decides more than the parts of a run that read the same files later
 import csv
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,6 @@ from dynrank.app.models.names import model_source
 from dynrank.app.runs.config import plain, rank_pattern
 from dynrank.app.tasks.data.columns import KINDS, TABLES, find_columns, heading_of
 from dynrank.errors import ConfigurationError
-
-# Files of which each line is a row.
-_LINES = (".jsonl", ".ndjson")
 
 
 @names_keys
@@ -46,12 +44,10 @@ def look(config: DictConfig) -> None:
 
 def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
     path = Path(name).expanduser()
-    if not path.exists():
-        # ORG/NAME may be on the hub.
-        if path.suffix in KINDS or name.count("/") != 1:
-            kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
-            raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
-        return
+    # ORG/NAME may be on the hub.
+    if not path.exists() and (path.suffix in KINDS or name.count("/") != 1):
+        kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
+        raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
     columns = _columns(path) if path.is_file() else []
     if columns and data.get("form"):
         find_columns(columns, data.get("columns") or {}, data["form"], f"{key}={name}")
@@ -60,17 +56,14 @@ def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
 def _columns(path: Path) -> list[str]:
     """The columns in the heading of a table, or in its first 1000 rows; none if they cannot be read so simply."""
     kind = path.suffix.lower()
-    try:
+    # What cannot be read is explained where it is read.
+    with suppress(ValueError, csv.Error):
         if kind in TABLES:
             line, _, names = heading_of(path)
             # A name of two lines has an open quote in the first.
             return [] if line.count('"') % 2 else names
-        if kind in _LINES:
+        if kind in (".jsonl", ".ndjson"):
             with path.open(encoding="utf-8-sig") as file:
-                found = [json.loads(line) for line in islice(file, 1000) if line.strip()]
-            are_rows = all(isinstance(row, dict) for row in found)
-            return [*dict.fromkeys(name for row in found for name in row)] if are_rows else []
-    # What cannot be read is explained where it is read.
-    except (ValueError, csv.Error, RecursionError):
-        return []
+                rows = [json.loads(line) for line in islice(file, 1000) if line.strip()]
+            return [*dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)]
     return []

@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dynrank.app.runs.summary import SUMMARY
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import PART
 
 METRICS = "metrics.csv"
 HISTORY = "rank_history.csv"
@@ -33,15 +31,10 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path != "last":
         return Path(ckpt_path) if ckpt_path is not None else None
     path = last_checkpoint(folder)
-    if not path.is_file():
+    if not path.is_file() or (folder / SUMMARY).exists():
         raise ConfigurationError(
-            f"ckpt_path=last: {str(folder)!r} holds no run with a checkpoint; set hydra.run.dir to the folder of the "
-            "run to resume, or ckpt_path=null to begin a new run"
-        )
-    if (folder / SUMMARY).exists():
-        raise ConfigurationError(
-            f"ckpt_path=last: the run in {str(folder)!r} has ended; to train on, set hydra.run.dir to a new folder and "
-            f"ckpt_path={path}"
+            f"ckpt_path=last: {str(folder)!r} must hold a checkpoint of a run that has not ended; set hydra.run.dir to "
+            f"its folder, or train on in a new folder with ckpt_path=FILE, such as {path}"
         )
     return path
 
@@ -55,20 +48,14 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # filelock takes a folder that cannot be written to for one that is in use.
-        with TemporaryFile(dir=folder):
-            lock.acquire(blocking=False)
-    except Timeout:
-        raise ConfigurationError(
-            f"{str(folder)!r} is in use by another process; wait for its end, or set hydra.run.dir (of a sweep "
-            "hydra.sweep.dir) to another folder"
-        ) from None
+        lock.acquire(blocking=False)
     except OSError as error:
+        # The time-out of a lock is one without a reason.
+        why = error.strerror or "it is in use by another process, or cannot be written to"
         raise ConfigurationError(
-            f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
-            "to another folder"
+            f"no run can be made in {str(folder)!r}: {why}; set hydra.run.dir (of a sweep hydra.sweep.dir) to another "
+            "folder"
         ) from None
-    last = last_checkpoint(folder)
     try:
         held = sorted(file.name for file in folder.iterdir() if file.name != LOCK)
         if held and not resumed:
@@ -76,17 +63,11 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
                 f"a run needs a new or empty folder, {str(folder)!r} holds {', '.join(held[:5])}; set hydra.run.dir "
                 "(of a sweep hydra.sweep.dir) to another one, or ckpt_path=last to resume the run that is there"
             )
-        if resumed:
-            # The process that had the folder until now may have ended its run.
-            checkpoint_of(folder, "last")
-        # A process that was killed while it wrote a checkpoint leaves a part of it.
-        for part in last.parent.glob(f"{last.name}.*{PART}"):
-            part.unlink()
         try:
             yield
         except ConfigurationError:
             # Some values are refused only when training starts. A run that has diverged later keeps its losses.
-            if not (resumed or last.exists() or (folder / METRICS).exists()):
+            if not (resumed or last_checkpoint(folder).exists() or (folder / METRICS).exists()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:

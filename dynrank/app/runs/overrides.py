@@ -1,7 +1,7 @@
 """Errors of a command, in one message with an exit code: ours, Hydra's own, and keys that nothing reads."""
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from typing import Any
@@ -10,12 +10,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dynrank.app.keys import arguments_of, children, known_keys
+from dynrank.app.keys import arguments_of, known_keys, nodes_of
 from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError
 from dynrank.output.whole_file import DISK_FULL
-
-_TRAINER = "lightning.pytorch.Trainer"
-_OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
 
 @contextmanager
@@ -55,48 +52,37 @@ def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
 
     In the other groups, keys are arguments of what ``_target_`` names; classes of others refuse wrong ones themselves.
     """
-    shipped = str(config.data.get("_target_")).startswith("dynrank.") if config.get("data") else False
-    if shipped and not config.data._target_.endswith(".from_files") and {"train", "val", "test"} & {*config.data}:
-        raise ConfigurationError(_OWN_DATA)
-    for name, node in children(config):
-        if name not in known:
-            raise ConfigurationError(unknown_key(name, config))
-        taken = arguments_of(_TRAINER) if name == "trainer" else known[name]
-        for key in _unread(node, f"{name}.", taken) if node is not None else ():
-            raise ConfigurationError(unknown_key(key, config))
-
-
-def _unread(node: DictConfig, prefix: str, taken: Collection[str] | None = None) -> Iterator[str]:
-    """The keys of ``node`` that are not ``taken``, or no arguments of what its ``_target_`` names, and those inside."""
-    taken = taken or arguments_of(str(node.get("_target_")))
-    for name, child in children(node):
-        # A mapping in a list is a value, and Hydra's own keys begin with _.
-        if taken is not None and "[" not in name and not name.startswith("_") and name not in taken:
-            yield f"{prefix}{name}"
-        elif child is not None:
-            yield from _unread(child, f"{prefix}{name}.")
+    groups = {f"{name}.": [*keys] for name, keys in known.items() if isinstance(keys, Mapping)}
+    groups |= {"": [*known], "trainer.": [*(arguments_of("lightning.pytorch.Trainer") or ())]}
+    for prefix, node in nodes_of(OmegaConf.to_container(config)):
+        taken = groups.get(prefix) or arguments_of(str(node.get("_target_")))
+        # Hydra's own keys begin with _.
+        unread = [] if taken is None else [name for name in node if name not in taken and not name.startswith("_")]
+        if unread:
+            raise ConfigurationError(unknown_key(f"{prefix}{unread[0]}", config))
 
 
 def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    # Hydra refuses new keys outside of groups only.
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-        key = str(cause.full_key)
-        # A dot for each level leads to the whole configuration.
-        return unknown_key(key, OmegaConf.select(cause.parent_node, "." * (key.count(".") + 1)))
+        return unknown_key(str(cause.full_key), cause.parent_node)
     return str(error)
 
 
 def unknown_key(key: str, config: DictConfig) -> str:
     """The message about a key that nothing reads, with the nearest keys of ``config``."""
     name = key.rpartition(".")[2]
-    # Initials also match: learning_rate gives lr.
-    initials = "".join(word[:1] for word in name.split("_"))
+    name = PEFT_NAMES.get(name, name)
 
     def likeness(other: str) -> float:
-        last = other.rpartition(".")[2]
-        alike = 1.0 if last in (initials, PEFT_NAMES.get(name)) else SequenceMatcher(None, name, last).ratio()
-        return 2 * alike + SequenceMatcher(None, key, other).ratio()
+        last = SequenceMatcher(None, name, other.rpartition(".")[2]).ratio()
+        return 2 * last + SequenceMatcher(None, key, other).ratio()
 
     known = {other for other in known_keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
-    return f"{key} is not a configuration key; nearest: {', '.join(near)}"
+    said = f"{key} is not a configuration key; nearest: {', '.join(near)}"
+    if key in ("data.train", "data.val", "data.test"):
+        # The default task has data of its own.
+        said += "; for rows of your own choose task=classification, completion, chat or text"
+    return said

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from dynrank.app.console import quiet_loading
-from dynrank.app.runs.command import command, override
 from dynrank.app.runs.config import make, plain
 from dynrank.app.runs.folder import HISTORY, last_checkpoint
 from dynrank.app.runs.run_meter import RunMeter
@@ -67,16 +66,23 @@ def make_trainer(
 
 
 def log_again(file: Path, step: int, logger: CSVLogger) -> None:
-    """Log the rows of ``file`` before ``step`` again: Lightning's logger begins metrics.csv anew in a resumed run."""
-    if not file.exists():
+    """Log the rows of ``file`` before ``step`` again: Lightning's logger begins metrics.csv anew in a resumed run.
+
+    Until this is done they have another name, so that a run that is killed meanwhile keeps them, too.
+    """
+    kept = file.with_suffix(".before")
+    if file.exists() and not kept.exists():
+        file.rename(kept)
+    if not kept.exists():
         return
-    with file.open(newline="", encoding="utf-8") as opened:
+    with kept.open(newline="", encoding="utf-8") as opened:
         # A row that was cut short by a kill may have no step.
         rows = [row for row in csv.DictReader(opened) if (row.get("step") or "").isdigit() and int(row["step"]) < step]
     for row in rows:
         values: dict[str, Any] = {name: value for name, value in row.items() if value and name not in ("step", None)}
         logger.log_metrics(values, int(row["step"]))
     logger.save()
+    kept.unlink()
 
 
 class _RunCheckpoint(AdapterCheckpoint):
@@ -98,15 +104,10 @@ class _RunCheckpoint(AdapterCheckpoint):
         super().on_train_batch_end(trainer, *arguments)
         # At the end of training, Lightning's loops count an epoch as whole that max_steps has cut short, and a run that
         # is to train on would skip the rest of it.
-        if _is_last_step(trainer) and trainer.global_step % self._every:
+        ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        is_last = ends or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if is_last and trainer.global_step % self._every:
             save_as(self, trainer, str(self._file))
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Whether no batch follows the one that ends now."""
-    if trainer.global_step == trainer.max_steps or trainer.should_stop:
-        return True
-    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 class _Bar(RichProgressBar):
@@ -119,23 +120,12 @@ class _Bar(RichProgressBar):
 
 
 @contextmanager
-def finished() -> Iterator[None]:
-    """End the Weights & Biases run of the block, which this process's next run would otherwise continue."""
-    try:
-        yield
-    finally:
-        run = getattr(sys.modules.get("wandb"), "run", None)
-        if run is not None:
-            run.finish()
-
-
-@contextmanager
-def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterator[None]:
+def stoppable(trainer: Trainer, folder: Path) -> Iterator[None]:
     """Say how to resume the run in ``folder`` if it ends within the block by Ctrl-C or, in training, by SIGTERM.
 
-    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. ``checkpoint`` is the one from which
-    the run itself was resumed. The handlers of these signals are those of before after the block: Lightning leaves
-    Ctrl-C ignored where it has ended a run.
+    Ctrl-C is raised again. ``trainer`` has an AdapterCheckpoint for STOP_SIGNALS. The handlers of these signals are
+    those of before after the block: Lightning leaves Ctrl-C ignored where it has ended a run. A run of Weights & Biases
+    ends, too, which this process's next run would otherwise continue.
     """
     saver: Any = trainer.checkpoint_callback
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -147,7 +137,8 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
         if trainer.is_global_zero:
-            advice = _advice(saver.last_saved or checkpoint, folder)
+            advice = f"go on by the same command with ckpt_path=last hydra.run.dir={folder}"
+            advice = advice if last_checkpoint(folder).exists() else "there is no checkpoint yet"
             name = "Ctrl-C" if pressed else "SIGTERM"
             print(f"{name}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
         if pressed:
@@ -156,20 +147,11 @@ def stoppable(trainer: Trainer, checkpoint: Path | None, folder: Path) -> Iterat
     except MisconfigurationException as error:
         raise ConfigurationError(f"{' '.join(str(error).split())} (said by Lightning; set trainer)") from error
     finally:
+        if (run := getattr(sys.modules.get("wandb"), "run", None)) is not None:
+            run.finish()
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def _advice(saved: str | Path | None, folder: Path) -> str:
-    """How to resume: a command to paste if the run was started by a command, otherwise a key."""
-    if not saved:
-        return "there is no checkpoint yet"
-    changes = [override("ckpt_path", saved)]
-    # Lightning follows links.
-    if Path(saved).resolve() == last_checkpoint(folder).resolve():
-        changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
-    return f"go on with {command(folder, *changes) or changes[0]}"
 
 
 def quiet_training() -> None:

@@ -1,6 +1,5 @@
 """The adapter's folder can be used: by PEFT, by transformers once it is merged, and by ``dynrank predict``."""
 
-import csv
 import json
 import os
 import re
@@ -15,17 +14,16 @@ import dynrank
 from dynrank.app.commands import cli
 from dynrank.app.models.merging import merge_adapter
 from dynrank.app.runs.job import run
-from dynrank.app.runs.report.page import template, write_card
+from dynrank.app.runs.report.page import template
 from dynrank.app.runs.summary import read_summary
 from dynrank.app.tasks.classification import Classifier
-from dynrank.app.tasks.language_modeling import LanguageModel
 
 SMALL = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
 SMALL += ["schedule=after_convergence", "schedule.shared=false"]
 ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
 ROWS += [f"c number {i},so-so" for i in range(30)]
 PAIRS = [("a number", "bad"), ("b number", "ok")]
-TEXTS = ["a number 3", "something else entirely, and longer", "c"]
+TEXT = "a number 3"
 
 
 def made(folder, *overrides):
@@ -38,19 +36,7 @@ def classifier(tmp_path_factory, tiny_bert):
     """An adapter of three labels on a base whose own head has two."""
     folder = tmp_path_factory.mktemp("classifier")
     (folder / "rows.csv").write_text("\n".join(ROWS))
-    return made(
-        folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
-        "optimizer.lr=0.01", "optimizer.head_lr=0.1", "lora.alpha=64",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory, tiny_llama):
-    folder = tmp_path_factory.mktemp("writer")
-    rows = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    own = ["task=completion", f"task.model={tiny_llama}", f"data.train={folder / 'rows.jsonl'}"]
-    return made(folder / "run", *own)
+    return made(folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}")
 
 
 def probabilities(line):
@@ -84,24 +70,7 @@ def test_folder_of_a_classifier_is_complete(classifier, tiny_bert):
     assert all(text in page for text in said), page
 
 
-def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(classifier, launch, tmp_path):
-    code, printed, said = launch(cli.main, "predict", classifier, *TEXTS)
-    assert code == 0, said
-    found = [probabilities(line) for line in printed.splitlines()]
-    trained = Classifier.load_from_checkpoint(classifier.parent / "checkpoints" / "last.ckpt").model
-    merge_adapter(classifier, None, tmp_path / "merged")
-    for model in (trained, card(classifier)["model"], str(tmp_path / "merged")):
-        answers = pipeline("text-classification", model=model, tokenizer=str(classifier))(TEXTS, top_k=None)
-        for row, answer in zip(found, answers, strict=True):
-            assert {cell["label"]: cell["score"] for cell in answer} == pytest.approx(row, abs=1e-4)
-    assert {max(row, key=row.get) for row in found} <= {"bad", "ok", "so-so"}
-    assert len({*printed.splitlines()}) > 1
-
-
-@pytest.mark.parametrize(
-    ("of_base", "several"),
-    [("multi_label_classification", False), ("regression", False), ("single_label_classification", True)],
-)
+@pytest.mark.parametrize(("of_base", "several"), [("regression", False), ("single_label_classification", True)])
 def test_probabilities_are_those_of_the_task_whatever_the_base_was_trained_for(
     of_base, several, tiny_bert, launch, tmp_path
 ):
@@ -118,38 +87,30 @@ def test_probabilities_are_those_of_the_task_whatever_the_base_was_trained_for(
     own = ["task=classification", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}"]
     folder = made(tmp_path / "run", *own, "optimizer.head_lr=0.1")
     trained = Classifier.load_from_checkpoint(folder.parent / "checkpoints" / "last.ckpt").model.eval()
-    inputs = AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt", return_token_type_ids=False)
     logits = trained(**inputs).logits[0].detach().double()
     expected = dict(zip(["bad", "ok"], (logits.sigmoid() if several else logits.softmax(-1)).tolist(), strict=True))
-    code, printed, said = launch(cli.main, "predict", folder, TEXTS[0])
+    code, printed, said = launch(cli.main, "predict", folder, TEXT)
     assert code == 0, said
     assert probabilities(printed.splitlines()[-1]) == pytest.approx(expected, abs=1e-4)
     merge_adapter(folder, None, tmp_path / "merged")
     for model in (card(folder)["model"], str(tmp_path / "merged")):
-        answers = pipeline("text-classification", model=model, tokenizer=str(folder))(TEXTS[0], top_k=None)
+        answers = pipeline("text-classification", model=model, tokenizer=str(folder))(TEXT, top_k=None)
         assert {cell["label"]: cell["score"] for cell in answers} == pytest.approx(expected, abs=1e-4)
-    code, _, said = launch(cli.main, "predict", folder, TEXTS[0], "--out", "answers.csv")
-    assert code == 0, said
-    (row,) = csv.DictReader((tmp_path / "answers.csv").read_text().splitlines())
-    likely = {name: value for name, value in expected.items() if value >= (0.5 if several else max(expected.values()))}
-    labels, values = (json.loads(row[name]) if several else [row[name]] for name in ("label", "probability"))
-    assert dict(zip(labels, map(float, values), strict=True)) == pytest.approx(likely, abs=1e-4)
 
 
-def test_card_of_a_chat_asks_in_the_format_of_chats(writer, launch, tmp_path, capsys):
-    folder = shutil.copytree(writer, tmp_path / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_card_of_a_chat_asks_in_the_format_of_chats(tiny_llama, launch, tmp_path, capsys):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    (folder / "inputs.json").write_text(json.dumps({"form": "chat", "system": 'Be "kind".'}))
-    model = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model
-    write_card(folder, model, read_summary(writer.parent), None)
+    tokenizer.save_pretrained(base)
+    turns = [{"role": "system", "content": 'Be "kind".'}, {"role": "user", "content": "a question"}]
+    lines = ({"messages": [*turns, {"role": "assistant", "content": f"answer {i}"}]} for i in range(60))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = made(tmp_path / "run", "task=chat", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}")
     assert launch(cli.main, "merge", folder, "--out", folder / "merged")[0] == 0
     capsys.readouterr()
-    assert card(folder)["chat"] == [
-        {"role": "system", "content": 'Be "kind".'},
-        {"role": "user", "content": "a question"},
-    ]
+    assert card(folder)["chat"] == turns
     assert "'role': 'assistant'" in capsys.readouterr().out
 
 
@@ -178,15 +139,7 @@ def test_labels_that_are_not_those_of_the_head_are_refused(classifier, launch, t
 LABELS = ["<img src=x>", "[link](http://x)\nsecond line", "\x1b[31mred `code`"]
 
 
-def test_names_of_labels_stay_within_their_line_and_are_no_markup(classifier, tiny_bert, launch, tmp_path):
-    shutil.copytree(classifier, tmp_path / "copy")
-    (tmp_path / "copy" / "labels.json").write_text(json.dumps({"labels": LABELS}))
-    code, printed, said = launch(cli.main, "predict", tmp_path / "copy", *TEXTS)
-    assert (code, printed.count("\n")) == (0, len(TEXTS)), said
-    assert "\x1b" not in printed
-    assert {name for line in printed.splitlines() for name in probabilities(line)} == {
-        "<img src=x>", r"[link](http://x)\nsecond line", r"\x1b[31mred `code`"
-    }  # fmt: skip
+def test_names_of_labels_are_no_markup_on_the_card(classifier):
     card = template("card.md.jinja").render(
         base="b", on_hub=False, kind="XForSequenceClassification", labels=LABELS, ranks={}, command=None,
         summary=read_summary(classifier.parent), version="",

@@ -19,7 +19,10 @@ def write(path, text):
 
 def test_a_resumed_run_has_the_rows_before_its_checkpoint_and_reads_none_twice(tmp_path):
     metrics = tmp_path / "metrics.csv"
-    write(metrics, "epoch,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n3,1,,4.0\n,2,0.8,\n,3,0.7\n4")
+    before = ",0,1.0,\n,1,0.9,\n,1,,5.0\n3,1,,4.0\n,2,0.8,\n,3,0.7\n4"
+    # Of a resume that was killed at its start.
+    write(tmp_path / "metrics.before", f"epoch,step,train,val\n{before}")
+    write(metrics, "epoch,step,train\n,0,1.0\n")
     logger = CSVLogger(tmp_path, name="", version="")
     log_again(tmp_path / "none.csv", 2, logger)
     log_again(metrics, 2, logger)
@@ -31,59 +34,35 @@ def test_a_resumed_run_has_the_rows_before_its_checkpoint_and_reads_none_twice(t
     found = read_metrics(metrics)
     assert (found["train"], found["val"]) == (([0, 1, 2], [1.0, 0.9, 0.8]), ([1], [4.0]))
     assert found["new"] == ([2], [1.0])
+    assert [*tmp_path.iterdir()] == [metrics]
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line():
-    refused = pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir")
-    with refused, run_folder.locked(Path("/proc"), resumed=False):
+def refused(folder, message, *, resumed=False):
+    with pytest.raises(ConfigurationError, match=message), run_folder.locked(folder, resumed=resumed):
         pass
 
 
-def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
+    refused(Path("/proc/x"), "no run can be made in '/proc/x': .*hydra.run.dir")
     # A lock holds against the same process, too.
     with run_folder.locked(tmp_path, resumed=False):
         for resumed in (False, True):
-            with (
-                pytest.raises(ConfigurationError, match="in use by another process"),
-                run_folder.locked(tmp_path, resumed=resumed),
-            ):
-                pass
-    write(tmp_path / "checkpoints" / "last.ckpt", "x")
-    write(tmp_path / "checkpoints" / "last.ckpt.12.part", "left by a killed writer")
-    with run_folder.locked(tmp_path, resumed=True):
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "metrics.csv", "mine.txt"])
-def test_a_new_run_replaces_no_files(name, tmp_path):
-    write(tmp_path / name, "mine")
-    refused = pytest.raises(
-        ConfigurationError, match=rf"empty folder, .* holds {name.partition('/')[0]}; set hydra\.run"
-    )
-    with refused, run_folder.locked(tmp_path, resumed=False):
-        pass
-    assert (tmp_path / name).read_text() == "mine"
+            refused(tmp_path, "in use by another process", resumed=resumed)
+    write(tmp_path / "mine.txt", "mine")
+    refused(tmp_path, r"empty folder, .* holds mine\.txt; set hydra\.run")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("made", [None, "metrics.csv", "checkpoints/last.ckpt"])
 def test_a_run_that_is_refused_leaves_nothing_unless_it_has_trained(made, tmp_path):
     """As one that diverges before its first checkpoint."""
+    folder = tmp_path / "run"
 
-    def refused():
-        with run_folder.locked(tmp_path / "run", resumed=False):
-            write(tmp_path / "run" / ".hydra" / "config.yaml", "x")
-            if made is not None:
-                write(tmp_path / "run" / made, "x")
+    def diverge():
+        with run_folder.locked(folder, resumed=False):
+            write(folder / (made or ".hydra/config.yaml"), "x")
             raise ConfigurationError("the loss is nan")
 
     with pytest.raises(ConfigurationError, match="nan"):
-        refused()
-    assert (tmp_path / "run").exists() == (made is not None)
-    assert made is None or (tmp_path / "run" / made).read_text() == "x"
-
-
-def test_a_run_that_another_process_has_ended_meanwhile_is_not_resumed(tmp_path):
-    write(tmp_path / "checkpoints" / "last.ckpt", "x")
-    write(tmp_path / "summary.json", "{}")
-    with pytest.raises(ConfigurationError, match="has ended"), run_folder.locked(tmp_path, resumed=True):
-        pass
+        diverge()
+    assert folder.exists() == (made is not None)

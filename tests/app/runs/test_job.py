@@ -22,32 +22,27 @@ FILES = [
 ]
 
 
-def test_run_leaves_its_files_whole(smoke_run):
-    assert [name for name in FILES if not (smoke_run[0] / name).stat().st_size] == []
-    assert not list(smoke_run[0].rglob("*.part"))
-
-
-def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
-    summary = json.loads((smoke_run[0] / "summary.json").read_text())
+def test_a_run_leaves_its_files_with_the_fields_of_the_contract_and_prints_its_change_and_results(smoke_run):
+    folder, printed = smoke_run
+    assert [name for name in FILES if not (folder / name).stat().st_size] == []
+    assert not list(folder.rglob("*.part"))
+    summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["test"]) == {"test/loss", "test/accuracy", "test/macro_f1"}
     assert set(summary["final_ranks"].values()) == {16}
     assert min(summary[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes")) > 0
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
-    history = rows(smoke_run[0] / "rank_history.csv")
+    history = rows(folder / "rank_history.csv")
     fields = ["step", "layer", "rank_before", "rank_after", "importance", "importance_error"]
     assert list(history[0]) == [*fields, "energy_kept", "predicted_error", "reason"]
     assert [row["layer"] for row in history] == list(summary["final_ranks"])
-    assert {(row["rank_before"], row["rank_after"]) for row in history} == {("32", "16")}
-    assert all(0 < float(row["energy_kept"]) <= 1 for row in history)
     # No stage of this schedule shares ranks by importance.
-    assert {(row["importance"], row["importance_error"]) for row in history} == {("", "")}
-
-
-def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
+    known = {tuple(row[name] for name in fields[2:]) for row in history}
+    assert known == {("32", "16", "", "")}
+    assert all(0 < float(row["energy_kept"]) <= 1 for row in history)
     for text in ("rank change at step", "32 → 16", "attention.self.query", "675,840", "test/accuracy", "report.html"):
-        assert text in smoke_run[1]
+        assert text in printed
     # In a file, Lightning's bar has no line for a step.
-    assert smoke_run[1].count("Epoch") <= 1
+    assert printed.count("Epoch") <= 1
 
 
 def test_missing_package_of_pictures_says_which_extra_brings_it(monkeypatch):
@@ -82,7 +77,11 @@ class Reviews(Classification):
 """
 
 
-def test_own_task_runs_from_a_users_config_with_relative_paths(launch, tmp_path, tiny_bert, monkeypatch):
+# Libraries are tried as they come, with their warnings.
+@pytest.mark.filterwarnings("ignore")
+def test_own_task_runs_from_a_users_config_with_relative_paths_and_every_logger(
+    launch, tmp_path, tiny_bert, monkeypatch
+):
     (tmp_path / "my_tasks.py").write_text(TASK)
     (tmp_path / "mine" / "task").mkdir(parents=True)
     (tmp_path / "mine" / "task" / "own.yaml").write_text("defaults: [medical_terms]\n_target_: my_tasks.Reviews\n")
@@ -90,39 +89,25 @@ def test_own_task_runs_from_a_users_config_with_relative_paths(launch, tmp_path,
     (tmp_path / "ranks.yaml").write_text("rank_pattern: {query: {rank: 3, pinned: true}}\n")
     (tmp_path / "bert").symlink_to(tiny_bert)
     monkeypatch.syspath_prepend(tmp_path)
-    small = ["debug=smoke", "task.limit=16", "plots=false", "lora.rank=4", "trainer.max_steps=4"]
-    paths = ["task.model=bert", "rank_map.file=ranks.yaml", "hydra.run.dir=run"]
-    code, _, said = launch(train.main, "-cn", "here", "--config-dir", tmp_path / "mine", "task=own", *small, *paths)
-    assert code == 0, said
-    ranks = json.loads((tmp_path / "run" / "summary.json").read_text())["final_ranks"]
-    assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
-    assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]
-    command = "$ dynrank-train --config-name here --config-dir mine task=own debug=smoke"
-    assert command in (tmp_path / "run/adapter/README.md").read_text()
-
-
-# Libraries are tried as they come, with their warnings.
-@pytest.mark.filterwarnings("ignore")
-def test_every_logger_gets_metrics(launch, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    lines = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    small = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "hydra.run.dir=run"]
-    small += ["task.val_generate=2", "task.max_new_tokens=5"]
-    data = ["task=completion", f"task.model={tiny_llama}", "data.train=rows.jsonl"]
-    code, _, said = launch(train.main, *data, *small, "logger=[csv,tensorboard,wandb,mlflow]")
+    small = ["debug=smoke", "task.limit=16", "plots=false", "lora.rank=4", "trainer.max_steps=4"]
+    own = ["task.model=bert", "rank_map.file=ranks.yaml", "hydra.run.dir=run", "logger=[csv,tensorboard,wandb,mlflow]"]
+    code, _, said = launch(train.main, "-cn", "here", "--config-dir", tmp_path / "mine", "task=own", *small, *own)
     assert code == 0, said
     folder = tmp_path / "run"
+    ranks = json.loads((folder / "summary.json").read_text())["final_ranks"]
+    assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
+    assert json.loads((folder / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]
+    command = "$ dynrank-train --config-name here --config-dir mine task=own debug=smoke"
+    assert command in (folder / "adapter" / "README.md").read_text()
 
-    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"train/loss", "val/loss", "rank/mean"} < set(columns)
+    columns = {*(folder / "metrics.csv").read_text().splitlines()[0].split(",")}
+    assert {"train/loss", "val/loss", "rank/mean"} < columns
     # Single layers have no columns.
-    assert not [name for name in columns if "proj" in name]
-
-    assert "val/bleu" in EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["scalars"]
+    assert not [name for name in columns if "query" in name]
+    assert "val/accuracy" in EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["scalars"]
     # This run has ended for wandb, so the next one is another run.
     assert sys.modules["wandb"].run is None
-
     # mlflow loads slowly.
     from mlflow import MlflowClient
 

@@ -4,10 +4,8 @@ import os
 import signal
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dynrank.app.runs.command import override
-from dynrank.app.runs.trainer import STOP_SIGNALS, _advice, stoppable
+from dynrank.app.runs.trainer import STOP_SIGNALS, stoppable
 from dynrank.callbacks import AdapterCheckpoint
 
 
@@ -15,62 +13,39 @@ class Saver(AdapterCheckpoint):
     stop_signals = STOP_SIGNALS
 
 
-@pytest.fixture
-def ended(regression, tmp_path, capsys):
-    """Trains and tests with other methods of the module until Ctrl-C ends it; returns what that prints."""
-    make, data, trainer = regression
-
-    def run(steps, **methods):
-        module = make()
-        vars(module).update(methods)
-        saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
-        run = trainer(max_steps=steps, callbacks=[saver], enable_checkpointing=True)
-        train, val = data()
-        with stoppable(run, None, tmp_path):
-            run.fit(module, train)
-            run.test(module, val)
-
-    def said(steps, **methods):
-        with pytest.raises(KeyboardInterrupt):
-            run(steps, **methods)
-        return capsys.readouterr().err
-
-    return said
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(ended, regression):
-    step = regression[0]().training_step
+@pytest.mark.parametrize(("where", "returned", "step"), [("training_step", [0], 1), ("test_step", [], 2)])
+def test_ctrl_c_says_how_to_go_on_and_only_the_first_in_a_step_waits_for_its_end(
+    where, returned, step, regression, tmp_path, capsys
+):
+    make, data, trainer = regression
+    module = make()
+    train, val = data()
+    of_module = module.training_step
     pressed = []
 
-    def twice_in_the_second_step(batch, batch_idx):
-        if batch_idx == 1:
+    def twice(batch, batch_idx):
+        # The first step leaves a checkpoint.
+        if where == "test_step" or batch_idx == 1:
             for press in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 pressed.append(press)
-        return step(batch, batch_idx)
+        return of_module(batch, batch_idx)
 
-    said = ended(4, training_step=twice_in_the_second_step)
-    # The first Ctrl-C let the step go on, and the second did not return.
-    assert pressed == [0]
-    assert "Ctrl-C: stopped after step 1; go on with" in said
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ctrl_c_in_the_test_says_how_to_go_on(ended):
+    vars(module)[where] = twice
+    saver = Saver(tmp_path / "checkpoints", filename="last", every_n_train_steps=1)
+    run = trainer(max_steps=2, callbacks=[saver], enable_checkpointing=True)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    said = ended(2, test_step=lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert "Ctrl-C: stopped after step 2; go on with ckpt_path=" in said
+
+    def whole():
+        with stoppable(run, tmp_path):
+            run.fit(module, train)
+            run.test(module, val)
+
+    with pytest.raises(KeyboardInterrupt):
+        whole()
+    assert pressed == returned
+    advice = f"go on by the same command with ckpt_path=last hydra.run.dir={tmp_path}"
+    assert f"Ctrl-C: stopped after step {step}; {advice}\n" in capsys.readouterr().err
     # Lightning ignores Ctrl-C from then on, in a notebook for good.
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-
-
-def test_a_folder_behind_a_link_goes_on_in_itself(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "run")
-    assert _advice(str(tmp_path / "run/checkpoints/last.ckpt"), tmp_path / "link") == "go on with ckpt_path=last"
-
-
-@pytest.mark.parametrize("folder", ["plain/2026-11-28_run.1", "josé/run", "two words", "o'clock"])
-def test_override_is_what_hydra_reads(folder):
-    (parsed,) = OverridesParser.create().parse_overrides([override("hydra.run.dir", folder)])
-    assert parsed.value() == folder

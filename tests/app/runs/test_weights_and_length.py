@@ -12,8 +12,6 @@ from tables import rows
 
 import dynrank
 from dynrank.app import train
-from dynrank.app.keys import keys_of
-from dynrank.callbacks import BestWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,18 +44,15 @@ def validations(folder):
 
 def test_best_weights_since_the_change_are_exported_or_the_last(launch, own):
     settings = [*own, "schedule.final_rank=2"]
-    code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=whole")
     assert code == 0, said
     found = summary("whole")
     (change,) = found["changes"]
     values = {step: value for step, value in validations("whole").items() if step > change["step"] + 1}
     best = min(values, key=values.get)
-    step, of, value = re.search(
-        r"of step (\d+) of (\d+): the best val/loss since the last change, (\S+)$", found["weights"]
-    ).groups()
-    assert found["weights"] in re.sub(r"\s+", " ", printed)
+    words = r"of step (\d+) of 32: the best val/loss since the last change, (\S+)$"
+    step, value = re.search(words, found["weights"]).groups()
     # Own files train in epochs, and are validated four times in each.
-    assert int(of) == 32
     assert [*validations("whole")] == [4 * n for n in range(1, 9)]
     # The final metrics are measured again, with the weights that are exported.
     assert found["final"]["val/loss"] == pytest.approx(float(value), rel=1e-3)
@@ -71,51 +66,23 @@ def test_best_weights_since_the_change_are_exported_or_the_last(launch, own):
     state = torch.load("last/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for name, exported in load_file("last/adapter/adapter_model.safetensors").items():
         if name.endswith("lora_A.weight"):
-            layer = name.removeprefix("base_model.model.").removesuffix(".weight")
-            assert torch.equal(exported, state[f"model.{layer}"])
+            assert torch.equal(exported, state[name.removeprefix("base_model.").removesuffix(".weight")])
 
 
 def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     late = ["schedule.at=1.0", "schedule.final_rank=2", "lora.rank=16"]
-    code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
+    code, _, said = launch(train.main, *own, *late, "hydra.run.dir=run")
     assert code == 0, said
     found = summary("run")
-    history = rows(Path("run/rank_history.csv"))
-    last = max(int(row["step"]) for row in history)
-    assert last == 32, printed
-    cut = {row["layer"]: int(row["rank_after"]) for row in history if int(row["step"]) == last}
+    cut = {row["layer"]: int(row["rank_after"]) for row in rows(Path("run/rank_history.csv")) if row["step"] == "32"}
+    assert cut
     assert {name: rank for name, rank in found["final_ranks"].items() if name in cut} == cut
     exported = load_file("run/adapter/adapter_model.safetensors")
     for name, rank in cut.items():
         assert len(exported[f"base_model.model.{name}.lora_A.weight"]) == rank
     # The cut model is validated once more, and there is no other since the change.
     assert found["weights"].startswith("of step 32 of 32: the best val/loss since the last change")
-    # A server's slot is named before training, in the words of the command line, and the rate's factor at the cut.
-    said = re.sub(r"\s+", " ", printed)
-    notice = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of 8 write"
-    assert said.index(notice) < said.index("rank change")
-    (change,) = found["changes"]
-    assert change["lr_factor"] > 1
-    assert f"adapter's rate × {change['lr_factor']:.3g} from here" in said
-    assert dynrank.read_run("run").history[0].lr_factor == change["lr_factor"]
-
-
-def test_a_schedule_without_a_limit_of_ranks_has_no_key_for_it():
-    """Not even if another group has one of the name."""
-    rules = "rank_map.rank_pattern={a: {highest: 3}}"
-    for name, key in (("early_budget", "schedule.highest"), ("auto", "schedule.highest"), ("after_convergence", None)):
-        config = dynrank.compose([f"schedule={name}", rules])
-        assert keys_of(config.schedule, "schedule")("highest") == key
-
-
-def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
-    of_loss = BestWeights("val/loss")
-    of_loss.step = 7
-    of_loss.value = 2.3
-    resumed = {name: BestWeights(name, mode) for name, mode in (("val/loss", "min"), ("val/accuracy", "max"))}
-    for best in resumed.values():
-        best.load_state_dict(of_loss.state_dict())
-    assert [best.step for best in resumed.values()] == [7, None]
+    assert dynrank.read_run("run").history[0].lr_factor == found["changes"][0]["lr_factor"] > 1
 
 
 @pytest.mark.parametrize(
@@ -127,7 +94,6 @@ def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
         (["task=classification", "data.train=x.csv", "trainer.max_steps=9"], (9, None, 30, None)),
         (["trainer.max_epochs=1", "trainer.val_check_interval=5"], (-1, 1, 5, None)),
         (["trainer.max_steps=9", "trainer.max_epochs=2"], (9, 2, 30, None)),
-        (["trainer=ddp", "trainer.devices=1"], (560, None, 30, None)),
         (["trainer.max_steps=9", "trainer.check_val_every_n_epoch=2"], (9, None, 0.25, 2)),
         (["trainer.max_steps=9", "trainer.val_check_interval=0.5"], (9, None, 0.5, 1)),
     ],

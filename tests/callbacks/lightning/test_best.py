@@ -173,3 +173,13 @@ def test_best_weights_that_there_cannot_be_are_spoken_of(fit, regression):
         late.restore(module)
     with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):
         BestWeights("score", "MAX")
+
+
+def test_best_of_one_metric_is_not_compared_with_another_after_a_resume():
+    of_loss = BestWeights("val/loss")
+    of_loss.step = 7
+    of_loss.value = 2.3
+    resumed = {name: BestWeights(name, mode) for name, mode in (("val/loss", "min"), ("val/accuracy", "max"))}
+    for best in resumed.values():
+        best.load_state_dict(of_loss.state_dict())
+    assert [best.step for best in resumed.values()] == [7, None]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import datasets
 from pydantic import Field
 
-from dynrank.app.keys import below, named
+from dynrank.app.keys import named
 from dynrank.app.tasks.data.columns import COLUMNS, Form, Given, Theirs, find_columns
 from dynrank.app.tasks.data.rows import usable_rows
 from dynrank.app.tasks.data.source import RawRows, read_source, reading
@@ -59,7 +59,7 @@ def rows_by_split(data: Any, form: Form) -> Checked:
             function without arguments that returns such a mapping.
         form: form of the rows.
     """
-    with named(below("data")):
+    with named("data.{}".format):
         splits: Any = data() if callable(data) else data
     if isinstance(splits, Checked):
         return splits
