@@ -94,10 +94,10 @@ class RankDriver:
         self._importance = RunImportance()
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # What the checkpoint has otherwise: "schedule" or "rank_map"; None: nothing.
-        self._differs: str | None = None
         # Whether the metrics are known to exist by which changes are judged.
         self._has_judges = False
+        # Whether all processes still have to be compared after their first step.
+        self._is_first_step = False
 
     @property
     def history(self) -> list[RankEvent]:
@@ -144,11 +144,10 @@ class RankDriver:
             check_model(training.model, self.stages, run, self.rules)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)
+        self._is_first_step = bool(self.stages)
         # A model that was wrapped before its checkpoint was loaded may have other shapes than DDP knows.
         with new_reducers(training.ddp):
             pass
-        if self._differs is not None:
-            training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         adapters = adapter_parameters(training.model)
         self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
         self._importance.start(training, layers.layers, self.stages[self.progress.stage :])
@@ -172,6 +171,10 @@ class RankDriver:
         if training.step <= self._ended_step:
             return
         self._ended_step = training.step
+        if self._is_first_step:
+            # Processes whose gradients nobody averages differ from here on.
+            check_processes(training.model, training.optimizers, "after the first step", training.group)
+            self._is_first_step = False
         self._importance.end_step()
         if training.step == self._run.total_steps if last is None else last:
             self.end(training)
@@ -233,7 +236,6 @@ class RankDriver:
         self.lr_factor = 1.0
         self._importance.load_state_dict(None)
         self._ended_step = 0
-        self._differs = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -248,12 +250,10 @@ class RankDriver:
                 "search for a rate or a batch size before training, without this callback; a loop that goes back "
                 "calls driver.abort() before and driver.start(...) after it"
             )
-        progress, differs = stored.load(state, self.stages, self.rules)
+        self.progress = stored.load(state, self.stages, self.rules)
         self._ended_step = 0
-        self.progress = progress
         self.lr_factor = float(state["lr_factor"])
         self._importance.load_state_dict(state["importance"])
-        self._differs = differs
 
     @property
     def _next_trigger(self) -> Trigger | None:

@@ -12,7 +12,6 @@ import dynrank
 from dynrank.change.directions import LayerDirections
 from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, check_model, final_ranks
-from dynrank.driver.driver import RankDriver
 from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -25,7 +24,6 @@ from dynrank.schedules import (
     energy,
     fixed,
     grow,
-    milestones,
     rebalance,
 )
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
@@ -199,14 +197,6 @@ def ranks_of(model, word=""):
     return [layer.rank for name, layer in dynrank.lora_layers(model) if word in name]
 
 
-def driven(driver, model, first, last):
-    """The steps from ``first`` up to before ``last``, whose updates are nobody's concern."""
-    loop = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model))], first)
-    driver.start(loop, RUN)
-    for loop.step in range(first, last):
-        driver.advance(loop)
-
-
 def test_a_key_that_begins_at_the_first_letter_of_a_name_is_of_the_model_that_peft_has_wrapped():
     first = f"^{NAMES[0]}"
     model = wrapped(**{first: 3})
@@ -291,38 +281,3 @@ def test_a_users_target_cannot_break_bounds_before_the_run_nor_in_it(frozen, rul
         due(model, Blind(4), rules_of(**rules)).ranks()
     for message in (str(caught.value), refusal(model, to(Blind(4)), rules_of(**rules))):
         assert re.match(rf"Blind\(rank=4\) gives {said}", message)
-
-
-# Checkpoints
-
-PINNED = {"o_proj": {"pinned": True}}
-
-
-def resumed(step, rank_map):
-    """(driver, model) of a run with PINNED that stopped before ``step``, and went on with ``rank_map``."""
-    schedule = milestones([6, 3], at=[3, 7], unit="step")
-    model = wrapped()
-    first = RankDriver(schedule, rank_map=PINNED)
-    driven(first, model, 0, step)
-    driver = RankDriver(schedule, rank_map=rank_map)
-    driver.load_state_dict(first.state_dict())
-    driven(driver, model, step, 10)
-    return driver, model
-
-
-def test_a_resume_goes_on_with_the_rank_map_from_a_file_and_refuses_another(tmp_path):
-    (tmp_path / "ranks.yaml").write_text("rank_pattern: {o_proj: {pinned: true}}\n")
-    driver, model = resumed(5, tmp_path / "ranks.yaml")
-    assert [event.step for event in driver.history] == [3, 7]
-    assert ranks_of(model) == [3, 8, 3, 3] * 2
-    for other in (None, {"o_proj": {"highest": 8}}, {**PINNED, "mlp": {"highest": 8}}):
-        with pytest.raises(ConfigurationError, match=r"schedule or rank_map: .*'o_proj', 'RankBounds\(pinned=True\)'"):
-            resumed(5, other)
-
-
-def test_another_rank_map_before_the_first_change_applies_with_a_warning():
-    with pytest.warns(UserWarning, match="the rank_map is not the checkpoint's: it applies from step 2 on"):
-        _, model = resumed(2, {"mlp": {"pinned": True}})
-    assert ranks_of(model) == [3, 3, 8, 8] * 2
-    with pytest.raises(ConfigurationError, match="'gate_proj' matches no LoRA layer"):
-        resumed(2, {"gate_proj": {"pinned": True}})

@@ -135,35 +135,15 @@ def test_run_that_resumes_or_goes_back_is_the_whole_run_bit_for_bit(name):
     check(driver, loop)
 
 
-def test_stages_to_come_may_be_others_than_in_the_checkpoint():
-    """What is over stays, and so does the importance of layers."""
-    first = Loop()
-    first.train(RankDriver([at(3, Rank(5)), at(14, Rank(3))]))
-    driver, loop = RankDriver([at(3, Rank(5)), at(14, Rank(3)), at(20, Rank(1))]), Loop()
-    loop.load(driver, first.files[10])
-    with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):
-        loop.train(driver)
-    assert trajectory(driver) == [(3, 6, 5), (14, 5, 3), (20, 3, 1)]
-
-
-def test_a_trigger_that_the_checkpoint_does_not_know_begins_anew_and_its_decision_is_forgotten():
-    """Also if the schedule has been in another run, whose metrics would let it fire."""
-
-    def observing(patience, count):
-        driver, loop = due(Stage(Plateau(patience=patience), Rank(2)))
-        for loop.step in range(count):
-            driver.validated(loop, {"val/loss": 1.0})
-        return driver
-
-    saved = observing(patience=1, count=2)
-    driver = observing(patience=3, count=3)
-    driver.abort()
-    driver.load_state_dict(saved.state_dict())
-    assert driver.stages[0].when == Plateau(patience=3)
-    assert (saved.is_due(5), driver.is_due(5)) == (True, False)
-
-
 # When stages act
+
+
+def test_processes_are_compared_at_the_start_after_the_first_step_and_before_a_change(monkeypatch):
+    """So it is an error at once that nobody averages their gradients."""
+    found = []
+    monkeypatch.setattr("dynrank.driver.driver.check_processes", lambda *arguments: found.append(arguments[2]))
+    Loop().train(RankDriver(at(3, Rank(3))), 5)
+    assert found == ["at the start of training", "after the first step", "before the change of rank at step 3"]
 
 
 END = Stage(At(fraction=1.0), Rank(2))
@@ -356,8 +336,12 @@ def test_driver_and_checkpoint_of_another_run_or_version_are_refused():
     driver.abort()
     driver.load_state_dict(RankDriver(at(3, Rank(3))).state_dict())
     Loop().train(driver)
-    with pytest.raises(ConfigurationError, match=r"another schedule.*Rank\(rank=3\).*Rank\(rank=2\)"):
-        Loop().load(RankDriver(at(3, Rank(2))), loop.files[4])
+    pinned = {"0": {"pinned": True}}
+    others = RankDriver(at(3, Rank(2))), RankDriver(at(4, Rank(3))), RankDriver(at(3, Rank(3)), rank_map=pinned)
+    found = r"Rank\(rank=3\).*Rank\(rank=2\)", r"step=3.*step=4", r"rank_map are \[\], here .*'0', 'RankBounds"
+    for other, said in zip(others, found, strict=True):
+        with pytest.raises(ConfigurationError, match=f"another schedule or rank_map: .*{said}"):
+            Loop().load(other, loop.files[4])
     state = RankDriver(early_budget(2)).state_dict()
     del state["progress"]
     with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so another version"):
