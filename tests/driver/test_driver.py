@@ -188,7 +188,7 @@ class Seeing(Trigger):
 
 def test_trigger_reads_each_validation_once_of_which_the_first_has_all_and_a_later_one_may_say_nothing():
     driver, loop = due(Stage(Seeing(), Rank(3)))
-    cures = r"^monitors of Seeing must .*'train/loss'; logged: 'val/bleu'.* log it in .*, or observe train/loss$"
+    cures = r"^Seeing must .*'train/loss'; logged: 'val/bleu'.* log it in .*, or observe train/loss$"
     with pytest.raises(ConfigurationError, match=cures):
         driver.validated(loop, {"val/bleu": 31.5})
     # As the precisions of a BLEU score, a table, a text.

@@ -230,7 +230,7 @@ class Scoring(Callback):
 @pytest.mark.parametrize(
     ("schedule", "said", "step"),
     [
-        (Stage(Plateau("val/los"), Rank(1)), "monitor of Plateau.*'val/los'; logged: 'train/loss', 'val/", 0),
+        (Stage(Plateau("val/los"), Rank(1)), "Plateau must.*'val/los'; logged: 'train/loss', 'val/", 0),
         (auto(how=How(check_monitor="val/los")), "check_monitor of How.*'val/los'; logged: 'val/loss'\\.", 10),
         # What a callback logs is in no validation for a change, but a trigger reads it.
         (Stage(At(step=5), Rank(1), how=SCORED), "'val/score'; logged: 'val/loss'.*evaluate=", 5),

@@ -10,9 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from dynrank.driver.best import wait_anew
+from dynrank.driver.best import wait_anew, words
 from dynrank.driver.event import RankEvent
-from dynrank.output.ranks import ranks_in_words
 
 
 class BestSoFar:
@@ -36,12 +35,7 @@ class BestSoFar:
         paths = [callback.best_model_path for callback, _ in self._states if isinstance(callback, ModelCheckpoint)]
         self.load(trainer)
         if lost := [path for path in dict.fromkeys(paths) if path]:
-            before = ranks_in_words(event.ranks_before)
-            after = ranks_in_words(layer.rank_after for layer in event.layers)
-            rank_zero_info(
-                f"best so far, at {before}: {', '.join(lost)}; from here on the best of {after} counts "
-                "(RankScheduler's keep_best_before)"
-            )
+            rank_zero_info(words(", ".join(lost), event))
 
     def load(self, trainer: Trainer) -> None:
         """Let the callbacks load their own states of before the run; in ``validate`` after it they are left alone."""

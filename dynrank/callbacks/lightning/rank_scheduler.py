@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dynrank.callbacks.lightning import private, training
+from dynrank.callbacks.lightning import training
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
 from dynrank.callbacks.lightning.resume import has_missed_look
@@ -13,7 +13,7 @@ from dynrank.callbacks.lightning.strategies import check_averages, check_strateg
 from dynrank.callbacks.lightning.validation import ValidationMetrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed, check_training_metrics
+from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed
 from dynrank.driver.validation import validate
 from dynrank.layers.peft_kernel import apply_lora_kernel
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -116,9 +116,11 @@ class RankScheduler(Callback):
             apply_lora_kernel(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        private.load_place_in_data(trainer)
+        # Lightning restores the data loaders' positions only if nobody has asked for the length of the run before.
+        trainer.fit_loop._load_combined_loader_states()
         run = self._run = training.LightningTraining(trainer, pl_module, self.evaluate)
-        check_training_metrics(self.driver.stages, validates=bool(trainer.enable_validation))
+        if not trainer.enable_validation:
+            check_observed(self.driver.stages, [TRAIN_LOSS])
         self.driver.start(run, training.run_length(trainer, pl_module))
         seen = self.driver.progress.observed_step
         if seen != trainer.global_step and has_missed_look(trainer):
@@ -137,9 +139,6 @@ class RankScheduler(Callback):
             check_observed(self.driver.stages, {*metrics, TRAIN_LOSS})
         elif trainer.state.fn == "fit":
             self._observe(metrics)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        training.check_epochs(trainer, pl_module, self.driver.stages)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:

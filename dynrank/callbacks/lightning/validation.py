@@ -48,7 +48,9 @@ def _step(trainer: Trainer, module: LightningModule, logged: _Logged, batch: Any
     """Validate one batch, with its number and that of its loader in ``place``."""
     strategy: Any = trainer.strategy
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = strategy.batch_to_device(private.before_transfer(module, batch, place[1]), dataloader_idx=place[1])
+    # This calls the hook of the module, or of its datamodule.
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=place[1])
+    batch = strategy.batch_to_device(batch, dataloader_idx=place[1])
     logged.batch = batch
     logged.loader = place[1]
     # A module with a single loader need not take the loader's number, and its step no number at all.

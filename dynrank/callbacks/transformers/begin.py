@@ -12,7 +12,7 @@ from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_chec
 from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
 from dynrank.driver.driver import RankDriver
-from dynrank.driver.notices import start_notices
+from dynrank.driver.notices import slot_notice
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 
@@ -40,8 +40,8 @@ def begin_run(
     return ZeroTraining(trainer, event, evaluate)
 
 
-def print_notices(training: TrainerTraining, driver: RankDriver) -> None:
+def print_notice(training: TrainerTraining, driver: RankDriver) -> None:
     """Print what to know before the first step."""
-    if training.trainer.is_world_process_zero():
-        for notice in start_notices(training.model, driver.stages[driver.progress.stage :], driver.rules):
-            print(notice)
+    notice = slot_notice(training.model, driver.stages[driver.progress.stage :], driver.rules)
+    if notice is not None and training.trainer.is_world_process_zero():
+        print(notice)

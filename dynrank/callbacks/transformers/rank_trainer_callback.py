@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.callbacks.transformers.begin import begin_run, print_notices
+from dynrank.callbacks.transformers.begin import begin_run, print_notice
 from dynrank.callbacks.transformers.best import forget_best
 from dynrank.callbacks.transformers.checkpoints import prepare_trainer
 from dynrank.callbacks.transformers.last_updates import LastUpdates, stored_attributes, with_updates, without_updates
@@ -19,7 +19,7 @@ from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import check_training_metrics
+from dynrank.driver.metrics import TRAIN_LOSS, check_observed
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
@@ -108,13 +108,14 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         # After attach() the Trainer is known. Its state tells it from another one that has the same callback.
         if self.trainer is None or self.trainer.state is not state:
             self.trainer = calling_trainer()
-        check_training_metrics(self.driver.stages, validates=True)
         training = self._run = begin_run(self.trainer, kwargs, self.evaluate)
+        if self.trainer.eval_dataset is None:
+            check_observed(self.driver.stages, [TRAIN_LOSS])
         self._load(state, training)
         self._last_model = ref(training.model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._metrics.begin(state)
-        print_notices(training, self.driver)
+        print_notice(training, self.driver)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)
@@ -134,7 +135,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any, **kwargs: Any) -> None:
         if self._run is not None and "loss" in logs:
-            check_training_metrics(self.driver.stages, validates=True, logged=logs)
             self._metrics.log(logs["loss"], state, self.driver, evaluates=self._run.evaluates)
             if rates := self.driver.adapter_rates:
                 self._training(kwargs).log(rates)

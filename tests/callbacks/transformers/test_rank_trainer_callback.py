@@ -138,10 +138,10 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, own(), RankTrainerCallback(stage))
         for stage in (Stage(At(step=4), Rank(2), how=How(max_regression=0.1)), Stage(Plateau("train/f1"), Rank(2)))
     )
-    checked.eval_dataset = None
+    checked.eval_dataset = of_training.eval_dataset = None
     with pytest.raises(ConfigurationError, match="give the Trainer an eval_dataset"):
         checked.train()
-    with pytest.raises(ConfigurationError, match="monitor of Plateau must .*got 'train/f1'.*log it in each validation"):
+    with pytest.raises(ConfigurationError, match="^Plateau must .*got 'train/f1'.*log it in each validation"):
         of_training.train()
     next(layer for _, layer in dynrank.lora_layers(of_training.model)).base.weight.requires_grad_(True)
     with pytest.raises(ConfigurationError, match=r"q_proj\.weight' and 0 other parameters of layers with LoRA are"):
