@@ -41,10 +41,10 @@ from dynrank.driver.learning_rates import LearningRates
 from dynrank.driver.making import change_at_once, change_on_trial
 from dynrank.driver.metrics import check_observed, judging_metrics, numbers_in, observed_metrics
 from dynrank.driver.progress import Decision, Progress
-from dynrank.driver.regression import check_judges
 from dynrank.driver.run_importance import RunImportance
 from dynrank.driver.timetable import Timetable
 from dynrank.driver.training import Training
+from dynrank.driver.validation import check_judges
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map

@@ -13,9 +13,6 @@ from dynrank.triggers import At, Run
 class Timetable:
     """The times of the stages in a run of length ``run``.
 
-    Attributes:
-        run: the length of the run.
-
     >>> from dynrank.targets import Rank
     >>> table = Timetable([Stage(At(step=3), Rank(4)), Stage(At(fraction=1.0), Rank(2))], Run(total_steps=9))
     >>> table.due(0, 2), table.due(0, 3), table.due(1, 9, ended=True)
@@ -23,7 +20,6 @@ class Timetable:
     """
 
     def __init__(self, stages: Sequence[Stage], run: Run) -> None:
-        self.run = run
         self._stages = stages
         # None: the stage has no time.
         self._steps = [stage.planned_step(run) for stage in stages]

@@ -216,22 +216,6 @@ def test_the_first_of_the_schedules_rules_goes_before_the_layers_own_as_a_whole(
     ]
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected", "at_last"),
-    [
-        ({"pinned": True}, (8, 8), (8, 8)),
-        ({"highest": 20}, (1, 12), (1, 12)),
-        ({"lowest": 2, "highest": 4}, (2, 4), (2, 4)),
-        ({"final_rank": 6, "lowest": 4, "highest": 7}, (6, 7), (6, 6)),
-    ],
-)
-def test_targets_get_the_bounds_of_each_layer(rule, expected, at_last):
-    """What targets do with them is tested in tests/targets."""
-    for last, bounds in ((False, expected), (True, at_last)):
-        states = due(wrapped(), Rank(4), rules_of(attention=rule), last=last).states()
-        assert [(state.lowest, state.highest) for state in states.values()] == [bounds, bounds, (1, 12), (1, 12)] * 2
-
-
 CUT = early_budget(4)
 TWICE = early_budget(6) + early_budget(4, at=0.7)
 

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
-from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_averages
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
@@ -61,7 +61,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     @property
     def last_saved(self) -> str:
         """Path of the last written checkpoint; "" if there is none."""
-        return private.last_saved(self)
+        return str(self._last_checkpoint_saved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make checkpoints safe against interruption, and loadable without a base."""
@@ -119,7 +119,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(stopped, all=False)
 
     def _save_and_end(self, trainer: Trainer) -> None:
-        private.save_as(self, trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        save_as(self, trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

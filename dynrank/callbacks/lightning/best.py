@@ -15,19 +15,14 @@ from dynrank.driver.event import RankEvent
 
 
 class BestSoFar:
-    """The states of a trainer's ModelCheckpoints and EarlyStoppings before the run; make it in ``setup``.
+    """The states of a trainer's ModelCheckpoints and EarlyStoppings before the run; make it in ``setup``."""
 
-    ``earlier`` is that of an earlier fit, with which another fit of the same trainer goes on.
-    """
-
-    def __init__(self, trainer: Trainer, earlier: BestSoFar | None) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         judges = [each for each in callbacks if isinstance(each, ModelCheckpoint | EarlyStopping)]
         self._states: list[tuple[Callback, Mapping[str, Any]]] = [
             (callback, deepcopy(callback.state_dict())) for callback in judges
         ]
-        if earlier is not None and trainer.global_step > 0:
-            self._states = earlier._states
 
     def forget(self, trainer: Trainer, event: RankEvent) -> None:
         """Let only what comes after ``event``, which has lowered ranks, count; files of before stay on disk."""

@@ -18,11 +18,6 @@ def is_sequential(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.val_loop._is_sequential
 
 
-def last_saved(callback: ModelCheckpoint) -> str:
-    """Path of the last checkpoint that a checkpoint callback has written; "" if there is none."""
-    return str(callback._last_checkpoint_saved)
-
-
 def save_as(callback: ModelCheckpoint, trainer: Trainer, path: str) -> None:
     """Let a ModelCheckpoint save into the file ``path`` now."""
     callback._save_checkpoint(trainer, path)

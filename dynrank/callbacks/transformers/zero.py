@@ -7,7 +7,7 @@ alone (:mod:`dynrank.layers.padded`), and written back with zeros behind them. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class ZeroTraining(TrainerTraining):
         self.find_ranks()
 
     @contextmanager
-    def _gathered(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         self._gather()
         try:
             yield
@@ -80,9 +80,6 @@ class ZeroTraining(TrainerTraining):
             self._optimizer.state.clear()
             for layer in self._layers.values():
                 layer.empty(layer.rank)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        return self._gathered()
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -92,26 +91,10 @@ def test_last_validation_and_checkpoint_have_the_cut_of_the_last_step(fit, regre
     assert again.history == scheduler.history
 
 
-class Stopping(lightning.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step == 15
-
-
-END = Stage(At(fraction=1.0), Rank(2))
-
-
-@pytest.mark.parametrize(
-    ("stage", "stops"),
-    [
-        (END, EarlyStopping("val/loss", min_delta=99.0, patience=2)),
-        (Stage(Plateau(patience=2, min_delta=0.99, warmup_steps=0), Rank(2)), Stopping()),
-    ],
-    ids=["early stopping", "the last validation decides"],
-)
-def test_run_that_is_stopped_early_is_cut_at_its_end_with_one_warning(fit, stage, stops):
-    scheduler = RankScheduler(stage)
+def test_run_that_is_stopped_early_is_cut_at_its_end_with_one_warning(fit):
+    scheduler = RankScheduler(Stage(At(fraction=1.0), Rank(2)))
     with pytest.warns(UserWarning, match="rank") as caught:
-        module, _ = fit(scheduler, stops)
+        module, _ = fit(scheduler, EarlyStopping("val/loss", min_delta=99.0, patience=2))
     assert ranks(module) == {2}
     assert [event.step for event in scheduler.history] == [15]
     (said,) = [str(each.message) for each in caught if "rank" in str(each.message)]
