@@ -1,10 +1,12 @@
 """The driver in a loop of few lines: when it measures and acts, what it undoes, what it refuses, and its resume."""
 
 import io
+import random
 import signal
 from contextlib import nullcontext, suppress
-from math import isnan, prod
+from math import inf, isnan, nan, prod
 
+import numpy as np
 import pytest
 import schedulefree
 import torch
@@ -203,6 +205,60 @@ def test_trigger_reads_each_validation_once_of_which_the_first_has_all_and_a_lat
     assert [(isnan(loss), bleu) for loss, bleu in later] == [(True, 32.5)] * 2
 
 
+# What a change costs
+
+
+def draw():
+    return torch.rand(()).item() + random.random() + np.random.rand()
+
+
+def test_validations_directly_before_and_after_draw_the_same_numbers_and_the_run_goes_on_as_without():
+    """What the run itself has validated, perhaps on other data, is not compared with them."""
+    driver, loop = due(Stage(Plateau(patience=1), Rank(1), how=How(max_regression=0.0)))
+
+    def validate():
+        assert dynrank.validating_change()
+        return {"val/loss": draw() + loop.model[0].rank}
+
+    loop.validate = validate
+    for loop.step in (1, 2):
+        driver.validated(loop, {"val/loss": 0.001})
+    drawn = []
+    for act in (lambda: None, lambda: driver.advance(loop)):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        act()
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    (event,) = driver.history
+    assert (event.undone, dynrank.validating_change()) == (False, False)
+    # The layer has rank 6, then 1.
+    assert event.measured.before - event.measured.after == pytest.approx(5)
+    assert event.measured.after > 1
+
+
+@pytest.mark.parametrize("name", ["other", "val/loss"])
+def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(name):
+    """What a loop reports may lack it, so what it validates for a change decides, once."""
+    driver, loop = due(at(9, Rank(1), max_regression=0.1))
+    metrics = [{name: 1.0}]
+    loop.validate = metrics.pop
+    refused = pytest.raises(ConfigurationError, match=r"^check_monitor of How.*'val/loss'; logged: 'other'")
+    with refused if name == "other" else nullcontext():
+        for loop.step in (1, 2):
+            driver.validated(loop, {"loss": 1.0})
+    assert metrics == []
+
+
+@pytest.mark.parametrize(("before", "after", "undone"), [(0.0, 5.0, False), (1.0, nan, True)])
+def test_a_change_that_may_cost_anything_is_measured_and_undone_only_if_it_diverges(before, after, undone):
+    driver, loop = due(at(5, Rank(1), max_regression=inf))
+    metrics = [{"val/loss": after}, {"val/loss": before}]
+    loop.validate = metrics.pop
+    driver.advance(loop)
+    (event,) = loop.told
+    assert (event.undone, event.measured.before, loop.model[0].rank) == (undone, before, 6 if undone else 1)
+
+
 # Interrupts
 
 HOWS = {"unchecked": {}, "checked": {"max_regression": 9.0}, "undone": {"max_regression": 0.0}}
@@ -325,6 +381,12 @@ def test_what_cannot_be_carried_out_is_refused_before_the_first_step(schedule, o
     with pytest.raises(ConfigurationError, match=message):
         loop.train(RankDriver(schedule), total=total)
     assert loop.step == 0
+
+
+def test_judging_without_validations_is_refused_at_the_start():
+    loop = Training(Loop().model, [])
+    with pytest.raises(ConfigurationError, match=r"max_regression=0.1 .*define validate\(\) in .*, or set max_regr"):
+        RankDriver(at(1, Rank(1), max_regression=0.1)).start(loop, Run(9))
 
 
 def test_driver_and_checkpoint_of_another_run_or_version_are_refused():

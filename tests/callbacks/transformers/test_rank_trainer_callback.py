@@ -147,6 +147,9 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ConfigurationError, match=r"q_proj\.weight' and 0 other parameters of layers with LoRA are"):
         RankTrainerCallback(CUT).attach(trainer(tmp_path, of_training.model, None)).trainer.train()
     assert (checked.state.global_step, of_training.state.global_step) == (0, 0)
+    both = RankTrainerCallback(CUT).attach(trainer(tmp_path, own(), RankTrainerCallback(CUT))).trainer
+    with pytest.raises(ConfigurationError, match="another rank schedule drives this optimizer; join the stages of bo"):
+        both.train()
     with pytest.raises(ConfigurationError, match=r"set to 2 GPUs.*torchrun"):
         check_arguments(SimpleNamespace(n_gpu=2))
 
