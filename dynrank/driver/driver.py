@@ -286,16 +286,16 @@ class RankDriver:
         check_processes(training.model, training.optimizers, when, training.group)
         last = index == len(self.stages) - 1
         # The importance is the same in all processes, because gradients are; process 0 decides all the same.
-        due = DueStage.now(training, stage, decided.reason, self._bounds, self._importance.of_layers(), last=last)
+        due = DueStage(training, stage, decided.reason, self._bounds, self._importance.of_layers(), last=last)
         # The importance of an update needs the gradients of the step after it.
         if "importance" in stage.to.needs and training.step >= 2:
-            due.warn_of_unknown(training, self._importance.unmeasured())
+            due.warn_of_unknown(self._importance.unmeasured())
         history = self.progress.history
         known = len(history)
         end_stage = partial(self._end_stage, training, index)
         try:
             make = change_at_once if stage.how.max_regression is None else change_on_trial
-            make(training, due, end_stage)
+            make(due, end_stage)
         finally:
             # Also if Ctrl-C was pressed during the change.
             for event in history[known:]:

@@ -158,10 +158,7 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, but {why}, and group "
                 f"{number} also has {others} other parameters. Set lr_factor=1 (early_budget(4, how=How())), or give "
-                "the optimizer two groups (under the Trainer in create_optimizer of a derived class):\n"
-                "  own = list(dynrank.adapter_parameters(model))\n"
-                "  ids = {id(p) for p in own}\n"
-                "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
-                f'  torch.optim.AdamW([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})',
+                "the optimizer two groups (under the Trainer in create_optimizer of a derived class): {'params': "
+                "list(dynrank.adapter_parameters(model))}, and {'params': [...]} of all others that are trained",
                 "lr_factor",
             )

@@ -26,15 +26,14 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
     >>> numbers_in({"bleu": 31.5, "precisions": [60.0, 40.0], "length": np.int64(7)})
     {'bleu': 31.5, 'length': 7.0}
     """
-    return {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
-
-
-def _number(value: Any) -> float | None:
-    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
-    # numpy's numbers are of Real, too.
-    return float(value) if isinstance(value, Real) else None
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+            value = value.item()
+        # numpy's numbers are of Real, too.
+        if isinstance(value, Real):
+            found[name] = float(value)
+    return found
 
 
 class TrainingLoss:

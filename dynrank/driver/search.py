@@ -10,12 +10,11 @@ from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.training import Training
 from dynrank.driver.trial import Trial
 from dynrank.targets import Budget
 
 
-def cut_to_smallest(training: Training, trial: Trial, due: DueStage) -> RankEvent | None:
+def cut_to_smallest(trial: Trial, due: DueStage) -> RankEvent | None:
     """Cut to the fewest directions that are enough; the event is undone if all are needed. None: nothing to cut.
 
     The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
@@ -23,11 +22,10 @@ def cut_to_smallest(training: Training, trial: Trial, due: DueStage) -> RankEven
     they allow is made.
 
     Args:
-        training: after the last optimizer step.
         trial: the cuts are made inside it.
         due: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
     """
-    search = Search(training, trial, due)
+    search = Search(trial, due)
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
@@ -40,7 +38,7 @@ def cut_to_smallest(training: Training, trial: Trial, due: DueStage) -> RankEven
     left = sum(search.ranks(steps).values())
     allowed = f"{due.stage.how.max_regression:.2%} allowed"
     reason = f"{due.reason}: {left:,} of {sum(search.now.values()):,} directions, {allowed}"
-    return due.event(training.step, reports, reason, measured, undone=not passes)
+    return due.event(reports, reason, measured, undone=not passes)
 
 
 class Search:
@@ -50,15 +48,14 @@ class Search:
         now: {layer: its rank now}.
     """
 
-    def __init__(self, training: Training, trial: Trial, due: DueStage) -> None:
-        self._training = training
+    def __init__(self, trial: Trial, due: DueStage) -> None:
         self._trial = trial
         self._due = due
         self.now = due.layers.ranks
         # By their number of steps.
         self._tried: dict[int, tuple[Measured, list[LayerReport]]] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(self._plan, training.group)
+        self._lowest, self._order = from_first(self._plan, due.training.group)
 
     def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
         target = self._due.stage.to
@@ -73,7 +70,7 @@ class Search:
 
     def compute(self, steps: int) -> Change:
         """The cut to so many steps, which is not yet made."""
-        return self._due.change(self._training, lambda: self.ranks(steps))
+        return self._due.change(lambda: self.ranks(steps))
 
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""

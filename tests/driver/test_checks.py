@@ -9,7 +9,6 @@ from torch import nn
 from trained import drive, updated
 
 import dynrank
-from dynrank.change.directions import LayerDirections
 from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, check_model, final_ranks
 from dynrank.driver.due import DueStage
@@ -40,10 +39,9 @@ def rules_of(**rank_map):
     return read_rank_map(rank_map, RankBounds)
 
 
-def due(model, target, rules, *, last=True):
+def due(model, target, rules):
     (stage,) = to(target)
-    layers = BoundLayers.of(model, rules)
-    return DueStage(stage, last, "", layers, LayerDirections(layers.layers), {})
+    return DueStage(Training(model, []), stage, "", BoundLayers.of(model, rules).bounds, {}, last=True)
 
 
 def refusal(model, schedule, rules=NO_RULES):

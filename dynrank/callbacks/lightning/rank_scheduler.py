@@ -1,6 +1,6 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from dynrank.callbacks.lightning.validation import logged_since
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed
+from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validate
 from dynrank.layers.peft_kernel import apply_lora_kernel
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -59,7 +60,7 @@ class RankScheduler(Callback):
         self,
         schedule: Schedule,
         *,
-        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         keep_best_before: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +15,7 @@ from dynrank.callbacks.lightning.validation import validate
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS
-from dynrank.driver.training import Training
+from dynrank.driver.training import Evaluate, Training
 from dynrank.errors import ConfigurationError
 from dynrank.triggers import Run
 
@@ -33,9 +33,7 @@ class LightningTraining(Training):
 
     validate_by = "give fit() validation data, in sequential loaders, or RankScheduler(…, evaluate=…) a function"
 
-    def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, evaluate: Callable[[], Mapping[str, Any]] | None = None
-    ) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, evaluate: Evaluate | None = None) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
         # The trainer's model is wrapped by DDP.
         self.ddp = ddp_modules(trainer.strategy.model or pl_module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer
@@ -13,13 +13,12 @@ from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.notices import slot_notice
+from dynrank.driver.training import Evaluate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 
 
-def begin_run(
-    trainer: Trainer, event: Mapping[str, Any], evaluate: Callable[[], Mapping[str, Any]] | None
-) -> TrainerTraining:
+def begin_run(trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | None) -> TrainerTraining:
     """The run of ``trainer`` whose training begins with ``event``.
 
     Raises:

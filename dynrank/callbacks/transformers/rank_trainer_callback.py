@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
@@ -20,6 +20,7 @@ from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, check_observed
+from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
@@ -67,7 +68,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self,
         schedule: Schedule,
         *,
-        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         keep_best_before: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,

@@ -20,7 +20,7 @@ from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.change.optimizer_state import rule_name
 from dynrank.distributed.zero import OWN_STATE, ZeroOptimizer, ZeroTensors, moments
 from dynrank.distributed.zero_checks import check_config, check_optimizer
-from dynrank.driver.training import ImportanceSteps
+from dynrank.driver.training import Evaluate, ImportanceSteps
 from dynrank.errors import ConfigurationError
 from dynrank.importance.importance import ImportanceSums
 from dynrank.importance.zero_importance import ZeroImportance
@@ -36,12 +36,7 @@ class ZeroTraining(TrainerTraining):
     Making it is a collective call, which finds the present ranks.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        event: Mapping[str, Any],
-        evaluate: Callable[[], Mapping[str, Any]] | None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | None) -> None:
         super().__init__(trainer, event, evaluate)
         engine: Any = trainer.model_wrapped
         check_config(engine.config)
