@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from weakref import WeakSet
 
 import numpy as np
@@ -35,11 +34,15 @@ def validate(training: Training) -> dict[str, float]:
     It draws from copies of the states of the random generators of Python, numpy and torch. So all validations for one
     change draw the same numbers, and the run goes on as without them.
     """
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
     try:
         _validating.add(training)
-        with _random_states_kept(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             return numbers_in(training.validate())
     finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
         _validating.discard(training)
         for optimizer in training.optimizers:
             # Those of schedulefree step on other weights than they validate, and a change is one of the former.
@@ -58,14 +61,3 @@ def check_judges(training: Training, stages: Sequence[Stage], metrics: Collectio
     for name in absent:
         metric_value(found, name, training.group)
     return bool(metrics)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    of_python = random.getstate()
-    of_numpy = np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)

@@ -95,12 +95,11 @@ def test_an_error_within_a_step_leaves_nothing(pair, mixed):
 def test_two_schedules_are_refused_in_one_optimizer_that_deepspeed_steps(pair):
     """Each has a ZeroOptimizer of its own for it."""
     optimizer = torch.optim.SGD(pair, lr=0.1)
-    one, two = (ZeroOptimizer(optimizer, [[*pair]]) for _ in range(2))
-    first = LearningRates(one, pair, 1.0)
+    first = LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
     with pytest.raises(ConfigurationError, match="another rank schedule drives this optimizer"):
-        LearningRates(two, pair, 1.0)
+        LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
     first.remove()
-    LearningRates(two, pair, 1.0)
+    LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
 
 
 def test_optimizer_that_counts_in_its_groups_or_computes_its_own_rate_is_refused_a_factor(pair):

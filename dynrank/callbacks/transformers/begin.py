@@ -1,4 +1,4 @@
-"""Beginning a run of the Trainer: what is refused before the first step, and how its ranks change."""
+"""Beginning a run of the Trainer: what is refused, and how its ranks change."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dynrank.adapters.save import trained_heads
 from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints
 from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
-from dynrank.driver.driver import RankDriver
-from dynrank.driver.notices import slot_notice
 from dynrank.driver.training import Evaluate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
@@ -37,10 +35,3 @@ def begin_run(trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | N
         return TrainerTraining(trainer, event, evaluate)
     save_live(model)
     return ZeroTraining(trainer, event, evaluate)
-
-
-def print_notice(training: TrainerTraining, driver: RankDriver) -> None:
-    """Print what to know before the first step."""
-    notice = slot_notice(training.model, driver.stages[driver.progress.stage :], driver.rules)
-    if notice is not None and training.trainer.is_world_process_zero():
-        print(notice)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.callbacks.transformers.begin import begin_run, print_notice
+from dynrank.callbacks.transformers.begin import begin_run
 from dynrank.callbacks.transformers.best import forget_best
 from dynrank.callbacks.transformers.checkpoints import prepare_trainer
 from dynrank.callbacks.transformers.last_updates import LastUpdates, stored_attributes, with_updates, without_updates
@@ -20,6 +20,7 @@ from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, check_observed
+from dynrank.driver.notices import slot_notice
 from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
@@ -116,7 +117,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._last_model = ref(training.model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._metrics.begin(state)
-        print_notice(training, self.driver)
+        notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)
+        if notice is not None and state.is_world_process_zero:
+            print(notice)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)
@@ -143,7 +146,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any, **_: Any) -> None:
         # The function of a user may evaluate by the Trainer.
         if self._run is not None and not validating_change():
-            self._metrics.evaluated(metrics, state, self.driver.monitors)
+            self._metrics.evaluated(metrics, self.driver.monitors)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)

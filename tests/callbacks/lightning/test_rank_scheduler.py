@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 from lightning.pytorch import callbacks as theirs
-from trained import ranks
+from trained import ranks, watched
 
 import dynrank
 from dynrank.callbacks import RankScheduler
@@ -88,15 +88,6 @@ def test_a_run_that_never_validated_goes_on_behind_its_last_change_where_a_valid
 # What triggers read
 
 
-def watched(scheduler):
-    """What the trigger of the last stage will observe: [(step, *values)]."""
-    trigger = scheduler.driver.stages[-1].when
-    seen = []
-    observe = trigger.observe
-    trigger.observe = lambda *values: seen.append(values) or observe(*values)
-    return seen
-
-
 @pytest.mark.filterwarnings("ignore:training ended before stage 2")
 @pytest.mark.parametrize(
     ("options", "batches"),
@@ -116,7 +107,7 @@ def test_loss_of_training_is_its_mean_since_the_last_look_or_the_last_change(
 
     def run(**more):
         scheduler = RankScheduler([at(13, Rank(4)), plateau("train/loss", patience=99)])
-        seen = watched(scheduler)
+        seen = watched(scheduler.driver)
         fit(scheduler, module=Keeping(), **options, **more)
         return seen
 
@@ -138,7 +129,7 @@ def test_what_a_validation_does_not_log_says_nothing_though_lightning_keeps_it(r
                 self.log("score", float(self.global_step))
 
     scheduler = RankScheduler(Stage(Plateau("score", patience=1, mode="max", warmup_steps=0), Rank(3)))
-    seen = watched(scheduler)
+    seen = watched(scheduler.driver)
     with pytest.warns(UserWarning, match="ended before stage 1"):
         fit(scheduler, module=Seldom(), val_check_interval=2, max_steps=16)
     assert [row for row in seen if not isnan(row[1])] == [(2, 2.0), (8, 8.0), (14, 14.0)]

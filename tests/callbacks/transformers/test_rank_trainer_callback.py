@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from small_trainer import CUT, EVALUATING, SAVING, SIZE, STAGES, STEPS, Hearing, base, data, own, trainer, wrapped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trained import ranks
+from trained import ranks, watched
 from transformers import TrainerCallback
 
 import dynrank
@@ -257,15 +257,6 @@ def test_changes_are_judged_by_a_data_set_of_several(tmp_path):
     assert missing.state.global_step == 2
 
 
-def observed(schedule, trigger):
-    """Let ``schedule`` note in a list what ``trigger`` observes: (step, values ...)."""
-    seen = []
-    (stage,) = [stage for stage in schedule.driver.stages if type(stage.when) is trigger]
-    observe = stage.when.observe
-    stage.when.observe = lambda step, *values: seen.append((step, *values)) or observe(step, *values)
-    return seen
-
-
 # A trigger, stages before it, and for each step at which it looks those of the logged losses of which it has the mean.
 GAP, LOSS = Gap("train/loss", "eval_loss", window=9), Plateau("train/loss", patience=9)
 LOOKS = [
@@ -285,7 +276,7 @@ def test_trigger_reads_the_mean_of_the_losses_that_were_logged_since_its_last_lo
 ):
     """And none that is also of steps before a change."""
     schedule = RankTrainerCallback([*before, Stage(trigger, Rank(1))])
-    seen = observed(schedule, type(trigger))
+    seen = watched(schedule.driver)
     made = trainer(tmp_path, own(), schedule, **{"eval_strategy": "steps"} | options)
     with pytest.warns(UserWarning, match=f"training ended before stage {len(before) + 1}"):
         made.train()
@@ -303,7 +294,7 @@ def test_trigger_reads_neither_evaluations_of_other_data_nor_validations_for_a_c
 
     stages = [Stage(At(step=2), Rank(3), how=How(max_regression=9.0)), Stage(Plateau(patience=9), Rank(2))]
     schedule = RankTrainerCallback(stages, evaluate=lambda: made.evaluate())
-    seen = observed(schedule, Plateau)
+    seen = watched(schedule.driver)
     made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4)
     made.add_callback(Evaluating())
     with pytest.warns(UserWarning, match="training ended before stage 2"):
