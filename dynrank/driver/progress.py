@@ -62,9 +62,9 @@ def load(state: Mapping[str, Any], stages: Sequence[Stage], rules: Mapping[str, 
     absent = sorted(mine.keys() - state.keys())
     if absent:
         raise ConfigurationError(
-            f"the checkpoint has no {', '.join(absent)} of a rank schedule, so another version of dynrank has made it; "
-            "resume with that version, or begin a new run",
-            "ckpt_path",
+            f"the checkpoint has no {', '.join(absent)} of a rank schedule, so it was made without one, or by another "
+            "version of dynrank; resume from another one, or begin a new run",
+            *("ckpt_path", "resume_from_checkpoint"),
         )
     for part in ("stages", "rank_map"):
         theirs = [tuple(texts) for texts in state[part]]

@@ -249,14 +249,27 @@ def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(name):
     assert metrics == []
 
 
-@pytest.mark.parametrize(("before", "after", "undone"), [(0.0, 5.0, False), (1.0, nan, True)])
-def test_a_change_that_may_cost_anything_is_measured_and_undone_only_if_it_diverges(before, after, undone):
-    driver, loop = due(at(5, Rank(1), max_regression=inf))
+@pytest.mark.parametrize(
+    ("most", "before", "after", "undone"),
+    [
+        # One that may cost anything is undone only if it diverges.
+        *((inf, 0.0, 5.0, False), (inf, 1.0, nan, True)),
+        *((0.02, 100.0, 101.9, False), (0.02, 100.0, 102.1, True), (0.02, -100.0, -98.1, False)),
+    ],
+)
+def test_a_change_is_undone_if_it_costs_a_larger_share_of_the_metric(most, before, after, undone):
+    driver, loop = due(at(5, Rank(1), max_regression=most))
     metrics = [{"val/loss": after}, {"val/loss": before}]
     loop.validate = metrics.pop
     driver.advance(loop)
     (event,) = loop.told
     assert (event.undone, event.measured.before, loop.model[0].rank) == (undone, before, 6 if undone else 1)
+
+
+def test_layers_without_gradients_are_warned_of_where_ranks_are_shared_by_importance():
+    driver, loop = due(at(5, Budget(final_rank=2)))
+    with pytest.warns(UserWarning, match="2 of 2 layers, as '0', had no gradients when a step ended"):
+        driver.advance(loop)
 
 
 # Interrupts
@@ -406,7 +419,7 @@ def test_driver_and_checkpoint_of_another_run_or_version_are_refused():
             Loop().load(other, loop.files[4])
     state = RankDriver(early_budget(2)).state_dict()
     del state["progress"]
-    with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so another version"):
+    with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so .* by another version"):
         RankDriver(early_budget(2)).load_state_dict(state)
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from dynrank.callbacks.transformers.begin import begin_run
 from dynrank.callbacks.transformers.best import forget_best
 from dynrank.callbacks.transformers.checkpoints import prepare_trainer
-from dynrank.callbacks.transformers.last_updates import LastUpdates, stored_attributes, with_updates, without_updates
+from dynrank.callbacks.transformers.last_updates import LastUpdates, with_updates, without_updates
 from dynrank.callbacks.transformers.metrics import Metrics
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, run_length
@@ -186,10 +186,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         updates = self._updates.begin(training)
         model = training.model
         if state.global_step:
-            attributes = stored_attributes(state, type(self).__name__)
+            stored = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+            attributes = stored.get("attributes", {})
             # The last training may have ended without its event, by an error.
             self.driver.abort()
-            self.driver.load_state_dict(with_updates(attributes["driver"], updates))
+            self.driver.load_state_dict(with_updates(attributes.get("driver", {}), updates))
             self._metrics.load_state_dict(attributes["metrics"])
             return
         self._metrics = Metrics()
