@@ -151,7 +151,7 @@ class RankDriver:
         adapters = adapter_parameters(training.model)
         self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
         self._importance.start(training, layers.layers, self.stages[self.progress.stage :])
-        self._plan()
+        self._next_step = self._timetable.next_step(self.progress.stage)
         self._is_running = True
 
     def is_due(self, step: int) -> bool:
@@ -261,11 +261,6 @@ class RankDriver:
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
-    def _plan(self) -> None:
-        """Take note of when the next stage is due."""
-        assert self._timetable is not None
-        self._next_step = self._timetable.next_step(self.progress.stage)
-
     def _act(self, training: Training, *, ended: bool = False) -> RankEvent | None:
         """Make the change that is due, if there is one; None: there is none, or no layer gets new factors."""
         assert self._timetable is not None
@@ -306,7 +301,8 @@ class RankDriver:
         """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors."""
         self.progress.pending = None
         self.progress.stage = index + 1
-        self._plan()
+        assert self._timetable is not None
+        self._next_step = self._timetable.next_step(index + 1)
         self._reset_triggers(first=index + 1)
         if event is not None:
             self.progress.history.append(event)

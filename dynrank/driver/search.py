@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 
-from dynrank.change.change import Change
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
@@ -32,7 +32,7 @@ def cut_to_smallest(trial: Trial, due: DueStage) -> RankEvent | None:
     measured, reports = search.tried(steps)
     passes = search.passes(steps)
     if passes:
-        change = search.compute(steps)
+        change = due.change(partial(search.ranks, steps))
         with uninterrupted():
             change.apply()
     left = sum(search.ranks(steps).values())
@@ -68,10 +68,6 @@ class Search:
         """The rank of every layer after so many steps."""
         return self.now | self._lowest | dict(self._order[:steps])
 
-    def compute(self, steps: int) -> Change:
-        """The cut to so many steps, which is not yet made."""
-        return self._due.change(lambda: self.ranks(steps))
-
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
         return steps == len(self._order) or self._trial.allows(self.tried(steps)[0].after)
@@ -84,7 +80,7 @@ class Search:
     def tried(self, steps: int) -> tuple[Measured, list[LayerReport]]:
         """What a cut to so many steps costs, which was made, validated, and undone bit for bit, and its reports."""
         if steps not in self._tried:
-            change = self.compute(steps)
+            change = self._due.change(partial(self.ranks, steps))
             self._tried[steps] = self._trial.make(change), change.reports
             self._trial.restore()
         return self._tried[steps]

@@ -143,16 +143,18 @@ def test_best_weights_that_there_cannot_be_are_spoken_of(fit, regression):
     class Undefined(regression[0]):
         def on_validation_epoch_end(self):
             self.log("score", math.nan if self.global_step == 5 else float(self.global_step))
+            if self.global_step == 5:
+                self.log("seldom", 1.0)
 
-    best, late = BestWeights("score"), BestWeights("val/loss")
+    best, late = BestWeights("score"), BestWeights("seldom")
     module, _ = fit(best, module=Undefined())
     assert (best.step, best.value) == (10, 10.0)
     module.net[0].base.requires_grad_(True)
     with pytest.raises(ConfigurationError, match=r"'net\.0\.base\.bias' was frozen in the best validation, at step 10"):
         best.restore(module)
     # A validation before the change is none after it.
-    module, _ = fit(RankScheduler(Stage(At(step=22), Rank(2))), late)
-    with pytest.warns(UserWarning, match="no validation after the last change of ranks had a number as 'val/loss'"):
+    module, _ = fit(RankScheduler(Stage(At(step=12), Rank(2))), late, module=Undefined())
+    with pytest.warns(UserWarning, match="no validation after the last change of ranks had a number as 'seldom'"):
         late.restore(module)
     with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):
         BestWeights("score", "MAX")
