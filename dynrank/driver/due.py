@@ -95,13 +95,17 @@ class DueStage:
         return RankEvent(self.training.step, reason, tuple(layers), undone, measured, factor)
 
     def warn_of_unknown(self, unmeasured: Sequence[str]) -> None:
-        """Warn if there is no importance of some of the layers that share ranks by it."""
+        """Warn if there is no importance of some of the layers that share ranks by it, or of any."""
         free = [name for name in self.layers.layers if not self.layers.keeps_rank(name)]
         unknown = [name for name in unmeasured if name in free]
-        if unknown:
+        if unknown and len(unknown) == len(free):
             self.training.warn(
-                f"the change of rank at step {self.training.step} shares ranks by importance, and {len(unknown)} of "
-                f"{len(free)} layers, as {unknown[0]!r}, had no gradients when a step ended, so they count as "
-                "unimportant, or alike if they are all. If a module reads their weights without calling them, their "
-                "LoRA does nothing: leave them out of target_modules"
+                f"the change of rank at step {self.training.step} shares ranks by importance, and nothing is known of "
+                "any layer, so all layers count alike: no gradients of the adapters were there when a step ended"
+            )
+        elif unknown:
+            self.training.warn(
+                f"{unknown[0]!r} and {len(unknown) - 1} other layers had no gradients before the change of rank at "
+                f"step {self.training.step}, so they count as unimportant. If a module reads their weights without "
+                "calling them, their LoRA does nothing: leave them out of target_modules"
             )

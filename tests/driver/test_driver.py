@@ -266,12 +266,6 @@ def test_a_change_is_undone_if_it_costs_a_larger_share_of_the_metric(most, befor
     assert (event.undone, event.measured.before, loop.model[0].rank) == (undone, before, 6 if undone else 1)
 
 
-def test_layers_without_gradients_are_warned_of_where_ranks_are_shared_by_importance():
-    driver, loop = due(at(5, Budget(final_rank=2)))
-    with pytest.warns(UserWarning, match="2 of 2 layers, as '0', had no gradients when a step ended"):
-        driver.advance(loop)
-
-
 # Interrupts
 
 HOWS = {"unchecked": {}, "checked": {"max_regression": 9.0}, "undone": {"max_regression": 0.0}}
