@@ -8,6 +8,16 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dynrank.driver.event import RankEvent
+from dynrank.output.ranks import ranks_in_words
+
+
+def words(best: str, event: RankEvent) -> str:
+    """What is said of the ``best`` so far when ``event`` has lowered ranks."""
+    before = ranks_in_words(event.ranks_before)
+    after = ranks_in_words(layer.rank_after for layer in event.layers)
+    return f"best so far, at {before}: {best}; from here on the best of {after} counts (keep_best_before)"
+
 
 def wait_anew(schedulers: Iterable[Any]) -> None:
     """Let schedulers of torch that wait for a better metric wait anew, by their own ``load_state_dict``."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import eq, ge, le
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynrank.errors import ConfigurationError, shown
+from dynrank.errors import ConfigurationError, described, shown
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked_layer import RankedLayer
 from dynrank.patterns import rule_of_each
@@ -93,16 +92,13 @@ class BoundLayers:
         return self.ranks_by(stage, self.expected_states(ranks, last=last))
 
     def ranks_by(self, stage: Stage, states: Mapping[str, LayerState]) -> dict[str, int]:
-        """The ranks that the target of ``stage`` gives; one of a user's that breaks bounds of a layer is refused."""
-        ranks = stage.to.ranks(states)
+        """The ranks that the target of ``stage`` gives; layers that it leaves out keep theirs.
+
+        One of a user's that breaks bounds of a layer is refused.
+        """
+        ranks = {name: state.rank for name, state in states.items()} | stage.to.ranks(states)
         for name, own in self.bounds.items():
             state = states[name]
-            if name not in ranks:
-                raise ConfigurationError(
-                    f"{shown(stage.to)} gives no rank to the layer {name!r}; let its ranks() return one for every "
-                    "layer, layer.rank for those that stay",
-                    *stage.arguments,
-                )
             is_free = own == FREE and state.lowest < state.highest
             # A shrinking target leaves a layer below its bounds as it is, a growing one a layer above them.
             if is_free or ranks[name] == state.rank or state.lowest <= ranks[name] <= state.highest:
@@ -120,23 +116,16 @@ class BoundLayers:
 
         Ends are within the bounds whatever the data, unless a layer is frozen, or no stage lowers or raises its rank.
         """
-        faults: dict[str, list[str]] = {}
-        for name, end in ends.items():
-            for fault in self._unreached(name, end):
-                faults.setdefault(fault, []).append(name)
-        lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
-        if lines:
-            raise ConfigurationError(
-                "rank_map does not fit the schedule:\n  " + "\n  ".join(lines[:_LISTED]), "rank_map"
-            )
-
-    def _unreached(self, name: str, end: int) -> list[str]:
-        """Which of its bounds a layer that ends at rank ``end`` does not keep."""
         faults = []
-        for bound, allows in (("final_rank", eq), ("lowest", le), ("highest", ge)):
-            value = getattr(self.bounds[name], bound)
-            if value is not None and not allows(value, end):
-                side, verb, limit = ("above", "raises", "most") if value > end else ("below", "lowers", "least")
-                why = "it is frozen" if self._is_frozen(name) else f"no stage {verb} it there"
-                faults.append(f"{bound}={value} is {side} its rank {end}, and {why}; set it to at {limit} {end}")
-        return faults
+        for name, end in ends.items():
+            own = self.bounds[name]
+            least, most = own.final_rank or own.lowest or end, own.final_rank or own.highest or end
+            if not least <= end <= most:
+                why = "it is frozen" if self._is_frozen(name) else "no stage brings it further"
+                faults.append(f"{name!r} ends at rank {end}, because {why}, outside of its {described(own)}")
+        if faults:
+            raise ConfigurationError(
+                "rank_map does not fit the schedule; let a rule allow the rank that its layers reach:\n  "
+                + "\n  ".join(faults[:_LISTED]),
+                "rank_map",
+            )

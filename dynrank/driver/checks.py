@@ -112,7 +112,7 @@ def _faults(stage: Stage, layers: BoundLayers, ranks: Mapping[str, int], *, last
     if not stage.to.needs:
         unbounded = {name: replace(states[name], highest=bounds[name].highest or UNBOUNDED) for name in free}
         wanted = stage.to.ranks(states | unbounded)
-        # A layer that a user's target has left out is named below.
+        # A user's target may leave layers out.
         above = [name for name in free if wanted.get(name, 0) > most[name]]
         if above:
             bound = {name: layers.layers[name].bound for name in above}

@@ -41,10 +41,10 @@ from dynrank.driver.learning_rates import LearningRates
 from dynrank.driver.making import change_at_once, change_on_trial
 from dynrank.driver.metrics import check_observed, judging_metrics, numbers_in, observed_metrics
 from dynrank.driver.progress import Decision, Progress
-from dynrank.driver.regression import check_judges
 from dynrank.driver.run_importance import RunImportance
 from dynrank.driver.timetable import Timetable
 from dynrank.driver.training import Training
+from dynrank.driver.validation import check_judges
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.rank_map import RankBounds, RankMap, read_rank_map
@@ -94,10 +94,10 @@ class RankDriver:
         self._importance = RunImportance()
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # What the checkpoint has otherwise: "schedule" or "rank_map"; None: nothing.
-        self._differs: str | None = None
         # Whether the metrics are known to exist by which changes are judged.
         self._has_judges = False
+        # Whether all processes still have to be compared after their first step.
+        self._is_first_step = False
 
     @property
     def history(self) -> list[RankEvent]:
@@ -144,15 +144,14 @@ class RankDriver:
             check_model(training.model, self.stages, run, self.rules)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)
+        self._is_first_step = bool(self.stages)
         # A model that was wrapped before its checkpoint was loaded may have other shapes than DDP knows.
         with new_reducers(training.ddp):
             pass
-        if self._differs is not None:
-            training.warn(f"the {self._differs} is not the checkpoint's: it applies from step {training.step} on")
         adapters = adapter_parameters(training.model)
         self._rates = [LearningRates(optimizer, adapters, self.lr_factor) for optimizer in training.optimizers]
         self._importance.start(training, layers.layers, self.stages[self.progress.stage :])
-        self._plan()
+        self._next_step = self._timetable.next_step(self.progress.stage)
         self._is_running = True
 
     def is_due(self, step: int) -> bool:
@@ -172,6 +171,10 @@ class RankDriver:
         if training.step <= self._ended_step:
             return
         self._ended_step = training.step
+        if self._is_first_step:
+            # Processes whose gradients nobody averages differ from here on.
+            check_processes(training.model, training.optimizers, "after the first step", training.group)
+            self._is_first_step = False
         self._importance.end_step()
         if training.step == self._run.total_steps if last is None else last:
             self.end(training)
@@ -233,7 +236,6 @@ class RankDriver:
         self.lr_factor = 1.0
         self._importance.load_state_dict(None)
         self._ended_step = 0
-        self._differs = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -248,23 +250,16 @@ class RankDriver:
                 "search for a rate or a batch size before training, without this callback; a loop that goes back "
                 "calls driver.abort() before and driver.start(...) after it"
             )
-        progress, differs = stored.load(state, self.stages, self.rules)
+        self.progress = stored.load(state, self.stages, self.rules)
         self._ended_step = 0
-        self.progress = progress
         self.lr_factor = float(state["lr_factor"])
         self._importance.load_state_dict(state["importance"])
-        self._differs = differs
 
     @property
     def _next_trigger(self) -> Trigger | None:
         """The trigger of the next stage, if no change is pending."""
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
-
-    def _plan(self) -> None:
-        """Take note of when the next stage is due."""
-        assert self._timetable is not None
-        self._next_step = self._timetable.next_step(self.progress.stage)
 
     def _act(self, training: Training, *, ended: bool = False) -> RankEvent | None:
         """Make the change that is due, if there is one; None: there is none, or no layer gets new factors."""
@@ -286,16 +281,16 @@ class RankDriver:
         check_processes(training.model, training.optimizers, when, training.group)
         last = index == len(self.stages) - 1
         # The importance is the same in all processes, because gradients are; process 0 decides all the same.
-        due = DueStage.now(training, stage, decided.reason, self._bounds, self._importance.of_layers(), last=last)
+        due = DueStage(training, stage, decided.reason, self._bounds, self._importance.of_layers(), last=last)
         # The importance of an update needs the gradients of the step after it.
         if "importance" in stage.to.needs and training.step >= 2:
-            due.warn_of_unknown(training, self._importance.unmeasured())
+            due.warn_of_unknown(self._importance.unmeasured())
         history = self.progress.history
         known = len(history)
         end_stage = partial(self._end_stage, training, index)
         try:
             make = change_at_once if stage.how.max_regression is None else change_on_trial
-            make(training, due, end_stage)
+            make(due, end_stage)
         finally:
             # Also if Ctrl-C was pressed during the change.
             for event in history[known:]:
@@ -306,7 +301,8 @@ class RankDriver:
         """Go to the stage after ``index``, whose change was made, undone, or (None) gave no layer new factors."""
         self.progress.pending = None
         self.progress.stage = index + 1
-        self._plan()
+        assert self._timetable is not None
+        self._next_step = self._timetable.next_step(index + 1)
         self._reset_triggers(first=index + 1)
         if event is not None:
             self.progress.history.append(event)

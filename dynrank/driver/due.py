@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,29 +21,23 @@ from dynrank.schedules import Stage
 from dynrank.targets import LayerState
 
 
-@dataclass(frozen=True)
 class DueStage:
-    """A stage whose change is due, with the layers of the model.
+    """A stage whose change is due, with the present layers of a run.
+
+    Args:
+        training: the run.
+        stage: the stage.
+        reason: why it is due.
+        bounds: {layer: what its rank may become}.
+        importance: {layer: its importance}; empty if unknown.
+        last: whether it is the last stage of the schedule.
 
     Attributes:
-        stage: the stage.
-        last: whether it is the last one of the schedule.
-        reason: why it is due.
         layers: the layers of the model, with the bounds of their ranks.
-        directions: the directions of the layers that are not pinned.
-        importance: the importance of each layer; empty if unknown.
     """
 
-    stage: Stage
-    last: bool
-    reason: str
-    layers: BoundLayers
-    directions: LayerDirections
-    importance: Mapping[str, LayerImportance]
-
-    @classmethod
-    def now(
-        cls,
+    def __init__(
+        self,
         training: Training,
         stage: Stage,
         reason: str,
@@ -51,24 +45,28 @@ class DueStage:
         importance: Mapping[str, LayerImportance],
         *,
         last: bool,
-    ) -> DueStage:
-        """``stage`` with the present layers of ``training``."""
-        layers = BoundLayers(dict(lora_layers(training.model)), bounds)
+    ) -> None:
+        self.training = training
+        self.stage = stage
+        self.reason = reason
+        self.layers = BoundLayers(dict(lora_layers(training.model)), bounds)
+        self._importance = importance
+        self._last = last
         # Only of the layers that may change: a pinned one is not decomposed, and its factors may even be not finite.
-        directions = LayerDirections({name: each for name, each in layers.layers.items() if not bounds[name].pinned})
-        return cls(stage, last, reason, layers, directions, importance)
+        free = {name: layer for name, layer in self.layers.layers.items() if not bounds[name].pinned}
+        self._directions = LayerDirections(free)
 
     def states(self) -> dict[str, LayerState]:
         """The state of each layer that the stage's target reads."""
         needs = self.stage.to.needs
-        scores = {name: each.score for name, each in self.importance.items()} if "importance" in needs else {}
-        values = self.directions.values() if "values" in needs else {}
+        scores = {name: each.score for name, each in self._importance.items()} if "importance" in needs else {}
+        values = self._directions.values() if "values" in needs else {}
         states = {}
         for name, rank in self.layers.ranks.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(rank, dtype=torch.float64) if "values" in needs else None
             states[name] = self.layers.state(
-                name, rank, last=self.last, values=values.get(name, nothing), importance=scores.get(name)
+                name, rank, last=self._last, values=values.get(name, nothing), importance=scores.get(name)
             )
         return states
 
@@ -76,43 +74,38 @@ class DueStage:
         """The ranks that the stage's target gives for the present state of the layers."""
         return self.layers.ranks_by(self.stage, self.states())
 
-    def change(self, training: Training, plan: Callable[[], Mapping[str, int]]) -> Change:
+    def change(self, plan: Callable[[], Mapping[str, int]]) -> Change:
         """The change to the ranks that ``plan`` returns, which is not yet made; a collective call."""
-        return Change.in_run(training.adapters, plan, self.directions, self.stage.how.optimizer_state, training.step)
+        how = self.stage.how.optimizer_state
+        return Change.in_run(self.training.adapters, plan, self._directions, how, self.training.step)
 
     def event(
-        self,
-        step: int,
-        reports: Sequence[LayerReport],
-        reason: str,
-        measured: Measured | None = None,
-        *,
-        undone: bool = False,
+        self, reports: Sequence[LayerReport], reason: str, measured: Measured | None = None, *, undone: bool = False
     ) -> RankEvent:
         """The event of a change, with the importance of each of its layers, where that is known."""
         layers = []
         for report in reports:
-            known = self.importance.get(report.layer)
+            known = self._importance.get(report.layer)
             if known is not None:
                 report = replace(report, importance=known.value, importance_error=known.error)
             layers.append(report)
         before = self.layers.ranks | {report.layer: report.rank_before for report in reports}
         after = self.layers.ranks | {report.layer: report.rank_after for report in reports}
         factor = 1.0 if undone else factor_of_change(self.stage.how, before, after)
-        return RankEvent(step, reason, tuple(layers), undone, measured, factor)
+        return RankEvent(self.training.step, reason, tuple(layers), undone, measured, factor)
 
-    def warn_of_unknown(self, training: Training, unmeasured: Sequence[str]) -> None:
+    def warn_of_unknown(self, unmeasured: Sequence[str]) -> None:
         """Warn if there is no importance of some of the layers that share ranks by it, or of any."""
-        free = {name for name in self.layers.layers if not self.layers.keeps_rank(name)}
+        free = [name for name in self.layers.layers if not self.layers.keeps_rank(name)]
         unknown = [name for name in unmeasured if name in free]
         if unknown and len(unknown) == len(free):
-            training.warn(
-                f"the change of rank at step {training.step} shares ranks by importance, and nothing is known of any "
-                "layer, so all layers count alike: no gradients of the adapters were there when a step ended"
+            self.training.warn(
+                f"the change of rank at step {self.training.step} shares ranks by importance, and nothing is known of "
+                "any layer, so all layers count alike: no gradients of the adapters were there when a step ended"
             )
         elif unknown:
-            training.warn(
+            self.training.warn(
                 f"{unknown[0]!r} and {len(unknown) - 1} other layers had no gradients before the change of rank at "
-                f"step {training.step}, so they count as unimportant. If a module reads their weights without calling "
-                "them, their LoRA does nothing: leave them out of target_modules"
+                f"step {self.training.step}, so they count as unimportant. If a module reads their weights without "
+                "calling them, their LoRA does nothing: leave them out of target_modules"
             )

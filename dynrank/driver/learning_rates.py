@@ -13,7 +13,7 @@ from torch.optim import Adafactor, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynrank.change.closures import Closure, with_closure
-from dynrank.distributed.zero import ZeroOptimizer
+from dynrank.distributed.zero import ZeroOptimizer, stepping
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
 
@@ -52,16 +52,17 @@ class LearningRates:
     def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter], factor: float) -> None:
         self._optimizer = optimizer
         self._handles: list[RemovableHandle] = []
-        earlier = _HOOKED.get(id(optimizer))
+        inside = stepping(optimizer)
+        earlier = _HOOKED.get(id(inside))
         # Each would raise the rates that the other restores.
-        if earlier is not None and earlier._optimizer is optimizer and earlier._handles:
+        if earlier is not None and stepping(earlier._optimizer) is inside and earlier._handles:
             raise ConfigurationError(
                 "another rank schedule drives this optimizer; join the stages of both in one list, or both models in a "
                 "torch.nn.ModuleDict. After a run that was interrupted, as a cell of a notebook, call driver.abort(), "
                 "or make a new optimizer",
                 "callbacks",
             )
-        _HOOKED[id(optimizer)] = self
+        _HOOKED[id(inside)] = self
         self.factor = factor
         self.used: dict[int, Any] = {}
         self._adapters = {id(parameter) for parameter in adapters}
@@ -157,10 +158,7 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
             raise ConfigurationError(
                 f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, but {why}, and group "
                 f"{number} also has {others} other parameters. Set lr_factor=1 (early_budget(4, how=How())), or give "
-                "the optimizer two groups (under the Trainer in create_optimizer of a derived class):\n"
-                "  own = list(dynrank.adapter_parameters(model))\n"
-                "  ids = {id(p) for p in own}\n"
-                "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
-                f'  torch.optim.AdamW([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})',
+                "the optimizer two groups (under the Trainer in create_optimizer of a derived class): {'params': "
+                "list(dynrank.adapter_parameters(model))}, and {'params': [...]} of all others that are trained",
                 "lr_factor",
             )

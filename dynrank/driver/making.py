@@ -7,48 +7,43 @@ from collections.abc import Callable
 from dynrank.change.interrupts import uninterrupted
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
-from dynrank.driver.regression import RegressionTest
 from dynrank.driver.search import cut_to_smallest
-from dynrank.driver.training import Training
-from dynrank.driver.undo import Undo
+from dynrank.driver.trial import Trial
 
 # Ends the stage with its event; None: no layer got new factors.
 EndStage = Callable[[RankEvent | None], None]
 
 
-def change_at_once(training: Training, due: DueStage, end_stage: EndStage) -> None:
+def change_at_once(due: DueStage, end_stage: EndStage) -> None:
     """Make the change of ``due``."""
-    change = due.change(training, due.ranks)
+    change = due.change(due.ranks)
     if not change.reports:
         end_stage(None)
         return
-    event = due.event(training.step, change.reports, due.reason)
+    event = due.event(change.reports, due.reason)
     # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
     with uninterrupted():
         change.apply()
         end_stage(event)
 
 
-def change_on_trial(training: Training, due: DueStage, end_stage: EndStage) -> None:
+def change_on_trial(due: DueStage, end_stage: EndStage) -> None:
     """Make the change of ``due``, or search for it, and undo it bit for bit if it costs too much."""
-    undo = Undo(training.adapters)
+    trial = Trial(due.training, due.stage.how)
     # Twice, because Ctrl-C may interrupt the first exit.
-    with undo, undo:
-        event = (cut_to_smallest if due.stage.search else _try)(training, undo, due)
+    with trial, trial:
+        event = (cut_to_smallest if due.stage.search else _try)(trial, due)
         with uninterrupted():
-            undo.keep()
+            trial.keep()
             end_stage(event)
 
 
-def _try(training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
-    change = due.change(training, due.ranks)
+def _try(trial: Trial, due: DueStage) -> RankEvent | None:
+    change = due.change(due.ranks)
     if not change.reports:
         return None
-    test = RegressionTest(training, due.stage.how)
-    with uninterrupted():
-        change.apply()
-    measured = test.measure()
-    undone = not test.allows(measured.after)
+    measured = trial.make(change)
+    undone = not trial.allows(measured.after)
     if undone:
-        undo.restore()
-    return due.event(training.step, change.reports, due.reason, measured, undone=undone)
+        trial.restore()
+    return due.event(change.reports, due.reason, measured, undone=undone)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
 from numbers import Real
 from typing import Any
 
@@ -27,15 +26,14 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
     >>> numbers_in({"bleu": 31.5, "precisions": [60.0, 40.0], "length": np.int64(7)})
     {'bleu': 31.5, 'length': 7.0}
     """
-    return {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
-
-
-def _number(value: Any) -> float | None:
-    """``value`` if it is a number, or an array or tensor of one number; None if it is not."""
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
-    # numpy's numbers are of Real, too.
-    return float(value) if isinstance(value, Real) else None
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+            value = value.item()
+        # numpy's numbers are of Real, too.
+        if isinstance(value, Real):
+            found[name] = float(value)
+    return found
 
 
 class TrainingLoss:
@@ -82,16 +80,9 @@ class TrainingLoss:
 
 
 def observed_metrics(stages: Sequence[Stage]) -> dict[str, str]:
-    """{metric that a trigger reads: the argument that names it, ``monitor of Plateau``, for errors}."""
+    """{metric that a trigger reads: the name of the trigger, for errors}."""
     triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
-    return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
-
-
-def _argument(trigger: Trigger, name: str) -> str:
-    values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
-    arguments = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
-    argument = arguments[0] if arguments else "monitors"
-    return f"{argument} of {type(trigger).__name__}"
+    return {name: type(trigger).__name__ for trigger in triggers for name in trigger.monitors}
 
 
 def judging_metrics(stages: Sequence[Stage]) -> set[str]:
@@ -100,24 +91,16 @@ def judging_metrics(stages: Sequence[Stage]) -> set[str]:
 
 
 def check_observed(stages: Sequence[Stage], logged: Collection[str]) -> None:
-    """Refuse a trigger whose metric a validation, which has the metrics ``logged``, lacks."""
-    arguments = observed_metrics(stages)
-    for name in arguments.keys() - set(logged):
-        raise _not_there(name, arguments[name], logged, _CURES)
-
-
-def check_training_metrics(stages: Sequence[Stage], *, validates: bool, logged: Collection[str] = ()) -> None:
-    """Refuse a trigger on a metric of training other than its loss, such as those that training has ``logged``."""
-    arguments = observed_metrics(stages)
-    for name in arguments.keys() - {TRAIN_LOSS}:
-        if not validates or name.startswith("train") or name in logged:
-            raise _not_there(name, arguments[name], [TRAIN_LOSS], _CURES)
+    """Refuse a trigger whose metric is not among those that validations have, and the loss of training, ``logged``."""
+    for name, trigger in observed_metrics(stages).items():
+        if name not in logged:
+            raise _not_there(name, trigger, "monitor", logged, _CURES)
 
 
 def metric_value(metrics: Mapping[str, float], name: str, group: ProcessGroup | None) -> float:
     """The metric that judges a change, as the mean over all processes of ``group``."""
     if name not in metrics:
-        raise _not_there(name, "check_monitor of How", metrics, _JUDGED)
+        raise _not_there(name, "check_monitor of How", "check_monitor", metrics, _JUDGED)
     return mean_over_processes(float(metrics[name]), group)
 
 
@@ -131,7 +114,8 @@ _CURES = (
 )
 
 
-def _not_there(name: str, argument: str, logged: Collection[str], advice: str) -> ConfigurationError:
+def _not_there(name: str, reader: str, argument: str, logged: Collection[str], advice: str) -> ConfigurationError:
     found = ", ".join(map(repr, sorted(logged)))
-    message = f"{argument} must name a metric that is logged, got {name!r}; logged: {found}{advice}"
-    return ConfigurationError(message, argument.partition(" ")[0])
+    return ConfigurationError(
+        f"{reader} must name a metric that is logged, got {name!r}; logged: {found}{advice}", argument
+    )

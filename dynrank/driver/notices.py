@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: how far ranks can go, a server's slot, scalings that differ."""
+"""What is known of a run before its first step: how far ranks can go, and a server's slot."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from torch import nn
 
 from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, depends_on_data, final_ranks
-from dynrank.output.ranks import ranks, scalings_in_words
 from dynrank.output.slots import average, slot_rank
 from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, Energy
-
-
-def start_notices(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> list[str]:
-    """What to know before the first step, a line each: of a server's slot, and of scalings that differ."""
-    lines = [slot_notice(model, schedule, rules)]
-    if scalings := scalings_in_words(ranks(model)):
-        lines.append(f"layers differ in their scaling: {scalings}")
-    return [line for line in lines if line is not None]
 
 
 def slot_notice(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> str | None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 
-from dynrank.change.change import Change
 from dynrank.change.interrupts import uninterrupted
 from dynrank.change.reports import LayerReport
 from dynrank.distributed.processes import from_first
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.regression import RegressionTest
-from dynrank.driver.training import Training
-from dynrank.driver.undo import Undo
+from dynrank.driver.trial import Trial
 from dynrank.targets import Budget
 
 
-def cut_to_smallest(training: Training, undo: Undo, due: DueStage) -> RankEvent | None:
+def cut_to_smallest(trial: Trial, due: DueStage) -> RankEvent | None:
     """Cut to the fewest directions that are enough; the event is undone if all are needed. None: nothing to cut.
 
     The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
@@ -24,24 +22,23 @@ def cut_to_smallest(training: Training, undo: Undo, due: DueStage) -> RankEvent 
     they allow is made.
 
     Args:
-        training: after the last optimizer step.
-        undo: the cuts are made inside it.
+        trial: the cuts are made inside it.
         due: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
     """
-    search = Search(training, undo, due)
+    search = Search(trial, due)
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
     measured, reports = search.tried(steps)
     passes = search.passes(steps)
     if passes:
-        change = search.compute(steps)
+        change = due.change(partial(search.ranks, steps))
         with uninterrupted():
             change.apply()
     left = sum(search.ranks(steps).values())
     allowed = f"{due.stage.how.max_regression:.2%} allowed"
     reason = f"{due.reason}: {left:,} of {sum(search.now.values()):,} directions, {allowed}"
-    return due.event(training.step, reports, reason, measured, undone=not passes)
+    return due.event(reports, reason, measured, undone=not passes)
 
 
 class Search:
@@ -51,15 +48,14 @@ class Search:
         now: {layer: its rank now}.
     """
 
-    def __init__(self, training: Training, undo: Undo, due: DueStage) -> None:
-        self._training = training
-        self._undo = undo
+    def __init__(self, trial: Trial, due: DueStage) -> None:
+        self._trial = trial
         self._due = due
         self.now = due.layers.ranks
         # By their number of steps.
-        self._trials: dict[int, tuple[Measured, list[LayerReport]]] = {}
+        self._tried: dict[int, tuple[Measured, list[LayerReport]]] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(self._plan, training.group)
+        self._lowest, self._order = from_first(self._plan, due.training.group)
 
     def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
         target = self._due.stage.to
@@ -72,27 +68,19 @@ class Search:
         """The rank of every layer after so many steps."""
         return self.now | self._lowest | dict(self._order[:steps])
 
-    def compute(self, steps: int) -> Change:
-        """The cut to so many steps, which is not yet made."""
-        return self._due.change(self._training, lambda: self.ranks(steps))
-
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
-        return steps == len(self._order) or self._test.allows(self.tried(steps)[0].after)
+        return steps == len(self._order) or self._trial.allows(self.tried(steps)[0].after)
 
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass."""
-        self._test = RegressionTest(self._training, self._due.stage.how)
         fewest = bisect_left(range(len(self._order)), True, key=self.passes)
         return fewest if self.ranks(fewest) != self.now else fewest - 1
 
     def tried(self, steps: int) -> tuple[Measured, list[LayerReport]]:
         """What a cut to so many steps costs, which was made, validated, and undone bit for bit, and its reports."""
-        if steps not in self._trials:
-            change = self.compute(steps)
-            with uninterrupted():
-                change.apply()
-            measured = self._test.measure()
-            self._undo.restore()
-            self._trials[steps] = measured, change.reports
-        return self._trials[steps]
+        if steps not in self._tried:
+            change = self._due.change(partial(self.ranks, steps))
+            self._tried[steps] = self._trial.make(change), change.reports
+            self._trial.restore()
+        return self._tried[steps]

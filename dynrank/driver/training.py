@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -20,6 +20,9 @@ from dynrank.importance.importance import Importance, ImportanceSums
 from dynrank.importance.step_gradients import StepsOfAll
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.ranked_layer import RankedLayer
+
+# A function of the user's that evaluates the present model, and returns metrics.
+Evaluate: TypeAlias = Callable[[], Mapping[str, Any]]
 
 
 class ImportanceSteps(Protocol):

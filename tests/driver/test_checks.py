@@ -9,10 +9,8 @@ from torch import nn
 from trained import drive, updated
 
 import dynrank
-from dynrank.change.directions import LayerDirections
 from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, check_model, final_ranks
-from dynrank.driver.driver import RankDriver
 from dynrank.driver.due import DueStage
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -25,7 +23,6 @@ from dynrank.schedules import (
     energy,
     fixed,
     grow,
-    milestones,
     rebalance,
 )
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
@@ -42,10 +39,9 @@ def rules_of(**rank_map):
     return read_rank_map(rank_map, RankBounds)
 
 
-def due(model, target, rules, *, last=True):
+def due(model, target, rules):
     (stage,) = to(target)
-    layers = BoundLayers.of(model, rules)
-    return DueStage(stage, last, "", layers, LayerDirections(layers.layers), {})
+    return DueStage(Training(model, []), stage, "", BoundLayers.of(model, rules).bounds, {}, last=True)
 
 
 def refusal(model, schedule, rules=NO_RULES):
@@ -161,85 +157,22 @@ def test_budget_below_the_lowest_ranks_is_refused(before, rules, enough, short, 
     assert all(word in message for word in words.split()), message
 
 
-# A rank map, in models of PEFT and add_lora
-
-
-class Block(nn.Module):
-    """Names as in a Llama: attention with o_proj, and an MLP."""
-
-    def __init__(self):
-        super().__init__()
-        self.self_attn = nn.ModuleDict({name: nn.Linear(12, 12) for name in ("q_proj", "o_proj")})
-        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(12, 20), "down_proj": nn.Linear(20, 12)})
-
-
-def net():
-    return nn.ModuleDict({"layers": nn.Sequential(Block(), Block())})
-
-
-NAMES = [name for name, module in net().named_modules() if isinstance(module, nn.Linear)]
-
-
-def wrapped(frozen=None, **pattern):
-    """By PEFT, with its own rank_pattern; layers with the word ``frozen`` in their names are."""
-    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
-    model = get_peft_model(net(), LoraConfig(r=8, lora_alpha=8, target_modules=targets, rank_pattern=pattern))
-    for name, layer in dynrank.lora_layers(model):
-        if frozen is not None and frozen in name:
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
-    return model
-
-
-def own(**rank_map):
-    return dynrank.add_lora(net(), rank=8, alpha=8, rank_map=rank_map)
-
-
-def ranks_of(model, word=""):
-    return [layer.rank for name, layer in dynrank.lora_layers(model) if word in name]
-
-
-def driven(driver, model, first, last):
-    """The steps from ``first`` up to before ``last``, whose updates are nobody's concern."""
-    loop = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model))], first)
-    driver.start(loop, RUN)
-    for loop.step in range(first, last):
-        driver.advance(loop)
+# A rank map
 
 
 def test_a_key_that_begins_at_the_first_letter_of_a_name_is_of_the_model_that_peft_has_wrapped():
-    first = f"^{NAMES[0]}"
-    model = wrapped(**{first: 3})
-    assert ranks_of(model)[:2] == [3, 8]
-    for key in (first, f"^base_model.model.{NAMES[0]}"):
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model = get_peft_model(net, LoraConfig(r=8, target_modules=["0", "1"], rank_pattern={"^0": 3}))
+    assert [layer.rank for _, layer in dynrank.lora_layers(model)] == [3, 8]
+    for key in ("^0", "^base_model.model.0"):
         bounds = BoundLayers.of(model, rules_of(**{key: {"pinned": True}})).bounds
-        assert [bound.pinned for bound in bounds.values()] == [True] + [False] * (len(NAMES) - 1)
+        assert [bound.pinned for bound in bounds.values()] == [True, False]
 
 
 def test_the_first_of_the_schedules_rules_goes_before_the_layers_own_as_a_whole():
-    model = own(o_proj={"rank": 6, "final_rank": 2}, mlp={"pinned": True})
-    rules = {r"0\..*o_proj": {"highest": 4}, "down_proj": {"pinned": False}, "mlp": {"lowest": 3}}
-    bounds = BoundLayers.of(model, rules_of(**rules)).bounds
-    assert [bounds[name] for name in NAMES] == [
-        *(RankBounds(), RankBounds(highest=4), RankBounds(lowest=3), RankBounds()),
-        *(RankBounds(), RankBounds(final_rank=2), RankBounds(lowest=3), RankBounds()),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected", "at_last"),
-    [
-        ({"pinned": True}, (8, 8), (8, 8)),
-        ({"highest": 20}, (1, 12), (1, 12)),
-        ({"lowest": 2, "highest": 4}, (2, 4), (2, 4)),
-        ({"final_rank": 6, "lowest": 4, "highest": 7}, (6, 7), (6, 6)),
-    ],
-)
-def test_targets_get_the_bounds_of_each_layer(rule, expected, at_last):
-    """What targets do with them is tested in tests/targets."""
-    for last, bounds in ((False, expected), (True, at_last)):
-        states = due(wrapped(), Rank(4), rules_of(attention=rule), last=last).states()
-        assert [(state.lowest, state.highest) for state in states.values()] == [bounds, bounds, (1, 12), (1, 12)] * 2
+    model = small(of_0={"rank": 6, "final_rank": 2}, of_1={"final_rank": 3}, of_2={"pinned": True})
+    bounds = BoundLayers.of(model, rules_of(**{"0": {"highest": 4}, "[02]": {"lowest": 3}})).bounds
+    assert [*bounds.values()] == [RankBounds(highest=4), RankBounds(final_rank=3), RankBounds(lowest=3)]
 
 
 CUT = early_budget(4)
@@ -249,80 +182,51 @@ TWICE = early_budget(6) + early_budget(4, at=0.7)
 @pytest.mark.parametrize(
     ("frozen", "key", "rule", "schedule", "said"),
     [
-        (None, "o_prj", {"pinned": True}, CUT, "'o_prj' matches no LoRA layer; nearest: ['o_proj'"),
-        (None, "o_proj", {"lowest": 9}, CUT, "o_proj' and 1 more: lowest=9 is above its rank 8, and no stage raises"),
-        (None, "mlp", {"highest": 4}, grow(10), "up_proj' and 3 more: highest=4 is below its rank 8|no stage lowers"),
-        ("o_proj", "o_proj", {"highest": 4}, CUT, "highest=4 is below its rank 8, and it is frozen; set it to at le"),
+        ([], "o_proj", {"pinned": True}, CUT, "'o_proj' matches no LoRA layer; nearest: ['0'"),
+        ([], "0", {"lowest": 9}, CUT, "'0' ends at rank 8, because no stage brings it further|RankBounds(lowest=9)"),
+        ([], "[12]", {"highest": 4}, grow(10), "'1' ends at rank 8|'2' ends at rank 8|no stage|RankBounds(highest=4)"),
+        ([], "0", {"final_rank": 9}, CUT, "rank 8, because no stage brings it further|RankBounds(final_rank=9)"),
+        ([0], "0", {"highest": 4}, CUT, "'0' ends at rank 8, because it is frozen, outside|(highest=4)"),
         # In a later stage, whatever the data.
-        (None, ".*", {"lowest": 5}, TWICE, "stage 2: the budget must be at least|(final_rank, lowest, rank_map)"),
+        ([], ".*", {"lowest": 5}, TWICE, "stage 2: the budget must be at least|(final_rank, lowest, rank_map)"),
     ],
 )
 def test_a_rule_against_the_model_or_the_schedule_is_refused_by_name(frozen, key, rule, schedule, said):
-    message = refusal(wrapped(frozen), schedule, rules_of(**{key: rule}))
+    model = small()
+    for number in frozen:
+        model[number].requires_grad_(False)
+    message = refusal(model, schedule, rules_of(**{key: rule}))
     assert all(words in message for words in said.split("|")), message
     assert "'rank_map'" in message or ", rank_map)" in message
-    hidden = rules_of(o_proj={"highest": 8}, **{r".*o_proj": {"pinned": True}})
-    assert "'.*o_proj' is hidden by 'o_proj'" in refusal(wrapped(frozen), schedule, hidden)
+    hidden = rules_of(**{"0": {"highest": 8}, "[0]": {"pinned": True}})
+    assert "'[0]' is hidden by '0'" in refusal(model, schedule, hidden)
 
 
 class Blind(Target):
-    """Of a user's who does not ask for bounds, and leaves out a layer."""
+    """Of a user's who does not ask for bounds, and leaves out a layer, which keeps its rank."""
 
     def __init__(self, rank):
         self.rank = rank
 
     def ranks(self, layers):
-        return {name: self.rank for name in layers if "down" not in name}
+        return {name: self.rank for name in layers if name != "2"}
 
 
 @pytest.mark.parametrize(
     ("frozen", "rules", "said"),
     [
-        (None, {"o_proj": {"pinned": True}}, "rank 4 to the layer '.*o_proj', whose lowest rank is 8 and highest 8"),
-        (None, {"o_proj": {"lowest": 6}}, "rank 4 to the layer '.*o_proj', whose lowest rank is 6 and highest 12"),
-        (None, {"o_proj": {"highest": 3}}, "rank 4 to the layer '.*o_proj', whose lowest rank is 1 and highest 3"),
-        ("q_proj", {}, "rank 4 to the layer '.*q_proj', whose lowest rank is 8 and highest 8, .* it is frozen"),
-        (None, {}, "no rank to the layer '.*down_proj'"),
+        ([], {"1": {"pinned": True}}, "rank 4 to the layer '1', whose lowest rank is 8 and highest 8"),
+        ([], {"1": {"lowest": 6}}, "rank 4 to the layer '1', whose lowest rank is 6 and highest 12"),
+        ([], {"1": {"highest": 3}}, "rank 4 to the layer '1', whose lowest rank is 1 and highest 3"),
+        ([0], {}, "rank 4 to the layer '0', whose lowest rank is 8 and highest 8, .* it is frozen"),
     ],
 )
 def test_a_users_target_cannot_break_bounds_before_the_run_nor_in_it(frozen, rules, said):
-    model = wrapped(frozen)
+    model = small()
+    assert [*due(model, Blind(4), {}).ranks().values()] == [4, 4, 8]
+    for number in frozen:
+        model[number].requires_grad_(False)
     with pytest.raises(ConfigurationError) as caught:
         due(model, Blind(4), rules_of(**rules)).ranks()
     for message in (str(caught.value), refusal(model, to(Blind(4)), rules_of(**rules))):
         assert re.match(rf"Blind\(rank=4\) gives {said}", message)
-
-
-# Checkpoints
-
-PINNED = {"o_proj": {"pinned": True}}
-
-
-def resumed(step, rank_map):
-    """(driver, model) of a run with PINNED that stopped before ``step``, and went on with ``rank_map``."""
-    schedule = milestones([6, 3], at=[3, 7], unit="step")
-    model = wrapped()
-    first = RankDriver(schedule, rank_map=PINNED)
-    driven(first, model, 0, step)
-    driver = RankDriver(schedule, rank_map=rank_map)
-    driver.load_state_dict(first.state_dict())
-    driven(driver, model, step, 10)
-    return driver, model
-
-
-def test_a_resume_goes_on_with_the_rank_map_from_a_file_and_refuses_another(tmp_path):
-    (tmp_path / "ranks.yaml").write_text("rank_pattern: {o_proj: {pinned: true}}\n")
-    driver, model = resumed(5, tmp_path / "ranks.yaml")
-    assert [event.step for event in driver.history] == [3, 7]
-    assert ranks_of(model) == [3, 8, 3, 3] * 2
-    for other in (None, {"o_proj": {"highest": 8}}, {**PINNED, "mlp": {"highest": 8}}):
-        with pytest.raises(ConfigurationError, match=r"schedule or rank_map: .*'o_proj', 'RankBounds\(pinned=True\)'"):
-            resumed(5, other)
-
-
-def test_another_rank_map_before_the_first_change_applies_with_a_warning():
-    with pytest.warns(UserWarning, match="the rank_map is not the checkpoint's: it applies from step 2 on"):
-        _, model = resumed(2, {"mlp": {"pinned": True}})
-    assert ranks_of(model) == [3, 3, 8, 8] * 2
-    with pytest.raises(ConfigurationError, match="'gate_proj' matches no LoRA layer"):
-        resumed(2, {"gate_proj": {"pinned": True}})

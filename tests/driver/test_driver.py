@@ -1,10 +1,12 @@
 """The driver in a loop of few lines: when it measures and acts, what it undoes, what it refuses, and its resume."""
 
 import io
+import random
 import signal
 from contextlib import nullcontext, suppress
-from math import isnan, prod
+from math import inf, isnan, nan, prod
 
+import numpy as np
 import pytest
 import schedulefree
 import torch
@@ -135,35 +137,15 @@ def test_run_that_resumes_or_goes_back_is_the_whole_run_bit_for_bit(name):
     check(driver, loop)
 
 
-def test_stages_to_come_may_be_others_than_in_the_checkpoint():
-    """What is over stays, and so does the importance of layers."""
-    first = Loop()
-    first.train(RankDriver([at(3, Rank(5)), at(14, Rank(3))]))
-    driver, loop = RankDriver([at(3, Rank(5)), at(14, Rank(3)), at(20, Rank(1))]), Loop()
-    loop.load(driver, first.files[10])
-    with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):
-        loop.train(driver)
-    assert trajectory(driver) == [(3, 6, 5), (14, 5, 3), (20, 3, 1)]
-
-
-def test_a_trigger_that_the_checkpoint_does_not_know_begins_anew_and_its_decision_is_forgotten():
-    """Also if the schedule has been in another run, whose metrics would let it fire."""
-
-    def observing(patience, count):
-        driver, loop = due(Stage(Plateau(patience=patience), Rank(2)))
-        for loop.step in range(count):
-            driver.validated(loop, {"val/loss": 1.0})
-        return driver
-
-    saved = observing(patience=1, count=2)
-    driver = observing(patience=3, count=3)
-    driver.abort()
-    driver.load_state_dict(saved.state_dict())
-    assert driver.stages[0].when == Plateau(patience=3)
-    assert (saved.is_due(5), driver.is_due(5)) == (True, False)
-
-
 # When stages act
+
+
+def test_processes_are_compared_at_the_start_after_the_first_step_and_before_a_change(monkeypatch):
+    """So it is an error at once that nobody averages their gradients."""
+    found = []
+    monkeypatch.setattr("dynrank.driver.driver.check_processes", lambda *arguments: found.append(arguments[2]))
+    Loop().train(RankDriver(at(3, Rank(3))), 5)
+    assert found == ["at the start of training", "after the first step", "before the change of rank at step 3"]
 
 
 END = Stage(At(fraction=1.0), Rank(2))
@@ -208,7 +190,7 @@ class Seeing(Trigger):
 
 def test_trigger_reads_each_validation_once_of_which_the_first_has_all_and_a_later_one_may_say_nothing():
     driver, loop = due(Stage(Seeing(), Rank(3)))
-    cures = r"^monitors of Seeing must .*'train/loss'; logged: 'val/bleu'.* log it in .*, or observe train/loss$"
+    cures = r"^Seeing must .*'train/loss'; logged: 'val/bleu'.* log it in .*, or observe train/loss$"
     with pytest.raises(ConfigurationError, match=cures):
         driver.validated(loop, {"val/bleu": 31.5})
     # As the precisions of a BLEU score, a table, a text.
@@ -221,6 +203,67 @@ def test_trigger_reads_each_validation_once_of_which_the_first_has_all_and_a_lat
     first, *later = Seeing.seen
     assert first == (2.0, 31.5)
     assert [(isnan(loss), bleu) for loss, bleu in later] == [(True, 32.5)] * 2
+
+
+# What a change costs
+
+
+def draw():
+    return torch.rand(()).item() + random.random() + np.random.rand()
+
+
+def test_validations_directly_before_and_after_draw_the_same_numbers_and_the_run_goes_on_as_without():
+    """What the run itself has validated, perhaps on other data, is not compared with them."""
+    driver, loop = due(Stage(Plateau(patience=1), Rank(1), how=How(max_regression=0.0)))
+
+    def validate():
+        assert dynrank.validating_change()
+        return {"val/loss": draw() + loop.model[0].rank}
+
+    loop.validate = validate
+    for loop.step in (1, 2):
+        driver.validated(loop, {"val/loss": 0.001})
+    drawn = []
+    for act in (lambda: None, lambda: driver.advance(loop)):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        act()
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+    (event,) = driver.history
+    assert (event.undone, dynrank.validating_change()) == (False, False)
+    # The layer has rank 6, then 1.
+    assert event.measured.before - event.measured.after == pytest.approx(5)
+    assert event.measured.after > 1
+
+
+@pytest.mark.parametrize("name", ["other", "val/loss"])
+def test_a_metric_that_judges_a_change_is_missed_at_the_first_validation(name):
+    """What a loop reports may lack it, so what it validates for a change decides, once."""
+    driver, loop = due(at(9, Rank(1), max_regression=0.1))
+    metrics = [{name: 1.0}]
+    loop.validate = metrics.pop
+    refused = pytest.raises(ConfigurationError, match=r"^check_monitor of How.*'val/loss'; logged: 'other'")
+    with refused if name == "other" else nullcontext():
+        for loop.step in (1, 2):
+            driver.validated(loop, {"loss": 1.0})
+    assert metrics == []
+
+
+@pytest.mark.parametrize(
+    ("most", "before", "after", "undone"),
+    [
+        # One that may cost anything is undone only if it diverges.
+        *((inf, 0.0, 5.0, False), (inf, 1.0, nan, True)),
+        *((0.02, 100.0, 101.9, False), (0.02, 100.0, 102.1, True), (0.02, -100.0, -98.1, False)),
+    ],
+)
+def test_a_change_is_undone_if_it_costs_a_larger_share_of_the_metric(most, before, after, undone):
+    driver, loop = due(at(5, Rank(1), max_regression=most))
+    metrics = [{"val/loss": after}, {"val/loss": before}]
+    loop.validate = metrics.pop
+    driver.advance(loop)
+    (event,) = loop.told
+    assert (event.undone, event.measured.before, loop.model[0].rank) == (undone, before, 6 if undone else 1)
 
 
 # Interrupts
@@ -347,6 +390,12 @@ def test_what_cannot_be_carried_out_is_refused_before_the_first_step(schedule, o
     assert loop.step == 0
 
 
+def test_judging_without_validations_is_refused_at_the_start():
+    loop = Training(Loop().model, [])
+    with pytest.raises(ConfigurationError, match=r"max_regression=0.1 .*define validate\(\) in .*, or set max_regr"):
+        RankDriver(at(1, Rank(1), max_regression=0.1)).start(loop, Run(9))
+
+
 def test_driver_and_checkpoint_of_another_run_or_version_are_refused():
     loop = Loop()
     driver = loop.train(RankDriver(at(3, Rank(3))), 6)
@@ -356,11 +405,15 @@ def test_driver_and_checkpoint_of_another_run_or_version_are_refused():
     driver.abort()
     driver.load_state_dict(RankDriver(at(3, Rank(3))).state_dict())
     Loop().train(driver)
-    with pytest.raises(ConfigurationError, match=r"another schedule.*Rank\(rank=3\).*Rank\(rank=2\)"):
-        Loop().load(RankDriver(at(3, Rank(2))), loop.files[4])
+    pinned = {"0": {"pinned": True}}
+    others = RankDriver(at(3, Rank(2))), RankDriver(at(4, Rank(3))), RankDriver(at(3, Rank(3)), rank_map=pinned)
+    found = r"Rank\(rank=3\).*Rank\(rank=2\)", r"step=3.*step=4", r"rank_map are \[\], here .*'0', 'RankBounds"
+    for other, said in zip(others, found, strict=True):
+        with pytest.raises(ConfigurationError, match=f"another schedule or rank_map: .*{said}"):
+            Loop().load(other, loop.files[4])
     state = RankDriver(early_budget(2)).state_dict()
     del state["progress"]
-    with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so another version"):
+    with pytest.raises(ConfigurationError, match="has no progress of a rank schedule, so .* by another version"):
         RankDriver(early_budget(2)).load_state_dict(state)
 
 

@@ -8,7 +8,7 @@ import torch
 import dynrank
 from dynrank.change.reports import LayerReport
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.notices import rank_spans, slot_notice, start_notices
+from dynrank.driver.notices import rank_spans, slot_notice
 from dynrank.schedules import Stage, after_convergence, auto, early_budget, energy, fixed, milestones
 from dynrank.targets import GrowTo, LayerState, Rank
 from dynrank.triggers import At
@@ -56,13 +56,6 @@ def test_before_training_a_line_says_what_a_server_may_reserve(schedule, rank_ma
     notice = slot_notice(model(**rank_map), schedule)
     line = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of "
     assert notice.startswith(line) if is_said else notice is None
-
-
-def test_before_training_a_line_says_where_scalings_differ():
-    assert start_notices(model(), fixed()) == []
-    (line,) = start_notices(model(k_proj={"rank": 4, "alpha": 32}), fixed())
-    assert line.startswith("layers differ in their scaling: 1 in 3 layers")
-    assert line.endswith("8 in 1 (k_proj)")
 
 
 @pytest.mark.parametrize("schedule", [early_budget(4, at=0.5), early_budget(4, at=0.5, highest=8), auto(at=0.5)])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Adafactor
 
+from dynrank.distributed.zero import ZeroOptimizer
 from dynrank.driver.learning_rates import LearningRates, check_groups
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
@@ -89,6 +90,16 @@ def test_an_error_within_a_step_leaves_nothing(pair, mixed):
     rates.remove()
     optimizer.step()
     assert pair[0].item() == pytest.approx(1.5)
+
+
+def test_two_schedules_are_refused_in_one_optimizer_that_deepspeed_steps(pair):
+    """Each has a ZeroOptimizer of its own for it."""
+    optimizer = torch.optim.SGD(pair, lr=0.1)
+    first = LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
+    with pytest.raises(ConfigurationError, match="another rank schedule drives this optimizer"):
+        LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
+    first.remove()
+    LearningRates(ZeroOptimizer(optimizer, [[*pair]]), pair, 1.0)
 
 
 def test_optimizer_that_counts_in_its_groups_or_computes_its_own_rate_is_refused_a_factor(pair):

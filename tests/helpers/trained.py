@@ -5,7 +5,7 @@ from torch import nn
 
 import dynrank
 from dynrank.driver.driver import RankDriver
-from dynrank.triggers import Run
+from dynrank.triggers import Run, Trigger
 
 
 def updated(model, std=1.0):
@@ -19,6 +19,15 @@ def updated(model, std=1.0):
 def ranks(model):
     """The set of the ranks of its layers."""
     return {layer.rank for _, layer in dynrank.lora_layers(model)}
+
+
+def watched(driver):
+    """What a ``driver`` lets its only trigger observe from here on: [(step, *values)]."""
+    (trigger,) = [stage.when for stage in driver.stages if isinstance(stage.when, Trigger)]
+    seen = []
+    observe = trigger.observe
+    trigger.observe = lambda *values: seen.append(values) or observe(*values)
+    return seen
 
 
 def drive(schedule, loop, steps, loss, backward=torch.Tensor.backward):

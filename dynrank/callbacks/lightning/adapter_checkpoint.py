@@ -11,10 +11,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
-from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_averages
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
@@ -60,12 +61,12 @@ class AdapterCheckpoint(ModelCheckpoint):
     @property
     def last_saved(self) -> str:
         """Path of the last written checkpoint; "" if there is none."""
-        return private.last_saved(self)
+        return str(self._last_checkpoint_saved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make checkpoints safe against interruption, and loadable without a base."""
         strategy: Any = trainer.strategy
-        if private.saves_in_parts(strategy):
+        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
             raise ConfigurationError(
                 "AdapterCheckpoint cannot leave the base out of a folder of shards; write one file by "
                 "ModelParallelStrategy(save_distributed_checkpoint=False), or use ModelCheckpoint",
@@ -99,7 +100,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         complete = trainer.global_step > self._seen_step
         self._seen_step = trainer.global_step
         if complete and self._any_stopped(trainer):
-            private.log_step(trainer)
+            # Lightning would log the step that ends now after the callbacks' hooks.
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
             self._save_and_end(trainer)
 
     def _record_signal(self, number: int, frame: object) -> None:
@@ -116,7 +119,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         return trainer.strategy.reduce_boolean_decision(stopped, all=False)
 
     def _save_and_end(self, trainer: Trainer) -> None:
-        private.save_as(self, trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        save_as(self, trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -10,25 +10,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from dynrank.driver.best import wait_anew
+from dynrank.driver.best import wait_anew, words
 from dynrank.driver.event import RankEvent
-from dynrank.output.ranks import ranks_in_words
 
 
 class BestSoFar:
-    """The states of a trainer's ModelCheckpoints and EarlyStoppings before the run; make it in ``setup``.
+    """The states of a trainer's ModelCheckpoints and EarlyStoppings before the run; make it in ``setup``."""
 
-    ``earlier`` is that of an earlier fit, with which another fit of the same trainer goes on.
-    """
-
-    def __init__(self, trainer: Trainer, earlier: BestSoFar | None) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         judges = [each for each in callbacks if isinstance(each, ModelCheckpoint | EarlyStopping)]
         self._states: list[tuple[Callback, Mapping[str, Any]]] = [
             (callback, deepcopy(callback.state_dict())) for callback in judges
         ]
-        if earlier is not None and trainer.global_step > 0:
-            self._states = earlier._states
 
     def forget(self, trainer: Trainer, event: RankEvent) -> None:
         """Let only what comes after ``event``, which has lowered ranks, count; files of before stay on disk."""
@@ -36,12 +30,7 @@ class BestSoFar:
         paths = [callback.best_model_path for callback, _ in self._states if isinstance(callback, ModelCheckpoint)]
         self.load(trainer)
         if lost := [path for path in dict.fromkeys(paths) if path]:
-            before = ranks_in_words(event.ranks_before)
-            after = ranks_in_words(layer.rank_after for layer in event.layers)
-            rank_zero_info(
-                f"best so far, at {before}: {', '.join(lost)}; from here on the best of {after} counts "
-                "(RankScheduler's keep_best_before)"
-            )
+            rank_zero_info(words(", ".join(lost), event))
 
     def load(self, trainer: Trainer) -> None:
         """Let the callbacks load their own states of before the run; in ``validate`` after it they are left alone."""

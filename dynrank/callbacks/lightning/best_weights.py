@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import isnan, nan
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dynrank.callbacks.lightning.resume import has_missed_validation
-from dynrank.callbacks.lightning.validation import ValidationMetrics, validate
+from dynrank.callbacks.lightning.validation import logged_since, validate
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.driver.event import RankEvent
 from dynrank.errors import ConfigurationError
@@ -55,10 +56,9 @@ class BestWeights(Checkpoint):
         self.step: int | None = None
         self.value = 0.0
         self._weights: dict[str, Tensor] = {}
-        # Those that are being validated.
-        self._validated: dict[str, Tensor] = {}
         self._last_validated = 0
-        self._metrics = ValidationMetrics()
+        # Those before the present validation.
+        self._metrics: Mapping[str, Any] = {}
 
     @property
     def why_none(self) -> str:
@@ -70,17 +70,13 @@ class BestWeights(Checkpoint):
             self._validate(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._metrics.begin(trainer)
+        self._metrics = dict(trainer.callback_metrics)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Now, because hooks of the module may put an average of the weights in place for the validation.
-        self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
-
+    # Hooks of the module may put an average of the weights in place for a validation; its own on_validation_end, in
+    # which it puts them back, comes after this one.
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = self._metrics.end(trainer)
         if trainer.state.fn in ("fit", "validate") and not trainer.sanity_checking:
-            self._take(trainer, metrics)
-        self._validated = {}
+            self._take(trainer, pl_module, logged_since(self._metrics, trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without an earlier validation the weights of the last step are the only ones.
@@ -93,15 +89,10 @@ class BestWeights(Checkpoint):
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the present weights, of which nobody else hears."""
+        validate(trainer, pl_module, ended=partial(self._take, trainer, pl_module))
 
-        def begun() -> None:
-            self._validated = _copied(_trained(pl_module) | _buffers(pl_module))
-
-        self._take(trainer, validate(trainer, pl_module, begun=begun))
-        self._validated = {}
-
-    def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        """Keep the validated weights if they are better."""
+    def _take(self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, Any]) -> None:
+        """Keep the weights that were validated if they are better."""
         self._last_validated = trainer.global_step
         # A metric that a module logs without sync_dist differs between processes, which have to keep the same weights.
         value = mean_over_processes(float(metrics.get(self.monitor, nan)))
@@ -109,7 +100,8 @@ class BestWeights(Checkpoint):
         if gain > 0 or (self.step is None and not isnan(value)):
             self.step = trainer.global_step
             self.value = value
-            self._weights = self._validated
+            kept = _trained(pl_module) | _buffers(pl_module)
+            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
@@ -151,10 +143,6 @@ class BestWeights(Checkpoint):
         self.value = state_dict["value"]
         self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
-
-
-def _copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in values.items()}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -1,19 +1,20 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dynrank.callbacks.lightning import private, training
+from dynrank.callbacks.lightning import training
 from dynrank.callbacks.lightning.best import BestSoFar
 from dynrank.callbacks.lightning.checkpoints import follow_sharded_checkpoint
-from dynrank.callbacks.lightning.resume import has_missed_look
+from dynrank.callbacks.lightning.resume import has_missed_validation
 from dynrank.callbacks.lightning.strategies import check_averages, check_strategy
-from dynrank.callbacks.lightning.validation import ValidationMetrics
+from dynrank.callbacks.lightning.validation import logged_since
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed, check_training_metrics
+from dynrank.driver.metrics import TRAIN_LOSS, TrainingLoss, check_observed
+from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validate
 from dynrank.layers.peft_kernel import apply_lora_kernel
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -59,7 +60,7 @@ class RankScheduler(Callback):
         self,
         schedule: Schedule,
         *,
-        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         keep_best_before: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
@@ -72,7 +73,8 @@ class RankScheduler(Callback):
         self._stepped = self._ever_stepped = False
         self._loss = TrainingLoss()
         self._reads_loss = TRAIN_LOSS in self.driver.monitors
-        self._metrics = ValidationMetrics()
+        # Those before the present validation.
+        self._metrics: Mapping[str, Any] = {}
         # From setup() on, and from on_train_start() on.
         self._best: BestSoFar | None = None
         self._run: training.LightningTraining | None = None
@@ -108,7 +110,9 @@ class RankScheduler(Callback):
             check_strategy(trainer)
             if self.driver.stages:
                 check_averages(trainer)
-            self._best = BestSoFar(trainer, self._best)
+            # Another fit of the same trainer goes on with the best of the first one.
+            if self._best is None or trainer.global_step == 0:
+                self._best = BestSoFar(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In setup the module may have no layers yet (configure_model).
@@ -116,30 +120,31 @@ class RankScheduler(Callback):
             apply_lora_kernel(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        private.load_place_in_data(trainer)
+        # Lightning restores the data loaders' positions only if nobody has asked for the length of the run before.
+        trainer.fit_loop._load_combined_loader_states()
         run = self._run = training.LightningTraining(trainer, pl_module, self.evaluate)
-        check_training_metrics(self.driver.stages, validates=bool(trainer.enable_validation))
+        if not trainer.enable_validation:
+            check_observed(self.driver.stages, [TRAIN_LOSS])
         self.driver.start(run, training.run_length(trainer, pl_module))
         seen = self.driver.progress.observed_step
-        if seen != trainer.global_step and has_missed_look(trainer):
+        # Without validation triggers read the loss at the end of an epoch, whose hooks a resumed run does not call.
+        missed = has_missed_validation(trainer) if trainer.enable_validation else trainer.is_last_batch
+        if seen != trainer.global_step and missed:
             own = training.LightningTraining(trainer, pl_module)
             self._observe(validate(own) if own.validates and (self.driver.observed or seen is None) else {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._metrics.begin(trainer)
+        self._metrics = dict(trainer.callback_metrics)
         # Lightning keeps the metrics of before a cut, so what was judged since then was judged by these.
         if self._best is not None and not self.keep_best_before and self.driver.progress.awaits_validation:
             self._best.load(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = self._metrics.end(trainer)
+        metrics = logged_since(self._metrics, trainer)
         if trainer.sanity_checking:
             check_observed(self.driver.stages, {*metrics, TRAIN_LOSS})
         elif trainer.state.fn == "fit":
             self._observe(metrics)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        training.check_epochs(trainer, pl_module, self.driver.stages)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:

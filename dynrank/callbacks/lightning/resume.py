@@ -1,4 +1,4 @@
-"""What Lightning leaves out when it resumes a run: a validation that was due, and the end of an epoch."""
+"""What Lightning leaves out when it resumes a run: a validation that was due."""
 
 from math import inf
 
@@ -23,12 +23,3 @@ def has_missed_validation(trainer: Trainer) -> bool:
         return trainer.is_last_batch
     done = (trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx) + 1
     return done % every_n_batches == 0
-
-
-def has_missed_look(trainer: Trainer) -> bool:
-    """Whether triggers have missed a value in such a run: of a validation, or without any of an epoch's end.
-
-    Behind the last batch of an epoch, a resumed run begins the next one, and Lightning calls no hook at the end of the
-    one before.
-    """
-    return has_missed_validation(trainer) if trainer.enable_validation else trainer.is_last_batch

@@ -6,7 +6,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from dynrank.callbacks.lightning import private
 from dynrank.errors import ConfigurationError
 
 
@@ -22,21 +21,20 @@ def check_strategy(trainer: Trainer) -> None:
             "shard the base, ModelParallelStrategy() with dynrank.distributed.sharding.shard_frozen",
             "strategy",
         )
-    if isinstance(strategy, DDPStrategy):
-        method = private.start_method(strategy)
-        if method != "popen":
-            raise ConfigurationError(
-                f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, does not return all results "
-                'of its processes, such as the history of ranks; use strategy="ddp", and start the program from a file',
-                "strategy",
-            )
+    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+        raise ConfigurationError(
+            f"DDPStrategy(start_method={strategy._start_method!r}), as in ddp_spawn and ddp_notebook, does not return "
+            'all results of its processes, such as the history of ranks; use strategy="ddp", and start the program '
+            "from a file",
+            "strategy",
+        )
     if isinstance(strategy, ModelParallelStrategy):
         _check_fsdp2(trainer, strategy)
 
 
 def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
-    split = private.tensor_parallel_size(strategy)
-    split = strategy.num_processes if split == "auto" else split
+    size = strategy._tensor_parallel_size
+    split = strategy.num_processes if size == "auto" else size
     if split != 1:
         raise ConfigurationError(
             f"ModelParallelStrategy splits layers over {split} devices, and LoRA on split layers is not supported; use "

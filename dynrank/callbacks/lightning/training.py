@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,10 +15,9 @@ from dynrank.callbacks.lightning.validation import validate
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS
-from dynrank.driver.training import Training
+from dynrank.driver.training import Evaluate, Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import Stage
-from dynrank.triggers import At, Run
+from dynrank.triggers import Run
 
 
 class LightningTraining(Training):
@@ -34,9 +33,7 @@ class LightningTraining(Training):
 
     validate_by = "give fit() validation data, in sequential loaders, or RankScheduler(…, evaluate=…) a function"
 
-    def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, evaluate: Callable[[], Mapping[str, Any]] | None = None
-    ) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, evaluate: Evaluate | None = None) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step)
         # The trainer's model is wrapped by DDP.
         self.ddp = ddp_modules(trainer.strategy.model or pl_module)
@@ -104,28 +101,13 @@ def run_length(trainer: Trainer, pl_module: LightningModule) -> Run:
     if not _steps_are_known(trainer, pl_module):
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     total = trainer.estimated_stepping_batches
-    # Lightning returns -1 if an epoch has unknown length.
-    return Run(int(total) if 0 <= total < float("inf") else None, steps_per_epoch(trainer, pl_module))
-
-
-def steps_per_epoch(trainer: Trainer, pl_module: LightningModule) -> int | None:
-    """The number of optimizer steps in the present epoch; None if it is unknown."""
     batches = trainer.num_training_batches
-    if batches == float("inf") or not _steps_are_known(trainer, pl_module):
-        return None
-    return max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-
-
-def check_epochs(trainer: Trainer, pl_module: LightningModule, stages: Sequence[Stage]) -> None:
-    """Refuse times of ``stages`` in epochs, if those before the one that begins had another number of steps."""
-    length = steps_per_epoch(trainer, pl_module)
-    counts_epochs = any(isinstance(stage.when, At) and stage.when.epoch is not None for stage in stages)
-    if counts_epochs and length is not None and trainer.global_step != trainer.current_epoch * length:
-        raise ConfigurationError(
-            f"times in epochs need epochs of one length, but {trainer.current_epoch} of them had {trainer.global_step} "
-            f"steps, and the next one has {length}; give the times in steps, or as shares of the run",
-            "epoch",
-        )
+    # Epochs whose loaders are made anew may have other lengths.
+    varies = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    is_fixed = batches != float("inf") and not varies
+    epoch = max(1, -(-int(batches) // trainer.accumulate_grad_batches)) if is_fixed else None
+    # Lightning returns -1 if an epoch has unknown length.
+    return Run(int(total) if 0 <= total < float("inf") else None, epoch)
 
 
 def _steps_are_known(trainer: Trainer, pl_module: LightningModule) -> bool:

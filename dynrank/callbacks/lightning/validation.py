@@ -21,12 +21,14 @@ from dynrank.callbacks.lightning import private
 _REDUCTIONS = {"mean": MeanMetric, "sum": SumMetric, "max": MaxMetric, "min": MinMetric}
 
 
-def validate(trainer: Trainer, module: LightningModule, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def validate(
+    trainer: Trainer, module: LightningModule, ended: Callable[[Mapping[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """The metrics that ``module`` logs when its validation hooks and steps are called.
 
     Call this between two steps of ``fit``. No callback is called, no logger gets anything, and what the trainer knows
-    of metrics stays: ``module.log`` is caught, and its values are averaged as Lightning averages them. ``begun`` is
-    called before the first batch, when the module's hooks may have put other weights in place.
+    of metrics stays: ``module.log`` is caught, and its values are averaged as Lightning averages them. ``ended`` gets
+    them while weights that the module's hooks may have put in place are still there.
     """
     loaders = CombinedLoader(private.val_dataloaders(trainer), "sequential")
     loaders.limits = trainer.num_val_batches
@@ -34,12 +36,12 @@ def validate(trainer: Trainer, module: LightningModule, begun: Callable[[], None
     with torch.no_grad(), _validating(trainer, module), logged.caught(module):
         module.on_validation_start()
         module.on_validation_epoch_start()
-        begun()
         for batch, *place in loaders:
             _step(trainer, module, logged, batch, place)
         logged.batch = None
         module.on_validation_epoch_end()
         metrics = logged.metrics()
+        ended(metrics)
         module.on_validation_end()
     return metrics
 
@@ -48,7 +50,9 @@ def _step(trainer: Trainer, module: LightningModule, logged: _Logged, batch: Any
     """Validate one batch, with its number and that of its loader in ``place``."""
     strategy: Any = trainer.strategy
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = strategy.batch_to_device(private.before_transfer(module, batch, place[1]), dataloader_idx=place[1])
+    # This calls the hook of the module, or of its datamodule.
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=place[1])
+    batch = strategy.batch_to_device(batch, dataloader_idx=place[1])
     logged.batch = batch
     logged.loader = place[1]
     # A module with a single loader need not take the loader's number, and its step no number at all.
@@ -91,8 +95,6 @@ class _Logged:
         self.loader = 0
         self._means: dict[str, Metric] = {}
         self._theirs: dict[str, Metric] = {}
-        # {the second name that Lightning gives to what is also logged of each step: the name}
-        self._also: dict[str, str] = {}
 
     @contextmanager
     def caught(self, module: LightningModule) -> Iterator[None]:
@@ -111,7 +113,6 @@ class _Logged:
         name: str,
         value: Any,
         *_: Any,
-        on_step: bool | None = None,
         reduce_fx: Any = "mean",
         sync_dist: bool = False,
         add_dataloader_idx: bool = True,
@@ -121,8 +122,6 @@ class _Logged:
         """Stands for :meth:`LightningModule.log`; what only matters to loggers is ignored."""
         of_loader = self.several and self.batch is not None and add_dataloader_idx
         suffix = f"/dataloader_idx_{self.loader}" if of_loader else ""
-        if on_step:
-            self._also[f"{name}_epoch{suffix}"] = f"{name}{suffix}"
         name = f"{name}{suffix}"
         if isinstance(value, Metric):
             self._theirs[name] = value
@@ -148,24 +147,12 @@ class _Logged:
         found = {name: metric.compute() for name, metric in (self._means | self._theirs).items()}
         for metric in self._theirs.values():
             metric.reset()
-        return found | {also: found[name] for also, name in self._also.items()}
+        return found
 
 
-class ValidationMetrics:
-    """The metrics that the run's own validations log, without those that the trainer keeps of before.
+def logged_since(before: Mapping[str, Any], trainer: Trainer) -> dict[str, Tensor]:
+    """The metrics of the validation that ends, without those that the trainer keeps from ``before`` it.
 
-    Call :meth:`begin` in ``on_validation_start`` and :meth:`end` in ``on_validation_end``.
+    The trainer has another object for each that was logged anew.
     """
-
-    def __init__(self) -> None:
-        self._before: Mapping[str, Any] = {}
-
-    def begin(self, trainer: Trainer) -> None:
-        """Take note of the metrics of before."""
-        self._before = dict(trainer.callback_metrics)
-
-    def end(self, trainer: Trainer) -> dict[str, Tensor]:
-        """The metrics of the validation that ends: the trainer has another object for each that was logged anew."""
-        before = self._before
-        self._before = {}
-        return {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}
+    return {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}

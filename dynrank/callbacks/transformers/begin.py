@@ -1,8 +1,8 @@
-"""Beginning a run of the Trainer: what is refused before the first step, and how its ranks change."""
+"""Beginning a run of the Trainer: what is refused, and how its ranks change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer
@@ -11,15 +11,12 @@ from dynrank.adapters.save import trained_heads
 from dynrank.callbacks.transformers.checkpoints import is_prepared, prepare_checkpoints
 from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.callbacks.transformers.zero import ZeroTraining, save_live
-from dynrank.driver.driver import RankDriver
-from dynrank.driver.notices import start_notices
+from dynrank.driver.training import Evaluate
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 
 
-def begin_run(
-    trainer: Trainer, event: Mapping[str, Any], evaluate: Callable[[], Mapping[str, Any]] | None
-) -> TrainerTraining:
+def begin_run(trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | None) -> TrainerTraining:
     """The run of ``trainer`` whose training begins with ``event``.
 
     Raises:
@@ -38,10 +35,3 @@ def begin_run(
         return TrainerTraining(trainer, event, evaluate)
     save_live(model)
     return ZeroTraining(trainer, event, evaluate)
-
-
-def print_notices(training: TrainerTraining, driver: RankDriver) -> None:
-    """Print what to know before the first step."""
-    if training.trainer.is_world_process_zero():
-        for notice in start_notices(training.model, driver.stages[driver.progress.stage :], driver.rules):
-            print(notice)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from transformers import Trainer
 
-from dynrank.driver.best import wait_anew
+from dynrank.driver.best import wait_anew, words
 from dynrank.driver.event import RankEvent
-from dynrank.output.ranks import ranks_in_words
 
 
 def forget_best(trainer: Trainer, event: RankEvent) -> None:
@@ -19,11 +18,7 @@ def forget_best(trainer: Trainer, event: RankEvent) -> None:
     if state.best_metric is None:
         return
     if state.is_world_process_zero:
-        after = ranks_in_words(layer.rank_after for layer in event.layers)
-        print(
-            f"best so far: {state.best_metric:.4g} at {ranks_in_words(event.ranks_before)}; from here on the best of "
-            f"{after} counts (RankTrainerCallback's keep_best_before)"
-        )
+        print(words(f"{state.best_metric:.4g}", event))
     state.best_metric = None
     state.best_global_step = None
     state.best_model_checkpoint = None

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerState
 
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import process_group, saved_shapes
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
-from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.finding import lora_layers
 
@@ -76,21 +74,8 @@ def without_updates(driver: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_updates(driver: Mapping[str, Any], updates: Updates) -> dict[str, Any]:
     """A driver's state, of which :func:`without_updates` was saved."""
-    importance = driver["importance"]
+    importance = driver.get("importance")
     return {**driver, "importance": None if importance is None else {"updates": updates, **importance}}
-
-
-def stored_attributes(state: TrainerState, name: str) -> Mapping[str, Any]:
-    """The attributes of the callback of class ``name`` in a checkpoint's ``state``; one without them is refused."""
-    stored = (state.stateful_callbacks or {}).get(name)
-    if not isinstance(stored, Mapping) or "driver" not in stored.get("attributes", {}):
-        raise ConfigurationError(
-            f"the checkpoint of step {state.global_step} has no state of a {name} of this version, so the schedule "
-            "cannot be resumed from it; set resume_from_checkpoint to one made with this callback",
-            "resume_from_checkpoint",
-        )
-    attributes: Mapping[str, Any] = stored["attributes"]
-    return attributes
 
 
 def _save(optimizer: Optimizer, factors: Sequence[nn.Parameter], updates: Callable[[], Updates]) -> RemovableHandle:

@@ -51,11 +51,11 @@ class Metrics:
         """Ranks have changed."""
         self._loss.forget()
 
-    def evaluated(self, metrics: Mapping[str, Any], state: TrainerState, monitors: Collection[str]) -> None:
+    def evaluated(self, metrics: Mapping[str, Any], monitors: Collection[str]) -> None:
         """Take the ``metrics`` of an evaluation, unless a program has evaluated other data, with their own prefix."""
         found = with_own_names(metrics)
         is_read = any(name.startswith("eval_") for name in found) or not found.keys().isdisjoint(monitors)
-        if self._has_begun and state.global_step and is_read:
+        if self._has_begun and is_read:
             self._evaluated |= found
 
     def look(self) -> dict[str, float]:

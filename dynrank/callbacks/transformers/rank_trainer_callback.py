@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
@@ -10,16 +10,18 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.callbacks.transformers.begin import begin_run, print_notices
+from dynrank.callbacks.transformers.begin import begin_run
 from dynrank.callbacks.transformers.best import forget_best
 from dynrank.callbacks.transformers.checkpoints import prepare_trainer
-from dynrank.callbacks.transformers.last_updates import LastUpdates, stored_attributes, with_updates, without_updates
+from dynrank.callbacks.transformers.last_updates import LastUpdates, with_updates, without_updates
 from dynrank.callbacks.transformers.metrics import Metrics
 from dynrank.callbacks.transformers.trainer import calling_trainer
 from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import check_training_metrics
+from dynrank.driver.metrics import TRAIN_LOSS, check_observed
+from dynrank.driver.notices import slot_notice
+from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
@@ -67,7 +69,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self,
         schedule: Schedule,
         *,
-        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         keep_best_before: bool = False,
         rank_map: RankMap | None = None,
         kernel: bool = False,
@@ -108,13 +110,16 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         # After attach() the Trainer is known. Its state tells it from another one that has the same callback.
         if self.trainer is None or self.trainer.state is not state:
             self.trainer = calling_trainer()
-        check_training_metrics(self.driver.stages, validates=True)
         training = self._run = begin_run(self.trainer, kwargs, self.evaluate)
+        if self.trainer.eval_dataset is None:
+            check_observed(self.driver.stages, [TRAIN_LOSS])
         self._load(state, training)
         self._last_model = ref(training.model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._metrics.begin(state)
-        print_notices(training, self.driver)
+        notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)
+        if notice is not None and state.is_world_process_zero:
+            print(notice)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)
@@ -134,7 +139,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any, **kwargs: Any) -> None:
         if self._run is not None and "loss" in logs:
-            check_training_metrics(self.driver.stages, validates=True, logged=logs)
             self._metrics.log(logs["loss"], state, self.driver, evaluates=self._run.evaluates)
             if rates := self.driver.adapter_rates:
                 self._training(kwargs).log(rates)
@@ -142,7 +146,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any, **_: Any) -> None:
         # The function of a user may evaluate by the Trainer.
         if self._run is not None and not validating_change():
-            self._metrics.evaluated(metrics, state, self.driver.monitors)
+            self._metrics.evaluated(metrics, self.driver.monitors)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         training = self._training(kwargs)
@@ -182,10 +186,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         updates = self._updates.begin(training)
         model = training.model
         if state.global_step:
-            attributes = stored_attributes(state, type(self).__name__)
+            stored = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+            attributes = stored.get("attributes", {})
             # The last training may have ended without its event, by an error.
             self.driver.abort()
-            self.driver.load_state_dict(with_updates(attributes["driver"], updates))
+            self.driver.load_state_dict(with_updates(attributes.get("driver", {}), updates))
             self._metrics.load_state_dict(attributes["metrics"])
             return
         self._metrics = Metrics()

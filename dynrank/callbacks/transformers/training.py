@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import numbers_in
-from dynrank.driver.training import Training
+from dynrank.driver.training import Evaluate, Training
 from dynrank.triggers import Run
 
 
@@ -31,12 +31,7 @@ class TrainerTraining(Training):
         "predict_with_generate needs"
     )
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        event: Mapping[str, Any],
-        evaluate: Callable[[], Mapping[str, Any]] | None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | None) -> None:
         super().__init__(event["model"], [event["optimizer"]], trainer.state.global_step)
         self.ddp = ddp_modules(trainer.model_wrapped)
         self.trainer = trainer

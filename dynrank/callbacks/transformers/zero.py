@@ -7,7 +7,7 @@ alone (:mod:`dynrank.layers.padded`), and written back with zeros behind them. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dynrank.callbacks.transformers.training import TrainerTraining
 from dynrank.change.optimizer_state import rule_name
 from dynrank.distributed.zero import OWN_STATE, ZeroOptimizer, ZeroTensors, moments
 from dynrank.distributed.zero_checks import check_config, check_optimizer
-from dynrank.driver.training import ImportanceSteps
+from dynrank.driver.training import Evaluate, ImportanceSteps
 from dynrank.errors import ConfigurationError
 from dynrank.importance.importance import ImportanceSums
 from dynrank.importance.zero_importance import ZeroImportance
@@ -36,12 +36,7 @@ class ZeroTraining(TrainerTraining):
     Making it is a collective call, which finds the present ranks.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        event: Mapping[str, Any],
-        evaluate: Callable[[], Mapping[str, Any]] | None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, event: Mapping[str, Any], evaluate: Evaluate | None) -> None:
         super().__init__(trainer, event, evaluate)
         engine: Any = trainer.model_wrapped
         check_config(engine.config)
@@ -72,7 +67,7 @@ class ZeroTraining(TrainerTraining):
         self.find_ranks()
 
     @contextmanager
-    def _gathered(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         self._gather()
         try:
             yield
@@ -80,9 +75,6 @@ class ZeroTraining(TrainerTraining):
             self._optimizer.state.clear()
             for layer in self._layers.values():
                 layer.empty(layer.rank)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        return self._gathered()
 
     @torch.no_grad()
     def _gather(self) -> None:

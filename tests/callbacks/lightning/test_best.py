@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -92,26 +91,10 @@ def test_last_validation_and_checkpoint_have_the_cut_of_the_last_step(fit, regre
     assert again.history == scheduler.history
 
 
-class Stopping(lightning.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step == 15
-
-
-END = Stage(At(fraction=1.0), Rank(2))
-
-
-@pytest.mark.parametrize(
-    ("stage", "stops"),
-    [
-        (END, EarlyStopping("val/loss", min_delta=99.0, patience=2)),
-        (Stage(Plateau(patience=2, min_delta=0.99, warmup_steps=0), Rank(2)), Stopping()),
-    ],
-    ids=["early stopping", "the last validation decides"],
-)
-def test_run_that_is_stopped_early_is_cut_at_its_end_with_one_warning(fit, stage, stops):
-    scheduler = RankScheduler(stage)
+def test_run_that_is_stopped_early_is_cut_at_its_end_with_one_warning(fit):
+    scheduler = RankScheduler(Stage(At(fraction=1.0), Rank(2)))
     with pytest.warns(UserWarning, match="rank") as caught:
-        module, _ = fit(scheduler, stops)
+        module, _ = fit(scheduler, EarlyStopping("val/loss", min_delta=99.0, patience=2))
     assert ranks(module) == {2}
     assert [event.step for event in scheduler.history] == [15]
     (said,) = [str(each.message) for each in caught if "rank" in str(each.message)]
@@ -160,16 +143,18 @@ def test_best_weights_that_there_cannot_be_are_spoken_of(fit, regression):
     class Undefined(regression[0]):
         def on_validation_epoch_end(self):
             self.log("score", math.nan if self.global_step == 5 else float(self.global_step))
+            if self.global_step == 5:
+                self.log("seldom", 1.0)
 
-    best, late = BestWeights("score"), BestWeights("val/loss")
+    best, late = BestWeights("score"), BestWeights("seldom")
     module, _ = fit(best, module=Undefined())
     assert (best.step, best.value) == (10, 10.0)
     module.net[0].base.requires_grad_(True)
     with pytest.raises(ConfigurationError, match=r"'net\.0\.base\.bias' was frozen in the best validation, at step 10"):
         best.restore(module)
     # A validation before the change is none after it.
-    module, _ = fit(RankScheduler(Stage(At(step=22), Rank(2))), late)
-    with pytest.warns(UserWarning, match="no validation after the last change of ranks had a number as 'val/loss'"):
+    module, _ = fit(RankScheduler(Stage(At(step=12), Rank(2))), late, module=Undefined())
+    with pytest.warns(UserWarning, match="no validation after the last change of ranks had a number as 'seldom'"):
         late.restore(module)
     with pytest.raises(ConfigurationError, match="mode must be min or max, got 'MAX'"):
         BestWeights("score", "MAX")

@@ -40,7 +40,7 @@ def test_reduction_on_a_plateau_waits_anew_after_a_cut(tmp_path, capsys, keep):
     made = scored(tmp_path, schedule, iter([8.0, 9.0, *range(1, 10)]), make=own, **options)
     made.train()
     assert (made.optimizer.param_groups[0]["lr"] < 1e-2) == keep
-    words = "best so far: 9 at rank 4; from here on the best of rank 2 counts"
+    words = "best so far, at rank 4: 9; from here on the best of rank 2 counts"
     assert (words in " ".join(capsys.readouterr().out.split())) != keep
 
 

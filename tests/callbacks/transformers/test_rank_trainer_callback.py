@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from small_trainer import CUT, EVALUATING, SAVING, SIZE, STAGES, STEPS, Hearing, base, data, own, trainer, wrapped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trained import ranks
+from trained import ranks, watched
 from transformers import TrainerCallback
 
 import dynrank
@@ -138,15 +138,18 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, own(), RankTrainerCallback(stage))
         for stage in (Stage(At(step=4), Rank(2), how=How(max_regression=0.1)), Stage(Plateau("train/f1"), Rank(2)))
     )
-    checked.eval_dataset = None
+    checked.eval_dataset = of_training.eval_dataset = None
     with pytest.raises(ConfigurationError, match="give the Trainer an eval_dataset"):
         checked.train()
-    with pytest.raises(ConfigurationError, match="monitor of Plateau must .*got 'train/f1'.*log it in each validation"):
+    with pytest.raises(ConfigurationError, match="^Plateau must .*got 'train/f1'.*log it in each validation"):
         of_training.train()
     next(layer for _, layer in dynrank.lora_layers(of_training.model)).base.weight.requires_grad_(True)
     with pytest.raises(ConfigurationError, match=r"q_proj\.weight' and 0 other parameters of layers with LoRA are"):
         RankTrainerCallback(CUT).attach(trainer(tmp_path, of_training.model, None)).trainer.train()
     assert (checked.state.global_step, of_training.state.global_step) == (0, 0)
+    both = RankTrainerCallback(CUT).attach(trainer(tmp_path, own(), RankTrainerCallback(CUT))).trainer
+    with pytest.raises(ConfigurationError, match="another rank schedule drives this optimizer; join the stages of bo"):
+        both.train()
     with pytest.raises(ConfigurationError, match=r"set to 2 GPUs.*torchrun"):
         check_arguments(SimpleNamespace(n_gpu=2))
 
@@ -254,15 +257,6 @@ def test_changes_are_judged_by_a_data_set_of_several(tmp_path):
     assert missing.state.global_step == 2
 
 
-def observed(schedule, trigger):
-    """Let ``schedule`` note in a list what ``trigger`` observes: (step, values ...)."""
-    seen = []
-    (stage,) = [stage for stage in schedule.driver.stages if type(stage.when) is trigger]
-    observe = stage.when.observe
-    stage.when.observe = lambda step, *values: seen.append((step, *values)) or observe(step, *values)
-    return seen
-
-
 # A trigger, stages before it, and for each step at which it looks those of the logged losses of which it has the mean.
 GAP, LOSS = Gap("train/loss", "eval_loss", window=9), Plateau("train/loss", patience=9)
 LOOKS = [
@@ -282,7 +276,7 @@ def test_trigger_reads_the_mean_of_the_losses_that_were_logged_since_its_last_lo
 ):
     """And none that is also of steps before a change."""
     schedule = RankTrainerCallback([*before, Stage(trigger, Rank(1))])
-    seen = observed(schedule, type(trigger))
+    seen = watched(schedule.driver)
     made = trainer(tmp_path, own(), schedule, **{"eval_strategy": "steps"} | options)
     with pytest.warns(UserWarning, match=f"training ended before stage {len(before) + 1}"):
         made.train()
@@ -300,7 +294,7 @@ def test_trigger_reads_neither_evaluations_of_other_data_nor_validations_for_a_c
 
     stages = [Stage(At(step=2), Rank(3), how=How(max_regression=9.0)), Stage(Plateau(patience=9), Rank(2))]
     schedule = RankTrainerCallback(stages, evaluate=lambda: made.evaluate())
-    seen = observed(schedule, Plateau)
+    seen = watched(schedule.driver)
     made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4)
     made.add_callback(Evaluating())
     with pytest.warns(UserWarning, match="training ended before stage 2"):
