@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: how far ranks can go, and a server's slot."""
+"""What is known of a run before its first step: how far ranks can go, a server's slot, scalings that differ."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from torch import nn
 
 from dynrank.driver.bounds import BoundLayers
 from dynrank.driver.checks import NO_RULES, depends_on_data, final_ranks
+from dynrank.output.ranks import ranks, scalings_notice
 from dynrank.output.slots import average, slot_rank
 from dynrank.rank_map import RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, Energy
+
+
+def start_notices(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> list[str]:
+    """What to know before the first step, a line each: of a server's slot, and of scalings that differ."""
+    return [*filter(None, (slot_notice(model, schedule, rules), scalings_notice(ranks(model))))]
 
 
 def slot_notice(model: nn.Module, schedule: Sequence[Stage], rules: Mapping[str, RankBounds] = NO_RULES) -> str | None:

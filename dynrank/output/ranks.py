@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -188,6 +188,24 @@ def _cells(layers: RankTable | list[LayerRank]) -> tuple[str, ...]:
         "-".join(f"{alpha:g}" for alpha in dict.fromkeys((alphas[0], alphas[-1]))),
         f"{sum(layer.parameters for layer in layers):,}",
     )
+
+
+def scalings_notice(layers: Iterable[LayerRank]) -> str | None:
+    """How many layers have which scaling, and the kinds of all but the most; None if all have the same.
+
+    >>> import dynrank
+    >>> plain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    >>> model = dynrank.add_lora(plain, rank=4, rank_map={"2": {"rank": 2, "alpha": 8}})
+    >>> scalings_notice(ranks(model))
+    'layers differ in their scaling: 2 in 2 layers, 4 in 1 (2)'
+    """
+    kinds = defaultdict[str, list[str]](list)
+    for layer in layers:
+        kinds[f"{layer.scaling:.3g}"].append(layer.kind)
+    most, *others = sorted(kinds, key=lambda scaling: -len(kinds[scaling]))
+    named = [f"{scaling} in {len(kinds[scaling])} ({', '.join(dict.fromkeys(kinds[scaling]))})" for scaling in others]
+    said = f"layers differ in their scaling: {most} in {len(kinds[most])} layers"
+    return ", ".join([said, *named]) if others else None
 
 
 def rank_totals(model: nn.Module) -> dict[str, float]:

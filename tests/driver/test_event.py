@@ -8,7 +8,7 @@ import torch
 import dynrank
 from dynrank.change.reports import LayerReport
 from dynrank.driver.event import Measured, RankEvent
-from dynrank.driver.notices import rank_spans, slot_notice
+from dynrank.driver.notices import rank_spans, start_notices
 from dynrank.schedules import Stage, after_convergence, auto, early_budget, energy, fixed, milestones
 from dynrank.targets import GrowTo, LayerState, Rank
 from dynrank.triggers import At
@@ -53,9 +53,15 @@ def model(**rank_map):
     ],
 )
 def test_before_training_a_line_says_what_a_server_may_reserve(schedule, rank_map, is_said):
-    notice = slot_notice(model(**rank_map), schedule)
+    notices = start_notices(model(**rank_map), schedule)
     line = "a server reserves the highest rank of the adapter in every layer, up to 16; for a slot of "
-    assert notice.startswith(line) if is_said else notice is None
+    assert [notice.startswith(line) for notice in notices] == [True] * is_said
+
+
+def test_before_training_a_line_says_where_scalings_differ():
+    (line,) = start_notices(model(k_proj={"rank": 4, "alpha": 32}), fixed())
+    assert line.startswith("layers differ in their scaling: 1 in 3 layers")
+    assert line.endswith("8 in 1 (k_proj)")
 
 
 @pytest.mark.parametrize("schedule", [early_budget(4, at=0.5), early_budget(4, at=0.5, highest=8), auto(at=0.5)])

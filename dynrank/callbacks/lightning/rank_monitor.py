@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from dynrank.callbacks.lightning.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
-from dynrank.driver.notices import slot_notice
+from dynrank.driver.notices import start_notices
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import print_table
 from dynrank.output.ranks import rank_totals
@@ -54,7 +54,7 @@ class RankMonitor(Callback):
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
-            self._print_notice(trainer, pl_module)
+            self._print_notices(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         groups = [group for optimizer in trainer.optimizers for group in unwrapped_optimizer(optimizer).param_groups]
@@ -79,9 +79,9 @@ class RankMonitor(Callback):
             shown = self._ranks if isinstance(logger, CSVLogger) else self._ranks | by_layer
             logger.log_metrics(shown, step=trainer.global_step)
 
-    def _print_notice(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _print_notices(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for driver in (c.driver for c in trainer.callbacks if isinstance(c, RankScheduler)):  # type: ignore[attr-defined]
-            if notice := slot_notice(pl_module, driver.stages[driver.progress.stage :], driver.rules):
+            for notice in start_notices(pl_module, driver.stages[driver.progress.stage :], driver.rules):
                 print(notice, flush=True)
 
     def _by_layer(self, pl_module: LightningModule) -> dict[str, int]:

@@ -20,7 +20,7 @@ from dynrank.callbacks.transformers.training import TrainerTraining, run_length
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import TRAIN_LOSS, check_observed
-from dynrank.driver.notices import slot_notice
+from dynrank.driver.notices import start_notices
 from dynrank.driver.training import Evaluate
 from dynrank.driver.validation import validating_change
 from dynrank.layers.finding import lora_layers
@@ -117,8 +117,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._last_model = ref(training.model)
         self.driver.start(training, run_length(args, state, kwargs["train_dataloader"]))
         self._metrics.begin(state)
-        notice = slot_notice(training.model, self.driver.stages[self.driver.progress.stage :], self.driver.rules)
-        if notice is not None and state.is_world_process_zero:
+        to_come = self.driver.stages[self.driver.progress.stage :]
+        for notice in start_notices(training.model, to_come, self.driver.rules) if state.is_world_process_zero else ():
             print(notice)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
