@@ -9,11 +9,12 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from dynrank import __version__
-from dynrank.errors import train_packages
+from dynrank.errors import ConfigurationError, train_packages
 
 with train_packages("dynrank-train"):
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig, OmegaConf
 
@@ -71,8 +72,22 @@ def main() -> None:
         # ckpt_path=last needs the folder of the run.
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
+    begun = []
+
+    @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
+    def train(config: DictConfig) -> float | None:
+        begun.append(config)
+        return _train(config)
+
     with usage_errors():
-        hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(_train)()
+        try:
+            train()
+        except OSError as error:
+            # Before the run begins, Hydra makes the folder for it; or a choice is missing, or the output's reader gone.
+            if begun or isinstance(error, HydraException | BrokenPipeError):
+                raise
+            place = f"the folder {error.filename!r} cannot be made: {error.strerror}"
+            raise ConfigurationError(f"{place}; set hydra.run.dir (of a sweep hydra.sweep.dir) to another") from error
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from dynrank.app.console import one_line
 from dynrank.app.models.base_model import base_of, class_of_base, on_base
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts, open_ids, rendered
 from dynrank.app.models.pretrained import load_tokenizer, positions, set_padding
-from dynrank.app.tasks.data.columns import COLUMNS, KINDS, Form, find_columns
+from dynrank.app.tasks.data.columns import COLUMNS, Form, find_columns
 from dynrank.app.tasks.data.rows import usable_rows
-from dynrank.app.tasks.data.source import RawRows, read_source, reading
+from dynrank.app.tasks.data.source import KINDS, RawRows, read_source, reading
 from dynrank.errors import ConfigurationError, Count, checked_call
 from dynrank.output.output_folder import new_file
 

@@ -3,20 +3,13 @@
 Nothing here decides more than the parts of a run that read the same files later.
 """
 
-import csv
-import json
-from collections.abc import Mapping
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from dynrank.app.keys import names_keys
 from dynrank.app.models.names import model_source
 from dynrank.app.runs.config import plain, rank_pattern
-from dynrank.app.tasks.data.columns import KINDS, TABLES, find_columns, heading_of
 from dynrank.errors import ConfigurationError
 
 
@@ -37,33 +30,11 @@ def look(config: DictConfig) -> None:
         model_source(config.task.model)
     data = plain(config.data) or {}
     if str(data.get("_target_")).endswith(".from_files"):
+        # This import takes a second. The files are read again from the cache of ``datasets``.
+        from dynrank.app.tasks.data.columns import find_columns
+        from dynrank.app.tasks.data.source import read_source
+
         for split in ("train", "val", "test"):
-            if isinstance(data.get(split), str):
-                _look_at(data[split], f"data.{split}", data)
-
-
-def _look_at(name: str, key: str, data: Mapping[str, Any]) -> None:
-    path = Path(name).expanduser()
-    # ORG/NAME may be on the hub.
-    if not path.exists() and (path.suffix in KINDS or name.count("/") != 1):
-        kinds = f"a file ({', '.join(KINDS)}), or ORG/NAME on the hub"
-        raise ConfigurationError(f"{key}={name} does not exist; set {key} to {kinds}")
-    columns = _columns(path) if path.is_file() else []
-    if columns and data.get("form"):
-        find_columns(columns, data.get("columns") or {}, data["form"], f"{key}={name}")
-
-
-def _columns(path: Path) -> list[str]:
-    """The columns in the heading of a table, or in its first 1000 rows; none if they cannot be read so simply."""
-    kind = path.suffix.lower()
-    # What cannot be read is explained where it is read.
-    with suppress(ValueError, csv.Error):
-        if kind in TABLES:
-            line, _, names = heading_of(path)
-            # A name of two lines has an open quote in the first.
-            return [] if line.count('"') % 2 else names
-        if kind in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8-sig") as file:
-                rows = [json.loads(line) for line in islice(file, 1000) if line.strip()]
-            return [*dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)]
-    return []
+            if data.get(split) is not None and data.get("form"):
+                raw = read_source(data[split], f"data.{split}", split)
+                find_columns(raw.rows.column_names, data.get("columns") or {}, data["form"], raw.where)

@@ -210,6 +210,13 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
 
 def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
     """Refuse a checkpoint (read from ``config.ckpt_path``) that would mean something else in ``module``."""
+    of_another = f"the checkpoint {config.ckpt_path!r} is of another run"
+    lacking = sorted({"optimizer_states", "loops", "callbacks"} - checkpoint.keys())
+    # Ranks may differ.
+    differ = sorted(name for name in checkpoint["state_dict"].keys() ^ module.state_dict() if ".lora_" in name)
+    if lacking or differ:
+        what = f"it lacks {lacking}" if lacking else f"{differ[:3]} differ"
+        raise ConfigurationError(f"{of_another}: {what}; set ckpt_path, task or lora.target_modules")
     # A module of your own need not save its arguments, and only a classifier has labels.
     before = dict(checkpoint.get("hyper_parameters") or {})
     before["optimizer.name"] = dict(before.get("optimizer") or {}).get("name")
@@ -218,6 +225,6 @@ def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module:
     for name in ("optimizer.name", "labels", "several"):
         if before.get(name) is not None and before[name] != now.get(name):
             raise ConfigurationError(
-                f"the checkpoint {config.ckpt_path!r} is of another run: {name} is {shown(before[name])} there, and "
-                f"{shown(now.get(name))} here; set ckpt_path, optimizer or data"
+                f"{of_another}: {name} is {shown(before[name])} there, and {shown(now.get(name))} here; set ckpt_path, "
+                "optimizer or data"
             )

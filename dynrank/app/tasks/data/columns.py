@@ -1,17 +1,10 @@
-"""The columns of a form in users' data: by the field's names, or as the user names them; without ``datasets``."""
+"""The columns of a form in users' data: by the field's names, or as the user names them."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Literal
 
 from dynrank.errors import ConfigurationError
-
-# The ends of the names of files that hold rows.
-KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
-TABLES = (".csv", ".tsv")
-_DELIMITERS = ",;\t"
 
 Form = Literal["classification", "completion", "chat", "text"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -29,15 +22,6 @@ _ANSWERS = ("label", "answer")
 Theirs = str | tuple[str, ...]
 # {our name of a column: the user's; None: our own}.
 Given = Mapping[str, str | Sequence[str] | None]
-
-
-def heading_of(path: Path) -> tuple[str, str, list[str]]:
-    """(the first line of a table that is not empty, the delimiter that gives it most cells, these cells)."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = next(filter(str.strip, file), "")
-    cells = {sign: next(csv.reader([line], delimiter=sign), []) for sign in _DELIMITERS}
-    delimiter = max(cells, key=lambda sign: len(cells[sign]))
-    return line, delimiter, cells[delimiter]
 
 
 def each(theirs: Theirs) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Reading the rows of a source that a user names, by ``datasets``: a file, or a data set on the hub."""
 
+import csv
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ import pandas
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from dynrank.app.tasks.data.columns import KINDS, TABLES, heading_of
 from dynrank.errors import ConfigurationError
 
+# The ends of the names of files that hold rows.
+KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 _TEXT = datasets.Value("string")
 
 
@@ -56,7 +58,7 @@ def read_source(name: str | None, key: str, split: str) -> RawRows:
 
 def _from_file(path: Path, where: str) -> RawRows:
     suffix = path.suffix.lower()
-    reader = "csv" if suffix in TABLES else {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    reader = "csv" if suffix in (".csv", ".tsv") else {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
     options = {"text": {"sample_by": "paragraph", "encoding": "utf-8-sig"}}.get(reader, {})
     if reader == "csv":
         options = _cells(path)
@@ -67,7 +69,10 @@ def _from_file(path: Path, where: str) -> RawRows:
 
 def _cells(path: Path) -> dict[str, Any]:
     """How pandas reads a table: cells are texts as they stand there."""
-    _, delimiter, names = heading_of(path)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = next(filter(str.strip, file), "")
+    headings = {sign: next(csv.reader([line], delimiter=sign), []) for sign in ",;\t"}
+    delimiter, names = max(headings.items(), key=lambda pair: len(pair[1]))
     how: dict[str, Any] = {"sep": delimiter, "keep_default_na": False, "encoding": "utf-8-sig"}
     first = pandas.read_csv(path, nrows=1, dtype=str, **how)
     # pandas gives the second of two such columns another name.
