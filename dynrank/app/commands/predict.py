@@ -1,6 +1,5 @@
 """``dynrank predict``: answers to texts, or to the rows of a file as training reads them, printed or in a file."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -55,13 +54,13 @@ def predict(
         elif not classifies:
             asked = open_ids(tokenizer, asked)
         model: Any = on_base(adapter, base).eval()
-        several = model.config.problem_type == "multi_label_classification"
-        # The one output of a reward model is a number, and so are all of a regression: they are no classes.
-        numbers = model.config.problem_type == "regression" or (model.config.num_labels == 1 and not several)
-        if numbers if classifies else model.config.is_encoder_decoder or not model.can_generate():
+        # The one output of a reward model is a number, and so are all of a regression.
+        kinds = (None, "single_label_classification")
+        other = model.config.problem_type not in kinds or model.config.num_labels == 1
+        if other if classifies else model.config.is_encoder_decoder or not model.can_generate():
             raise ConfigurationError(
-                f"{str(source)!r} adapts a {type(model).__name__}{' whose outputs are numbers' * classifies}; dynrank "
-                "predict asks classifiers and causal language models; ask others by PEFT"
+                f"{str(source)!r} adapts a {type(model).__name__}{' whose outputs are not one class' * classifies}; "
+                "dynrank predict asks classifiers and causal language models; ask others by PEFT"
             )
         set_padding(model, tokenizer.pad_token_id)
         # Batches of texts with similar lengths need less padding, and the longest tell first whether there is memory.
@@ -79,13 +78,13 @@ def predict(
         answers = [answer for _, answer in sorted(zip(order, bar, strict=True), key=lambda pair: pair[0])]
     if out is None:
         for answer in answers:
-            best = [f"{one_line(pair['label'])} {pair['score']:.4f}" for pair in answer[:3] if classifies]
-            print("\t".join(best) if classifies else one_line(answer))
+            shown = [f"{one_line(pair['label'])} {pair['score']:.4f}" for pair in answer[:3] if classifies]
+            print("\t".join(shown) if classifies else one_line(answer))
         return
-    columns = _labels(answers, several) if classifies else {"answer": answers}
-    if several and out.suffix == ".csv":
-        # A cell of csv is a text.
-        columns = {name: [json.dumps(cell, ensure_ascii=False) for cell in cells] for name, cells in columns.items()}
+    columns = {"answer": answers}
+    if classifies:
+        best = [answer[0] for answer in answers]
+        columns = {"label": [pair["label"] for pair in best], "probability": [pair["score"] for pair in best]}
     with new_file(out) as file:
         _WRITERS[out.suffix](Dataset.from_dict({"row": rows["place"][:], **columns}), file)
 
@@ -137,11 +136,3 @@ def _written(
         batch = {"input_ids": asked[start : start + batch_size]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
         yield from greedy_texts(model, tokenizer, **inputs, max_new_tokens=max_new_tokens, end_of_turn=end)
-
-
-def _labels(answers: Sequence[Any], several: bool) -> dict[str, list[Any]]:
-    """The label of each row and its probability; where a row has several labels, lists of those of at least 0.5."""
-    likely = [[pair for pair in row if pair["score"] >= 0.5] if several else row[:1] for row in answers]
-    columns = {"label": [[pair["label"] for pair in row] for row in likely]}
-    columns["probability"] = [[pair["score"] for pair in row] for row in likely]
-    return columns if several else {name: [cell for (cell,) in cells] for name, cells in columns.items()}

@@ -40,16 +40,9 @@ def greedy_texts(
 ) -> list[str]:
     """The most probable token again and again after each prompt, up to an end or ``max_new_tokens``, as texts.
 
-    Beams, penalties and whatever else the base's files say of generation are left out.
-
-    Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        input_ids: int64 (batch, length), padded on the left.
-        attention_mask: (batch, length).
-        max_new_tokens: the largest number of tokens of an answer.
-        end_of_turn: a token that also ends an answer, see :func:`end_of_turn_of`.
-        synced: whether all processes need the same number of forwards.
+    Beams, penalties and whatever else the base's files say of generation are left out. ``input_ids``, int64 (batch,
+    length), are padded on the left. ``end_of_turn`` is a token that also ends an answer, see :func:`end_of_turn_of`;
+    ``synced``: all processes need the same number of forwards.
     """
     ends = end_tokens(model, tokenizer, end_of_turn)
     of_base = model.generation_config

@@ -60,11 +60,6 @@ def _loading(name: str, key: str) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        if "trust_remote_code" in str(error):
-            cure = "use PEFT in your own program" if key.startswith("--") else "set model.trust_remote_code=true"
-            raise ConfigurationError(
-                f"{key}={name} runs code that comes with its files; read it, and {cure}"
-            ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 

@@ -16,7 +16,7 @@ from dynrank.app.console import print_facts
 from dynrank.app.runs.command import command
 from dynrank.app.runs.folder import ADAPTER
 from dynrank.app.runs.report.page import write_card, write_report
-from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
+from dynrank.app.runs.run_meter import peak_memory_bytes
 from dynrank.app.runs.summary import SUMMARY, Summary
 from dynrank.callbacks import RankEvent
 from dynrank.layers.finding import adapter_parameters, lora_layers, parameter_count
@@ -26,17 +26,8 @@ from dynrank.output.whole_file import whole_file
 _FINAL = "final/"
 
 
-def summarise(
-    model: nn.Module,
-    history: Iterable[RankEvent],
-    metrics: Mapping[str, float],
-    meter: RunMeter,
-    seconds: float,
-    steps: int,
-    data: dict[str, dict[str, Any]],
-    weights: str,
-) -> Summary:
-    """The contents of summary.json; ``metrics`` are those of the test."""
+def summarise(model: nn.Module, history: Iterable[RankEvent], metrics: Mapping[str, float], **others: Any) -> Summary:
+    """The contents of summary.json; ``metrics`` are those of the test, ``others`` fields of the summary."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
     both = final.keys() >= {"train/loss", "val/loss"}
     return Summary(
@@ -53,12 +44,8 @@ def summarise(
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total": parameter_count(model.parameters()),
         },
-        seconds=seconds,
-        steps=steps,
-        tokens_per_second=meter.tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
-        data=data,
-        weights=weights,
+        **others,
     )
 
 

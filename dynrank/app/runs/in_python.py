@@ -12,8 +12,6 @@ from dynrank.app.runs.report.record import RunRecord, read_run
 def run(config: DictConfig, folder: str | Path | None = None) -> RunRecord:
     """Train, test and export by a configuration; returns the record of the finished run.
 
-    Its attributes are ``config``, ``summary``, ``metrics``, ``history`` and others, its method ``ranks()``.
-
     The run is in this process; several processes are started by ``dynrank-train``.
 
     Args:

@@ -2,13 +2,13 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -67,7 +67,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
     job = build(config)
     meter = RunMeter()
-    best = BestWeights(*_judged_by(config.objective, job.task.metrics))
+    judged = config.objective if config.objective in {*job.task.metrics} - {"train/loss"} else "val/loss"
+    best = BestWeights(judged, "min" if judged.endswith(LOWER_IS_BETTER) else "max")
     trainer = make_trainer(config, folder, job.scheduler, meter, best, sweep=sweep)
     first = trainer.is_global_zero
     lock = locked(folder, resumed=resumed) if first else nullcontext()
@@ -87,11 +88,10 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         # The trainer returns one mapping for each data loader.
         tested = trainer.test(job.module, job.task, verbose=False)
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
-        seconds = time.perf_counter() - start
+        others: dict[str, Any] = {"seconds": time.perf_counter() - start, "tokens_per_second": meter.tokens_per_second}
         # Only some tasks count their data.
-        data = dict(getattr(job.task, "account", {}))
-        steps = trainer.global_step
-        summary = summarise(model, job.scheduler.history, metrics, meter, seconds, steps, data, weights)
+        others |= {"steps": trainer.global_step, "weights": weights, "data": getattr(job.task, "account", {})}
+        summary = summarise(model, job.scheduler.history, metrics, **others)
         # All processes hold a part of a base that is sharded.
         base = base_of(model)
         if first:
@@ -190,14 +190,6 @@ def _measured(stage: Stage) -> Stage:
     return replace(stage, how=replace(stage.how, max_regression=inf)) if unchecked else stage
 
 
-def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:
-    """The metric that says which validation was the best, and whether a smaller value is better."""
-    monitor = (
-        objective if objective is not None and objective in logged and objective.startswith("val/") else "val/loss"
-    )
-    return monitor, "min" if monitor.endswith(LOWER_IS_BETTER) else "max"
-
-
 def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step: int) -> str:
     """Put the weights that ``export_weights`` chooses into ``module``; returns which they are."""
     if choice == "last":
@@ -222,7 +214,7 @@ def _check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module:
     before["optimizer.name"] = dict(before.get("optimizer") or {}).get("name")
     now = {**module.hparams, "optimizer.name": config.optimizer.name}
     # As many of other classes would fit the head by their shape.
-    for name in ("optimizer.name", "labels", "several"):
+    for name in ("optimizer.name", "labels"):
         if before.get(name) is not None and before[name] != now.get(name):
             raise ConfigurationError(
                 f"{of_another}: {name} is {shown(before[name])} there, and {shown(now.get(name))} here; set ckpt_path, "

@@ -26,6 +26,7 @@ from dynrank.app.runs.run_meter import RunMeter
 from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankScheduler, StepSeed
 from dynrank.callbacks.lightning.private import save_as
 from dynrank.callbacks.lightning.strategies import check_strategy
+from dynrank.callbacks.lightning.training import is_last_step
 from dynrank.errors import ConfigurationError
 
 # AdapterCheckpoint saves after the step in which one of them comes.
@@ -104,9 +105,7 @@ class _RunCheckpoint(AdapterCheckpoint):
         super().on_train_batch_end(trainer, *arguments)
         # At the end of training, Lightning's loops count an epoch as whole that max_steps has cut short, and a run that
         # is to train on would skip the rest of it.
-        ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        is_last = ends or trainer.should_stop or trainer.global_step == trainer.max_steps
-        if is_last and trainer.global_step % self._every:
+        if (is_last_step(trainer) or trainer.should_stop) and trainer.global_step % self._every:
             save_as(self, trainer, str(self._file))
 
 

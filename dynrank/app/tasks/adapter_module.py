@@ -49,17 +49,11 @@ class AdapterModule(LightningModule):
         self.quality = nn.ModuleDict(quality)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss.
-
-        Labels of floats (..., classes) are ones and zeros, for classes of which each is a separate yes or no.
-        """
+        """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The mean cross-entropy over all labels that are not ``IGNORED``."""
-        if labels.is_floating_point():
-            wanted = labels * (1 - label_smoothing) + label_smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits, wanted)
         options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
 
@@ -93,5 +87,5 @@ class AdapterModule(LightningModule):
         self.log(f"{split}/loss", self.loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         if split in self.quality:
             quality: Any = self.quality[split]
-            quality.update(*((logits.sigmoid(), labels.int()) if labels.is_floating_point() else (logits, labels)))
+            quality.update(logits, labels)
             self.log_dict(quality, **options)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import normalize
@@ -20,10 +18,8 @@ from torchmetrics.classification import Accuracy, F1Score
 
 from dynrank.adapters.read import read_adapter
 from dynrank.adapters.sidecar_files import LABELS_FILE, stored_labels
-from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_classifier
 from dynrank.app.tasks.adapter_module import AdapterModule
-from dynrank.app.tasks.data.splits import labels_of
 from dynrank.app.tasks.text_task import TextTask
 from dynrank.errors import ConfigurationError, Count, checked_call
 
@@ -31,13 +27,12 @@ from dynrank.errors import ConfigurationError, Count, checked_call
 class Classification(TextTask):
     """Texts and their classes as a task.
 
-    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
-    each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
+    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,).
 
     Other arguments are those of :class:`dynrank.app.tasks.text_task.TextTask`.
 
     Args:
-        data: rows with a text, and a label or a list of labels, which are texts or ints.
+        data: rows with a text, and a label, a text or an int.
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
     """
@@ -75,14 +70,9 @@ class Classification(TextTask):
             )
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
-        rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
-        rest["tokenizer"] = self.own_tokenizer
-        return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
-
-    @property
-    def several(self) -> bool:
-        """Whether a text has a list of labels."""
-        return isinstance(self.rows["train"][0]["label"], list)
+        options: Any = {"settings": self.settings, "tokenizer": self.own_tokenizer, "on_meta": on_meta}
+        model = load_classifier(self.model, len(self.labels), **options)
+        return Classifier(model, self.labels, lora, optimizer, self.label_smoothing)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -90,9 +80,7 @@ class Classification(TextTask):
 
         Training that goes on from an adapter has the classes of its head.
         """
-        if len({str(rows.features["label"]) for rows in self.rows.values()}) > 1:
-            raise ConfigurationError("some splits have one label in each row, and others lists of labels; set data")
-        trained, *others = ({*chain.from_iterable(labels_of(rows))} for rows in self.rows.values())
+        trained, *others = ({*rows["label"]} for rows in self.rows.values())
         rank_zero_only(_say_alike)(sorted(trained.union(*others)))
         before = self.labels_before
         known = {*before} or trained
@@ -111,8 +99,7 @@ class Classification(TextTask):
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         padded = self.tokenizer.pad({"input_ids": [e["input_ids"] for e in examples]}, return_tensors="pt")
-        labels = torch.tensor([example["label"] for example in examples])
-        return {**padded, "labels": labels.float() if self.several else labels}
+        return {**padded, "labels": torch.tensor([example["label"] for example in examples])}
 
 
 def _say_alike(labels: Sequence[str]) -> None:
@@ -132,53 +119,38 @@ def _in_order(label: str) -> tuple[bool, int, str]:
 def make_examples(
     rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, classes: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Token ids of a batch of texts, cut to ``max_length``, and the numbers of their classes, or flags for each."""
+    """Token ids of a batch of texts, cut to ``max_length``, and the numbers of their classes."""
     options = {"return_token_type_ids": False, "return_attention_mask": False}
     ids = tokenizer(rows["text"], truncation=True, max_length=max_length, **options)["input_ids"]
-    labels = [
-        [one in given for one in classes] if isinstance(given, list) else classes.index(given)
-        for given in rows["label"]
-    ]
+    labels = [classes.index(label) for label in rows["label"]]
     return {"input_ids": ids, "label": labels, "length": [*map(len, ids)]}
 
 
 class Classifier(AdapterModule):
     """Sequence classification with LoRA on the body, and a new head.
 
-    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
-    are those of :class:`Classification` and :class:`AdapterModule`; ``labels``, the names of the classes; and
-    ``tokenizer``, the folder or name of the tokenizer (None: the model's). With ``several``, a text may have several
-    labels, so each class is a separate yes or no.
+    ``model`` is of :func:`dynrank.app.models.pretrained.load_classifier`, ``labels`` are the names of its classes.
+    Other arguments are those of :class:`AdapterModule`.
     """
 
     def __init__(
         self,
-        model: str,
+        model: Any,
         labels: Sequence[str],
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         label_smoothing: float = 0.0,
-        settings: Mapping[str, Any] | None = None,
-        several: bool = False,
-        tokenizer: str | None = None,
-        on_meta: bool = False,
     ) -> None:
-        labels = list(labels)
-        lora = dict(lora)
-        optimizer = dict(optimizer)
         kind: Any = {"task": "multiclass", "num_classes": len(labels)}
-        if several:
-            kind = {"task": "multilabel", "num_labels": len(labels)}
         shares: Any = {"accuracy": Accuracy(**kind, average="micro"), "macro_f1": F1Score(**kind, average="macro")}
         splits = ("val", "test", "final/val")
         quality = {split: MetricCollection(shares).clone(prefix=f"{split}/") for split in splits}
-        options: Any = {"settings": ModelSettings(**settings or {}), "tokenizer": tokenizer, "on_meta": on_meta}
-        classifier: Any = load_classifier(model, len(labels), **options)
-        classifier.config.id2label = dict(enumerate(labels))
+        model.config.id2label = dict(enumerate(labels))
         # The base's own may be another; by it programs make probabilities of logits.
-        classifier.config.problem_type = f"{'multi' if several else 'single'}_label_classification"
-        super().__init__(classifier, lora, optimizer, quality, label_smoothing)
-        self.save_hyperparameters(ignore="on_meta")
+        model.config.problem_type = "single_label_classification"
+        super().__init__(model, lora, optimizer, quality, label_smoothing)
+        # A run that is resumed must have the same.
+        self.save_hyperparameters({"labels": [*labels], "optimizer": dict(optimizer)})
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,8 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.app.models.generating import end_of_turn_of, greedy_texts
-from dynrank.app.models.names import ModelSettings
-from dynrank.app.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.app.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.app.tasks.examples import FEATURES, make_examples
 from dynrank.app.tasks.loader import spread
@@ -34,15 +31,6 @@ class WholeAnswers(MeanMetric):
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Add logits (batch, length, vocabulary) and labels (batch, length) of the next token."""
         super().update(((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).float())
-
-
-class ExactMatch(MeanMetric):
-    """Share of the generated texts that are the answer, but for blanks around both."""
-
-    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
-        """Add a batch of texts; each has a list with its answer."""
-        found = [text.strip() == right.strip() for text, (right,) in zip(preds, target, strict=True)]
-        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
 
 
 class LanguageModeling(TextTask):
@@ -108,14 +96,13 @@ class LanguageModeling(TextTask):
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "answers": self.form != "text"}
-        written["settings"] = asdict(self.settings)
-        written["tokenizer"] = self.own_tokenizer
         if self.form == "chat" and not self.tokenizer.chat_template:
             raise ConfigurationError(f"the tokenizer of task.model={self.model} has no chat template; set task.model")
         # The rows are checked before the weights are loaded, so that faults are reported early.
         if not on_meta and self.rows and self.form == "chat":
             written["end_of_turn"] = end_of_turn_of(self.tokenizer)
-        return LanguageModel(self.model, lora, optimizer, **written, on_meta=on_meta)
+        model = load_causal_lm(self.model, settings=self.settings, on_meta=on_meta)
+        return LanguageModel(model, None if on_meta else self.tokenizer, lora, optimizer, **written)
 
     @property
     def recipe(self) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -164,25 +151,20 @@ class LanguageModel(AdapterModule):
     ``answers``, accuracy: the share of answers that greedy decoding would generate exactly. Where it generates answers,
     BLEU and exact match are measured, too.
 
-    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
-    are those of :class:`LanguageModeling` and :class:`AdapterModule`; ``end_of_turn``, the token that ends an answer in
-    chats; and ``tokenizer``, the folder or name of the tokenizer (None: the model's).
+    Arguments are those of :class:`LanguageModeling` and :class:`AdapterModule`; and ``end_of_turn``, the token that
+    ends an answer in chats.
     """
 
     def __init__(
         self,
-        model: str,
+        model: nn.Module,
+        tokenizer: Any,
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         max_new_tokens: int = 64,
         answers: bool = True,
-        settings: Mapping[str, Any] | None = None,
         end_of_turn: str | None = None,
-        tokenizer: str | None = None,
-        on_meta: bool = False,
     ) -> None:
-        lora = dict(lora)
-        optimizer = dict(optimizer)
         quality = {}
         written = {}
         for split in ("val", "test"):
@@ -190,18 +172,14 @@ class LanguageModel(AdapterModule):
             # Metrics are not grouped, because two may be equal by chance.
             options: Any = {"prefix": f"{split}/", "compute_groups": False}
             quality[split] = MetricCollection({"perplexity": Perplexity(IGNORED), **right}, **options)
-            written[split] = MetricCollection({"bleu": SacreBLEUScore(), "exact_match": ExactMatch()}, **options)
-        self.settings = ModelSettings(**settings or {})
-        super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        self.save_hyperparameters(ignore="on_meta")
+            written[split] = SacreBLEUScore()
+        super().__init__(model, lora, optimizer, quality)
+        # A run that is resumed must have the same.
+        self.save_hyperparameters({"optimizer": dict(optimizer)})
         self.written = nn.ModuleDict(written)
-        self.tokenizer_at = tokenizer or model
+        self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.end_of_turn = end_of_turn
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.tokenizer_at, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         masked = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -214,17 +192,16 @@ class LanguageModel(AdapterModule):
             super().evaluate(batch, split)
             return
         texts = self.continuations(batch["input_ids"], batch["attention_mask"])
-        written: Any = self.written[split]
-        written.update(preds=texts, target=[[answer] for answer in batch["answers"]])
-        self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
+        bleu: Any = self.written[split]
+        bleu.update(texts, [[answer] for answer in batch["answers"]])
+        options: Any = {"batch_size": float(len(texts)), "add_dataloader_idx": False}
+        self.log(f"{split}/bleu", bleu, **options)
+        same = [text.strip() == answer.strip() for text, answer in zip(texts, batch["answers"], strict=True)]
+        # The share of the texts that are the answer, but for blanks around both.
+        self.log(f"{split}/exact_match", sum(same) / len(same), sync_dist=True, **options)
 
     def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
-
-        Args:
-            input_ids: int64 (batch, length), padded on the left.
-            attention_mask: (batch, length).
-        """
+        """What greedy decoding writes after prompts, int64 (batch, length), which are padded on the left."""
         return greedy_texts(
             self.model,
             self.tokenizer,

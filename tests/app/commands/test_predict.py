@@ -147,11 +147,11 @@ def test_wrong_files_columns_and_options_are_refused_before_the_model_is_loaded(
 
 
 def test_what_neither_classifies_nor_goes_on_with_a_text_is_refused(tiny_bert, tiny_llama, launch, tmp_path):
-    """As a reward model, a regression of several scores, and an encoder-decoder."""
-    numbers = "BertForSequenceClassification whose outputs are numbers"
-    for labels, kind in ((1, None), (3, "regression")):
+    """As a reward model, a regression of several scores, classes that are no alternatives, and an encoder-decoder."""
+    numbers = "BertForSequenceClassification whose outputs are not one class"
+    for labels, kind in ((1, None), (3, "regression"), (3, "multi_label_classification")):
         model = classifier_of(tiny_bert, num_labels=labels, problem_type=kind)
-        folder = adapter(tmp_path / f"of {labels}", model, tiny_bert, None, modules_to_save=["classifier"])
+        folder = adapter(tmp_path / f"of {labels} {kind}", model, tiny_bert, None, modules_to_save=["classifier"])
         code, printed, said = launch(cli.main, "predict", folder, "a text")
         assert (code, printed, f"adapts a {numbers}; dynrank predict asks classifiers" in said) == (2, "", True), said
     base = tmp_path / "base"

@@ -132,11 +132,10 @@ def test_a_run_from_the_end_of_another_only_tests_and_exports(launch, settings, 
 @pytest.mark.parametrize(
     ("override", "stored", "named"),
     [
-        ("lora.target_modules=attention", {}, "made on another base: 'model.bert.encoder.layer.0.intermediate.dense"),
+        ("lora.target_modules=attention", {}, r"\['model.bert.encoder.layer.0.intermediate.dense.* differ"),
         ("optimizer=sgd", {}, r"optimizer\.name is 'AdamW' there, and 'SGD' here"),
         # The head has their number, so that its weights would be loaded for them.
         ("seed=0", {"labels": ["b", "a"]}, r"labels is \['b', 'a'\] there, and \['A00-A09', "),
-        ("seed=0", {"several": True}, "several is True there, and False here"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(override, stored, named, launch, settings, whole):

@@ -10,7 +10,6 @@ import dynrank
 from dynrank.app.models.names import ModelSettings
 from dynrank.app.models.pretrained import load_causal_lm
 from dynrank.app.runs import job
-from dynrank.app.tasks.language_modeling import LanguageModel
 from dynrank.layers.quantized import is_quantized
 
 ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i % 3]}"} for i in range(60)]
@@ -25,10 +24,9 @@ def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tin
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     options = ["task=completion", f"data.train={tmp_path / 'rows.json'}", f"task.model={tiny_llama}", *SPEED, *QUIET]
     options += [f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
-    options += ["lora.rank=8", "schedule=fixed"]
 
     def run(name, steps, *more):
-        config = dynrank.compose([*options, f"trainer.max_steps={steps}", *more])
+        config = dynrank.compose([*options, "lora.rank=8", "schedule=fixed", f"trainer.max_steps={steps}", *more])
         return job.run(config, tmp_path / name), load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
 
     first, _ = run("first", 4)
@@ -40,9 +38,9 @@ def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tin
     base = load_causal_lm(str(tiny_llama), settings=ModelSettings(quantization=quantization))
     adapted = dynrank.load_adapter(base, tmp_path / "whole" / "adapter")
     assert all(is_quantized(layer.base) for _, layer in dynrank.lora_layers(adapted))
-    trained = LanguageModel.load_from_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt").model
+    built = job.build(dynrank.compose([*options, f"lora.from={tmp_path / 'whole' / 'adapter'}"]))
     ids = torch.arange(27).view(3, 9) * 22
-    assert torch.equal(adapted.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
+    assert torch.equal(adapted.eval()(input_ids=ids).logits, built.module.model.eval()(input_ids=ids).logits)
 
 
 def test_settings_reach_the_model(tiny_llama):

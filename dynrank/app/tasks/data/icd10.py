@@ -17,24 +17,22 @@ _TEMPLATED = ("19", "20")
 @checked_call
 def icd10_terms(
     chapters: Sequence[Annotated[int, Field(ge=1, le=22)]] | None,
-    code_length: Annotated[int, Field(ge=3, le=7)],
     min_terms: Annotated[int, Field(ge=1)],
     seed: int,
 ) -> Rows:
     """Terms and their blocks (code ranges such as ``A00-A09``) by split.
 
-    Inclusion terms are the words that clinicians use for a code. All official descriptions and 70% of the inclusion
-    terms are for training, 10% of these terms for validation and 20% for the test. Texts are compared case-folded with
-    single spaces. A text in two blocks is left out, and a description is never also an inclusion term. The split of an
-    inclusion term depends only on (``seed``, text).
+    Inclusion terms are the words that clinicians use for a code. The descriptions of all categories (``A00``) and 70%
+    of the inclusion terms are for training, 10% of these terms for validation and 20% for the test. Texts are compared
+    case-folded with single spaces. A text in two blocks is left out, and a description is never also an inclusion term.
+    The split of an inclusion term depends only on (``seed``, text).
 
     Args:
         chapters: ICD-10-CM chapters to use, 1 to 22; None for all.
-        code_length: longest code whose description is used, in characters without the dot.
         min_terms: blocks with fewer training texts are left out.
         seed: seed of the splits.
     """
-    described, included = _terms(chapters, code_length)
+    described, included = _terms(chapters)
     blocks: dict[str, set[str]] = defaultdict(set)
     for text, block in [*described, *included]:
         blocks[text].add(block)
@@ -47,12 +45,12 @@ def icd10_terms(
     sizes = Counter(row["label"] for row in rows["train"])
     rows = {split: [row for row in part if sizes[row["label"]] >= min_terms] for split, part in rows.items()}
     if not all(rows.values()):
-        raise ConfigurationError("no ICD-10-CM terms are left; set data.chapters, data.code_length or data.min_terms")
+        raise ConfigurationError("no ICD-10-CM terms are left; set data.chapters or data.min_terms")
     return rows
 
 
-def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(description, block) of codes, and (inclusion term, block)."""
+def _terms(chapters: Sequence[int] | None) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(description, block) of categories, and (inclusion term, block) of codes."""
     try:
         import simple_icd_10_cm as icd
     except ImportError:
@@ -67,9 +65,9 @@ def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple
             # 'C7A' is a block and a category.
             if block is None or (icd.is_block(code) and not icd.is_category(code)):
                 continue
+            if icd.is_category(code):
+                described.append((_normal(icd.get_description(code)), block))
             if icd.is_category(code) or chapter not in _TEMPLATED:
-                if len(code.replace(".", "")) <= code_length:
-                    described.append((_normal(icd.get_description(code)), block))
                 included += [(_normal(term), block) for term in icd.get_inclusion_term(code)]
     return described, included
 

@@ -38,8 +38,6 @@ def usable_rows(
     features = datasets.Features({**dict.fromkeys(names, _TEXT), "place": datasets.Value("int64"), "fault": _TEXT})
     if "messages" in names:
         features["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
-    if isinstance(label, datasets.List):
-        features["label"] = datasets.List(_TEXT)
     options = {"names": names, "label": label, "first": raw.first, "asked": asked}
     with reading(raw.where):
         made = rows.map(
@@ -111,22 +109,15 @@ def _refuse_no_text(value: Any, name: str) -> None:
         raise ConfigurationError(f"{name} must be a text that is not blank, got {shown(value)}")
 
 
-def _label(value: Any, kind: Any) -> str | list[str]:
-    """The label of a row as a text, or its labels."""
-    several = isinstance(kind, datasets.List)
-    labels = value if several and value is not None else [value]
-    classes = getattr(kind.feature if several else kind, "names", None)
+def _label(value: Any, kind: Any) -> str:
+    """The label of a row as a text."""
+    classes = getattr(kind, "names", None)
     if classes is not None:
         # datasets writes -1 where there is none.
-        labels = [None if number in (None, -1) else classes[number] for number in labels]
-    for label in labels:
-        if not isinstance(label, int):
-            _refuse_no_text(label, "label")
-    names = [str(label) for label in labels]
-    # As a vector with a flag for each class would.
-    if len({*names}) < len(names):
-        raise ConfigurationError(f"label must name no label twice, got {shown(value)}; write the labels of the row")
-    return names if several else names[0]
+        value = None if value in (None, -1) else classes[value]
+    if not isinstance(value, int):
+        _refuse_no_text(value, "label")
+    return str(value)
 
 
 def _chat(turns: Any, *, asked: bool) -> list[dict[str, str]]:

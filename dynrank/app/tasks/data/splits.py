@@ -1,7 +1,7 @@
 """The rows of a task's data by split: of files and names on the hub, or of what a function returns."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import datasets
@@ -44,11 +44,6 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     """
     share = number_of(key, seed) / 2**64
     return "train" if share < train else "val" if share < val else "test"
-
-
-def labels_of(rows: datasets.Dataset) -> Iterable[list[str]]:
-    """The labels of each row, of which it may have one, or a list."""
-    return (label if isinstance(label, list) else [label] for label in rows["label"])
 
 
 def rows_by_split(data: Any, form: Form) -> Checked:
@@ -133,9 +128,9 @@ def from_files(
     places = {text: "train" if split in found else split for text, split in places.items()}
     if form == "classification":
         # Of each label the text with the lowest number is trained; those of training have the lowest.
-        pairs = [pair for pair in zip(texts, labels_of(whole), strict=True) if pair[0] in places]
-        pairs.sort(key=lambda pair: number_of(pair[0], seed), reverse=True)
-        places |= dict.fromkeys({label: text for text, labels in pairs for label in labels}.values(), "train")
+        pairs = [pair for pair in zip(whole["label"], texts, strict=True) if pair[1] in places]
+        pairs.sort(key=lambda pair: number_of(pair[1], seed), reverse=True)
+        places |= dict.fromkeys(dict(pairs).values(), "train")
     twice = sum(text in elsewhere for text in texts)
     found.left_out["train"]["in_another_split"] = twice
     for split in SPLITS:

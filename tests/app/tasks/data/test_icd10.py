@@ -9,7 +9,7 @@ from dynrank.errors import ConfigurationError
 
 @pytest.fixture(scope="module")
 def splits():
-    return icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=0)
+    return icd10_terms([1, 2, 9], min_terms=10, seed=0)
 
 
 def normal(text):
@@ -35,10 +35,10 @@ def test_terms_stand_once_with_their_block_and_only_inclusion_terms_evaluate(spl
 
 
 def test_the_seed_decides_the_split(splits):
-    assert icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=0) == splits
-    assert icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=1)["test"] != splits["test"]
+    assert icd10_terms([1, 2, 9], min_terms=10, seed=0) == splits
+    assert icd10_terms([1, 2, 9], min_terms=10, seed=1)["test"] != splits["test"]
 
 
 def test_what_leaves_no_terms_is_named():
     with pytest.raises(ConfigurationError, match=r"no ICD-10-CM terms are left; set data\.chapters"):
-        icd10_terms([1], code_length=3, min_terms=10_000, seed=0)
+        icd10_terms([1], min_terms=10_000, seed=0)

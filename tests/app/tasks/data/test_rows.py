@@ -1,7 +1,7 @@
 """Columns of users' rows, what is made of the rows, and what is wrong with some."""
 
 import pytest
-from datasets import ClassLabel, List, Value
+from datasets import ClassLabel
 
 from dynrank.app.tasks.data.columns import COLUMNS, find_columns
 from dynrank.app.tasks.data.rows import checked_row
@@ -16,9 +16,8 @@ ROWS = {
     "TRL's completion": ("completion", {"prompt": "x", "completion": "y"}, {"prompt": "x", "answer": "y"}),
     "a system prompt": ("chat", {"messages": [SYSTEM, *TURNS]}, {"messages": [SYSTEM, *TURNS]}),
     "an int as a label": ("classification", {"text": "x", "label": 3}, {"text": "x", "label": "3"}),
-    "labels": ("classification", {"text": "x", "labels": ["b", "a"]}, {"text": "x", "label": ["b", "a"]}),
-    "no labels": ("classification", {"text": "x", "labels": []}, {"text": "x", "label": []}),
-    "a flag for each class": ("classification", {"text": "x", "label": [0, 1, 0]}, "no label twice, got [0, 1, 0]"),
+    "another name": ("classification", {"text": "x", "labels": "b"}, {"text": "x", "label": "b"}),
+    "several labels": ("classification", {"text": "x", "label": ["b", "a"]}, "not blank, got ['b', 'a']"),
     "a broken number": ("classification", {"text": "x", "label": 0.5}, "not blank, got 0.5"),
     "no label": ("classification", {"text": "x", "label": None}, "label must be a text that is not blank, got None"),
     "an empty answer": ("completion", {"prompt": "x", "answer": " "}, "answer must be a text that is not blank"),
@@ -35,7 +34,6 @@ ROWS = {
 def read(row, form, kind=None, **options):
     """The one row, whose index is 5, in a file whose first row is 2."""
     names = find_columns([*row], {}, form, "data.train", **options)
-    kind = kind or (List(Value("string")) if isinstance(row.get(names.get("label")), list) else Value("string"))
     return checked_row(row, 5, names=names, first=2, label=kind, asked=bool(options))
 
 
@@ -61,7 +59,6 @@ def test_classes_of_datasets_are_names_and_minus_one_is_none():
     found = [read({"text": "t", "label": i}, "classification", kind) for i in (0, 1, -1)]
     assert [row["label"] for row in found] == ["y", "x", None]
     assert found[2]["fault"] == "label must be a text that is not blank, got None"
-    assert read({"text": "t", "label": [1, 0]}, "classification", List(kind))["label"] == ["x", "y"]
 
 
 # Each has a form, the columns there are, and names of columns.
