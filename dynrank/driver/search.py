@@ -19,7 +19,7 @@ def cut_to_smallest(trial: Trial, due: DueStage) -> RankEvent | None:
 
     The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
     chance; it is not tried. If the bounds of the budget allow no cut within the tolerance, the one that keeps all that
-    they allow is made.
+    they allow is made. A layer of no importance keeps its rank where no such cut is within the tolerance.
 
     Args:
         trial: the cuts are made inside it.
@@ -55,22 +55,27 @@ class Search:
         # By their number of steps.
         self._tried: dict[int, tuple[Measured, list[LayerReport]]] = {}
         # The order has (layer, its next rank) for each step up from the lowest ranks.
-        self._lowest, self._order = from_first(self._plan, due.training.group)
+        self._lowest, self._order, self._keeps_all = from_first(self._plan, due.training.group)
 
-    def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    def _plan(self) -> tuple[dict[str, int], list[tuple[str, int]], bool]:
         target = self._due.stage.to
         assert isinstance(target, Budget)
         states = self._due.states()
         largest = target.ranks(states)
-        return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
+        lowest = target.lowest_ranks(states)
+        order = target.order(states)
+        spans = zip(lowest.items(), target.highest_ranks(states).values(), strict=True)
+        # A layer of no importance has no steps, and all of the others' need not keep what it has learned.
+        keeps_all = all(name in dict(order) or low == high for (name, low), high in spans)
+        return lowest, [step for step in order if step[1] <= largest[step[0]]], keeps_all
 
     def ranks(self, steps: int) -> dict[str, int]:
         """The rank of every layer after so many steps."""
         return self.now | self._lowest | dict(self._order[:steps])
 
     def passes(self, steps: int) -> bool:
-        """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
-        return steps == len(self._order) or self._trial.allows(self.tried(steps)[0].after)
+        """Whether a cut to so many steps is allowed; a cut to all of them may keep all directions that may be kept."""
+        return (self._keeps_all and steps == len(self._order)) or self._trial.allows(self.tried(steps)[0].after)
 
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass."""

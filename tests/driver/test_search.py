@@ -117,12 +117,20 @@ def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     assert training.ranks == {"0": 3, "1": 2}
 
 
+def test_a_layer_without_importance_is_cut_within_the_tolerance_alone():
+    training = Planted({name: [2.0, 2.0, 2.0] for name in SPECTRA})
+    layers = [layer for _, layer in dynrank.lora_layers(training.model)]
+    # The second layer does not move.
+    groups = [{"params": [la.lora_A, la.lora_B], "lr": rate} for la, rate in zip(layers, (1e-4, 0.0), strict=True)]
+    training.optimizers = [torch.optim.SGD(groups)]
+    search = Stage(At(fraction=1.0), Budget(share=1.0), how=How(max_regression=0.005), search=True)
+    (event,) = drive(search, training, 4, training.loss).history
+    assert (event.undone, training.ranks["1"]) == (True, FULL)
+
+
 def test_a_limit_of_the_budget_holds_whatever_it_costs():
     training, (made,) = searched(smallest(1e-9, highest=2))
     assert (training.ranks, made.undone) == ({"0": 2, "1": 2}, False)
-
-
-def test_adapter_that_may_not_become_smaller_is_not_validated():
     training, history = searched(smallest(0.1, lowest=FULL))
     assert (history, training.validations) == ([], 0)
 

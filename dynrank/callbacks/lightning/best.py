@@ -26,14 +26,15 @@ class BestSoFar:
 
     def forget(self, trainer: Trainer, event: RankEvent) -> None:
         """Let only what comes after ``event``, which has lowered ranks, count; files of before stay on disk."""
-        wait_anew(config.scheduler for config in trainer.lr_scheduler_configs)
         paths = [callback.best_model_path for callback, _ in self._states if isinstance(callback, ModelCheckpoint)]
         self.load(trainer)
         if lost := [path for path in dict.fromkeys(paths) if path]:
             rank_zero_info(words(", ".join(lost), event))
 
     def load(self, trainer: Trainer) -> None:
-        """Let the callbacks load their own states of before the run; in ``validate`` after it they are left alone."""
+        """Let all wait anew, callbacks by their own states of before the run; not in ``validate`` after it."""
+        if trainer.state.fn == "fit":
+            wait_anew(config.scheduler for config in trainer.lr_scheduler_configs)
         for callback, state in self._states if trainer.state.fn == "fit" else ():
             kept = {}
             if isinstance(callback, ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""Tokens and seconds of a run, and its peak memory."""
+"""Tokens and seconds of a run, its peak memory, and its progress bar."""
 
 import os
 
@@ -7,7 +7,11 @@ import torch
 
 from dynrank.app.runs import run_meter
 from dynrank.app.runs.run_meter import RunMeter, peak_memory_bytes
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.app.runs.trainer import _Bar
+from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler
+from dynrank.schedules import Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At
 
 
 class Tokens(RunMeter):
@@ -45,3 +49,20 @@ def test_peak_memory_is_that_since_the_training_began(monkeypatch):
     del block
     RunMeter().on_train_start(None, None)
     assert peak_memory_bytes() < before - (1 << 27)
+
+
+def test_progress_bar_shows_the_rank_and_no_total_of_epochs_that_there_is_not(regression):
+    make, data, trainer = regression
+    seen = []
+
+    class Bar(_Bar):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            rank = self.get_metrics(trainer, pl_module)["rank/mean"]
+            seen.append((rank, self.train_progress_bar.description.strip()))
+
+    callbacks = [Bar(), RankMonitor(), RankScheduler(Stage(At(step=4), Rank(2)))]
+    trainer(max_steps=8, enable_progress_bar=True, callbacks=callbacks).fit(make(), *data())
+    (before, first), *_, (after, last) = seen
+    assert before > after == 2
+    assert first == last == "Epoch 0"

@@ -33,7 +33,9 @@ def test_what_waits_for_a_better_score_starts_anew_after_a_cut_also_resumed(fit,
         def configure_optimizers(self):
             optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, cooldown=9)
-            return [optimizer], [{"scheduler": plateau, "monitor": "score", "interval": "step", "frequency": 5}]
+            self.often = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=99)
+            asked = {"monitor": "score", "interval": "step", "strict": False}
+            return [optimizer], [{"scheduler": s, **asked, "frequency": n} for s, n in ((plateau, 5), (self.often, 2))]
 
     def run(**options):
         saver = ModelCheckpoint(tmp_path / "best", "{step}", monitor="score", save_top_k=2, save_last=True)
@@ -41,7 +43,8 @@ def test_what_waits_for_a_better_score_starts_anew_after_a_cut_also_resumed(fit,
         often = ModelCheckpoint(tmp_path / "often", monitor="score", every_n_train_steps=2)
         waiting = EarlyStopping("score", patience=3), EarlyStopping("train/loss", strict=False)
         scheduler = RankScheduler(CUT, keep_best_before=keep)
-        _, trainer = fit(scheduler, saver, often, *waiting, module=Scored(), max_steps=40, **options)
+        module, trainer = fit(scheduler, saver, often, *waiting, module=Scored(), max_steps=40, **options)
+        assert (float(module.often.best) < 1) == keep
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         # A resumed run, in the same folder, numbers its files.
         best = Path(saver.best_model_path).stem.partition("-")[0], float(saver.best_model_score)

@@ -6,7 +6,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynrank.app.runs.trainer import _Bar
 from dynrank.callbacks import RankMonitor, RankScheduler
 from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, GrowTo, Rank
@@ -86,16 +85,3 @@ def test_tensorboard_shows_ranks_and_the_rates_of_the_program_and_of_adapters(ch
 def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
     fit(RankMonitor(tmp_path / "history.csv"), max_steps=2)
     assert rows(tmp_path / "history.csv") == []
-
-
-def test_progress_bar_shows_the_rank_and_no_total_of_epochs_that_there_is_not(changed):
-    seen = []
-
-    class Bar(_Bar):
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            super().on_train_batch_end(trainer, pl_module, *args)
-            rank = self.get_metrics(trainer, pl_module)["rank/mean"]
-            seen.append((rank, self.train_progress_bar.description.strip()))
-
-    changed(Bar(), RankMonitor(), enable_progress_bar=True)
-    assert seen == [(6, "Epoch 0")] * 4 + [(3, "Epoch 0")] * 4
