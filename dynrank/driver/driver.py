@@ -8,11 +8,12 @@ What happens at a change:
    before the trainer validates and saves. First all processes compare their adapters and optimizer states.
 3. Process 0 asks the stage's target for the new ranks, by the state of each layer (``DueStage``: bounds, and singular
    values or importance if the target reads them), and computes new factors and optimizer state (``Change.in_run``). All
-   others get them. Nothing has changed yet. Unless a layer grows, unpinned layers that keep their rank are balanced.
+   others get them. Nothing has changed yet. Unless a layer grows, all unpinned layers that keep their rank, frozen ones
+   too, are balanced: their factors change, and their update stays.
 4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
    before its first cut, and once for each cut that it tries and undoes.
 5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
-   check it then comes after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
+   check Ctrl-C is then raised after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
    for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
 6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
    the last update, and the adapters' rate in each step is multiplied by ``lr_factor`` of the stage's How.

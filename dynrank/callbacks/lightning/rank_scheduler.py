@@ -25,10 +25,10 @@ from dynrank.schedules import Schedule
 class RankScheduler(Callback):
     """Changes the ranks of LoRA layers during training, of dynrank or of PEFT, in any LightningModule.
 
-    Under manual optimization, which may have several optimizers, the module must call :meth:`step`. A change is made at
-    the start of a batch, between an optimizer step and the next forward; what is due at the end of the run, when the
-    batch of the last step ends, before the last validation and checkpoint. A checkpoint contains everything that a
-    resumed run needs.
+    A change is made at the start of a batch, between an optimizer step and the next forward; what is due at the end of
+    the run, when the batch of the last step ends, before the last validation and checkpoint. Under manual optimization,
+    which may have several optimizers, the module must call :meth:`step`, and no change comes before the first one. A
+    checkpoint contains everything that a resumed run needs.
 
     Triggers read the metrics of each validation, and ``train/loss``: the mean loss of the steps since the last one, or
     since ranks have changed (without validation, they read it after each epoch). After a change that lowers ranks, the
