@@ -13,8 +13,8 @@ What happens at a change:
 4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
    before its first cut, and once for each cut that it tries and undoes.
 5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
-   check Ctrl-C is then raised after step 6, and the change stays. With ``max_regression`` too large a regression undoes it bit
-   for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
+   check Ctrl-C is then raised after step 6, and the change stays. With ``max_regression`` too large a regression undoes
+   it bit for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
 6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
    the last update, and the adapters' rate in each step is multiplied by ``lr_factor`` of the stage's How.
 7. At the end the event, also of a change that was undone, goes to every callback of the trainer that has
