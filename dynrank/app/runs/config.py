@@ -1,7 +1,7 @@
 """The keys of a run with their defaults, of which ``conf/`` changes some; and the objects that they name."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -113,19 +113,14 @@ _RUN: dict[str, Any] = {
     "logger": None,
 }
 _SCHEMAS = {"train": _RUN, "plan": {**_RUN, **asdict(PlanKeys())}}
-
-
 # These take new keys, which are checked when all keys are there.
 _GROUPS = {name: DictConfig(_RUN[name] or {}, flags={"struct": False}) for name in _RUN.keys() - asdict(RunKeys())}
 
-# What is no number is refused by what reads the rank.
-RESOLVERS: dict[str, Callable[..., Any]] = {
-    "half": lambda rank: max(1, rank // 2) if isinstance(rank, int) else rank,
-    "base": lambda default, place: default if place is None else _named_by(place)[0],
-}
-# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}.
-for resolver, value in RESOLVERS.items():
-    OmegaConf.register_new_resolver(f"dynrank.{resolver}", value, replace=True)
+# In a file: ${dynrank.half:${lora.rank}} and ${dynrank.base:minilm,${lora.from}}. What is no number is refused by what
+# reads the rank.
+_resolver = OmegaConf.register_new_resolver
+_resolver("dynrank.half", lambda rank: max(1, rank // 2) if isinstance(rank, int) else rank, replace=True)
+_resolver("dynrank.base", lambda default, place: default if place is None else _named_by(place)[0], replace=True)
 ConfigStore.instance().store(name="schema", node=OmegaConf.create({**_RUN, **_GROUPS}))
 ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
