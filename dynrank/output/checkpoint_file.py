@@ -24,7 +24,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
-            part.write_bytes(content.getbuffer())
+            part.write_bytes(content.getvalue())
     except OSError as error:
         raise ConfigurationError(
             f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; free space, or give another "

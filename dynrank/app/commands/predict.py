@@ -131,7 +131,8 @@ def _written(
             f"the longest prompt, of {len(asked[0])} tokens, and --max-new-tokens={max_new_tokens} must fit into the "
             f"{most} positions of the model; shorten one of the two"
         )
-    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    # A build of torch for GPUs names one also where there is none.
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     for start in range(0, len(asked), batch_size):
         batch = {"input_ids": asked[start : start + batch_size]}
         inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
