@@ -26,9 +26,9 @@ class BestWeights(Checkpoint):
 
     Persistent buffers, as the running statistics of BatchNorm, are kept with them. A change that is kept forgets them,
     because they have other ranks. They are part of each checkpoint, so a resumed run ends with the same ones.
-    Validations for a change, or of NaN, do not count. If no validation came after the last step, one
-    is made, which nothing logs; a run that is resumed behind it calls no hook, so ``trainer.validate`` counts, too. In
-    several processes the mean of their metrics decides.
+    Validations for a change, or of NaN, do not count. If no validation came after the last step, one is made, which
+    nothing logs; a run that is resumed behind it calls no hook, so ``trainer.validate`` counts, too. In several
+    processes the mean of their metrics decides.
 
     Args:
         monitor: a metric that validations log.
