@@ -17,9 +17,6 @@ from dynrank.rank_map import FREE, RankBounds
 from dynrank.schedules import Stage
 from dynrank.targets import LayerState
 
-# The largest number of faults in one error.
-_LISTED = 20
-
 
 @dataclass(frozen=True)
 class BoundLayers:
@@ -126,6 +123,6 @@ class BoundLayers:
         if faults:
             raise ConfigurationError(
                 "rank_map does not fit the schedule; let a rule allow the rank that its layers reach:\n  "
-                + "\n  ".join(faults[:_LISTED]),
+                + "\n  ".join(faults[:20]),
                 "rank_map",
             )

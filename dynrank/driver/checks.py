@@ -12,6 +12,7 @@ from torch import nn
 from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.distributed.sharding import check_whole
 from dynrank.driver.bounds import BoundLayers
+from dynrank.driver.event import RankEvent
 from dynrank.driver.learning_rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -126,6 +127,18 @@ def _faults(stage: Stage, layers: BoundLayers, ranks: Mapping[str, int], *, last
         if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
             return []
     return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})}"]
+
+
+def check_resumed(history: Sequence[RankEvent], ranks: Mapping[str, int], step: int) -> None:
+    """Refuse ``ranks`` of a model, or a ``step``, that do not belong to the ``history`` of a state that was loaded."""
+    known = {layer.layer: layer.rank_after for event in history if not event.undone for layer in event.layers}
+    faults = [f"step {step}"] if step < history[-1].step else []
+    faults += [f"rank {rank} of {n!r}, not {known[n]}" for n, rank in ranks.items() if known.get(n, rank) != rank]
+    if faults:
+        raise ConfigurationError(
+            f"the schedule's state is of after its change at step {history[-1].step}, and the run has "
+            f"{'; '.join(faults[:20])}; load ranks, weights, optimizer and step of the same checkpoint"
+        )
 
 
 def check_training(training: Training, stages: Collection[Stage]) -> None:

@@ -10,13 +10,13 @@ What happens at a change:
    values or importance if the target reads them), and computes new factors and optimizer state (``Change.in_run``). All
    others get them. Nothing has changed yet. Unless a layer grows, all unpinned layers that keep their rank, frozen ones
    too, are balanced: their factors change, and their update stays.
-4. With ``max_regression`` the weights are validated before the change and after it. A search (``auto``) validates once
-   before its first cut, and once for each cut that it tries and undoes.
+4. With ``max_regression``, which a search (``auto``) always has, the weights are validated before the change and after
+   it; a search validates once before its first cut, and once for each cut that it tries and undoes.
 5. The change is applied by assignments (``Change.apply``, with new reducers of DDP), while Ctrl-C waits. Without a
    check Ctrl-C is then raised after step 6, and the change stays. With ``max_regression`` too large a regression undoes
    it bit for bit, and its stage is over. Ctrl-C or an error before that decision undoes it, too, and the stage waits.
 6. The driver goes to the next stage, and triggers begin anew. Only if the change was made and kept, importance forgets
-   the last update, and the adapters' rate in each step is multiplied by ``lr_factor`` of the stage's How.
+   the last update, and the adapters' rate in each step is multiplied by the event's ``lr_factor`` from here on.
 7. At the end the event, also of a change that was undone, goes to every callback of the trainer that has
    ``on_rank_change``: RankMonitor prints and logs it, RankScheduler forgets the best so far if ranks have fallen.
 """
@@ -35,7 +35,7 @@ from dynrank.distributed.wrappers import new_reducers
 from dynrank.driver import progress as stored
 from dynrank.driver.best import wait_anew
 from dynrank.driver.bounds import BoundLayers
-from dynrank.driver.checks import check_model, check_training
+from dynrank.driver.checks import check_model, check_resumed, check_training
 from dynrank.driver.due import DueStage
 from dynrank.driver.event import RankEvent
 from dynrank.driver.learning_rates import LearningRates
@@ -95,7 +95,7 @@ class RankDriver:
         self._importance = RunImportance()
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # Whether the metrics are known to exist by which changes are judged.
+        # Whether the metrics by which changes are judged are known to exist; if not, validated() validates once itself.
         self._has_judges = False
         # Whether all processes still have to be compared after their first step.
         self._is_first_step = False
@@ -140,8 +140,10 @@ class RankDriver:
         self._timetable = Timetable(self.stages, run)
         layers = BoundLayers.of(training.model, self.rules)
         self._bounds = layers.bounds
-        # The check needs the starting ranks, so a run that is resumed after a change skips it.
-        if not self.history:
+        # The check of a model needs the starting ranks.
+        if self.history:
+            check_resumed(self.history, layers.ranks, training.step)
+        else:
             check_model(training.model, self.stages, run, self.rules)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training", training.group)

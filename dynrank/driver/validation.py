@@ -18,7 +18,7 @@ _validating: WeakSet[Training] = WeakSet()
 
 
 def validating_change() -> bool:
-    """Whether the present validation is one for a change of ranks: before it, after it, or of a cut that is tried.
+    """Whether dynrank has called the present validation: for a change of ranks, or for what a trigger has missed.
 
     A module, or a function of metrics, that keeps something of its validations can leave these out.
 

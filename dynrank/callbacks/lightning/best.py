@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -20,9 +18,7 @@ class BestSoFar:
     def __init__(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         judges = [each for each in callbacks if isinstance(each, ModelCheckpoint | EarlyStopping)]
-        self._states: list[tuple[Callback, Mapping[str, Any]]] = [
-            (callback, deepcopy(callback.state_dict())) for callback in judges
-        ]
+        self._states = [(judge, deepcopy(judge.state_dict())) for judge in judges]
 
     def forget(self, trainer: Trainer, event: RankEvent) -> None:
         """Let only what comes after ``event``, which has lowered ranks, count; files of before stay on disk."""

@@ -33,13 +33,13 @@ class RankScheduler(Callback):
     Triggers read the metrics of each validation, and ``train/loss``: the mean loss of the steps since the last one, or
     since ranks have changed (without validation, they read it after each epoch). After a change that lowers ranks, the
     best so far no longer counts: ModelCheckpoint, EarlyStopping and ReduceLROnPlateau start anew. A change multiplies
-    the adapters' rate by ``lr_factor`` of the stage's How inside of each optimizer step alone, and ``lr/adapter`` is
-    logged. Callbacks with ``on_rank_change(trainer, pl_module, event)`` are called after each change and each undo.
+    the adapters' rate by the event's ``lr_factor``, inside of each optimizer step alone, and ``lr/adapter`` is logged
+    from then on. Callbacks with ``on_rank_change(trainer, pl_module, event)`` are called after each change and undo.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
-        evaluate: returns the metrics of the present model, for stages whose changes are judged. None: the module's own
-            validation steps, of which no callback and no logger hears.
+        evaluate: returns the metrics of the present model, for stages whose changes are judged, and sets its own eval
+            mode and no_grad. None: the module's own validation steps, of which no callback and no logger hears.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its, and before what
             the schedule says of all layers: {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``,

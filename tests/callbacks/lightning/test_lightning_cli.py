@@ -16,9 +16,7 @@ OWN = """
         - {when: {class_path: dynrank.triggers.Plateau, init_args: {monitor: val/los}}, deadline: 0.5,
            to: {class_path: dynrank.targets.Rank, init_args: {rank: 2}}, how: {lr_factor: sqrt}}
 """
-PRESET = """
-        {class_path: dynrank.schedules.anneal, init_args: {final_rank: 4, steps: 3}}
-"""
+PRESET = " {class_path: dynrank.schedules.anneal, init_args: {final_rank: 4, steps: 3}}"
 RUN = r"""
 trainer:
   logger: false
@@ -38,9 +36,7 @@ trainer:
         (PRESET, anneal(4, steps=3)),
     ],
 )
-def test_a_schedule_and_a_rank_map_stand_in_the_file_of_a_lightning_cli(
-    regression, tmp_path, monkeypatch, schedule, stages
-):
+def test_schedule_and_rank_map_stand_in_the_file_of_lightning_cli(regression, tmp_path, monkeypatch, schedule, stages):
     from lightning.pytorch.cli import LightningCLI
 
     file = tmp_path / "run.yaml"

@@ -38,15 +38,12 @@ EPOCHS = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
 SCHEDULES = {
     # The loss falls, so the validation is below the mean of the steps before it.
     "gap to the loss": (
-        lambda: RankScheduler([at(4, Rank(4)), Stage(Gap(mode="max", window=3, threshold=1e-9), Rank(3))]),
+        [at(4, Rank(4)), Stage(Gap(mode="max", window=3, threshold=1e-9), Rank(3))],
         {"precision": "bf16-true"},
     ),
-    "loss alone": (
-        lambda: RankScheduler(plateau("train/loss", patience=1, warmup=0)),
-        {**EPOCHS, **NONE},
-    ),
+    "loss alone": (plateau("train/loss", patience=1, warmup=0), EPOCHS | NONE),
     "every second epoch": (
-        lambda: RankScheduler(plateau(patience=1, warmup=0)),
+        plateau(patience=1, warmup=0),
         {"max_steps": 50, "val_check_interval": 1.0, "check_val_every_n_epoch": 2},
     ),
 }
@@ -61,14 +58,14 @@ def test_resume_from_any_checkpoint_is_bit_equal(regression, fit, assert_same, t
             return super().configure_optimizers()
 
     schedule, options = SCHEDULES[name]
-    whole = schedule()
+    whole = RankScheduler(schedule)
     reference, _ = fit(whole, module=Asking(), saved=tmp_path, **options)
     steps = sorted(int(file.stem[5:]) for file in tmp_path.glob("step=*.ckpt"))
     changes = {event.step for event in whole.history}
     assert changes
     # Before, at and after changes and validations; the tests of the driver go on from every step.
     for step in {*steps[:-1:6], 10, 15, 20, *(step + near for step in changes for near in (-1, 0, 1))} & {*steps}:
-        resumed = schedule()
+        resumed = RankScheduler(schedule)
         module, _ = fit(resumed, module=Asking(), ckpt_path=tmp_path / f"step={step}.ckpt", **options)
         assert resumed.history == whole.history, step
         assert str(resumed.state_dict()) == str(whole.state_dict()), step
@@ -76,11 +73,9 @@ def test_resume_from_any_checkpoint_is_bit_equal(regression, fit, assert_same, t
 
 
 def test_a_run_that_never_validated_goes_on_behind_its_last_change_where_a_validation_is_due(regression, fit, tmp_path):
-    def schedule():
-        return RankScheduler(Stage(Plateau("val/loss"), Rank(3), deadline=0.25))
-
-    fit(schedule(), saved=tmp_path, val_check_interval=10, limit_val_batches=1, check_val_every_n_epoch=9)
-    resumed = schedule()
+    stage = Stage(Plateau("val/loss"), Rank(3), deadline=0.25)
+    fit(RankScheduler(stage), saved=tmp_path, val_check_interval=10, limit_val_batches=1, check_val_every_n_epoch=9)
+    resumed = RankScheduler(stage)
     fit(resumed, ckpt_path=tmp_path / "step=10.ckpt", val_check_interval=10, limit_val_batches=1)
     assert [event.step for event in resumed.history] == [6]
 
@@ -94,9 +89,7 @@ def test_a_run_that_never_validated_goes_on_behind_its_last_change_where_a_valid
     [({}, 5), (ROUNDED, 10), (ACCUMULATING, 6), ({**EPOCHS, "max_epochs": 4, **NONE}, 10)],
     ids=["validated", "bfloat16", "accumulating", "without validation"],
 )
-def test_loss_of_training_is_its_mean_since_the_last_look_or_the_last_change(
-    regression, fit, tmp_path, options, batches
-):
+def test_loss_of_training_is_its_mean_since_the_last_look_or_change(regression, fit, tmp_path, options, batches):
     losses = []
 
     class Keeping(regression[0]):
