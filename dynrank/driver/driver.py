@@ -3,7 +3,7 @@
 What happens at a change:
 
 1. A stage is decided: by a trigger after a validation (``validated``, where process 0 decides for all), or by time
-   before a step (``advance``). A later stage that is due by time replaces a decision that waits.
+   before a step (``advance``). A later stage that is due by time skips those before it, also one that is decided.
 2. ``advance`` makes the change between two steps; what is due at the end of the run is made in the last step (``end``),
    before the trainer validates and saves. First all processes compare their adapters and optimizer states.
 3. Process 0 asks the stage's target for the new ranks, by the state of each layer (``DueStage``: bounds, and singular

@@ -40,7 +40,7 @@ class RankScheduler(Callback):
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         evaluate: returns the metrics of the present model, for stages whose changes are judged, and sets its own eval
             mode and no_grad. None: the module's own validation steps, of which no callback and no logger hears.
-        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
+        keep_best_before: let the best so far, which may have higher ranks, still count: then none of these starts anew.
         rank_map: what the rank of single layers may become, as in ``add_lora`` and going before its, and before what
             the schedule says of all layers: {pattern, "attention" or "mlp": a mapping of ``pinned``, ``highest``,
             ``lowest`` or ``final_rank``}, or the path of a YAML file with this mapping below ``rank_pattern``.
@@ -85,7 +85,7 @@ class RankScheduler(Callback):
         return self.driver.history
 
     def step(self, pl_module: LightningModule) -> None:
-        """Report, under manual optimization, that an optimizer step was made and that no gradients are pending.
+        """Report, under manual optimization, an optimizer step after which no backward pass has begun.
 
         Call it in ``training_step`` after each optimizer step of the adapter, before its gradients are zeroed.
         Times are those of ``trainer.global_step``, which counts the steps of every optimizer.

@@ -51,7 +51,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
         evaluate: as in RankScheduler; None: the Trainer's ``evaluation_loop``, of which only progress bars hear.
-        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
+        keep_best_before: let the best so far, which may have higher ranks, still count: then none of these starts anew.
         rank_map: as in RankScheduler.
         kernel: as in RankScheduler.
 
