@@ -202,8 +202,8 @@ def _warn_of_misread(model: nn.Module, modules: Collection[str], heads: Collecti
     misread = [name for name in modules if name.rpartition(".")[2] in names]
     if misread:
         warnings.warn(
-            f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {misread[0]!r} and "
-            f"{len(misread) - 1} other layers for experts. dynrank loads and merges it; to train one for PEFT, leave "
+            f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {len(misread)} of {len(modules)} "
+            f"layers, {misread[0]!r} first, for experts. dynrank loads and merges it; to train one for PEFT, leave "
             f"{', '.join(names)} out of target_modules",
             stacklevel=4,
         )

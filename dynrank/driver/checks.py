@@ -160,6 +160,6 @@ def check_training(training: Training, stages: Collection[Stage]) -> None:
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
-                f"none: {training.validate_by}, or set max_regression=None",
+                f"none: {training.validate_by}, or set max_regression=None (with auto, choose another schedule)",
                 *("tolerance", "max_regression"),
             )

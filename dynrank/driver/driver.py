@@ -220,7 +220,7 @@ class RankDriver:
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
-                f"no {self.stages[self.progress.stage].when.reason}; set deadline or train longer"
+                f"no {self.stages[self.progress.stage].when.reason}; train longer, or give a trigger a deadline"
             )
 
     def abort(self) -> None:

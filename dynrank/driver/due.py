@@ -105,7 +105,7 @@ class DueStage:
             )
         elif unknown:
             self.training.warn(
-                f"{unknown[0]!r} and {len(unknown) - 1} other layers had no gradients before the change of rank at "
-                f"step {self.training.step}, so they count as unimportant. If a module reads their weights without "
-                "calling them, their LoRA does nothing: leave them out of target_modules"
+                f"{len(unknown)} of {len(free)} layers, {unknown[0]!r} first, had no gradients before the change of "
+                f"rank at step {self.training.step}, so they count as unimportant. If a module reads their weights "
+                "without calling them, their LoRA does nothing: leave them out of target_modules"
             )

@@ -168,8 +168,9 @@ def _warn_of_shared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
     shared = [name for name, layer in layers.items() if places[id(layer.base)] > 1]
     if shared:
         warnings.warn(
-            f"{shared[0]!r} and {len(shared) - 1} other layers stand in several places of the model, and get LoRA in "
-            "all of them. PEFT 0.21 adapts the first place alone, so there the same adapter computes something else",
+            f"{len(shared)} of {len(layers)} layers, {shared[0]!r} first, stand in several places of the model, and "
+            "get LoRA in all of them. PEFT 0.21 adapts the first place alone, so there the same adapter computes "
+            "something else",
             stacklevel=4,
         )
 

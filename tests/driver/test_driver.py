@@ -366,7 +366,7 @@ def test_validations_that_swap_the_weights_of_an_optimizer_of_schedulefree_chang
 
 
 def test_ranks_that_are_not_final_at_the_end_are_warned_of():
-    with pytest.warns(UserWarning, match="before stage 1 .*plateau of val/loss; set deadline"):
+    with pytest.warns(UserWarning, match="before stage 1 .*plateau of val/loss; train longer, or .* deadline"):
         Loop().train(RankDriver(Stage(Plateau(patience=99), Rank(3))))
 
 

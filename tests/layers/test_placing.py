@@ -105,7 +105,7 @@ def test_a_layer_in_several_places_is_named_because_peft_adapts_the_first_one_al
         torch.manual_seed(0)
         return nn.Sequential(*[nn.Linear(4, 4)] * 3)
 
-    with pytest.warns(UserWarning, match="'0' and 0 other layers stand in several places .* PEFT"):
+    with pytest.warns(UserWarning, match="1 of 1 layers, '0' first, stand in several places .* PEFT"):
         model = updated(dynrank.add_lora(net(), rank=2))
     assert [model[i] is model[0] for i in range(3)] == [True] * 3
     dynrank.save_adapter(model, tmp_path)

@@ -144,7 +144,7 @@ LATE = Stage(Plateau(patience=99), Rank(3), deadline=0.75)
     ("stage", "others", "options", "message"),
     [
         (plateau("score"), (), NONE, f"^Plateau must .*'score'; logged: 'train/loss'.*{CURES}"),
-        (at(5, Rank(3), max_regression=0.1), (), NONE, "give fit.. validation data.* or set max_regression=None$"),
+        (at(5, Rank(3), max_regression=0.1), (), NONE, "give fit.. validation data.* or set max_regression=None"),
         (plateau(), (Another(4),), {}, "another rank schedule drives this opt.*join the stages"),
         (plateau(), (theirs.EMAWeightAveraging(),), {}, "EMAWeightAveraging averages whole models of"),
         (plateau(), (theirs.StochasticWeightAveraging(1e-2),), {}, "StochasticWeightAveraging averages"),
